@@ -1,0 +1,174 @@
+"""Which member of the GRPO family is trained: one frozen dataclass, and the one table of loss types.
+
+Every loss type is a row ``(surrogate, ratio level, aggregation)``. The kernels never see the name: they see the surrogate, and one
+weight per token that the aggregation has made. To add a loss type, add a row.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+__all__ = ["AGGREGATIONS", "KL_ESTIMATORS", "LEVELS", "LOSS_TYPES", "SURROGATES", "LossConfig", "LossRow"]
+
+# The position in these three tuples is the number the kernels get (csrc/policy_loss.h); new names go to the end.
+SURROGATES = ("clip", "cispo", "sapo", "reinforce", "vespo")
+KL_ESTIMATORS = ("k1", "k2", "k3")
+LEVELS = ("token", "sequence", "sequence_token")
+AGGREGATIONS = ("sequence_mean", "token_mean", "global_token_mean", "fixed_length", "sequence_sum")
+
+
+class LossRow(NamedTuple):
+    """What a loss type is made of."""
+
+    surrogate: str  # per-token objective, one of SURROGATES
+    level: str  # over what the importance ratio is taken, one of LEVELS
+    aggregation: str  # how tokens are weighted into one number, one of AGGREGATIONS
+
+
+LOSS_TYPES: dict[str, LossRow] = {
+    "grpo": LossRow("clip", "token", "sequence_mean"),  # DeepSeekMath, arXiv:2402.03300
+    "bnpo": LossRow("clip", "token", "token_mean"),  # TRL's name for the mean over the local batch's tokens
+    "dr_grpo": LossRow("clip", "token", "fixed_length"),  # Dr. GRPO, arXiv:2503.20783
+    "dapo": LossRow("clip", "token", "global_token_mean"),  # DAPO, arXiv:2503.14476
+    "cispo": LossRow("cispo", "token", "global_token_mean"),  # MiniMax-M1, arXiv:2506.13585
+    "sapo": LossRow("sapo", "token", "sequence_mean"),  # SAPO, arXiv:2511.20347
+    "luspo": LossRow("clip", "sequence", "sequence_sum"),  # LUSPO, arXiv:2602.05261
+    "vespo": LossRow("vespo", "token", "global_token_mean"),  # VESPO, arXiv:2602.10693 (its weight is a sequence's, its gradient a token's)
+    "gspo": LossRow("clip", "sequence", "sequence_mean"),  # GSPO, arXiv:2507.18071
+    "reinforce": LossRow("reinforce", "token", "global_token_mean"),  # no ratio at all: -A log p
+}
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Settings of the loss. Immutable, hashable, checked on construction.
+
+    Args:
+        loss_type: a name of ``LOSS_TYPES``; it sets surrogate, ratio level and aggregation.
+        epsilon_low: the ratio is clipped below ``1 - epsilon_low``.
+        epsilon_high: the ratio is clipped above ``1 + epsilon_high``. With ``loss_type="cispo"`` it is the raw upper bound of the ratio
+            (as in TRL and MiniMax-M1), so 5.0 rather than 0.2.
+        delta: upper bound of the unclipped ratio, ``> 1 + epsilon_high`` (two-sided clipping, INTELLECT-2, arXiv:2505.07291).
+        dual_clip: bound ``c > 1`` of the loss of a negative advantage: at most ``-c * A`` (Dual-clip PPO, arXiv:1912.09729).
+        beta: weight of the KL penalty against the reference policy; 0 needs no ``ref_logprobs``.
+        kl_estimator: ``"k1"``, ``"k2"`` or ``"k3"`` (http://joschu.net/blog/kl-approx.html).
+        bias_corrected_kl: multiply the estimator by the (differentiable) importance ratio: the unbiased reverse-KL gradient of DeepSeek-V3.2,
+            arXiv:2512.02556, section 3.1.
+        entropy_coef: weight of the entropy bonus, subtracted from the loss.
+        entropy_aggregation: ``"same"`` weighs each token's entropy as the loss weighs the token; ``"token_mean"`` is the plain mean over
+            the batch's tokens whatever the loss type, as in TRL.
+        importance_sampling_level: ``"token"``, ``"sequence"`` (GSPO) or ``"sequence_token"`` (GSPO-token); None = the loss type's own.
+        aggregation: a name of ``AGGREGATIONS``; None = the loss type's own.
+        log_ratio_clamp: every log-ratio is clamped to ``±log_ratio_clamp`` before ``exp`` (and has no gradient beyond).
+        sapo_temperature_pos: SAPO's temperature for a positive advantage.
+        sapo_temperature_neg: SAPO's temperature for the others.
+        vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: VESPO's shape parameters for ``A >= 0`` and ``A < 0``.
+        max_completion_length: the fixed length of ``"fixed_length"`` (Dr. GRPO), in tokens; required there.
+
+    Raises:
+        ValueError: names the setting, its value, what was expected and the cure.
+        TypeError: a setting has the wrong type.
+
+    Example:
+        >>> LossConfig(loss_type="gspo", epsilon_low=3e-4, epsilon_high=4e-4).level
+        'sequence'
+    """
+
+    loss_type: str = "dapo"
+    epsilon_low: float = 0.2
+    epsilon_high: float = 0.2
+    delta: float | None = None
+    dual_clip: float | None = None
+    beta: float = 0.0
+    kl_estimator: str = "k3"
+    bias_corrected_kl: bool = False
+    entropy_coef: float = 0.0
+    entropy_aggregation: str = "same"
+    importance_sampling_level: str | None = None
+    aggregation: str | None = None
+    log_ratio_clamp: float = 20.0
+    sapo_temperature_pos: float = 1.0
+    sapo_temperature_neg: float = 1.05
+    vespo_k_pos: float = 2.0
+    vespo_lambda_pos: float = 3.0
+    vespo_k_neg: float = 3.0
+    vespo_lambda_neg: float = 2.0
+    max_completion_length: int | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("loss_type", self.loss_type, tuple(LOSS_TYPES))
+        _one_of("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
+        _one_of("entropy_aggregation", self.entropy_aggregation, ("same", "token_mean"))
+        if self.importance_sampling_level is not None:
+            _one_of("importance_sampling_level", self.importance_sampling_level, LEVELS)
+        if self.aggregation is not None:
+            _one_of("aggregation", self.aggregation, AGGREGATIONS)
+        for field in fields(self):
+            if field.type in ("float", "float | None"):
+                _finite(field.name, getattr(self, field.name), optional=field.type == "float | None")
+        self._check_ranges()
+        self._check_combinations()
+
+    def _check_ranges(self) -> None:
+        for name in ("epsilon_low", "epsilon_high", "beta", "vespo_lambda_pos", "vespo_lambda_neg"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "a number >= 0")
+        for name in ("log_ratio_clamp", "sapo_temperature_pos", "sapo_temperature_neg"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "a number > 0")
+        _require(self.log_ratio_clamp <= 80, "log_ratio_clamp", self.log_ratio_clamp, "at most 80, since exp(88.8) overflows float32")
+        if self.surrogate == "clip":
+            _require(self.epsilon_low <= 1, "epsilon_low", self.epsilon_low, "at most 1: a ratio is never below 0")
+        if self.max_completion_length is not None:
+            is_int = isinstance(self.max_completion_length, int) and not isinstance(self.max_completion_length, bool)
+            _require(is_int and self.max_completion_length > 0, "max_completion_length", self.max_completion_length, "an int > 0")
+
+    def _check_combinations(self) -> None:
+        if self.surrogate != "clip":
+            for name in ("delta", "dual_clip"):
+                value, cure = getattr(self, name), f"drop {name}, or take a loss_type that clips (grpo, dapo, gspo ...)"
+                _require(value is None, name, value, f"None with loss_type={self.loss_type!r}, which has no ratio to bound so; {cure}")
+        if self.delta is not None:
+            _require(self.delta > 1 + self.epsilon_high, "delta", self.delta, f"more than 1 + epsilon_high = {1 + self.epsilon_high:g}")
+        if self.dual_clip is not None:
+            _require(self.dual_clip > 1, "dual_clip", self.dual_clip, "more than 1 (3.0 is usual)")
+        if self.surrogate in ("vespo", "reinforce"):
+            cure = f"leave importance_sampling_level unset with loss_type={self.loss_type!r}: it uses no ratio of its own"
+            _require(self.level == "token", "importance_sampling_level", self.level, f"'token'; {cure}")
+        if self.resolved_aggregation == "fixed_length":
+            cure = "set max_completion_length to the generation limit of the run, so that the scale of the loss is the same in every batch"
+            _require(self.max_completion_length is not None, "max_completion_length", None, f"an int for a fixed-length mean; {cure}")
+
+    @property
+    def surrogate(self) -> str:
+        """The per-token objective, a name of ``SURROGATES``."""
+        return LOSS_TYPES[self.loss_type].surrogate
+
+    @property
+    def level(self) -> str:
+        """Over what the importance ratio is taken, a name of ``LEVELS``."""
+        return self.importance_sampling_level or LOSS_TYPES[self.loss_type].level
+
+    @property
+    def resolved_aggregation(self) -> str:
+        """How tokens are weighted, a name of ``AGGREGATIONS``."""
+        return self.aggregation or LOSS_TYPES[self.loss_type].aggregation
+
+
+def _require(ok: bool, name: str, value: Any, expected: str) -> None:
+    if not ok:
+        raise ValueError(f"LossConfig: {name} is {value!r}; expected {expected}.")
+
+
+def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"LossConfig: {name} is {value!r} ({type(value).__name__}); expected one of the names {', '.join(allowed)}.")
+    _require(value in allowed, name, value, f"one of {', '.join(allowed)}")
+
+
+def _finite(name: str, value: Any, *, optional: bool) -> None:
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"LossConfig: {name} is {value!r} ({type(value).__name__}); expected a number{' or None' if optional else ''}.")
+    _require(math.isfinite(value), name, value, "a finite number")
