@@ -1,3 +1,17 @@
 """grpo_fast: the GRPO core, fused."""
 
+from importlib.util import find_spec
+
+if find_spec("grpo_fast.kernels") is None:  # the Triton package lies in kernels/fused and is mapped by the install
+    raise ImportError(
+        f"grpo_fast was imported from a source checkout that is not installed ({__path__[0]}). "
+        "Run `pip install --no-build-isolation -e .` in it, or start Python elsewhere."
+    )
+
+from grpo_fast import _extension
+from grpo_fast.backends import BackendStatus, backends, use_backend
+
+_extension.load_prebuilt()  # milliseconds; a missing or broken extension is a status (see backends()), never an error here
+
+__all__ = ["BackendStatus", "backends", "use_backend"]
 __version__ = "0.1.0"
