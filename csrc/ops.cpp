@@ -12,4 +12,13 @@ PyMODINIT_FUNC PyInit__C() {  // importing grpo_fast._C runs the static registra
 
 STABLE_TORCH_LIBRARY_IMPL(grpo_fast, CPU, m) {
   m.impl("group_advantages", TORCH_BOX(&group_advantages_cpu));
+  m.impl("token_logprobs", TORCH_BOX(&token_logprobs_cpu));
+  m.impl("token_logprobs_backward", TORCH_BOX(&token_logprobs_backward_cpu));
+  m.impl("token_logprobs_backward_", TORCH_BOX(&token_logprobs_backward_inplace_cpu));
+  m.impl("grpo_loss", TORCH_BOX(&grpo_loss_cpu));
+  m.impl("grpo_loss_", TORCH_BOX(&grpo_loss_inplace_cpu));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(grpo_fast, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
 }

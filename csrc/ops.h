@@ -5,7 +5,41 @@
 #include <cstdint>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor> group_advantages_cpu(
     const torch::stable::Tensor& rewards, const std::optional<torch::stable::Tensor>& group_offsets, int64_t group_size,
     const std::optional<torch::stable::Tensor>& reward_weights, int64_t scale, bool leave_one_out, bool normalize_then_sum, double eps);
+
+int64_t cpu_isa();
+
+// For the shapes and meanings of the arguments see grpo_fast/ops.py.
+std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor> token_logprobs_cpu(
+    const torch::stable::Tensor& logits, const torch::stable::Tensor& token_ids, const torch::stable::Tensor& mask,
+    const std::optional<torch::stable::Tensor>& temperatures, double temperature, double softcap, double logit_scale);
+
+torch::stable::Tensor token_logprobs_backward_cpu(
+    const torch::stable::Tensor& grad_logprobs, const torch::stable::Tensor& grad_entropy, const torch::stable::Tensor& logits,
+    const torch::stable::Tensor& token_ids, const torch::stable::Tensor& mask, const std::optional<torch::stable::Tensor>& temperatures,
+    double temperature, double softcap, double logit_scale, const torch::stable::Tensor& logprobs, const torch::stable::Tensor& entropy,
+    const torch::stable::Tensor& lse);
+
+void token_logprobs_backward_inplace_cpu(
+    const torch::stable::Tensor& grad_logprobs, const torch::stable::Tensor& grad_entropy, torch::stable::Tensor logits,
+    const torch::stable::Tensor& token_ids, const torch::stable::Tensor& mask, const std::optional<torch::stable::Tensor>& temperatures,
+    double temperature, double softcap, double logit_scale, const torch::stable::Tensor& logprobs, const torch::stable::Tensor& entropy,
+    const torch::stable::Tensor& lse);
+
+std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor> grpo_loss_cpu(
+    const torch::stable::Tensor& logits, const torch::stable::Tensor& token_ids, const torch::stable::Tensor& mask,
+    const torch::stable::Tensor& advantages, const torch::stable::Tensor& weights, const std::optional<torch::stable::Tensor>& entropy_weights,
+    const std::optional<torch::stable::Tensor>& old_logprobs, const std::optional<torch::stable::Tensor>& ref_logprobs,
+    const std::optional<torch::stable::Tensor>& rollout_weights, const std::optional<torch::stable::Tensor>& temperatures, double temperature,
+    double softcap, double logit_scale, double loss_scale, std::vector<double> settings, bool only_active, bool want_gradient);
+
+std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor> grpo_loss_inplace_cpu(
+    torch::stable::Tensor logits, const torch::stable::Tensor& token_ids, const torch::stable::Tensor& mask,
+    const torch::stable::Tensor& advantages, const torch::stable::Tensor& weights, const std::optional<torch::stable::Tensor>& entropy_weights,
+    const std::optional<torch::stable::Tensor>& old_logprobs, const std::optional<torch::stable::Tensor>& ref_logprobs,
+    const std::optional<torch::stable::Tensor>& rollout_weights, const std::optional<torch::stable::Tensor>& temperatures, double temperature,
+    double softcap, double logit_scale, double loss_scale, std::vector<double> settings, bool only_active);

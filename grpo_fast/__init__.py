@@ -9,9 +9,26 @@ if find_spec("grpo_fast.kernels") is None:  # the Triton package lies in kernels
     )
 
 from grpo_fast import _extension
+from grpo_fast.advantages import GroupAdvantages, group_advantages
 from grpo_fast.backends import BackendStatus, backends, use_backend
+from grpo_fast.checks import debug_checks
+from grpo_fast.config import LOSS_TYPES, LossConfig
+from grpo_fast.loss import GRPOOutput, TokenLogprobs, grpo_loss, token_logprobs
 
 _extension.load_prebuilt()  # milliseconds; a missing or broken extension is a status (see backends()), never an error here
 
-__all__ = ["BackendStatus", "backends", "use_backend"]
+__all__ = [
+    "LOSS_TYPES",
+    "BackendStatus",
+    "GRPOOutput",
+    "GroupAdvantages",
+    "LossConfig",
+    "TokenLogprobs",
+    "backends",
+    "debug_checks",
+    "group_advantages",
+    "grpo_loss",
+    "token_logprobs",
+    "use_backend",
+]
 __version__ = "0.1.0"

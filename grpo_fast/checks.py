@@ -33,3 +33,34 @@ def debug_checks(enabled: bool = True) -> Iterator[None]:
 def value_checks_wanted(tensor: Tensor) -> bool:
     """Whether checks that read this tensor's values may run: they would stall a GPU, and cannot be traced by torch.compile."""
     return not torch.compiler.is_compiling() and (_debug or tensor.device.type == "cpu")
+
+
+def tensor(name: str, x: object, *, like: Tensor, floating: bool = True) -> None:
+    """x is a tensor on the device of ``like``, floating-point unless said otherwise."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is a {type(x).__name__}; expected a torch.Tensor. Wrap it: torch.as_tensor({name}, device=logits.device).")
+    if floating and not x.is_floating_point():
+        raise TypeError(f"{name} has dtype {x.dtype}; expected a floating-point type. Convert it: {name}.float().")
+    if x.device != like.device:
+        raise ValueError(f"{name} is on {x.device}, logits are on {like.device}; expected one device. Move it: {name}.to(logits.device).")
+
+
+def shape(name: str, x: Tensor, *allowed: tuple[tuple[int, ...], str]) -> None:
+    """x has one of the allowed shapes, each given with its name in letters."""
+    if all(tuple(x.shape) != sizes for sizes, _ in allowed):
+        expected = " or ".join(f"{letters} = {list(sizes)}" for sizes, letters in allowed)
+        raise ValueError(f"{name} has shape {list(x.shape)}; expected {expected} (sizes follow from logits and token_ids).")
+
+
+def positive(name: str, x: object, cure: str) -> float:
+    """x is a finite number above 0."""
+    if isinstance(x, bool) or not isinstance(x, (int, float, torch.SymFloat)):
+        raise TypeError(f"{name} is {x!r} ({type(x).__name__}); expected a number > 0. {cure}")
+    if not 0 < x < float("inf"):  # False for NaN too
+        raise ValueError(f"{name} is {x!r}; expected a finite number > 0. {cure}")
+    return x  # type: ignore[return-value]
+
+
+def first_index(bad: Tensor) -> list[int]:
+    """Where the first True stands, for error messages."""
+    return bad.nonzero()[0].tolist()

@@ -1,0 +1,36 @@
+// One vocabulary row on the CPU: its statistics, and its gradient from the two numbers g and h. Knows no loss. The same source (rows_impl.h) is
+// compiled once per instruction set; rows() hands out the best that this machine runs.
+#pragma once
+#include <cstdint>
+
+namespace grpo_fast {
+
+enum class RowType { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+// s_v = f(z_v) / temperature, f(z) = logit_scale * z, then softcap * tanh(. / softcap) if softcap > 0
+struct RowTransform {
+  double temperature, logit_scale, softcap;
+};
+
+// All of it in natural logarithms of the scaled logits s.
+struct RowStatistics {
+  double logprob;  // of the target, exact also when its probability is almost 1
+  double entropy;
+  double lse;      // log sum exp over the whole row, target included
+  double pivot;    // a reference near the largest logit, in the units of f(z): keeps exp's argument small and exact
+};
+
+struct RowKernels {
+  RowStatistics (*statistics)(const void* row, int64_t vocabulary, int64_t target, const RowTransform& transform);
+  // d loss / d z for the whole row; gradient may be the row itself. stream: write around the caches, for gradients far larger than these.
+  void (*gradient)(const void* row, void* gradient, int64_t vocabulary, int64_t target, const RowTransform& transform,
+                   const RowStatistics& statistics, double g, double h, bool stream);
+};
+
+const RowKernels& rows(RowType type);
+int64_t instruction_set();  // 0 portable, 1 AVX2, 2 AVX-512; the environment variable GRPO_FAST_ISA lowers it
+
+// One table per instruction set, indexed by RowType.
+extern const RowKernels kRowsPortable[3], kRowsAvx2[3], kRowsAvx512[3];
+
+}  // namespace grpo_fast

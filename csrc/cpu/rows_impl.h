@@ -1,0 +1,311 @@
+// The row kernels, compiled by rows_portable.cpp, rows_avx2.cpp and rows_avx512.cpp with GF_TARGET naming the instruction set. Plain loops that
+// the compiler vectorises: no intrinsics but the streaming store, so that any architecture works.
+//
+// A row is walked in blocks that stay in the first-level cache. Statistics: the block's maximum, then sum e and sum e*t with e = 2^t relative to
+// the running maximum. The target column is left out of both sums. Gradient: a second walk over a row that is still in the cache.
+#pragma once
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+#include "rows.h"
+
+#if defined(GF_TARGET)
+#define GF_STRINGIFY(x) #x
+#define GF_PRAGMA(x) _Pragma(GF_STRINGIFY(x))
+#if defined(__clang__)
+GF_PRAGMA(clang attribute push(__attribute__((target(GF_TARGET))), apply_to = function))
+#else
+#pragma GCC push_options
+GF_PRAGMA(GCC target(GF_TARGET))
+#endif
+#endif
+
+namespace grpo_fast {
+namespace {  // internal linkage: each instruction set keeps its own copy
+
+#define GF_INLINE inline __attribute__((always_inline))
+
+constexpr int64_t kBlock = 1024;  // float32 values: 4 KiB, so that a block and its gradient share the first-level cache
+constexpr double kLog2E = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
+constexpr float kExponentFloor = -126.0f;  // 2^t below the smallest normal float is kept there: a relative 1e-38 of the row's sum
+
+template <typename To, typename From>
+GF_INLINE To bits(From x) {
+  static_assert(sizeof(To) == sizeof(From), "bits: same size only");
+  To y;
+  std::memcpy(&y, &x, sizeof(y));
+  return y;
+}
+
+// 2^t for -126 <= t <= 0, NaN for NaN. Degree-5 minimax polynomial of 2^f on [-1/2, 1/2], relative error 7.5e-8; with rounding below 2.5e-7
+// (tests/test_rows.py). The exponent is set by integer arithmetic.
+GF_INLINE float exp2_negative(float t) {
+  const float shifted = t + 12582912.0f;  // 1.5 * 2^23: the sum's low mantissa bits are t rounded to nearest
+  const float f = t - (shifted - 12582912.0f);
+  float p = 1.32764725e-3f;
+  p = p * f + 9.67554096e-3f;
+  p = p * f + 5.55071309e-2f;
+  p = p * f + 2.40221202e-1f;
+  p = p * f + 6.93146944e-1f;
+  p = p * f + 1.0f;
+  return bits<float>(bits<uint32_t>(p) + (bits<uint32_t>(shifted) << 23));
+}
+
+GF_INLINE float floor_exponent(float t) { return t < kExponentFloor ? kExponentFloor : t; }  // NaN stays NaN
+
+// tanh within 2 ulp: an odd polynomial near 0 (Cephes, S. Moshier), 1 - 2/(e^2x + 1) beyond.
+GF_INLINE float tanh_fast(float x) {
+  const float a = std::fabs(x), z = x * x;
+  float p = -5.70498872745e-3f;
+  p = p * z + 2.06390887954e-2f;
+  p = p * z - 5.37397155531e-2f;
+  p = p * z + 1.33314422036e-1f;
+  p = p * z - 3.33332819422e-1f;
+  const float small = x + x * z * p;
+  const float e = exp2_negative(floor_exponent(a * static_cast<float>(-2 * kLog2E)));  // e^-2|x|
+  const float large = std::copysign((1.0f - e) / (1.0f + e), x);
+  return a < 0.625f ? small : large;
+}
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat {
+  uint16_t bits;
+};
+
+GF_INLINE float to_float(float x) { return x; }
+GF_INLINE float to_float(BFloat x) { return bits<float>(static_cast<uint32_t>(x.bits) << 16); }
+GF_INLINE float to_float(Half x) {
+  const uint32_t shifted = static_cast<uint32_t>(x.bits & 0x7fff) << 13, exponent = shifted & 0x0f800000u;
+  const uint32_t normal = shifted + 0x38000000u;
+  const float subnormal = bits<float>(normal + 0x00800000u) - bits<float>(0x38800000u);
+  uint32_t u = exponent == 0x0f800000u ? normal + 0x38000000u : normal;  // infinity and NaN
+  u = exponent == 0 ? bits<uint32_t>(subnormal) : u;
+  return bits<float>(u | static_cast<uint32_t>(x.bits & 0x8000) << 16);
+}
+
+// Rounded to the nearest, ties to even.
+GF_INLINE void from_float(float x, float* out) { *out = x; }
+GF_INLINE void from_float(float x, BFloat* out) {
+  const uint32_t u = bits<uint32_t>(x);
+  const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  out->bits = static_cast<uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? (u >> 16) | 0x40u : rounded);
+}
+GF_INLINE void from_float(float x, Half* out) {
+  const uint32_t u = bits<uint32_t>(x), a = u & 0x7fffffffu;
+  const uint32_t normal = (a - 0x38000000u + 0xfffu + ((a >> 13) & 1u)) >> 13;
+  const uint32_t subnormal = bits<uint32_t>(bits<float>(a) + 0.5f) - 0x3f000000u;
+  const uint32_t overflow = a > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  uint32_t v = a < 0x38800000u ? subnormal : normal;
+  v = a >= 0x47800000u ? overflow : v;
+  out->bits = static_cast<uint16_t>(v | ((u >> 16) & 0x8000u));
+}
+
+GF_INLINE float transformed(float z, float scale, float softcap) { return softcap * tanh_fast(z * scale / softcap); }
+
+// Where a block of float32 values is read from: the row itself if it is float32 without a soft cap, else a converted copy in the buffer.
+template <typename T, bool kCapped>
+GF_INLINE const float* load(const T* row, int64_t n, const RowTransform& transform, float* buffer) {
+  if constexpr (std::is_same_v<T, float> && !kCapped) {
+    return row;
+  } else {
+    if constexpr (kCapped) {
+      const float scale = static_cast<float>(transform.logit_scale), softcap = static_cast<float>(transform.softcap);
+#pragma omp simd
+      for (int64_t j = 0; j < n; j++) buffer[j] = transformed(to_float(row[j]), scale, softcap);
+    } else {
+#pragma omp simd
+      for (int64_t j = 0; j < n; j++) buffer[j] = to_float(row[j]);
+    }
+    return buffer;
+  }
+}
+
+// f(z) of one column, in double: the target decides how exact a confident token is.
+template <typename T, bool kCapped>
+GF_INLINE double column(const T* row, int64_t v, const RowTransform& transform) {
+  const double z = to_float(row[v]);
+  return kCapped ? transform.softcap * std::tanh(z * transform.logit_scale / transform.softcap) : z;
+}
+
+// s = f * slope for the values that load() returns (a logit scale without a soft cap is folded in here).
+template <bool kCapped>
+GF_INLINE double slope_of(const RowTransform& transform) {
+  return (kCapped ? 1.0 : transform.logit_scale) / transform.temperature;
+}
+
+struct Sums {  // over the columns seen so far, relative to the running maximum
+  float maximum = -std::numeric_limits<float>::infinity();
+  double e = 0, et = 0;  // sum 2^t and sum t * 2^t, t = (f - maximum) * slope * log2(e)
+};
+
+GF_INLINE void add_block(const float* __restrict f, int64_t n, double slope_log2, Sums* sums) {
+  float maximum = sums->maximum;
+#pragma omp simd reduction(max : maximum)
+  for (int64_t j = 0; j < n; j++) maximum = f[j] > maximum ? f[j] : maximum;
+  if (maximum == -std::numeric_limits<float>::infinity()) {  // nothing but -inf (or NaN) so far
+    for (int64_t j = 0; j < n; j++) sums->e += f[j] != f[j] ? f[j] : 0.0f;
+    return;
+  }
+  if (maximum > sums->maximum) {
+    if (sums->e > 0) {
+      const double shift = (static_cast<double>(sums->maximum) - maximum) * slope_log2, factor = std::exp2(shift);
+      sums->et = factor * (sums->et + shift * sums->e);
+      sums->e *= factor;
+    }
+    sums->maximum = maximum;
+  }
+  const float k = static_cast<float>(slope_log2);
+  float e_sum = 0, et_sum = 0;
+#pragma omp simd reduction(+ : e_sum, et_sum)
+  for (int64_t j = 0; j < n; j++) {
+    const float t = floor_exponent((f[j] - maximum) * k), e = exp2_negative(t);
+    e_sum += e;
+    et_sum += e * t;
+  }
+  sums->e += e_sum;
+  sums->et += et_sum;
+}
+
+template <typename T, bool kCapped>
+GF_INLINE RowStatistics statistics_of(const T* row, int64_t vocabulary, int64_t target, const RowTransform& transform) {
+  alignas(64) float buffer[kBlock];
+  const double slope = slope_of<kCapped>(transform);
+  Sums sums;
+  for (int64_t begin = 0, end; begin < vocabulary; begin = end) {
+    if (begin == target) {  // its column is left out: blocks end before it and begin after it
+      end = begin + 1;
+      continue;
+    }
+    end = begin + kBlock < vocabulary ? begin + kBlock : vocabulary;
+    if (begin < target && target < end) end = target;
+    add_block(load<T, kCapped>(row + begin, end - begin, transform, buffer), end - begin, slope * kLog2E, &sums);
+  }
+
+  RowStatistics out;
+  const double s_target = column<T, kCapped>(row, target, transform) * slope;
+  const double lse_others = sums.maximum * slope + std::log(sums.e), d = lse_others - s_target;
+  out.logprob = d > 0 ? -(d + std::log1p(std::exp(-d))) : -std::log1p(std::exp(d));
+  out.lse = s_target - out.logprob;
+  out.pivot = sums.maximum;
+  out.entropy = -std::exp(out.logprob) * out.logprob;
+  if (sums.e > 0) {  // - sum p log p over the others, with log p = t ln 2 + log_factor
+    const double log_factor = sums.maximum * slope - out.lse;
+    out.entropy -= std::exp(log_factor) * (sums.et * kLn2 + sums.e * log_factor);
+  }
+  if (sums.e != sums.e) out.entropy = sums.e;
+  return out;
+}
+
+// Copies finished bytes past the caches, whole cache lines at a time.
+GF_INLINE void stream_out(void* to, const void* from, int64_t bytes) {
+#if defined(__SSE2__)
+  char* out = static_cast<char*>(to);
+  const char* in = static_cast<const char*>(from);
+  const int64_t head = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(out) & 15);
+  if (bytes >= head + 16) {
+    std::memcpy(out, in, static_cast<size_t>(head));
+    int64_t i = head;
+    for (; i + 16 <= bytes; i += 16)
+      _mm_stream_si128(reinterpret_cast<__m128i*>(out + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i)));
+    std::memcpy(out + i, in + i, static_cast<size_t>(bytes - i));
+    return;
+  }
+#endif
+  std::memcpy(to, from, static_cast<size_t>(bytes));
+}
+
+struct GradientTerms {  // d loss / d f = e * (constant + linear * t), e = 2^t, t = (f - pivot) * k
+  float pivot, k, constant, linear;
+  float inverse_softcap2;  // a soft cap's derivative is 1 - (f / softcap)^2
+};
+
+template <typename T, bool kCapped, bool kEntropy>
+GF_INLINE void gradient_block(const float* f, T* out, int64_t n, const GradientTerms& terms) {
+  const GradientTerms c = terms;  // by value: what is stored to out cannot change it
+#pragma omp simd
+  for (int64_t j = 0; j < n; j++) {
+    const float x = f[j], t = floor_exponent((x - c.pivot) * c.k), e = exp2_negative(t);
+    float d = kEntropy ? e * (c.constant + c.linear * t) : e * c.constant;
+    if (kCapped) d *= 1.0f - x * x * c.inverse_softcap2;
+    from_float(d, out + j);
+  }
+}
+
+template <typename T, bool kCapped, bool kEntropy>
+GF_INLINE void gradient_of(const T* row, T* gradient, int64_t vocabulary, int64_t target, const RowTransform& transform,
+                           const RowStatistics& statistics, double g, double h, bool stream) {
+  alignas(64) float buffer[kBlock];
+  alignas(64) T finished[kBlock];
+  const double f_target = column<T, kCapped>(row, target, transform);
+  const double pivot = std::isinf(statistics.pivot) ? f_target : statistics.pivot;  // no finite logit but the target's
+  const double slope = slope_of<kCapped>(transform), log_factor = pivot * slope - statistics.lse;
+  const double factor = std::exp(log_factor) * transform.logit_scale / transform.temperature;
+  GradientTerms terms;
+  terms.pivot = static_cast<float>(pivot);
+  terms.k = static_cast<float>(slope * kLog2E);
+  terms.constant = static_cast<float>(factor * (-g - h * (statistics.entropy + log_factor)));
+  terms.linear = static_cast<float>(factor * -h * kLn2);
+  terms.inverse_softcap2 = kCapped ? static_cast<float>(1 / (transform.softcap * transform.softcap)) : 0.0f;
+
+  // The target's own gradient, from 1 - p = -expm1(log p): exact also for a confident token. Taken before the row is written over.
+  const double p = std::exp(statistics.logprob);
+  double d_target = g * -std::expm1(statistics.logprob) - h * p * (statistics.logprob + statistics.entropy);
+  d_target *= transform.logit_scale / transform.temperature;
+  if (kCapped) d_target *= 1 - f_target * f_target / (transform.softcap * transform.softcap);
+
+  int64_t begin = 0;
+  int64_t end = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(gradient) & 63) / static_cast<int64_t>(sizeof(T));  // to a cache line
+  if (end == 0) end = kBlock;
+  for (; begin < vocabulary; begin = end, end += kBlock) {
+    if (end > vocabulary) end = vocabulary;
+    const int64_t n = end - begin;
+    T* out = stream ? finished : gradient + begin;
+    gradient_block<T, kCapped, kEntropy>(load<T, kCapped>(row + begin, n, transform, buffer), out, n, terms);
+    if (begin <= target && target < end) from_float(static_cast<float>(d_target), out + (target - begin));
+    if (stream) stream_out(gradient + begin, finished, n * static_cast<int64_t>(sizeof(T)));
+  }
+}
+
+template <typename T>
+RowStatistics statistics(const void* row, int64_t vocabulary, int64_t target, const RowTransform& transform) {
+  const T* typed = static_cast<const T*>(row);
+  return transform.softcap > 0 ? statistics_of<T, true>(typed, vocabulary, target, transform)
+                               : statistics_of<T, false>(typed, vocabulary, target, transform);
+}
+
+template <typename T>
+void gradient(const void* row, void* gradient, int64_t vocabulary, int64_t target, const RowTransform& transform,
+              const RowStatistics& statistics, double g, double h, bool stream) {
+  const T* in = static_cast<const T*>(row);
+  T* out = static_cast<T*>(gradient);
+  if (transform.softcap > 0) {
+    if (h != 0) gradient_of<T, true, true>(in, out, vocabulary, target, transform, statistics, g, h, stream);
+    else gradient_of<T, true, false>(in, out, vocabulary, target, transform, statistics, g, h, stream);
+  } else {
+    if (h != 0) gradient_of<T, false, true>(in, out, vocabulary, target, transform, statistics, g, h, stream);
+    else gradient_of<T, false, false>(in, out, vocabulary, target, transform, statistics, g, h, stream);
+  }
+}
+
+}  // namespace
+}  // namespace grpo_fast
+
+#define GF_DEFINE_ROWS(table)                                                                                        \
+  namespace grpo_fast {                                                                                              \
+  extern const RowKernels table[3];                                                                                  \
+  const RowKernels table[3] = {{&statistics<float>, &gradient<float>}, {&statistics<BFloat>, &gradient<BFloat>},     \
+                               {&statistics<Half>, &gradient<Half>}};                                                \
+  }
+
+#if defined(GF_TARGET)
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

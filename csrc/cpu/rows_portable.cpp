@@ -1,0 +1,2 @@
+#include "rows_impl.h"
+GF_DEFINE_ROWS(kRowsPortable)

@@ -1,0 +1,108 @@
+// What the operators over vocabulary rows share: how [B, T, V] logits and per-token tensors are addressed, and how rows are given to threads.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <limits>
+#include <optional>
+
+#include "rows.h"
+
+namespace grpo_fast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// A gradient beyond this many bytes will not be found in the caches by whoever reads it next, so it is written around them.
+constexpr int64_t kStreamBytes = int64_t(64) << 20;
+
+inline Tensor unit_stride(const Tensor& logits) { return logits.stride(2) == 1 ? logits : torch::stable::contiguous(logits); }
+
+struct Rows {  // [B, T or T + 1, V] logits or their gradient; a last position beyond T is not a token's
+  char* data;
+  int64_t sequences, positions, vocabulary, sequence_stride, position_stride, element;
+  RowType type;
+
+  explicit Rows(const Tensor& tensor)
+      : data(static_cast<char*>(const_cast<void*>(tensor.const_data_ptr()))),
+        sequences(tensor.size(0)),
+        positions(tensor.size(1)),
+        vocabulary(tensor.size(2)),
+        sequence_stride(tensor.stride(0)),
+        position_stride(tensor.stride(1)),
+        element(tensor.scalar_type() == ScalarType::Float ? 4 : 2),
+        type(tensor.scalar_type() == ScalarType::Float      ? RowType::kFloat32
+             : tensor.scalar_type() == ScalarType::BFloat16 ? RowType::kBFloat16
+                                                            : RowType::kFloat16) {
+    const ScalarType t = tensor.scalar_type();
+    STD_TORCH_CHECK(t == ScalarType::Float || t == ScalarType::BFloat16 || t == ScalarType::Half,
+                    "logits: float32, bfloat16 or float16 expected by the CPU kernel");
+  }
+  void* at(int64_t b, int64_t t) const { return data + (b * sequence_stride + t * position_stride) * element; }
+  void clear(int64_t b, int64_t t) const { std::memset(at(b, t), 0, static_cast<size_t>(vocabulary * element)); }
+  int64_t bytes() const { return sequences * positions * vocabulary * element; }
+};
+
+template <typename T>
+struct PerToken {  // a [B, T] tensor, or one that broadcasts to it, or none
+  const T* data = nullptr;
+  int64_t sequence_stride = 0, token_stride = 0;
+
+  explicit PerToken(const Tensor& x) : data(static_cast<const T*>(x.const_data_ptr())) {
+    STD_TORCH_CHECK(x.dim() == 2, "per-token tensors have two dimensions");
+    if (x.size(0) > 1) sequence_stride = x.stride(0);
+    if (x.size(1) > 1) token_stride = x.stride(1);
+  }
+  explicit PerToken(const std::optional<Tensor>& x) {
+    if (x.has_value()) *this = PerToken(*x);
+  }
+  bool given() const { return data != nullptr; }
+  T at(int64_t b, int64_t t, T otherwise = T()) const { return given() ? data[b * sequence_stride + t * token_stride] : otherwise; }
+};
+
+struct Tokens {  // which rows count, and how they are scored
+  PerToken<int64_t> ids;
+  PerToken<bool> mask;
+  PerToken<float> temperatures;
+  RowTransform shared;
+
+  bool in_vocabulary(int64_t b, int64_t t, int64_t vocabulary) const { return ids.at(b, t) >= 0 && ids.at(b, t) < vocabulary; }
+  RowTransform transform(int64_t b, int64_t t) const {
+    RowTransform own = shared;
+    if (temperatures.given()) own.temperature = temperatures.at(b, t);
+    return own;
+  }
+};
+
+inline Tensor like_tokens(const Tensor& token_ids) {
+  return torch::stable::new_empty(token_ids, {token_ids.size(0), token_ids.size(1)}, ScalarType::Float);
+}
+
+// What a token gets whose id lies outside the vocabulary: nothing is read, and the loss turns into NaN.
+inline RowStatistics no_statistics() {
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  return {nan, nan, nan, nan};
+}
+
+// Calls work(row) for every row in [0, count), rows handed out in small runs so that masked stretches do not leave a thread idle. Each row writes
+// only its own results, so these do not depend on who computed it.
+template <typename Work>
+void for_each_row(int64_t count, int64_t vocabulary, const Work& work) {
+  const int64_t run = std::max<int64_t>(1, 32768 / std::max<int64_t>(vocabulary, 1)), threads = torch::stable::get_num_threads();
+  if (threads == 1 || count <= run) {
+    for (int64_t row = 0; row < count; row++) work(row);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, std::min(threads, (count + run - 1) / run), 1, [&](int64_t, int64_t) {
+    for (int64_t begin; (begin = next.fetch_add(run)) < count;)
+      for (int64_t row = begin, end = std::min(begin + run, count); row < end; row++) work(row);
+  });
+}
+
+}  // namespace grpo_fast

@@ -1,0 +1,166 @@
+"""From what the caller passes to one form: logits [B, T or T + 1, V], everything else [B, T] or broadcastable to it. A packed [N] batch is one row.
+
+All checks happen here, before anything is computed or written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grpo_fast import checks
+
+__all__ = ["TokenInputs", "token_inputs"]
+
+TEMPERATURE_CURE = "The temperature is the one that sampled the tokens; greedy decoding (0) has no policy to train."
+
+
+@dataclass(frozen=True)
+class TokenInputs:
+    """Logits and what scores them, checked, in one form."""
+
+    logits: Tensor  # [B, T, V] or [B, T + 1, V]
+    token_ids: Tensor  # int64 [B, T]
+    mask: Tensor  # bool [B, T]
+    temperatures: Tensor | None  # float [B, T]; None: one number for all
+    temperature: float
+    softcap: float | None
+    logit_scale: float
+    shape: torch.Size  # of token_ids as given: [B, T] or [N]
+
+    @property
+    def packed(self) -> bool:
+        return len(self.shape) == 1
+
+    def optional(self, name: str, x: Tensor | None) -> Tensor | None:
+        """An optional floating-point argument shaped like token_ids, as [B, T]."""
+        return None if x is None else self.per_token(name, x, like_sequences=False)
+
+    def per_token(self, name: str, x: Tensor, *, like_sequences: bool, one_column: bool = False) -> Tensor:
+        """A floating-point argument shaped like token_ids as [B, T], expanded from [B] (like_sequences) or [B, 1] (one_column) without a copy."""
+        checks.tensor(name, x, like=self.logits)
+        if self.packed:
+            checks.shape(name, x, (tuple(self.shape), "[N]"))
+            return x.unsqueeze(0)
+        sequences, length = self.shape
+        allowed: list[tuple[tuple[int, ...], str]] = [((sequences, length), "[B, T]")]
+        if like_sequences:
+            allowed.append(((sequences,), "[B]"))
+        if one_column:
+            allowed.append(((sequences, 1), "[B, 1]"))
+        checks.shape(name, x, *allowed)
+        return (x.unsqueeze(1) if x.dim() == 1 else x).expand(sequences, length)
+
+    def like_given(self, x: Tensor) -> Tensor:
+        """A [B, T] result in the shape of the caller's token_ids."""
+        return x.squeeze(0) if self.packed else x
+
+
+def token_inputs(
+    logits: Tensor,
+    token_ids: Tensor,
+    *,
+    mask: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    logit_scale: float,
+) -> TokenInputs:
+    """Check logits and what scores them, and bring them into one form.
+
+    Raises:
+        TypeError, ValueError: names the argument, what it was, what was expected and the cure.
+    """
+    _check_logits(logits, token_ids)
+    if mask is not None:
+        _check_mask(mask, token_ids)
+    if softcap is not None:
+        checks.positive("softcap", softcap, "Pass None for a model without a soft cap.")
+    checks.positive("logit_scale", logit_scale, "Pass 1.0 for a model that does not scale its logits.")
+
+    packed = token_ids.dim() == 1
+    bool_mask = torch.ones_like(token_ids, dtype=torch.bool) if mask is None else mask.bool()
+    inputs = TokenInputs(
+        logits=logits.unsqueeze(0) if packed else logits,
+        token_ids=token_ids.unsqueeze(0) if packed else token_ids,
+        mask=bool_mask.unsqueeze(0) if packed else bool_mask,
+        temperatures=None,
+        temperature=1.0,
+        softcap=None if softcap is None else float(softcap),
+        logit_scale=float(logit_scale),
+        shape=token_ids.shape,
+    )
+    inputs = _with_temperature(inputs, temperature)
+    if checks.value_checks_wanted(logits):
+        _check_values(inputs, mask)
+    return inputs
+
+
+def _check_logits(logits: Tensor, token_ids: Tensor) -> None:
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits is a {type(logits).__name__}; expected a floating-point torch.Tensor. A model's output holds it as .logits.")
+    checks.tensor("logits", logits, like=logits)
+    checks.tensor("token_ids", token_ids, like=logits, floating=False)
+    if token_ids.dtype != torch.int64:
+        raise TypeError(f"token_ids has dtype {token_ids.dtype}; expected torch.int64. Convert it: token_ids.long().")
+    if logits.dim() not in (2, 3):
+        raise ValueError(f"logits has shape {list(logits.shape)}; expected [B, T, V], [B, T + 1, V] or packed [N, V].")
+    if logits.shape[-1] < 2:
+        raise ValueError(f"logits has a vocabulary of {logits.shape[-1]}; expected at least 2 entries in its last dimension.")
+    if logits.dim() == 2:
+        checks.shape("token_ids", token_ids, ((logits.shape[0],), "[N]"))
+        return
+    sequences, positions, _ = logits.shape
+    allowed = [((sequences, positions), "[B, T] (logits [B, T, V])")]
+    if positions > 0:
+        allowed.append(((sequences, positions - 1), "[B, T] (logits [B, T + 1, V])"))
+    checks.shape("token_ids", token_ids, *allowed)
+
+
+def _check_mask(mask: Tensor, token_ids: Tensor) -> None:
+    checks.tensor("mask", mask, like=token_ids, floating=False)
+    if mask.is_complex():
+        raise TypeError(f"mask has dtype {mask.dtype}; expected bool, or numbers 0 and 1.")
+    checks.shape("mask", mask, (tuple(token_ids.shape), "the shape of token_ids"))
+
+
+def _with_temperature(inputs: TokenInputs, temperature: float | Tensor) -> TokenInputs:
+    fields = {name: getattr(inputs, name) for name in inputs.__dataclass_fields__}
+    if not isinstance(temperature, Tensor):
+        return TokenInputs(**{**fields, "temperature": checks.positive("temperature", temperature, TEMPERATURE_CURE)})
+    if temperature.dim() == 0:
+        checks.tensor("temperature", temperature, like=inputs.logits)
+        temperatures = temperature.expand(inputs.token_ids.shape)
+    else:
+        temperatures = inputs.per_token("temperature", temperature, like_sequences=True, one_column=True)
+    return TokenInputs(**{**fields, "temperatures": temperatures})
+
+
+def _check_values(inputs: TokenInputs, given_mask: Tensor | None) -> None:
+    """The checks that must read values; a few microseconds on the CPU, a synchronisation on a GPU."""
+    mask, ids, vocabulary = inputs.mask, inputs.token_ids, inputs.logits.shape[-1]
+    if given_mask is not None and given_mask.dtype != torch.bool:
+        bad = (given_mask != 0) & (given_mask != 1)  # NaN is neither
+        if bool(bad.any()):
+            where = checks.first_index(bad)
+            raise ValueError(f"mask{where} is {given_mask[tuple(where)].item()}; expected bool, or numbers 0 and 1. Compare first: mask > 0.")
+    if ids.numel() == 0:
+        return
+    lowest, highest = torch.aminmax(torch.where(mask, ids, 0))
+    if lowest < 0 or highest >= vocabulary:
+        where = checks.first_index(mask & ((ids < 0) | (ids >= vocabulary)))
+        raise ValueError(
+            f"token_ids{_given(inputs, where)} is {ids[tuple(where)].item()}; expected 0 <= id < {vocabulary}, the vocabulary of logits, on every "
+            "token that counts. Set the mask to 0 on padding."
+        )
+    if inputs.temperatures is not None:
+        bad = mask & ~((inputs.temperatures > 0) & (inputs.temperatures < float("inf")))
+        if bool(bad.any()):
+            where = checks.first_index(bad)
+            value = inputs.temperatures[tuple(where)].item()
+            raise ValueError(f"temperature of token {_given(inputs, where)} is {value}; expected a finite number > 0. {TEMPERATURE_CURE}")
+
+
+def _given(inputs: TokenInputs, index: list[int]) -> list[int]:
+    return index[1:] if inputs.packed else index

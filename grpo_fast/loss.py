@@ -1,0 +1,300 @@
+"""The public loss over logits: grpo_loss, and token_logprobs for losses of one's own."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from grpo_fast import checks
+from grpo_fast.backends import select
+from grpo_fast.config import LossConfig
+from grpo_fast.inputs import TokenInputs, token_inputs
+from grpo_fast.ops import METRICS, GrpoLossInplaceFunction, TokenLogprobsInplaceFunction, loss_settings
+from grpo_fast.reference import Policy, Sequences, aggregation_weights, policy_loss, token_statistics
+
+__all__ = ["GRPOOutput", "TokenLogprobs", "grpo_loss", "token_logprobs"]
+
+_DEFAULT_CONFIG = LossConfig()
+
+
+class GRPOOutput(NamedTuple):
+    """What grpo_loss returns; all on the device of the logits, nothing synchronised.
+
+    Metrics are means over the computed tokens, 0-d float32: ``kl`` (the estimator's value; 0 without ref_logprobs), ``entropy`` (nats, at the
+    call's temperature), ``ratio_mean`` and ``ratio_max`` of the importance ratio, ``clip_low`` (share of tokens with A < 0 whose ratio is below
+    the band), ``clip_high`` (A > 0 and above it), ``clip_region`` (either), and ``active_fraction``: the share of the unmasked tokens that can
+    change the gradient.
+    """
+
+    loss: Tensor  # 0-d float32 (float64 for float64 logits), differentiable
+    logprobs: Tensor  # float32, like token_ids, detached; 0 where not computed
+    entropy: Tensor  # float32, like token_ids, detached; 0 where not computed
+    active: Tensor  # bool, like token_ids: the tokens that were computed
+    metrics: dict[str, Tensor]
+
+
+class TokenLogprobs(NamedTuple):
+    """What token_logprobs returns: float32 (float64 for float64 logits), like token_ids, differentiable, 0 where masked."""
+
+    logprobs: Tensor
+    entropy: Tensor
+
+
+def grpo_loss(
+    logits: Tensor,  # [B, T, V], [B, T + 1, V] or packed [N, V]
+    token_ids: Tensor,  # int64 [B, T] or [N]
+    advantages: Tensor,  # [B], [B, T] or [N]
+    *,
+    config: LossConfig = _DEFAULT_CONFIG,
+    old_logprobs: Tensor | None = None,  # like token_ids
+    ref_logprobs: Tensor | None = None,  # like token_ids
+    mask: Tensor | None = None,  # like token_ids
+    rollout_weights: Tensor | None = None,  # [B, T], [B, 1] or [N]
+    temperature: float | Tensor = 1.0,  # number, [B], [B, T] or [N]
+    cu_seqlens: Tensor | None = None,  # int32 [S + 1]
+    num_items: int | float | Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    loss_scale: float = 1.0,
+    metrics_on: str = "all",
+    inplace: bool = False,
+) -> GRPOOutput:
+    """The loss of Group Relative Policy Optimization (arXiv:2402.03300) and its relatives, from logits, in one pass.
+
+    ``loss = loss_scale * sum_n w_n * l_n``: the config's loss type names the per-token objective l and the weights w; grpo_fast/reference/loss.py
+    is the specification. Statistics are float32 or better whatever the type of the logits, and the result is bitwise the same from run to run.
+    On the CPU a row's gradient is formed while the row is in the cache, so backward has nothing to do where its upstream gradient is 1: scale
+    with ``loss_scale`` rather than by multiplying the loss.
+
+    Args:
+        logits: float32, bfloat16 or float16 (float64: computed by the reference). ``[B, T + 1, V]`` is what a Hugging Face model returns for T
+            tokens and their prefix: the last position is ignored, nothing is copied.
+        token_ids: the sampled tokens; ``token_ids[b, t]`` is scored by ``logits[b, t]``.
+        advantages: one per sequence or per token.
+        config: which member of the family.
+        old_logprobs: of the policy that sampled; None = on-policy (the ratio is 1 and its gradient flows).
+        ref_logprobs: of the reference policy; required when ``config.beta != 0``.
+        mask: bool or 0/1; what stands under a 0 may be anything. None = every token counts.
+        rollout_weights: correction for a sampler that differs from the trainer; multiplies the surrogate, not the KL.
+        temperature: the one that sampled; the policy is ``softmax(f(logits) / temperature)``.
+        cu_seqlens: with packed input, where sequences begin, ``0 ... N``; needed where a setting speaks of sequences.
+        num_items: the token count of the whole optimiser step, for ``global_token_mean``; None = this call's own.
+        softcap: ``c * tanh(logits / c)`` before the temperature (Gemma 2); None = none.
+        logit_scale: multiplies the logits before soft cap and temperature (Cohere, Granite).
+        loss_scale: multiplies the loss while its gradient is formed: 1 / gradient-accumulation steps, say.
+        metrics_on: ``"all"``: every unmasked token gets its logprob, entropy and share in the metrics; ``"active"``: only tokens that can change
+            the gradient. The loss is the same.
+        inplace: allow the gradient to be written over the storage of the logits, which must not be used afterwards. A wish: a call that is
+            traced by torch.compile, or computed by the reference, takes new memory.
+
+    Returns:
+        GRPOOutput(loss, logprobs, entropy, active, metrics).
+
+    Raises:
+        TypeError, ValueError: names the argument, what it was, what was expected and the cure, before anything is written.
+
+    Example:
+        >>> logits = torch.randn(4, 8, 100, requires_grad=True)
+        >>> token_ids = torch.randint(100, (4, 8))
+        >>> out = grpo_loss(logits, token_ids, advantages=torch.tensor([1.0, -1.0, 0.5, -0.5]), temperature=0.7)
+        >>> out.loss.backward()
+    """
+    inputs = token_inputs(logits, token_ids, mask=mask, temperature=temperature, softcap=softcap, logit_scale=logit_scale)
+    _check_settings(config, ref_logprobs, metrics_on, loss_scale)
+    sequences = Sequences(inputs.token_ids, _checked_cu_seqlens(cu_seqlens, inputs, config))
+    weights, entropy_weights = _weights(inputs, sequences, config, num_items)
+    policy = Policy(
+        config=config,
+        mask=inputs.mask,
+        sequences=sequences,
+        advantages=inputs.per_token("advantages", advantages, like_sequences=True),
+        weights=weights,
+        entropy_weights=entropy_weights,
+        old_logprobs=inputs.optional("old_logprobs", old_logprobs),
+        ref_logprobs=inputs.optional("ref_logprobs", ref_logprobs),
+        rollout_weights=None if rollout_weights is None else inputs.per_token("rollout_weights", rollout_weights, like_sequences=False, one_column=True),
+        rollout_per_sequence=rollout_weights is not None and not inputs.packed and rollout_weights.shape != inputs.shape,
+        loss_scale=loss_scale,
+    )
+    computed = inputs.mask if metrics_on == "all" else policy.active()
+    inplace = inplace and _can_write_over(logits)
+    if _by_reference(logits):
+        loss, logprobs, entropy, metrics = _reference_loss(inputs, policy, computed)
+    elif config.level == "token" and config.surrogate != "vespo":
+        loss, logprobs, entropy, metrics = _one_pass_loss(inputs, policy, metrics_on == "active", inplace)
+    else:  # the ratio needs the whole sequence first: a statistics pass here, the gradient pass in backward
+        logprobs, entropy = _statistics(inputs, computed, inplace)
+        with torch.autocast(logits.device.type, enabled=False):
+            loss, metrics = policy_loss(logprobs, entropy, policy, computed)
+    return GRPOOutput(
+        loss,
+        inputs.like_given(logprobs.detach()),
+        inputs.like_given(entropy.detach()),
+        inputs.like_given(computed),
+        metrics,
+    )
+
+
+def token_logprobs(
+    logits: Tensor,  # [B, T, V], [B, T + 1, V] or packed [N, V]
+    token_ids: Tensor,  # int64 [B, T] or [N]
+    *,
+    mask: Tensor | None = None,  # like token_ids
+    temperature: float | Tensor = 1.0,  # number, [B], [B, T] or [N]
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> TokenLogprobs:
+    """Log-probability of each token under ``softmax(f(logits) / temperature)``, and that policy's entropy; one pass, both differentiable.
+
+    Exact also for confident tokens, where ``s_y - lse`` rounds to 0. Arguments and errors as in grpo_loss.
+
+    Returns:
+        TokenLogprobs(logprobs, entropy), float32 and shaped like token_ids, 0 under the mask's zeros.
+
+    Example:
+        >>> out = token_logprobs(torch.zeros(1, 3, 8), torch.tensor([[1, 2, 3]]))
+        >>> out.entropy.exp()
+        tensor([[8., 8., 8.]])
+    """
+    inputs = token_inputs(logits, token_ids, mask=mask, temperature=temperature, softcap=softcap, logit_scale=logit_scale)
+    if _by_reference(logits):
+        logprobs, entropy = _reference_statistics(inputs, inputs.mask)
+    else:
+        logprobs, entropy = _statistics(inputs, inputs.mask, inplace=False)
+    return TokenLogprobs(inputs.like_given(logprobs), inputs.like_given(entropy))
+
+
+def _check_settings(config: LossConfig, ref_logprobs: Tensor | None, metrics_on: str, loss_scale: float) -> None:
+    if not isinstance(config, LossConfig):
+        raise TypeError(f"config is a {type(config).__name__}; expected a LossConfig, for example LossConfig(loss_type='dapo').")
+    if config.beta != 0 and ref_logprobs is None:
+        raise ValueError(f"ref_logprobs is None; expected a tensor like token_ids, since config.beta = {config.beta:g}. Pass them, or set beta=0.")
+    if metrics_on not in ("all", "active"):
+        raise ValueError(f"metrics_on is {metrics_on!r}; expected 'all' or 'active'.")
+    if isinstance(loss_scale, bool) or not isinstance(loss_scale, (int, float, torch.SymFloat)):
+        raise TypeError(f"loss_scale is {loss_scale!r} ({type(loss_scale).__name__}); expected a number. Multiply the loss by a tensor afterwards.")
+    if not abs(loss_scale) < float("inf"):
+        raise ValueError(f"loss_scale is {loss_scale!r}; expected a finite number.")
+
+
+def _checked_cu_seqlens(cu_seqlens: Tensor | None, inputs: TokenInputs, config: LossConfig) -> Tensor | None:
+    if cu_seqlens is None:
+        by_sequence = config.level != "token" or config.surrogate == "vespo" or config.resolved_aggregation not in ("token_mean", "global_token_mean")
+        if inputs.packed and by_sequence:
+            raise ValueError(
+                f"cu_seqlens is None; expected int32 [S + 1], since loss_type={config.loss_type!r} speaks of sequences and the input is packed. "
+                "Pass where the sequences begin, 0 ... N, or give a padded batch."
+            )
+        return None
+    if not inputs.packed:
+        raise ValueError(f"cu_seqlens was given with token_ids of shape {list(inputs.shape)}; expected packed input [N]. Drop it for a padded batch.")
+    checks.tensor("cu_seqlens", cu_seqlens, like=inputs.logits, floating=False)
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens has dtype {cu_seqlens.dtype}; expected torch.int32. Convert it: cu_seqlens.int().")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"cu_seqlens has shape {list(cu_seqlens.shape)}; expected [S + 1]: the first position of each sequence, then N.")
+    if checks.value_checks_wanted(cu_seqlens):
+        total = inputs.shape[0]
+        if cu_seqlens[0] != 0 or cu_seqlens[-1] != total or bool((cu_seqlens.diff() < 0).any()):
+            raise ValueError(f"cu_seqlens is {cu_seqlens.tolist()}; expected to begin with 0, never to fall, and to end with N = {total}.")
+    return cu_seqlens
+
+
+def _weights(inputs: TokenInputs, sequences: Sequences, config: LossConfig, num_items: int | float | Tensor | None) -> tuple[Tensor, Tensor]:
+    """Of every token in the loss and in the entropy bonus, [B, T] by expansion."""
+    if num_items is not None:
+        if isinstance(num_items, bool) or not isinstance(num_items, (int, float, Tensor)):
+            raise TypeError(f"num_items is {num_items!r} ({type(num_items).__name__}); expected a number or a 0-d tensor: tokens in the whole step.")
+        if isinstance(num_items, Tensor) and num_items.dim() != 0:
+            raise ValueError(f"num_items has shape {list(num_items.shape)}; expected one number. Sum it over the batches first.")
+        if not isinstance(num_items, Tensor):
+            checks.positive("num_items", num_items, "It is the number of tokens that count in the whole optimiser step.")
+    dtype = torch.float64 if inputs.logits.dtype == torch.float64 else torch.float32
+    shape = inputs.mask.shape
+    weights = aggregation_weights(config.resolved_aggregation, inputs.mask, sequences, num_items, config.max_completion_length, dtype).expand(shape)
+    if config.entropy_coef == 0 or config.entropy_aggregation == "same":
+        return weights, weights
+    return weights, aggregation_weights(config.entropy_aggregation, inputs.mask, sequences, dtype=dtype).expand(shape)
+
+
+def _by_reference(logits: Tensor) -> bool:
+    return logits.dtype == torch.float64 or select(logits.device) == "reference"
+
+
+def _can_write_over(logits: Tensor) -> bool:
+    """Whether ``inplace`` may be honoured for these logits.
+
+    Raises:
+        ValueError: writing over them would be wrong.
+    """
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and logits.requires_grad):
+        return False
+    if logits.is_leaf:
+        raise ValueError("inplace=True with logits that are a leaf (a parameter); expected the output of a model. Leave inplace off.")
+    if logits.numel() > 0 and any(stride == 0 and size > 1 for size, stride in zip(logits.shape, logits.stride(), strict=True)):
+        raise ValueError(f"inplace=True with expanded logits (strides {logits.stride()}); expected memory of their own. Leave inplace off.")
+    return logits.stride(-1) == 1
+
+
+def _reference_statistics(inputs: TokenInputs, computed: Tensor) -> tuple[Tensor, Tensor]:
+    logits = inputs.logits[:, : inputs.token_ids.shape[1]]
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = torch.where(computed.unsqueeze(-1), logits, 0)  # what is not computed may be NaN: it must not reach the gradient either
+    temperature: float | Tensor = inputs.temperature
+    if inputs.temperatures is not None:
+        temperature = torch.where(computed, inputs.temperatures, 1).to(logits.dtype)
+    with torch.autocast(logits.device.type, enabled=False):
+        token_ids = torch.where(computed, inputs.token_ids, 0)
+        logprobs, entropy = token_statistics(logits, token_ids, temperature, inputs.softcap, inputs.logit_scale)
+    return torch.where(computed, logprobs, 0), torch.where(computed, entropy, 0)
+
+
+def _reference_loss(inputs: TokenInputs, policy: Policy, computed: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    logprobs, entropy = _reference_statistics(inputs, computed)
+    with torch.autocast(inputs.logits.device.type, enabled=False):
+        loss, metrics = policy_loss(logprobs, entropy, policy, computed)
+    return loss, logprobs, entropy, metrics
+
+
+def _float32(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.float()
+
+
+def _scoring(inputs: TokenInputs) -> tuple[Tensor | None, float, float, float]:
+    return _float32(inputs.temperatures), inputs.temperature, inputs.softcap or 0.0, inputs.logit_scale
+
+
+def _statistics(inputs: TokenInputs, computed: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
+    arguments = (inputs.logits, inputs.token_ids, computed, *_scoring(inputs))
+    if inplace:
+        logprobs, entropy, _ = TokenLogprobsInplaceFunction.apply(*arguments)
+    else:
+        logprobs, entropy, _ = torch.ops.grpo_fast.token_logprobs.default(*arguments)
+    return logprobs, entropy
+
+
+def _one_pass_loss(inputs: TokenInputs, policy: Policy, only_active: bool, inplace: bool) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    logits = inputs.logits
+    arguments = (
+        logits,
+        inputs.token_ids,
+        inputs.mask,
+        policy.advantages.float(),
+        policy.weights,
+        policy.entropy_weights if policy.config.entropy_coef != 0 else None,
+        _float32(policy.old_logprobs),
+        _float32(policy.ref_logprobs),
+        _float32(policy.rollout_weights),
+        *_scoring(inputs),
+        policy.loss_scale,
+        loss_settings(policy.config),
+        only_active,
+    )
+    if inplace:
+        loss, logprobs, entropy, metrics = GrpoLossInplaceFunction.apply(*arguments)
+    else:
+        want_gradient = torch.is_grad_enabled() and logits.requires_grad
+        loss, logprobs, entropy, metrics, _ = torch.ops.grpo_fast.grpo_loss.default(*arguments, want_gradient)
+    return loss, logprobs, entropy, dict(zip(METRICS, metrics.unbind(), strict=True))

@@ -1,0 +1,288 @@
+"""The GRPO family, from logits to loss, in plain PyTorch of any float type. Read it from top to bottom.
+
+For a token with logits z and temperature T the policy is p = softmax(s), s = f(z) / T, where f is an optional scale followed by an optional
+soft cap. The sampler drew the token y from this same p, so the policy that is trained is this same p.
+
+    1. token_statistics       z, y           ->  log p_y  and the entropy of p
+    2. importance_log_ratio   log p_y, old   ->  how far the policy has moved: per token (PPO), or per sequence (GSPO)
+    3. surrogate              ratio, A       ->  the objective of one token
+    4. kl_penalty             log p_y, ref   ->  the distance to a reference policy
+    5. aggregation_weights    mask           ->  one weight per token:  loss = sum_n w_n * l_n
+    6. policy_loss            2 to 5 in one: everything behind the logits
+
+Autograd through this page is the gradient; the kernels compute the same by hand. Whatever stands under a 0 of the mask (NaN, -100) has no
+effect: it is replaced before any arithmetic, so that it can reach neither the value nor the gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from grpo_fast.config import LossConfig
+
+# 1 ------------------------------------------------------------------------------------------------------------------------------------------
+
+
+def token_statistics(
+    logits: Tensor,  # [..., V]
+    token_ids: Tensor,  # [...]
+    temperature: float | Tensor = 1.0,  # number, or [...]
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:  # [...], [...]
+    """Log-probability of the sampled token, and entropy of the policy it was sampled from.
+
+    The target is left out of the log-sum-exp: ``log p_y = -softplus(lse_{v != y}(s_v) - s_y)``. The usual ``s_y - lse`` is the difference of
+    two almost equal numbers when p_y is almost 1, and exactly 0 in float32 from a margin of 17 nats on; this form keeps every digit.
+    """
+    s = logits * logit_scale
+    if softcap is not None:
+        s = softcap * torch.tanh(s / softcap)  # Gemma 2, arXiv:2408.00118
+    s = s / (temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature)
+
+    is_target = torch.arange(s.shape[-1], device=s.device) == token_ids.unsqueeze(-1)  # [..., V]
+    s_target = s.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
+    lse_others = s.masked_fill(is_target, -math.inf).logsumexp(-1)
+    logprob = -F.softplus(lse_others - s_target, threshold=60)
+
+    # H = -sum p log p over logits that are not -inf, with the exact log p of the target.
+    log_p = torch.where(is_target, logprob.unsqueeze(-1), s - (s_target - logprob).unsqueeze(-1))
+    p = log_p.exp()
+    entropy = -(p * log_p.masked_fill(p == 0, 0.0)).sum(-1)
+    return logprob, entropy
+
+
+# 2 ------------------------------------------------------------------------------------------------------------------------------------------
+
+
+class Sequences:
+    """Which tokens belong together: the rows of a padded [B, T] batch, or the slices of a packed [N] one."""
+
+    def __init__(self, token_ids: Tensor, cu_seqlens: Tensor | None = None):
+        self.segment: Tensor | None = None  # sequence of each token, packed input only
+        if cu_seqlens is None:
+            self.count = token_ids.shape[0] if token_ids.dim() == 2 else 1
+        else:
+            self.count = cu_seqlens.shape[0] - 1
+            position = torch.arange(token_ids.shape[-1], device=token_ids.device)
+            self.segment = torch.searchsorted(cu_seqlens[1:].contiguous(), position, right=True)
+
+    def total(self, x: Tensor) -> Tensor:
+        """Give every token the sum of x over its sequence; x and result shaped like the tokens (padded: the result is [B, 1])."""
+        if self.segment is None:
+            return x.sum(-1, keepdim=True)
+        per_sequence = x.new_zeros(*x.shape[:-1], self.count).index_add(-1, self.segment, x)
+        return per_sequence.index_select(-1, self.segment)
+
+    def mean(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Give every token the mean of x over its sequence's unmasked tokens; 0 for a sequence without any."""
+        return self.total(x * mask) / self.total(mask.to(x.dtype)).clamp(min=1)
+
+
+def importance_log_ratio(log_ratio: Tensor, mask: Tensor, sequences: Sequences, level: str) -> Tensor:
+    """The log of the importance ratio at its level; log_ratio is 0 under the mask's zeros.
+
+    token           log p_y - log p_y^old                               PPO, arXiv:1707.06347; GRPO, arXiv:2402.03300
+    sequence        its mean over the sequence, shared by its tokens    GSPO, arXiv:2507.18071
+    sequence_token  the value of the mean, the gradient of the token    GSPO-token, arXiv:2507.18071 section 4.3
+    """
+    if level == "token":
+        return log_ratio
+    mean = sequences.mean(log_ratio, mask)
+    return mean.expand_as(log_ratio) if level == "sequence" else log_ratio - log_ratio.detach() + mean.detach()
+
+
+# 3 ------------------------------------------------------------------------------------------------------------------------------------------
+
+
+def surrogate(ratio: Tensor, advantages: Tensor, logprobs: Tensor, phi: Tensor | None, config: LossConfig) -> Tensor:
+    """The loss of one token, elementwise; r the ratio, A the advantage, sg() stops the gradient.
+
+    clip       max(-min(r, delta) A, -clip(r, 1 - eps_low, 1 + eps_high) A)      GRPO, arXiv:2402.03300; delta: arXiv:2505.07291
+               and at most -c A where A < 0, with dual_clip = c                  arXiv:1912.09729
+    cispo      -sg(min(r, eps_high)) A log p                                     MiniMax-M1, arXiv:2506.13585
+    sapo       -4/tau sigmoid(tau (r - 1)) A, tau by the sign of A               SAPO, arXiv:2511.20347
+    vespo      -phi A log p, phi from vespo_phi                                  VESPO, arXiv:2602.10693
+    reinforce  -A log p
+    """
+    if config.surrogate == "clip":
+        unclipped = ratio if config.delta is None else ratio.clamp(max=config.delta)
+        clipped = ratio.clamp(1 - config.epsilon_low, 1 + config.epsilon_high)
+        loss = torch.maximum(-unclipped * advantages, -clipped * advantages)
+        if config.dual_clip is not None:
+            loss = torch.where(advantages < 0, torch.minimum(loss, -config.dual_clip * advantages), loss)
+        return loss
+    if config.surrogate == "cispo":
+        return -ratio.detach().clamp(max=config.epsilon_high) * advantages * logprobs
+    if config.surrogate == "sapo":
+        tau = torch.where(advantages > 0, config.sapo_temperature_pos, config.sapo_temperature_neg).to(ratio.dtype)
+        return -4 / tau * torch.sigmoid(tau * (ratio - 1)) * advantages
+    if config.surrogate == "vespo":
+        return -phi * advantages * logprobs
+    return -advantages * logprobs
+
+
+def vespo_phi(log_ratio: Tensor, advantages: Tensor, log_rollout: Tensor | None, sequences: Sequences, config: LossConfig) -> Tensor:
+    """VESPO's weight of a sequence, arXiv:2602.10693: phi = W^k exp(lambda (1 - W)), W = the product of its tokens' ratios and of its rollout
+    weights (which are therefore not applied again); (k, lambda) by the sign of A. No gradient flows through it.
+
+    log_ratio is 0 under the mask's zeros; log_rollout is the sequence's log rollout weight, or None.
+    """
+    floor, clamp = math.log(1e-8), config.log_ratio_clamp
+    log_w = sequences.total(log_ratio.detach().clamp(-clamp, clamp))
+    log_w = (log_w if log_rollout is None else log_w + log_rollout).clamp(floor, clamp)
+    k = torch.where(advantages >= 0, config.vespo_k_pos, config.vespo_k_neg).to(log_w.dtype)
+    lam = torch.where(advantages >= 0, config.vespo_lambda_pos, config.vespo_lambda_neg).to(log_w.dtype).clamp(min=1e-4)
+    return (lam + k * log_w - lam * log_w.exp()).exp().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+
+# 4 ------------------------------------------------------------------------------------------------------------------------------------------
+
+
+def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str, clamp: float) -> Tensor:
+    """An estimate of KL(policy || reference) from the sampled token, d = log p_ref - log p (Schulman, http://joschu.net/blog/kl-approx.html).
+
+    k1  -d              unbiased, high variance
+    k2  d^2 / 2         biased, its gradient is the unbiased one
+    k3  exp(d) - 1 - d  unbiased, never negative; as expm1(d) - d, since exp(d) - d - 1 cancels for small d
+    """
+    d = ref_logprobs - logprobs
+    if estimator == "k1":
+        return -d
+    if estimator == "k2":
+        return d * d / 2
+    d = d.clamp(-clamp, clamp)
+    return torch.expm1(d) - d
+
+
+# 5 ------------------------------------------------------------------------------------------------------------------------------------------
+
+
+def aggregation_weights(
+    aggregation: str,
+    mask: Tensor,  # bool, [B, T] or [N]
+    sequences: Sequences,
+    num_items: int | float | Tensor | None = None,
+    max_completion_length: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:  # broadcastable to the mask
+    """The weight of each token, |o| its sequence's unmasked tokens and S the number of sequences, fully masked ones included.
+
+    sequence_mean      1 / (S |o|)            GRPO, GSPO, SAPO: each sequence counts the same
+    token_mean         1 / sum |o|            BNPO: each token counts the same
+    global_token_mean  1 / num_items          DAPO, CISPO, VESPO: the same over all micro-batches and processes
+    fixed_length       1 / (S L_max)          Dr. GRPO, arXiv:2503.20783: no length bias
+    sequence_sum       1 / S                  LUSPO, arXiv:2602.05261: a sequence counts by its length
+    """
+    count = max(sequences.count, 1)
+    if aggregation == "sequence_mean":
+        return 1 / (count * sequences.total(mask.to(dtype)).clamp(min=1))
+    if aggregation == "fixed_length":
+        assert max_completion_length is not None  # LossConfig sees to it
+        return torch.full((), 1 / (count * max_completion_length), dtype=dtype, device=mask.device)
+    if aggregation == "sequence_sum":
+        return torch.full((), 1 / count, dtype=dtype, device=mask.device)
+    if aggregation == "global_token_mean" and num_items is not None:
+        return 1 / torch.as_tensor(num_items, device=mask.device).to(dtype).clamp(min=1)
+    return 1 / mask.sum().to(dtype).clamp(min=1)
+
+
+# 6 ------------------------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What is known of the tokens beside the logits; tensors shaped like the tokens, or broadcastable to them."""
+
+    config: LossConfig
+    mask: Tensor  # bool: the tokens that count
+    sequences: Sequences
+    advantages: Tensor
+    weights: Tensor  # of each token in the loss, from aggregation_weights
+    entropy_weights: Tensor  # of each token in the entropy bonus
+    old_logprobs: Tensor | None = None  # None: on-policy
+    ref_logprobs: Tensor | None = None
+    rollout_weights: Tensor | None = None
+    rollout_per_sequence: bool = False  # the rollout weights are one number per sequence, shared by its tokens
+    loss_scale: float = 1.0
+
+    def active(self) -> Tensor:
+        """The tokens that can change the gradient: those that count and have a KL or entropy term or an advantage other than 0. Where a weight is
+        made from a whole sequence, all of a sequence's tokens are active or none."""
+        if self.config.beta != 0 or self.config.entropy_coef != 0:
+            return self.mask
+        active = self.mask & (self.advantages != 0)
+        if self.config.level != "token" or self.config.surrogate == "vespo":
+            active = self.mask & (self.sequences.total(active.float()) > 0)
+        return active
+
+
+def policy_loss(logprobs: Tensor, entropy: Tensor, policy: Policy, computed: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss and its metrics from log-probabilities and entropies, which are only looked at where ``computed`` (all the tokens that count, or
+    just the active ones: the loss is the same).
+
+    Order of the factors as in TRL: rollout weights multiply the surrogate and not the KL, which is added after.
+    """
+    config, sequences, clamp = policy.config, policy.sequences, policy.config.log_ratio_clamp
+
+    def select(x: Tensor) -> Tensor:  # before any arithmetic: 0 * inf and 0 * nan are nan
+        return torch.where(computed, x, 0).to(logprobs.dtype)
+
+    logprobs, entropy, advantages = select(logprobs), select(entropy), select(policy.advantages)
+    rollout_weights = None if policy.rollout_weights is None else select(policy.rollout_weights)
+
+    log_ratio = logprobs - (logprobs.detach() if policy.old_logprobs is None else select(policy.old_logprobs))
+    ratio = importance_log_ratio(log_ratio, computed, sequences, config.level).clamp(-clamp, clamp).exp()
+    phi = None
+    if config.surrogate == "vespo":
+        log_rollout = None
+        if rollout_weights is not None:
+            log_rollout = select(rollout_weights.log().clamp(math.log(1e-8), clamp))
+            log_rollout = sequences.mean(log_rollout, computed) if policy.rollout_per_sequence else sequences.total(log_rollout)
+        phi = vespo_phi(log_ratio, advantages, log_rollout, sequences, config)
+
+    loss = surrogate(ratio, advantages, logprobs, phi, config)
+    if rollout_weights is not None and config.surrogate != "vespo":
+        loss = loss * rollout_weights
+    kl = torch.zeros_like(logprobs)
+    if policy.ref_logprobs is not None:
+        kl = kl_penalty(logprobs, select(policy.ref_logprobs), config.kl_estimator, clamp)
+    if config.beta != 0:
+        loss = loss + config.beta * (kl * ratio if config.bias_corrected_kl else kl)
+
+    total = (policy.weights * select(loss)).sum()
+    if config.entropy_coef != 0:
+        total = total - config.entropy_coef * (policy.entropy_weights * entropy).sum()
+    return total * policy.loss_scale, policy_metrics(ratio, kl, entropy, advantages, policy, computed)
+
+
+@torch.no_grad()
+def policy_metrics(ratio: Tensor, kl: Tensor, entropy: Tensor, advantages: Tensor, policy: Policy, computed: Tensor) -> dict[str, Tensor]:
+    """Means over the computed tokens as 0-d float32 tensors: what each says is in GRPOOutput's docstring."""
+    config = policy.config
+    below, above = torch.zeros_like(computed), torch.zeros_like(computed)
+    if config.surrogate == "clip":
+        below, above = ratio < 1 - config.epsilon_low, ratio > 1 + config.epsilon_high
+    elif config.surrogate == "cispo":
+        above = ratio > config.epsilon_high
+    clip_low, clip_high = below & (advantages < 0), above & (advantages > 0)
+
+    def mean(x: Tensor, over: Tensor) -> Tensor:
+        return (torch.where(over, x, 0).sum(dtype=torch.float64) / over.sum().clamp(min=1)).float()
+
+    ratio_max = torch.where(computed, ratio, 0).amax() if computed.numel() else torch.zeros((), device=computed.device)
+    return {
+        "kl": mean(kl, computed),
+        "entropy": mean(entropy, computed),
+        "ratio_mean": mean(ratio, computed),
+        "ratio_max": ratio_max.float(),
+        "clip_low": mean(clip_low.float(), computed),
+        "clip_high": mean(clip_high.float(), computed),
+        "clip_region": mean((clip_low | clip_high).float(), computed),
+        "active_fraction": mean(policy.active().float(), policy.mask),
+    }
