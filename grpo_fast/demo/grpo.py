@@ -1,0 +1,142 @@
+"""GRPO in one page: sample groups, score them by rule, normalise within the group, take one step. Copy this file for your own model.
+
+Bring a causal language model and tokenizer of transformers, an endless supply of batches of rows (each with a ``prompt``, and whatever
+columns your rewards read), and rewards as in `grpo_fast.rewards`. Nothing below knows the demonstration's task.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import grpo_fast as gf
+from grpo_fast.rewards import Reward, reward_matrix
+
+
+@dataclass(frozen=True)
+class Settings:
+    """``temperature`` is the only one there is: `sample` draws from softmax(z/T) and `policy_loss` scores that same softmax(z/T)."""
+
+    steps: int = 60
+    group_size: int = 8  # completions per prompt
+    max_new_tokens: int = 32
+    temperature: float = 1.0
+    learning_rate: float = 3e-4
+    warmup_steps: int = 3
+    max_grad_norm: float = 1.0
+    loss: gf.LossConfig = gf.LossConfig(loss_type="dapo", epsilon_low=0.2, epsilon_high=0.28)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(
+                f"Settings: temperature is {self.temperature}; expected a finite number above 0, since greedy decoding gives a whole group "
+                "the same completion, and nothing to learn from. Cure: 1.0, as DeepSeek-R1's training; keep 0 for evaluation."
+            )
+        if self.group_size < 2:
+            raise ValueError(f"Settings: group_size is {self.group_size}; expected at least 2: an advantage compares a group's members.")
+
+
+class Rollout(NamedTuple):
+    input_ids: Tensor  # int64 [B, P+T]: prompts padded on the left, then completions padded on the right
+    attention_mask: Tensor  # int64 [B, P+T]
+    completion_ids: Tensor  # int64 [B, T]
+    mask: Tensor  # bool [B, T]: true up to and including the end token
+    scores: Tensor | None  # float32 [B, T, V]: the logits the sampler drew from, z/T; only if asked for
+
+
+@torch.no_grad()
+def sample(model: Any, tokenizer: Any, prompts: Sequence[str], temperature: float, max_new_tokens: int, *, scores: bool = False) -> Rollout:
+    """One completion per prompt, drawn from exactly softmax(z/T); greedy at T = 0, for evaluation."""
+    batch = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left").to(model.device)
+    input_ids, attention_mask = batch["input_ids"], batch["attention_mask"]
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {"do_sample": False}
+    how |= {"max_new_tokens": max_new_tokens, "eos_token_id": eos, "pad_token_id": pad}
+    output = model.generate(input_ids, attention_mask=attention_mask, return_dict_in_generate=True, output_scores=scores, **how)
+    completion_ids = output.sequences[:, input_ids.shape[1] :]
+    ended = (completion_ids == eos).long()
+    mask = ended.cumsum(1) - ended == 0  # no end token BEFORE this one: the first end token is an action too
+    attention_mask = torch.cat([attention_mask, mask.long()], 1)
+    return Rollout(output.sequences, attention_mask, completion_ids, mask, torch.stack(output.scores, 1) if scores else None)
+
+
+def policy_loss(model: Any, rollout: Rollout, advantages: Tensor, settings: Settings) -> Any:
+    """One update per rollout, so the sampler IS the policy, and there are no old log-probabilities to keep."""
+    logits = model(
+        input_ids=rollout.input_ids,
+        attention_mask=rollout.attention_mask,
+        position_ids=(rollout.attention_mask.cumsum(1) - 1).clamp(min=0),  # padding on the left must not shift positions
+        logits_to_keep=rollout.completion_ids.shape[1] + 1,  # from the prompt's last token on; grpo_loss passes over the last position
+        use_cache=False,
+    ).logits
+    T = settings.temperature  # noqa: N806
+    return gf.grpo_loss(logits, rollout.completion_ids, advantages, config=settings.loss, mask=rollout.mask, temperature=T)
+
+
+@torch.no_grad()
+def check_on_policy(model: Any, tokenizer: Any, prompts: Sequence[str], settings: Settings, tolerance: float = 1e-4) -> float:
+    """The log-probabilities that the loss computes must be those the sampler drew with. Returns the largest gap, in nats."""
+    rollout = sample(model, tokenizer, prompts, settings.temperature, settings.max_new_tokens, scores=True)
+    drawn = torch.as_tensor(rollout.scores).float().log_softmax(-1).gather(-1, rollout.completion_ids[..., None]).squeeze(-1)
+    out = policy_loss(model, rollout, torch.zeros(len(prompts), device=model.device), settings)
+    gap = (out.logprobs - drawn)[rollout.mask].abs().max().item()
+    if not gap <= tolerance:
+        raise RuntimeError(
+            f"check_on_policy: the loss's log-probabilities differ from the sampler's by up to {gap:.3g} nats; expected {tolerance:g} at "
+            f"most. Most likely sampling and loss do not share one temperature (the loss has {settings.temperature}); or else the sampler "
+            "truncates or penalises (top_k, top_p, min_p, repetition_penalty), dropout is on, or positions do not heed the padding."
+        )
+    return gap
+
+
+def train(
+    model: Any,
+    tokenizer: Any,
+    batches: Iterator[list[dict[str, Any]]],
+    rewards: dict[Reward, float],  # reward -> weight
+    settings: Settings,
+    on_step: Callable[[dict[str, float]], None] = lambda record: None,
+) -> list[dict[str, float]]:
+    """Make ``settings.steps`` updates; returns one record of numbers per step."""
+    model.eval()  # no dropout: the policy that is updated must be the one that sampled
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+    warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(settings.warmup_steps, 1)))
+    weights = torch.tensor(list(rewards.values()))
+    history = []
+    for step in range(settings.steps):
+        started = time.perf_counter()
+        rows = [row for row in next(batches) for _ in range(settings.group_size)]  # a group's completions stand side by side
+        columns = {name: [row[name] for row in rows] for name in rows[0]}
+        prompts = columns.pop("prompt")
+        if step == 0:
+            check_on_policy(model, tokenizer, prompts[:: settings.group_size], settings)
+
+        rollout = sample(model, tokenizer, prompts, settings.temperature, settings.max_new_tokens)
+        completion_ids = [ids[kept].tolist() for ids, kept in zip(rollout.completion_ids, rollout.mask, strict=True)]
+        completions = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+        scores = reward_matrix(list(rewards), prompts, completions, completion_ids, **columns)  # [B, R]
+        groups = gf.group_advantages(scores, group_size=settings.group_size, reward_weights=weights)
+        out = policy_loss(model, rollout, groups.advantages.to(model.device), settings)
+
+        optimizer.zero_grad()
+        out.loss.backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+        optimizer.step()
+        warmup.step()
+
+        record = {f"rewards/{reward.__name__}": value for reward, value in zip(rewards, scores.nanmean(0).tolist(), strict=True)}
+        record |= {"step": step, "reward": (scores.nan_to_num() @ weights).mean().item(), "loss": out.loss.item()}
+        record |= {"entropy": out.metrics["entropy"].item(), "grad_norm": grad_norm.item()}
+        record["zero_variance_groups"] = groups.degenerate.float().mean().item()
+        record["truncated"] = sum(tokenizer.eos_token_id not in ids for ids in completion_ids) / len(rows)
+        record["length"] = rollout.mask.sum(1).float().mean().item()
+        record["seconds"] = time.perf_counter() - started
+        history.append(record)
+        on_step(record)
+    return history
