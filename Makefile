@@ -1,0 +1,39 @@
+# Everything here works from nothing: the first call makes .venv, later ones find it ready. PYTHON names the interpreter to start from.
+PYTHON ?= python3
+BIN := .venv/bin
+CPP = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: demo test bench check format wheel clean
+
+demo:  ## a small language model learns by GRPO (make demo ARGS="--temperature 0.6")
+	@PYTHON="$(PYTHON)" tools/bootstrap.sh demo
+	@$(BIN)/grpo-fast demo $(ARGS)
+
+test: check  ## checks of the sources, then the tests (make test ARGS="-k advantages")
+	@$(BIN)/python -m pytest $(ARGS)
+
+bench:  ## regressions with pytest-benchmark, then the comparison with what else there is
+	@PYTHON="$(PYTHON)" tools/bootstrap.sh test
+	@$(BIN)/python -m pytest bench
+	@$(BIN)/grpo-fast bench $(ARGS)
+
+check:  ## ruff, clang-format, mypy, and nvcc over every .cu file
+	@PYTHON="$(PYTHON)" tools/bootstrap.sh test
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/clang-format --dry-run -Werror $(CPP)
+	@$(BIN)/mypy
+	@$(BIN)/python tools/nvcc_check.py
+
+format:  ## rewrite the sources as check wants them
+	@PYTHON="$(PYTHON)" tools/bootstrap.sh test
+	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+	@$(BIN)/clang-format -i $(CPP)
+
+wheel:  ## dist/*.whl and dist/*.tar.gz; GRPO_FAST_BUILD=none|cpu|cuda chooses what is in it
+	@PYTHON="$(PYTHON)" tools/bootstrap.sh test
+	@$(BIN)/pip wheel -q --no-build-isolation --no-deps -w dist .
+	@$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')" >/dev/null && ls -l dist
+
+clean:  ## what was built; with it .venv, which the next call makes again
+	@rm -rf .venv build dist *.egg-info grpo_fast/_C*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

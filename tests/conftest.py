@@ -1,0 +1,58 @@
+"""What holds in every test: one thread, fixed seeds, no network, uninitialised memory is NaN, GPU tests skipped where there is no GPU."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["MPLBACKEND"] = "Agg"
+
+import pytest
+import torch
+
+SEED = 1234
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Small tensors: a second thread costs more than it gives, up to forty times on a shared machine. Tests of parallel code set their own.
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device: torch.cuda.is_available() is False")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def seeds() -> None:
+    """Every test draws the same numbers, alone or among others."""
+    random.seed(SEED)
+    torch.manual_seed(SEED)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """A seeded generator on the CPU, for tests that want their own stream."""
+    return torch.Generator().manual_seed(SEED)
+
+
+@pytest.fixture(autouse=True)
+def uninitialised_memory_is_nan() -> Iterator[None]:
+    """What a kernel forgets to write is NaN (the largest value in an integer tensor), whoever asks for the memory: Python, ATen or our C++.
+
+    torch fills fresh tensors so in deterministic mode; ``warn_only``, since no test wants that mode's refusals.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill_before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    torch.utils.deterministic.fill_uninitialized_memory = fill_before

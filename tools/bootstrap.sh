@@ -1,0 +1,82 @@
+#!/usr/bin/env bash
+# Makes .venv ready for `make demo` (bootstrap.sh demo) or for everything else (bootstrap.sh test): packages, this checkout, the extension.
+# Starts from $PYTHON (python3). Takes the torch of that interpreter where it has a recent one, else installs the pinned one. Does nothing
+# when nothing has changed since: packages are looked at again after a change of pyproject.toml, the C++ after a change of csrc.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+what=${1:-test}
+torch_pin=torch==2.13.0
+triton_pin=triton==3.7.1  # beside a CPU build of torch, which names none; a CUDA build brings its own
+
+fail() { echo "grpo_fast: $*" >&2; exit 1; }
+say() { echo "grpo_fast: $*"; }
+digest() { sha256sum | cut -c1-16; }
+
+host=${PYTHON:-python3}
+python=.venv/bin/python
+unset VIRTUAL_ENV PYTHONHOME PYTHONPATH  # the caller's own environment must not leak into ours
+export PIP_DISABLE_PIP_VERSION_CHECK=1
+
+make_venv() {
+  command -v "$host" >/dev/null || fail "'$host' was not found. Install Python 3.10 or newer, or name one: make $what PYTHON=/path/to/python3"
+  "$host" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' ||
+    fail "$("$host" --version) at '$host'; expected Python 3.10 to 3.13. Name another: make $what PYTHON=/path/to/python3"
+  say "making .venv with $("$host" --version)"
+  rm -rf .venv
+  "$host" -m venv .venv || { rm -rf .venv; fail "'$host -m venv' failed. On Debian and Ubuntu: apt install python3-venv"; }
+
+  # A folder on the path, and not --system-site-packages, which does not see the packages of an interpreter that is itself in a venv.
+  local found
+  found=$("$host" - <<'PY' || true
+import importlib.metadata, importlib.util, os
+spec = importlib.util.find_spec("torch")
+version = importlib.metadata.version("torch").split(".") if spec else ["0", "0"]
+if (int(version[0]), int(version[1])) >= (2, 11):
+    print(os.path.dirname(os.path.dirname(spec.origin)))
+PY
+  )
+  if [ -n "$found" ]; then
+    say "using the torch in $found"
+    echo "$found" >"$($python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/host_torch.pth"
+  fi
+}
+
+install_packages() {
+  local pip="$python -m pip install -q --no-compile" extras=demo group=""
+  [ "$what" = demo ] || { extras=demo,bench; group="--group test"; }
+  $pip -U "pip>=25.1" "setuptools>=77" ninja
+  if ! $python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'; then
+    say "installing $torch_pin (large)"
+    $pip "$torch_pin"
+  fi
+  # What is pinned for the tests is what the demo gets too; and the torch that is there stays, whatever newer ones there may be.
+  { sed -n 's/^ *"\([A-Za-z0-9_-]*==[0-9.]*\)".*/\1/p' pyproject.toml
+    $python -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))'
+    $python -c 'import sys, torch; sys.exit(bool(torch.version.cuda or torch.version.hip))' && echo "$triton_pin"
+  } >.venv/constraints.txt || true
+  say "installing grpo_fast[$extras]${group:+ and the test group}"
+  # The extension is built below, in place, where ninja compiles only what has changed.
+  GRPO_FAST_BUILD=none $pip -c .venv/constraints.txt --no-build-isolation -e ".[$extras]" $group
+}
+
+[ -x $python ] && $python -c '' 2>/dev/null || make_venv
+
+packages=$(cat pyproject.toml setup.py tools/bootstrap.sh | digest)
+ready() { [ "$(cat ".venv/ready-$1" 2>/dev/null)" = "$packages" ]; }
+if ! ready test && ! { [ "$what" = demo ] && ready demo; }; then
+  install_packages
+  echo "$packages" >".venv/ready-$([ "$what" = demo ] && echo demo || echo test)"
+fi
+
+compiled=$({ echo "${GRPO_FAST_BUILD:-auto} ${CXX:-}"; cat setup.py grpo_fast/_build.py .venv/ready-*; find csrc -type f | LC_ALL=C sort | xargs cat; } | digest)
+if [ "$(cat .venv/ready-compiled 2>/dev/null)" != "$compiled" ]; then
+  if [ "${GRPO_FAST_BUILD:-auto}" = none ]; then
+    rm -f grpo_fast/_C*.so
+  else
+    say "compiling csrc"
+    log=.venv/compiled.log
+    $python setup.py -q build_ext --inplace >$log 2>&1 || { cat $log >&2; fail "the extension did not compile; see above, or run with GRPO_FAST_BUILD=none"; }
+    grep '^grpo_fast:' $log || true
+  fi
+  echo "$compiled" >.venv/ready-compiled
+fi
