@@ -1,0 +1,245 @@
+"""The demonstration: its task, its loop, its command; and, marked slow, that it learns on five seeds."""
+
+import json
+import math
+import random
+import re
+import time
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+
+import grpo_fast as gf
+from grpo_fast.demo import grpo, need, report
+from grpo_fast.demo.cli import app
+from grpo_fast.demo.evaluate import TEMPERATURES, Quality, evaluate
+from grpo_fast.demo.grpo import Settings, check_on_policy, policy_loss, sample, train
+from grpo_fast.demo.judge import judge
+from grpo_fast.demo.model import make_model
+from grpo_fast.demo.run import REWARDS, Options
+from grpo_fast.demo.task import DIGITS, Teacher, make_tokenizer, question, solve, split_questions
+from grpo_fast.metrics import coherence, parse_sections
+from grpo_fast.rewards import accuracy_reward
+
+MIXED = ["sort 5281=", "sort 5=", "sort 31="]  # prompts of unequal length: two of them are padded
+SHORT = ["--steps", "2", "--warm-start-steps", "2", "--prompts", "2", "--group-size", "2", "--evaluation-prompts", "3"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture
+def model(tokenizer):
+    return make_model(tokenizer).eval()
+
+
+def test_every_character_is_a_token_and_survives_the_round_trip(tokenizer):
+    text = "sort 5281=<think>1258;1258</think><answer>1258</answer>"
+    ids = tokenizer(text)["input_ids"]
+    assert len(ids) == len("sort 5281=") + 1 + 9 + 1 + 1 + 4 + 1
+    assert tokenizer.unk_token_id not in ids
+    assert tokenizer.decode([*ids, tokenizer.eos_token_id, tokenizer.pad_token_id], skip_special_tokens=True) == text
+
+
+def test_held_out_questions_are_never_trained_on():
+    training, held_out = split_questions()
+    assert len(training) + len(held_out) == 10**DIGITS
+    assert not set(training) & set(held_out)
+
+
+def test_the_teacher_has_the_habits_it_declares_and_no_others():
+    rng, teacher, count = random.Random(0), Teacher(), 4000
+    skipped = looped = slipped = 0
+    for _ in range(count):
+        sections = parse_sections(teacher.complete("5281", rng))
+        if sections is None:
+            skipped += 1
+            continue
+        lines = sections.reasoning.split(";")
+        assert set(lines) == {"1258"}
+        looped += len(lines) > 1
+        slipped += sections.answer != "1258"
+    thought = count - skipped
+    for share, expected in ((skipped / count, teacher.skip), (looped / thought, teacher.loop), (slipped / thought, teacher.slip)):
+        assert share == pytest.approx(expected, abs=4 * math.sqrt(0.25 / thought))  # four standard errors
+
+
+def test_a_faultless_completion_earns_the_largest_reward(tokenizer):
+    row = question("9770")
+    text = f"<think>{solve('9770')}</think><answer>{row['answer']}</answer>"
+    batch = {"prompts": [row["prompt"]], "completions": [text], "completion_ids": [tokenizer(text)["input_ids"]], "answer": [row["answer"]]}
+    values = {reward.__name__: reward(**batch)[0] for reward in REWARDS}
+    assert values == {"accuracy_reward": 1.0, "format_reward": 1.0, "coherence_reward": 1.0, "repetition_penalty": 0.0}
+    assert coherence(row["prompt"], text, key_pattern=r"\d") == 1.0
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, math.inf])
+def test_training_refuses_a_temperature_that_is_not_above_zero(temperature):
+    with pytest.raises(ValueError, match=r"temperature is .*; expected a finite number above 0.*Cure: 1\.0"):
+        Settings(temperature=temperature)
+
+
+def test_training_refuses_a_group_of_one():
+    with pytest.raises(ValueError, match="group_size is 1; expected at least 2"):
+        Settings(group_size=1)
+
+
+@pytest.mark.parametrize("loss_type", gf.LOSS_TYPES)
+def test_every_loss_type_can_be_asked_for(loss_type):
+    assert Options(loss_type=loss_type).settings().loss.loss_type == loss_type
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"steps": 0}, {"prompts": 0}, {"evaluation_prompts": 10**6}, {"learning_rate": math.nan}, {"loss_type": "ppo"}, {"temperature": 0}],
+)
+def test_options_name_what_is_wrong(wrong):
+    (name,) = wrong
+    with pytest.raises(ValueError, match=rf"{name} is .*; expected"):
+        Options(**wrong)
+
+
+def test_the_mask_ends_with_the_end_token(model, tokenizer):
+    rollout = sample(model, tokenizer, MIXED * 20, 1.5, 40)
+    for ids, mask in zip(rollout.completion_ids.tolist(), rollout.mask.tolist(), strict=True):
+        end = ids.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in ids else len(ids)
+        assert mask == [True] * end + [False] * (len(ids) - end)
+    assert 0 < rollout.mask.sum() < rollout.mask.numel()  # some did end, or nothing was tested
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 1.7])
+def test_the_loss_sees_the_samplers_distribution_whatever_the_padding(model, tokenizer, temperature):
+    settings = Settings(temperature=temperature, max_new_tokens=12)
+    assert check_on_policy(model, tokenizer, MIXED * 4, settings) < 1e-4
+
+
+def test_padding_on_the_left_changes_nothing(model, tokenizer):
+    settings = Settings(max_new_tokens=6)
+    together = sample(model, tokenizer, MIXED, 1.0, 6)
+    logprobs = policy_loss(model, together, torch.zeros(3), settings).logprobs
+    for row, prompt in enumerate(MIXED):
+        ids = torch.tensor([tokenizer(prompt)["input_ids"] + together.completion_ids[row].tolist()])
+        width = ids.shape[1] - together.completion_ids.shape[1]
+        with torch.no_grad():
+            alone = model(input_ids=ids).logits[0, width - 1 : -1].log_softmax(-1)
+        expected = alone.gather(-1, together.completion_ids[row][:, None])[:, 0]
+        mask = together.mask[row]
+        torch.testing.assert_close(logprobs[row][mask], expected[mask], atol=1e-5, rtol=1e-5)
+
+
+def test_another_sampling_temperature_is_found_out(model, tokenizer, monkeypatch):
+    def hotter(model, tokenizer, prompts, temperature, limit, **options):
+        return sample(model, tokenizer, prompts, 1.5 * temperature, limit, **options)
+
+    monkeypatch.setattr(grpo, "sample", hotter)
+    with pytest.raises(RuntimeError, match=r"differ from the sampler's by up to .* do not share one temperature \(the loss has 1\.0\)"):
+        check_on_policy(model, tokenizer, MIXED, Settings())
+
+
+def test_a_truncating_sampler_is_found_out(model, tokenizer):
+    model.generation_config.min_p = 0.2  # as a checkpoint's own generation settings may bring along
+    with pytest.raises(RuntimeError, match="truncates or penalises"):
+        check_on_policy(model, tokenizer, MIXED, Settings())
+
+
+def test_the_loop_learns_a_plain_preference_and_repeats_itself_exactly(tokenizer):
+    """Reward: the share of the digit 7 in a completion. No task, no warm start: only the loop, twice from one seed."""
+    seven = tokenizer.convert_tokens_to_ids("7")
+
+    def sevens(completion_ids, **columns):
+        return [sum(token == seven for token in ids) / len(ids) for ids in completion_ids]
+
+    def run():
+        torch.manual_seed(0)
+        batches = iter(lambda: [{"prompt": prompt} for prompt in MIXED], None)
+        settings = Settings(steps=15, learning_rate=1e-2, max_new_tokens=6)
+        return train(make_model(tokenizer), tokenizer, batches, {sevens: 1.0}, settings)
+
+    first, second = run(), run()
+    assert first[0]["reward"] < 0.2
+    assert first[-1]["reward"] > 0.5
+    assert [{**record, "seconds": 0} for record in first] == [{**record, "seconds": 0} for record in second]
+    assert set(first[0]) >= {"rewards/sevens", "entropy", "zero_variance_groups", "truncated", "length", "loss", "grad_norm"}
+
+
+def test_a_reward_that_does_not_apply_is_left_out(model, tokenizer):
+    batches = iter([[{"prompt": "sort 5281=", "answer": None}, {"prompt": "sort 3631=", "answer": "1336"}]])
+    (record,) = train(model, tokenizer, batches, {accuracy_reward: 1.0}, Settings(steps=1, group_size=2, max_new_tokens=4))
+    assert record["rewards/accuracy_reward"] == 0.0
+    assert record["zero_variance_groups"] == 1.0
+
+
+def test_greedy_evaluation_has_no_diversity_and_no_entropy(model, tokenizer):
+    cold, warm = evaluate(
+        model, tokenizer, [question("5281"), question("3631")], group_size=4, max_new_tokens=8, seed=0, temperatures=(0.0, 1.0)
+    )
+    assert (cold.samples, cold.diversity, cold.entropy) == (8, 0.25, 0.0)
+    assert warm.diversity > 0.25
+    assert 0 < warm.entropy <= math.log(len(tokenizer))
+
+
+def test_the_judge_says_which_criterion_failed():
+    def table(cold_cut, accuracy):
+        return [Quality(t, 1, accuracy, 1, cold_cut, cold_cut, 0, 1, 1, 0, 1) for t in TEMPERATURES]
+
+    assert all(criterion.met for criterion in judge(table(1.0, 0.4), table(0.0, 0.95)))
+    failed = [criterion.as_dict()["sentence"] for criterion in judge(table(1.0, 0.4), table(0.0, 0.5)) if not criterion.met]
+    assert failed == ["accuracy at T = 0.6 after training is 0.500; expected at least 0.93."]
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    target = tmp_path / "result.json"
+    report.write_json({"run": 1}, target)
+    with pytest.raises(TypeError):
+        report.write_json({"run": object()}, target)
+    assert json.loads(target.read_text()) == {"run": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_a_missing_package_is_named_with_its_cure():
+    with pytest.raises(ImportError, match=r"needs no_such_package, which is not installed. Cure: pip install 'grpo-fast\[demo\]'"):
+        need("json", "no_such_package")
+
+
+def test_the_command_writes_everything_and_owns_up_to_not_having_learnt(tmp_path):
+    result = CliRunner().invoke(app, [*SHORT, "--output", str(tmp_path / "run")])
+    assert result.exit_code == 1, result.output
+    assert re.search(r"did not learn: .*expected at least 0\.93", result.output)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["curves.png", "result.json"]
+    assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    numbers = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert numbers["learned"] is False
+    assert len(numbers["history"]) == 2
+    assert [row["temperature"] for row in numbers["before"]] == [row["temperature"] for row in numbers["after"]] == list(TEMPERATURES)
+    assert set(numbers["seconds"]) == {"warm_start", "evaluation", "training", "total", "process_cpu"}
+    assert set(numbers["versions"]) >= {"python", "torch", "transformers", "grpo_fast"}
+    assert numbers["settings"]["temperature"] == numbers["options"]["temperature"] == 1.0
+    assert len(numbers["samples"]) == 5
+    assert all({"name", "value", "bound", "met", "sentence"} <= set(criterion) for criterion in numbers["criteria"])
+
+
+@pytest.mark.parametrize(("option", "value"), [("--temperature", "0"), ("--loss-type", "ppo"), ("--group-size", "1")])
+def test_the_command_refuses_bad_options(option, value, tmp_path):
+    result = CliRunner().invoke(app, [option, value, "--output", str(tmp_path / "run")])
+    assert result.exit_code == 2
+    assert option.removeprefix("--").replace("-", "_") in result.output
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("seed", range(5))
+def test_the_demonstration_learns(seed, tmp_path):
+    started = time.process_time()
+    result = CliRunner().invoke(app, ["--seed", str(seed), "--output", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    numbers = json.loads((tmp_path / "result.json").read_text())
+    assert numbers["learned"] is True
+    assert numbers["history"][-1]["reward"] > numbers["history"][0]["reward"] + 0.5
+    assert time.process_time() - started < 90  # of CPU: the machine may be shared
