@@ -67,7 +67,10 @@ def sample(model: Any, tokenizer: Any, prompts: Sequence[str], temperature: floa
 
 
 def policy_loss(model: Any, rollout: Rollout, advantages: Tensor, settings: Settings) -> Any:
-    """One update per rollout, so the sampler IS the policy, and there are no old log-probabilities to keep."""
+    """One update per rollout, so the sampler IS the policy, and there are no old log-probabilities to keep.
+
+    Where [B, T+1, V] logits do not fit, call this on slices of the rollout's rows, with `gf.grpo_loss(..., num_items=rollout.mask.sum())`.
+    """
     logits = model(
         input_ids=rollout.input_ids,
         attention_mask=rollout.attention_mask,

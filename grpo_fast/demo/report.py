@@ -75,7 +75,7 @@ def write_curves(result: dict[str, Any], path: Path) -> None:
         f"Qwen2 of 0.1 M parameters, loss type {options['loss_type']}, trained at temperature {options['temperature']:g}, "
         f"{options['prompts']} prompts × {options['group_size']} completions per step, seed {options['seed']}; "
         "thin: single steps, thick: mean of five",
-        fontsize=11,
+        fontsize=10.5,
     )
 
     def series(name: str) -> list[float]:
@@ -99,7 +99,7 @@ def write_curves(result: dict[str, Any], path: Path) -> None:
 
     temperatures = [quality["temperature"] for quality in result["before"]]
     for panel, field, title, label in (
-        (panels[4], "accuracy", "Accuracy by temperature", "held-out questions answered (%)"),
+        (panels[4], "accuracy", "Accuracy by temperature", "held-out questions right (%)"),
         (panels[5], "truncated", "Endless completions by temperature", "cut at the length limit (%)"),
     ):
         for when, colour, style, marker in (("before", ORANGE, "--", "s"), ("after", BLUE, "-", "o")):
