@@ -54,8 +54,8 @@ def group_advantages(
         scale="none"               A_i                                           Dr. GRPO, arXiv:2503.20783
 
     ``normalize="normalize_then_sum"`` is GDPO (arXiv:2601.05242): each reward is centred and divided by its own std + eps within the group,
-    these are summed with the weights, and the sum is divided by its std over the batch, + eps (its mean over the batch is 0 already). So
-    the combinations (1, 0) and (0, 1) of two rewards get different advantages although their sums are equal.
+    these are summed with the weights, and the sum is divided by its std over the batch, + eps (its mean over the batch is 0 already). So a
+    reward that varies little within a group counts there as much as one that varies a lot, and no signal is lost where sums coincide.
 
     A reward of NaN does not apply to that completion. A completion to which none applies is unscorable: its advantage is 0, and it counts
     in no mean and no std. A group of equal rewards gets advantages of exactly 0, not a rounding error divided by eps.
@@ -78,16 +78,15 @@ def group_advantages(
     Raises:
         ValueError: a shape, a value or a combination is wrong: names the argument, what it was, what was expected and the cure. Values of
             tensors (infinite rewards, offsets out of order) are looked at on the CPU, or on every device with ``GRPO_FAST_CHECK=1``;
-            elsewhere infinite rewards give NaN.
+            elsewhere an infinite reward shows as a mean that is not finite, and offsets out of order never read out of bounds.
         TypeError: an argument is of the wrong type.
 
     Example:
         >>> import torch
         >>> group_advantages(torch.tensor([1.0, 0.0, 0.0, 1.0, 0.7, 0.7, 0.7, 0.7]), group_size=4).advantages
         tensor([ 0.8659, -0.8659, -0.8659,  0.8659,  0.0000,  0.0000,  0.0000,  0.0000])
-        >>> group_advantages(torch.tensor([1.0, 0.0, 0.5]), group_offsets=torch.tensor([0, 2, 3]), scale="none")
-        GroupAdvantages(advantages=tensor([ 0.5000, -0.5000,  0.0000]), mean=tensor([0.5000, 0.5000]), std=tensor([0.7071, 0.0000]),
-                        degenerate=tensor([False,  True]))
+        >>> group_advantages(torch.tensor([1.0, 0.0, 0.5]), group_offsets=torch.tensor([0, 2, 3]), scale="none").degenerate
+        tensor([False,  True])
     """
     _check_rewards(rewards)
     _check_groups(rewards, group_size, group_offsets)

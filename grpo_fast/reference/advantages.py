@@ -100,7 +100,7 @@ def group_advantages(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [B], [G], [G], [G] bool
     """Advantages, and mean and std of the summed reward and degeneracy of each group. Arguments are not checked here."""
     r = rewards.double() if rewards.dim() == 2 else rewards.double().unsqueeze(1)
-    weights = torch.ones_like(r[:1]).squeeze(0) if reward_weights is None else reward_weights.to(r)
+    weights = r.new_ones(r.shape[1]) if reward_weights is None else reward_weights.to(r)
     row = torch.arange(r.shape[0], device=r.device)
     if group_offsets is not None:
         group, num_groups = torch.searchsorted(group_offsets[1:].contiguous(), row, right=True), group_offsets.shape[0] - 1
