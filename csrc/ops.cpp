@@ -1,9 +1,9 @@
 // Which C++ function implements which operator on which device, and nothing else. The schemas stand in grpo_fast/ops.py beside their fake
 // and autograd formulas, so that they exist (for the Triton backend, say) where this extension was not built.
+#include "ops.h"
+
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
-
-#include "ops.h"
 
 PyMODINIT_FUNC PyInit__C() {  // importing grpo_fast._C runs the static registrations below; the module itself is empty
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
@@ -19,6 +19,4 @@ STABLE_TORCH_LIBRARY_IMPL(grpo_fast, CPU, m) {
   m.impl("grpo_loss_", TORCH_BOX(&grpo_loss_inplace_cpu));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(grpo_fast, CompositeExplicitAutograd, m) {
-  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
-}
+STABLE_TORCH_LIBRARY_IMPL(grpo_fast, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }

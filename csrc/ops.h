@@ -18,28 +18,31 @@ std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor> 
     const torch::stable::Tensor& logits, const torch::stable::Tensor& token_ids, const torch::stable::Tensor& mask,
     const std::optional<torch::stable::Tensor>& temperatures, double temperature, double softcap, double logit_scale);
 
-torch::stable::Tensor token_logprobs_backward_cpu(
-    const torch::stable::Tensor& grad_logprobs, const torch::stable::Tensor& grad_entropy, const torch::stable::Tensor& logits,
-    const torch::stable::Tensor& token_ids, const torch::stable::Tensor& mask, const std::optional<torch::stable::Tensor>& temperatures,
-    double temperature, double softcap, double logit_scale, const torch::stable::Tensor& logprobs, const torch::stable::Tensor& entropy,
-    const torch::stable::Tensor& lse);
+torch::stable::Tensor token_logprobs_backward_cpu(const torch::stable::Tensor& grad_logprobs, const torch::stable::Tensor& grad_entropy,
+                                                  const torch::stable::Tensor& logits, const torch::stable::Tensor& token_ids,
+                                                  const torch::stable::Tensor& mask,
+                                                  const std::optional<torch::stable::Tensor>& temperatures, double temperature,
+                                                  double softcap, double logit_scale, const torch::stable::Tensor& logprobs,
+                                                  const torch::stable::Tensor& entropy, const torch::stable::Tensor& lse);
 
-void token_logprobs_backward_inplace_cpu(
-    const torch::stable::Tensor& grad_logprobs, const torch::stable::Tensor& grad_entropy, torch::stable::Tensor logits,
-    const torch::stable::Tensor& token_ids, const torch::stable::Tensor& mask, const std::optional<torch::stable::Tensor>& temperatures,
-    double temperature, double softcap, double logit_scale, const torch::stable::Tensor& logprobs, const torch::stable::Tensor& entropy,
-    const torch::stable::Tensor& lse);
+void token_logprobs_backward_inplace_cpu(const torch::stable::Tensor& grad_logprobs, const torch::stable::Tensor& grad_entropy,
+                                         torch::stable::Tensor logits, const torch::stable::Tensor& token_ids,
+                                         const torch::stable::Tensor& mask, const std::optional<torch::stable::Tensor>& temperatures,
+                                         double temperature, double softcap, double logit_scale, const torch::stable::Tensor& logprobs,
+                                         const torch::stable::Tensor& entropy, const torch::stable::Tensor& lse);
 
 std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor> grpo_loss_cpu(
     const torch::stable::Tensor& logits, const torch::stable::Tensor& token_ids, const torch::stable::Tensor& mask,
-    const torch::stable::Tensor& advantages, const torch::stable::Tensor& weights, const std::optional<torch::stable::Tensor>& entropy_weights,
-    const std::optional<torch::stable::Tensor>& old_logprobs, const std::optional<torch::stable::Tensor>& ref_logprobs,
-    const std::optional<torch::stable::Tensor>& rollout_weights, const std::optional<torch::stable::Tensor>& temperatures, double temperature,
-    double softcap, double logit_scale, double loss_scale, std::vector<double> settings, bool only_active, bool want_gradient);
+    const torch::stable::Tensor& advantages, const torch::stable::Tensor& weights,
+    const std::optional<torch::stable::Tensor>& entropy_weights, const std::optional<torch::stable::Tensor>& old_logprobs,
+    const std::optional<torch::stable::Tensor>& ref_logprobs, const std::optional<torch::stable::Tensor>& rollout_weights,
+    const std::optional<torch::stable::Tensor>& temperatures, double temperature, double softcap, double logit_scale, double loss_scale,
+    std::vector<double> settings, bool only_active, bool want_gradient);
 
 std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor> grpo_loss_inplace_cpu(
     torch::stable::Tensor logits, const torch::stable::Tensor& token_ids, const torch::stable::Tensor& mask,
-    const torch::stable::Tensor& advantages, const torch::stable::Tensor& weights, const std::optional<torch::stable::Tensor>& entropy_weights,
-    const std::optional<torch::stable::Tensor>& old_logprobs, const std::optional<torch::stable::Tensor>& ref_logprobs,
-    const std::optional<torch::stable::Tensor>& rollout_weights, const std::optional<torch::stable::Tensor>& temperatures, double temperature,
-    double softcap, double logit_scale, double loss_scale, std::vector<double> settings, bool only_active);
+    const torch::stable::Tensor& advantages, const torch::stable::Tensor& weights,
+    const std::optional<torch::stable::Tensor>& entropy_weights, const std::optional<torch::stable::Tensor>& old_logprobs,
+    const std::optional<torch::stable::Tensor>& ref_logprobs, const std::optional<torch::stable::Tensor>& rollout_weights,
+    const std::optional<torch::stable::Tensor>& temperatures, double temperature, double softcap, double logit_scale, double loss_scale,
+    std::vector<double> settings, bool only_active);

@@ -12,8 +12,8 @@
 
 namespace grpo_fast {
 
-// The numbers are the positions in SURROGATES and KL_ESTIMATORS of grpo_fast/config.py. VESPO has no entry: its weight needs a whole sequence,
-// so it reaches a kernel as REINFORCE with that weight.
+// The numbers are the positions in SURROGATES and KL_ESTIMATORS of grpo_fast/config.py. VESPO has no entry: its weight needs a whole
+// sequence, so it reaches a kernel as REINFORCE with that weight.
 enum class Surrogate : int64_t { kClip = 0, kCispo = 1, kSapo = 2, kReinforce = 3 };
 enum class KlEstimator : int64_t { kK1 = 0, kK2 = 1, kK3 = 2 };
 
@@ -111,7 +111,8 @@ GF_HOST_DEVICE inline Dual<Real> kl_penalty(Real logprob, Real ref_logprob, cons
 }
 
 template <typename Real>
-GF_HOST_DEVICE inline PolicyTerms<Real> policy_terms(Real logprob, Real entropy, const PolicyToken<Real>& token, const PolicyLossConfig& config) {
+GF_HOST_DEVICE inline PolicyTerms<Real> policy_terms(Real logprob, Real entropy, const PolicyToken<Real>& token,
+                                                     const PolicyLossConfig& config) {
   const Real log_ratio = token.has_old ? logprob - token.old_logprob : Real(0);
   const Dual<Real> clamped = clamped_log(log_ratio, Real(1), Real(config.log_ratio_clamp));
   Dual<Real> ratio;

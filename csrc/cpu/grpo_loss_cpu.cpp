@@ -1,4 +1,5 @@
-// The loss of ratios that belong to single tokens, in one pass: a row's statistics, its loss, and its gradient while the row is in the cache.
+// The loss of ratios that belong to single tokens, in one pass: a row's statistics, its loss, and its gradient while the row is in the
+// cache.
 #include <tuple>
 #include <vector>
 
@@ -42,8 +43,18 @@ double sum_up(const std::vector<RowRecord>& records, float* metrics) {
 PolicyLossConfig config_of(const std::vector<double>& settings) {  // in the order of loss_settings() in grpo_fast/ops.py
   STD_TORCH_CHECK(settings.size() == 12, "grpo_loss: 12 settings expected, got ", settings.size());
   const double* s = settings.data();
-  return {Surrogate(static_cast<int64_t>(s[0])), KlEstimator(static_cast<int64_t>(s[1])), s[2] != 0, s[3], s[4], s[5], s[6], s[7], s[8], s[9],
-          s[10], s[11]};
+  return {Surrogate(static_cast<int64_t>(s[0])),
+          KlEstimator(static_cast<int64_t>(s[1])),
+          s[2] != 0,
+          s[3],
+          s[4],
+          s[5],
+          s[6],
+          s[7],
+          s[8],
+          s[9],
+          s[10],
+          s[11]};
 }
 
 struct PolicyInputs {
@@ -51,9 +62,9 @@ struct PolicyInputs {
   PerToken<float> advantages, weights, entropy_weights, old_logprobs, ref_logprobs, rollout_weights;
   double loss_scale;
 
-  PolicyInputs(const std::vector<double>& settings, const Tensor& advantages, const Tensor& weights, const std::optional<Tensor>& entropy_weights,
-               const std::optional<Tensor>& old_logprobs, const std::optional<Tensor>& ref_logprobs,
-               const std::optional<Tensor>& rollout_weights, double loss_scale)
+  PolicyInputs(const std::vector<double>& settings, const Tensor& advantages, const Tensor& weights,
+               const std::optional<Tensor>& entropy_weights, const std::optional<Tensor>& old_logprobs,
+               const std::optional<Tensor>& ref_logprobs, const std::optional<Tensor>& rollout_weights, double loss_scale)
       : config(config_of(settings)),
         advantages(advantages),
         weights(weights),
@@ -87,7 +98,6 @@ Pass grpo_loss_pass(const Tensor& logits, const Tensor* gradient, const Tokens& 
                     bool only_active) {
   const Rows in(logits), out(gradient ? *gradient : logits);
   const RowKernels& kernels = rows(in.type);
-  const bool stream = gradient && in.data != out.data && out.bytes() > kStreamBytes;
   const int64_t length = token_ids.size(1);
 
   Pass pass{torch::stable::new_empty(token_ids, {}, ScalarType::Float), like_tokens(token_ids), like_tokens(token_ids),
@@ -125,7 +135,7 @@ Pass grpo_loss_pass(const Tensor& logits, const Tensor* gradient, const Tokens& 
     records[static_cast<size_t>(n)] = record;
     if (!gradient) return;
     if (terms.g == 0 && terms.h == 0) return out.clear(b, t);
-    kernels.gradient(in.at(b, t), out.at(b, t), in.vocabulary, target, transform, row, terms.g, terms.h, stream);
+    kernels.gradient(in.at(b, t), out.at(b, t), in.vocabulary, target, transform, row, terms.g, terms.h);
   });
   *pass.loss.mutable_data_ptr<float>() = static_cast<float>(sum_up(records, pass.metrics.mutable_data_ptr<float>()));
   return pass;
@@ -142,10 +152,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> grpo_loss_cpu(
     const std::optional<Tensor>& rollout_weights, const std::optional<Tensor>& temperatures, double temperature, double softcap,
     double logit_scale, double loss_scale, std::vector<double> settings, bool only_active, bool want_gradient) {
   const Tensor logits = unit_stride(logits_in);
-  const Tokens tokens{PerToken<int64_t>(token_ids), PerToken<bool>(mask), PerToken<float>(temperatures), {temperature, logit_scale, softcap}};
+  const Tokens tokens{
+      PerToken<int64_t>(token_ids), PerToken<bool>(mask), PerToken<float>(temperatures), {temperature, logit_scale, softcap}};
   const PolicyInputs policy(settings, advantages, weights, entropy_weights, old_logprobs, ref_logprobs, rollout_weights, loss_scale);
-  Tensor gradient = want_gradient ? torch::stable::new_empty(logits, {logits.size(0), logits.size(1), logits.size(2)})
-                                  : torch::stable::new_empty(logits, {0});
+  Tensor gradient = want_gradient ? new_gradient(logits) : torch::stable::new_empty(logits, {0});
   Pass pass = grpo_loss_pass(logits, want_gradient ? &gradient : nullptr, tokens, token_ids, policy, only_active);
   return {pass.loss, pass.logprobs, pass.entropy, pass.metrics, gradient};
 }
@@ -156,7 +166,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grpo_loss_inplace_cpu(
     const std::optional<Tensor>& rollout_weights, const std::optional<Tensor>& temperatures, double temperature, double softcap,
     double logit_scale, double loss_scale, std::vector<double> settings, bool only_active) {
   STD_TORCH_CHECK(logits.stride(2) == 1, "in place: logits must be contiguous over the vocabulary");
-  const Tokens tokens{PerToken<int64_t>(token_ids), PerToken<bool>(mask), PerToken<float>(temperatures), {temperature, logit_scale, softcap}};
+  const Tokens tokens{
+      PerToken<int64_t>(token_ids), PerToken<bool>(mask), PerToken<float>(temperatures), {temperature, logit_scale, softcap}};
   const PolicyInputs policy(settings, advantages, weights, entropy_weights, old_logprobs, ref_logprobs, rollout_weights, loss_scale);
   Pass pass = grpo_loss_pass(logits, &logits, tokens, token_ids, policy, only_active);
   return {pass.loss, pass.logprobs, pass.entropy, pass.metrics};

@@ -1,8 +1,8 @@
 #include "rows.h"
 
-#include "../ops.h"
-
 #include <cstdlib>
+
+#include "../ops.h"
 
 namespace grpo_fast {
 

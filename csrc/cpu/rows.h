@@ -1,5 +1,5 @@
-// One vocabulary row on the CPU: its statistics, and its gradient from the two numbers g and h. Knows no loss. The same source (rows_impl.h) is
-// compiled once per instruction set; rows() hands out the best that this machine runs.
+// One vocabulary row on the CPU: its statistics, and its gradient from the two numbers g and h. Knows no loss. The same source
+// (rows_impl.h) is compiled once per instruction set; rows() hands out the best that this machine runs.
 #pragma once
 #include <cstdint>
 
@@ -16,15 +16,15 @@ struct RowTransform {
 struct RowStatistics {
   double logprob;  // of the target, exact also when its probability is almost 1
   double entropy;
-  double lse;      // log sum exp over the whole row, target included
-  double pivot;    // a reference near the largest logit, in the units of f(z): keeps exp's argument small and exact
+  double lse;    // log sum exp over the whole row, target included
+  double pivot;  // a reference near the largest logit, in the units of f(z): keeps exp's argument small and exact
 };
 
 struct RowKernels {
   RowStatistics (*statistics)(const void* row, int64_t vocabulary, int64_t target, const RowTransform& transform);
-  // d loss / d z for the whole row; gradient may be the row itself. stream: write around the caches, for gradients far larger than these.
+  // d loss / d z for the whole row; gradient may be the row itself.
   void (*gradient)(const void* row, void* gradient, int64_t vocabulary, int64_t target, const RowTransform& transform,
-                   const RowStatistics& statistics, double g, double h, bool stream);
+                   const RowStatistics& statistics, double g, double h);
 };
 
 const RowKernels& rows(RowType type);

@@ -1,16 +1,13 @@
-// The row kernels, compiled by rows_portable.cpp, rows_avx2.cpp and rows_avx512.cpp with GF_TARGET naming the instruction set. Plain loops that
-// the compiler vectorises: no intrinsics but the streaming store, so that any architecture works.
+// The row kernels, compiled by rows_portable.cpp, rows_avx2.cpp and rows_avx512.cpp with GF_TARGET naming the instruction set. Plain loops
+// that the compiler vectorises, no intrinsics: any architecture works.
 //
-// A row is walked in blocks that stay in the first-level cache. Statistics: the block's maximum, then sum e and sum e*t with e = 2^t relative to
-// the running maximum. The target column is left out of both sums. Gradient: a second walk over a row that is still in the cache.
+// A row is walked in blocks that stay in the first-level cache. Statistics: sum e and sum e*t, e = 2^t relative to the largest logit so
+// far. The target column is left out of both sums. Gradient: a second walk, over a row that is still in the cache.
 #pragma once
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <type_traits>
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
 
 #include "rows.h"
 
@@ -42,9 +39,9 @@ GF_INLINE To bits(From x) {
   return y;
 }
 
-// 2^t for -126 <= t <= 0, NaN for NaN. Degree-5 minimax polynomial of 2^f on [-1/2, 1/2], relative error 7.5e-8; with rounding below 2.5e-7
-// (tests/test_rows.py). The exponent is set by integer arithmetic.
-GF_INLINE float exp2_negative(float t) {
+// 2^t for -126 <= t < 127, NaN for NaN. Degree-5 minimax polynomial of 2^f on [-1/2, 1/2], relative error 7.5e-8; with rounding
+// below 2.5e-7 (tests/test_rows.py). The exponent is set by integer arithmetic.
+GF_INLINE float exp2_fast(float t) {
   const float shifted = t + 12582912.0f;  // 1.5 * 2^23: the sum's low mantissa bits are t rounded to nearest
   const float f = t - (shifted - 12582912.0f);
   float p = 1.32764725e-3f;
@@ -56,7 +53,14 @@ GF_INLINE float exp2_negative(float t) {
   return bits<float>(bits<uint32_t>(p) + (bits<uint32_t>(shifted) << 23));
 }
 
-GF_INLINE float floor_exponent(float t) { return t < kExponentFloor ? kExponentFloor : t; }  // NaN stays NaN
+GF_INLINE float at_least(float floor, float t) { return t < floor ? floor : t; }  // NaN stays NaN
+
+// kExponentFloor as a value that the compiler cannot see through: it would fold 2^floor, and turn one max into two compares and blends.
+GF_INLINE float exponent_floor() {
+  float floor = kExponentFloor;
+  __asm__("" : "+m"(floor));
+  return floor;
+}
 
 // tanh within 2 ulp: an odd polynomial near 0 (Cephes, S. Moshier), 1 - 2/(e^2x + 1) beyond.
 GF_INLINE float tanh_fast(float x) {
@@ -67,7 +71,7 @@ GF_INLINE float tanh_fast(float x) {
   p = p * z + 1.33314422036e-1f;
   p = p * z - 3.33332819422e-1f;
   const float small = x + x * z * p;
-  const float e = exp2_negative(floor_exponent(a * static_cast<float>(-2 * kLog2E)));  // e^-2|x|
+  const float e = exp2_fast(at_least(kExponentFloor, a * static_cast<float>(-2 * kLog2E)));  // e^-2|x|
   const float large = std::copysign((1.0f - e) / (1.0f + e), x);
   return a < 0.625f ? small : large;
 }
@@ -92,10 +96,9 @@ GF_INLINE float to_float(Half x) {
 
 // Rounded to the nearest, ties to even.
 GF_INLINE void from_float(float x, float* out) { *out = x; }
-GF_INLINE void from_float(float x, BFloat* out) {
+GF_INLINE void from_float(float x, BFloat* out) {  // a NaN that came from a bfloat16 has its low bits clear: it stays one
   const uint32_t u = bits<uint32_t>(x);
-  const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  out->bits = static_cast<uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? (u >> 16) | 0x40u : rounded);
+  out->bits = static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
 }
 GF_INLINE void from_float(float x, Half* out) {
   const uint32_t u = bits<uint32_t>(x), a = u & 0x7fffffffu;
@@ -107,23 +110,16 @@ GF_INLINE void from_float(float x, Half* out) {
   out->bits = static_cast<uint16_t>(v | ((u >> 16) & 0x8000u));
 }
 
-GF_INLINE float transformed(float z, float scale, float softcap) { return softcap * tanh_fast(z * scale / softcap); }
-
-// Where a block of float32 values is read from: the row itself if it is float32 without a soft cap, else a converted copy in the buffer.
-template <typename T, bool kCapped>
-GF_INLINE const float* load(const T* row, int64_t n, const RowTransform& transform, float* buffer) {
-  if constexpr (std::is_same_v<T, float> && !kCapped) {
-    return row;
+// The block that the loops below read f(z) from: the row itself, or where there is a soft cap its float32 values in the buffer.
+template <bool kCapped, typename T>
+GF_INLINE auto block_of(const T* row, int64_t n, const RowTransform& transform, float* buffer) {
+  if constexpr (kCapped) {
+    const float scale = static_cast<float>(transform.logit_scale), softcap = static_cast<float>(transform.softcap);
+#pragma omp simd
+    for (int64_t j = 0; j < n; j++) buffer[j] = softcap * tanh_fast(to_float(row[j]) * scale / softcap);
+    return static_cast<const float*>(buffer);
   } else {
-    if constexpr (kCapped) {
-      const float scale = static_cast<float>(transform.logit_scale), softcap = static_cast<float>(transform.softcap);
-#pragma omp simd
-      for (int64_t j = 0; j < n; j++) buffer[j] = transformed(to_float(row[j]), scale, softcap);
-    } else {
-#pragma omp simd
-      for (int64_t j = 0; j < n; j++) buffer[j] = to_float(row[j]);
-    }
-    return buffer;
+    return row;
   }
 }
 
@@ -134,43 +130,61 @@ GF_INLINE double column(const T* row, int64_t v, const RowTransform& transform) 
   return kCapped ? transform.softcap * std::tanh(z * transform.logit_scale / transform.softcap) : z;
 }
 
-// s = f * slope for the values that load() returns (a logit scale without a soft cap is folded in here).
+// s = slope * what block_of() returns (a logit scale without a soft cap is folded in here).
 template <bool kCapped>
 GF_INLINE double slope_of(const RowTransform& transform) {
   return (kCapped ? 1.0 : transform.logit_scale) / transform.temperature;
 }
 
-struct Sums {  // over the columns seen so far, relative to the running maximum
-  float maximum = -std::numeric_limits<float>::infinity();
-  double e = 0, et = 0;  // sum 2^t and sum t * 2^t, t = (f - maximum) * slope * log2(e)
+struct Sums {                                                 // over the columns seen so far
+  float reference = -std::numeric_limits<float>::infinity();  // their maximum, or a little below
+  double e = 0, et = 0;                                       // sum 2^t and sum t * 2^t, t = (f - reference) * slope * log2(e)
 };
 
-GF_INLINE void add_block(const float* __restrict f, int64_t n, double slope_log2, Sums* sums) {
-  float maximum = sums->maximum;
+template <typename E>
+GF_INLINE float maximum_of(const E* __restrict f, int64_t n) {
+  float maximum = -std::numeric_limits<float>::infinity();
 #pragma omp simd reduction(max : maximum)
-  for (int64_t j = 0; j < n; j++) maximum = f[j] > maximum ? f[j] : maximum;
-  if (maximum == -std::numeric_limits<float>::infinity()) {  // nothing but -inf (or NaN) so far
-    for (int64_t j = 0; j < n; j++) sums->e += f[j] != f[j] ? f[j] : 0.0f;
-    return;
+  for (int64_t j = 0; j < n; j++) {
+    const float x = to_float(f[j]);
+    maximum = x > maximum ? x : maximum;
   }
-  if (maximum > sums->maximum) {
-    if (sums->e > 0) {
-      const double shift = (static_cast<double>(sums->maximum) - maximum) * slope_log2, factor = std::exp2(shift);
+  return maximum;
+}
+
+// Maximum and sums in one reading, so that arithmetic and memory overlap; relative to a maximum seen before. Where the block turns out to
+// hold something larger by more than kHeadroom its sums are not exact enough (or have overflowed) and are made again.
+template <typename E>
+GF_INLINE void add_block(const E* __restrict f, int64_t n, double slope_log2, Sums* sums) {
+  constexpr float kHeadroom = 4.0f;  // in powers of two
+  const float infinity = std::numeric_limits<float>::infinity(), k = static_cast<float>(slope_log2), floor = exponent_floor();
+  float next = sums->reference == -infinity ? maximum_of(f, n) : sums->reference;
+  for (;;) {
+    if (next > sums->reference) {
+      const double shift = sums->e > 0 ? (static_cast<double>(sums->reference) - next) * slope_log2 : 0, factor = std::exp2(shift);
       sums->et = factor * (sums->et + shift * sums->e);
       sums->e *= factor;
+      sums->reference = next;
     }
-    sums->maximum = maximum;
+    const float reference = sums->reference == -infinity ? 0.0f : sums->reference;
+    float maximum = reference, e_sum = 0, et_sum = 0;
+#pragma omp simd reduction(max : maximum) reduction(+ : e_sum, et_sum)
+    for (int64_t j = 0; j < n; j++) {
+      const float x = to_float(f[j]);
+      maximum = x > maximum ? x : maximum;
+      const float t = at_least(floor, (x - reference) * k), e = exp2_fast(t);
+      e_sum += e;
+      et_sum += e * t;
+    }
+    if ((maximum - reference) * k > kHeadroom) {
+      next = maximum;
+      continue;
+    }
+    if (sums->reference == -infinity && e_sum == e_sum) return;  // nothing but -inf so far
+    sums->e += e_sum;
+    sums->et += et_sum;
+    return;
   }
-  const float k = static_cast<float>(slope_log2);
-  float e_sum = 0, et_sum = 0;
-#pragma omp simd reduction(+ : e_sum, et_sum)
-  for (int64_t j = 0; j < n; j++) {
-    const float t = floor_exponent((f[j] - maximum) * k), e = exp2_negative(t);
-    e_sum += e;
-    et_sum += e * t;
-  }
-  sums->e += e_sum;
-  sums->et += et_sum;
 }
 
 template <typename T, bool kCapped>
@@ -185,40 +199,22 @@ GF_INLINE RowStatistics statistics_of(const T* row, int64_t vocabulary, int64_t 
     }
     end = begin + kBlock < vocabulary ? begin + kBlock : vocabulary;
     if (begin < target && target < end) end = target;
-    add_block(load<T, kCapped>(row + begin, end - begin, transform, buffer), end - begin, slope * kLog2E, &sums);
+    add_block(block_of<kCapped>(row + begin, end - begin, transform, buffer), end - begin, slope * kLog2E, &sums);
   }
 
   RowStatistics out;
   const double s_target = column<T, kCapped>(row, target, transform) * slope;
-  const double lse_others = sums.maximum * slope + std::log(sums.e), d = lse_others - s_target;
+  const double lse_others = sums.reference * slope + std::log(sums.e), d = lse_others - s_target;
   out.logprob = d > 0 ? -(d + std::log1p(std::exp(-d))) : -std::log1p(std::exp(d));
   out.lse = s_target - out.logprob;
-  out.pivot = sums.maximum;
+  out.pivot = sums.reference;
   out.entropy = -std::exp(out.logprob) * out.logprob;
   if (sums.e > 0) {  // - sum p log p over the others, with log p = t ln 2 + log_factor
-    const double log_factor = sums.maximum * slope - out.lse;
+    const double log_factor = sums.reference * slope - out.lse;
     out.entropy -= std::exp(log_factor) * (sums.et * kLn2 + sums.e * log_factor);
   }
   if (sums.e != sums.e) out.entropy = sums.e;
   return out;
-}
-
-// Copies finished bytes past the caches, whole cache lines at a time.
-GF_INLINE void stream_out(void* to, const void* from, int64_t bytes) {
-#if defined(__SSE2__)
-  char* out = static_cast<char*>(to);
-  const char* in = static_cast<const char*>(from);
-  const int64_t head = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(out) & 15);
-  if (bytes >= head + 16) {
-    std::memcpy(out, in, static_cast<size_t>(head));
-    int64_t i = head;
-    for (; i + 16 <= bytes; i += 16)
-      _mm_stream_si128(reinterpret_cast<__m128i*>(out + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i)));
-    std::memcpy(out + i, in + i, static_cast<size_t>(bytes - i));
-    return;
-  }
-#endif
-  std::memcpy(to, from, static_cast<size_t>(bytes));
 }
 
 struct GradientTerms {  // d loss / d f = e * (constant + linear * t), e = 2^t, t = (f - pivot) * k
@@ -226,12 +222,13 @@ struct GradientTerms {  // d loss / d f = e * (constant + linear * t), e = 2^t, 
   float inverse_softcap2;  // a soft cap's derivative is 1 - (f / softcap)^2
 };
 
-template <typename T, bool kCapped, bool kEntropy>
-GF_INLINE void gradient_block(const float* f, T* out, int64_t n, const GradientTerms& terms) {
+template <bool kCapped, bool kEntropy, typename E, typename T>
+GF_INLINE void gradient_block(const E* f, T* out, int64_t n, const GradientTerms& terms) {
   const GradientTerms c = terms;  // by value: what is stored to out cannot change it
+  const float floor = exponent_floor();
 #pragma omp simd
   for (int64_t j = 0; j < n; j++) {
-    const float x = f[j], t = floor_exponent((x - c.pivot) * c.k), e = exp2_negative(t);
+    const float x = to_float(f[j]), t = at_least(floor, (x - c.pivot) * c.k), e = exp2_fast(t);
     float d = kEntropy ? e * (c.constant + c.linear * t) : e * c.constant;
     if (kCapped) d *= 1.0f - x * x * c.inverse_softcap2;
     from_float(d, out + j);
@@ -240,9 +237,8 @@ GF_INLINE void gradient_block(const float* f, T* out, int64_t n, const GradientT
 
 template <typename T, bool kCapped, bool kEntropy>
 GF_INLINE void gradient_of(const T* row, T* gradient, int64_t vocabulary, int64_t target, const RowTransform& transform,
-                           const RowStatistics& statistics, double g, double h, bool stream) {
+                           const RowStatistics& statistics, double g, double h) {
   alignas(64) float buffer[kBlock];
-  alignas(64) T finished[kBlock];
   const double f_target = column<T, kCapped>(row, target, transform);
   const double pivot = std::isinf(statistics.pivot) ? f_target : statistics.pivot;  // no finite logit but the target's
   const double slope = slope_of<kCapped>(transform), log_factor = pivot * slope - statistics.lse;
@@ -260,17 +256,11 @@ GF_INLINE void gradient_of(const T* row, T* gradient, int64_t vocabulary, int64_
   d_target *= transform.logit_scale / transform.temperature;
   if (kCapped) d_target *= 1 - f_target * f_target / (transform.softcap * transform.softcap);
 
-  int64_t begin = 0;
-  int64_t end = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(gradient) & 63) / static_cast<int64_t>(sizeof(T));  // to a cache line
-  if (end == 0) end = kBlock;
-  for (; begin < vocabulary; begin = end, end += kBlock) {
-    if (end > vocabulary) end = vocabulary;
-    const int64_t n = end - begin;
-    T* out = stream ? finished : gradient + begin;
-    gradient_block<T, kCapped, kEntropy>(load<T, kCapped>(row + begin, n, transform, buffer), out, n, terms);
-    if (begin <= target && target < end) from_float(static_cast<float>(d_target), out + (target - begin));
-    if (stream) stream_out(gradient + begin, finished, n * static_cast<int64_t>(sizeof(T)));
+  for (int64_t begin = 0; begin < vocabulary; begin += kBlock) {
+    const int64_t n = begin + kBlock < vocabulary ? kBlock : vocabulary - begin;
+    gradient_block<kCapped, kEntropy>(block_of<kCapped>(row + begin, n, transform, buffer), gradient + begin, n, terms);
   }
+  from_float(static_cast<float>(d_target), gradient + target);
 }
 
 template <typename T>
@@ -282,26 +272,30 @@ RowStatistics statistics(const void* row, int64_t vocabulary, int64_t target, co
 
 template <typename T>
 void gradient(const void* row, void* gradient, int64_t vocabulary, int64_t target, const RowTransform& transform,
-              const RowStatistics& statistics, double g, double h, bool stream) {
+              const RowStatistics& statistics, double g, double h) {
   const T* in = static_cast<const T*>(row);
   T* out = static_cast<T*>(gradient);
   if (transform.softcap > 0) {
-    if (h != 0) gradient_of<T, true, true>(in, out, vocabulary, target, transform, statistics, g, h, stream);
-    else gradient_of<T, true, false>(in, out, vocabulary, target, transform, statistics, g, h, stream);
+    if (h != 0)
+      gradient_of<T, true, true>(in, out, vocabulary, target, transform, statistics, g, h);
+    else
+      gradient_of<T, true, false>(in, out, vocabulary, target, transform, statistics, g, h);
   } else {
-    if (h != 0) gradient_of<T, false, true>(in, out, vocabulary, target, transform, statistics, g, h, stream);
-    else gradient_of<T, false, false>(in, out, vocabulary, target, transform, statistics, g, h, stream);
+    if (h != 0)
+      gradient_of<T, false, true>(in, out, vocabulary, target, transform, statistics, g, h);
+    else
+      gradient_of<T, false, false>(in, out, vocabulary, target, transform, statistics, g, h);
   }
 }
 
 }  // namespace
 }  // namespace grpo_fast
 
-#define GF_DEFINE_ROWS(table)                                                                                        \
-  namespace grpo_fast {                                                                                              \
-  extern const RowKernels table[3];                                                                                  \
-  const RowKernels table[3] = {{&statistics<float>, &gradient<float>}, {&statistics<BFloat>, &gradient<BFloat>},     \
-                               {&statistics<Half>, &gradient<Half>}};                                                \
+#define GF_DEFINE_ROWS(table)                                                                                                  \
+  namespace grpo_fast {                                                                                                        \
+  extern const RowKernels table[3];                                                                                            \
+  const RowKernels table[3] = {                                                                                                \
+      {&statistics<float>, &gradient<float>}, {&statistics<BFloat>, &gradient<BFloat>}, {&statistics<Half>, &gradient<Half>}}; \
   }
 
 #if defined(GF_TARGET)

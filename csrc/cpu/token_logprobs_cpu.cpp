@@ -12,7 +12,8 @@ std::tuple<Tensor, Tensor, Tensor> token_logprobs_cpu(const Tensor& logits_in, c
   const Tensor logits = unit_stride(logits_in);
   const Rows in(logits);
   const RowKernels& kernels = rows(in.type);
-  const Tokens tokens{PerToken<int64_t>(token_ids), PerToken<bool>(mask), PerToken<float>(temperatures), {temperature, logit_scale, softcap}};
+  const Tokens tokens{
+      PerToken<int64_t>(token_ids), PerToken<bool>(mask), PerToken<float>(temperatures), {temperature, logit_scale, softcap}};
   Tensor logprobs = like_tokens(token_ids), entropy = like_tokens(token_ids), lse = like_tokens(token_ids);
   float *logprob_out = logprobs.mutable_data_ptr<float>(), *entropy_out = entropy.mutable_data_ptr<float>(),
         *lse_out = lse.mutable_data_ptr<float>();
@@ -38,9 +39,9 @@ static void token_logprobs_gradient(const Tensor& logits, const Tensor& gradient
                                     const Tensor& lse) {
   const Rows in(logits), out(gradient);
   const RowKernels& kernels = rows(in.type);
-  const Tokens tokens{PerToken<int64_t>(token_ids), PerToken<bool>(mask), PerToken<float>(temperatures), {temperature, logit_scale, softcap}};
+  const Tokens tokens{
+      PerToken<int64_t>(token_ids), PerToken<bool>(mask), PerToken<float>(temperatures), {temperature, logit_scale, softcap}};
   const PerToken<float> g(grad_logprobs), h(grad_entropy), logprob(logprobs), row_entropy(entropy), row_lse(lse);
-  const bool stream = in.data != out.data && out.bytes() > kStreamBytes;
 
   const int64_t length = token_ids.size(1);
   for_each_row(in.sequences * in.positions, in.vocabulary, [&](int64_t n) {
@@ -51,15 +52,16 @@ static void token_logprobs_gradient(const Tensor& logits, const Tensor& gradient
     RowStatistics row{logprob.at(b, t), row_entropy.at(b, t), row_lse.at(b, t), 0};
     row.pivot = row.lse * transform.temperature / (softcap > 0 ? 1.0 : logit_scale);
     const int64_t target = std::clamp<int64_t>(tokens.ids.at(b, t), 0, in.vocabulary - 1);  // out of range: lse is NaN, so is the row
-    kernels.gradient(in.at(b, t), out.at(b, t), in.vocabulary, target, transform, row, g.at(b, t), h.at(b, t), stream);
+    kernels.gradient(in.at(b, t), out.at(b, t), in.vocabulary, target, transform, row, g.at(b, t), h.at(b, t));
   });
 }
 
-Tensor token_logprobs_backward_cpu(const Tensor& grad_logprobs, const Tensor& grad_entropy, const Tensor& logits_in, const Tensor& token_ids,
-                                   const Tensor& mask, const std::optional<Tensor>& temperatures, double temperature, double softcap,
-                                   double logit_scale, const Tensor& logprobs, const Tensor& entropy, const Tensor& lse) {
+Tensor token_logprobs_backward_cpu(const Tensor& grad_logprobs, const Tensor& grad_entropy, const Tensor& logits_in,
+                                   const Tensor& token_ids, const Tensor& mask, const std::optional<Tensor>& temperatures,
+                                   double temperature, double softcap, double logit_scale, const Tensor& logprobs, const Tensor& entropy,
+                                   const Tensor& lse) {
   const Tensor logits = unit_stride(logits_in);
-  Tensor gradient = torch::stable::new_empty(logits, {logits.size(0), logits.size(1), logits.size(2)});
+  Tensor gradient = new_gradient(logits);
   token_logprobs_gradient(logits, gradient, grad_logprobs, grad_entropy, token_ids, mask, temperatures, temperature, softcap, logit_scale,
                           logprobs, entropy, lse);
   return gradient;

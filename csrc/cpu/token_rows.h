@@ -1,9 +1,14 @@
-// What the operators over vocabulary rows share: how [B, T, V] logits and per-token tensors are addressed, and how rows are given to threads.
+// What the operators over vocabulary rows share: how [B, T, V] logits and per-token tensors are addressed, and how rows are given to
+// threads.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -18,8 +23,19 @@ namespace grpo_fast {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// A gradient beyond this many bytes will not be found in the caches by whoever reads it next, so it is written around them.
-constexpr int64_t kStreamBytes = int64_t(64) << 20;
+// Memory for a gradient shaped like the logits. The first touch of 64,000 small pages costs more than the whole loss, so large gradients
+// ask for huge ones; where the system grants none, nothing is lost.
+inline Tensor new_gradient(const Tensor& logits) {
+  Tensor gradient = torch::stable::new_empty(logits, {logits.size(0), logits.size(1), logits.size(2)});
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHugePage = uintptr_t(2) << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(gradient.mutable_data_ptr());
+  const uintptr_t end = begin + static_cast<uintptr_t>(gradient.numel()) * static_cast<uintptr_t>(gradient.element_size());
+  const uintptr_t first = (begin + kHugePage - 1) & ~(kHugePage - 1), last = end & ~(kHugePage - 1);
+  if (last > first + 4 * kHugePage) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  return gradient;
+}
 
 inline Tensor unit_stride(const Tensor& logits) { return logits.stride(2) == 1 ? logits : torch::stable::contiguous(logits); }
 
@@ -45,7 +61,6 @@ struct Rows {  // [B, T or T + 1, V] logits or their gradient; a last position b
   }
   void* at(int64_t b, int64_t t) const { return data + (b * sequence_stride + t * position_stride) * element; }
   void clear(int64_t b, int64_t t) const { std::memset(at(b, t), 0, static_cast<size_t>(vocabulary * element)); }
-  int64_t bytes() const { return sequences * positions * vocabulary * element; }
 };
 
 template <typename T>
@@ -89,8 +104,8 @@ inline RowStatistics no_statistics() {
   return {nan, nan, nan, nan};
 }
 
-// Calls work(row) for every row in [0, count), rows handed out in small runs so that masked stretches do not leave a thread idle. Each row writes
-// only its own results, so these do not depend on who computed it.
+// Calls work(row) for every row in [0, count), rows handed out in small runs so that masked stretches do not leave a thread idle. Each row
+// writes only its own results, so these do not depend on who computed it.
 template <typename Work>
 void for_each_row(int64_t count, int64_t vocabulary, const Work& work) {
   const int64_t run = std::max<int64_t>(1, 32768 / std::max<int64_t>(vocabulary, 1)), threads = torch::stable::get_num_threads();
