@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import os
 import shutil
 import sys
@@ -17,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import torch
@@ -51,7 +51,8 @@ def load_prebuilt() -> bool:
     global _status, _prebuilt_failure
     if _status is not None:
         return _status.loaded
-    spec = importlib.util.find_spec("grpo_fast._C")
+    # Beside this file alone: an editable install elsewhere on the path would offer its own.
+    spec = PathFinder.find_spec("grpo_fast._C", [str(_HERE)])
     if spec is None or spec.origin is None:
         _prebuilt_failure = "this install of grpo_fast holds no compiled extension"
         return False

@@ -93,7 +93,6 @@ def select(device: torch.device) -> str:
     return _forced
 
 
-@torch.compiler.assume_constant_result
 def _default(device_type: str) -> str:
     """The unforced choice; constant for the life of the process, so torch.compile may evaluate it while it traces."""
     preferred = {"cpu": "cpu", "cuda": "triton"}.get(device_type, "reference")
@@ -108,6 +107,10 @@ def _default(device_type: str) -> str:
         "(plain PyTorch), which is right but slow and takes more memory.",
     )
     return "reference"
+
+
+# What torch.compiler.assume_constant_result does, without the four seconds that it takes to import torch._dynamo for it.
+_default._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _usable(name: str) -> tuple[bool, str, str]:

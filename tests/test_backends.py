@@ -282,11 +282,10 @@ def test_whatever_stops_the_compilation_is_a_status_and_never_an_error(fresh, mo
 
 
 def test_a_damaged_prebuilt_extension_is_reported_with_what_followed(monkeypatch, tmp_path):
-    damaged = tmp_path / "_C.abi3.so"
-    damaged.write_bytes(b"not a library")
+    (tmp_path / "_C.abi3.so").write_bytes(b"not a library")
     monkeypatch.setattr(_extension, "_status", None)
     monkeypatch.setattr(_extension, "_prebuilt_failure", "")
-    monkeypatch.setattr(_extension.importlib.util, "find_spec", lambda name: type("Spec", (), {"origin": str(damaged)}))
+    monkeypatch.setattr(_extension, "_HERE", tmp_path)
     monkeypatch.setenv("GRPO_FAST_BUILD", "none")
     assert not _extension.load()
     assert "_C.abi3.so does not load" in _extension.status().why and "forbids" in _extension.status().why

@@ -42,7 +42,7 @@ PY
 }
 
 install_packages() {
-  local pip="$python -m pip install -q --no-compile" extras=demo group=""
+  local pip="$python -m pip install -qq --no-compile" extras=demo group=""
   [ "$what" = demo ] || { extras=demo,bench; group="--group test"; }
   $pip -U "pip>=25.1" "setuptools>=77" ninja
   if ! $python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'; then
@@ -68,15 +68,15 @@ if ! ready test && ! { [ "$what" = demo ] && ready demo; }; then
   echo "$packages" >".venv/ready-$([ "$what" = demo ] && echo demo || echo test)"
 fi
 
-compiled=$({ echo "${GRPO_FAST_BUILD:-auto} ${CXX:-}"; cat setup.py grpo_fast/_build.py .venv/ready-*; find csrc -type f | LC_ALL=C sort | xargs cat; } | digest)
-if [ "$(cat .venv/ready-compiled 2>/dev/null)" != "$compiled" ]; then
+compiled=$({ echo "${GRPO_FAST_BUILD:-auto} ${CXX:-}"; cat setup.py grpo_fast/_build.py .venv/constraints.txt; find csrc -type f | LC_ALL=C sort | xargs cat; } | digest)
+if [ "$(cat .venv/compiled 2>/dev/null)" != "$compiled" ]; then
   if [ "${GRPO_FAST_BUILD:-auto}" = none ]; then
     rm -f grpo_fast/_C*.so
   else
     say "compiling csrc"
-    log=.venv/compiled.log
+    log=.venv/compilation.log
     $python setup.py -q build_ext --inplace >$log 2>&1 || { cat $log >&2; fail "the extension did not compile; see above, or run with GRPO_FAST_BUILD=none"; }
     grep '^grpo_fast:' $log || true
   fi
-  echo "$compiled" >.venv/ready-compiled
+  echo "$compiled" >.venv/compiled
 fi
