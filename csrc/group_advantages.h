@@ -6,8 +6,8 @@
 //   A_i = y_i, or y_i / (std of the batch + eps) where the scale is the batch's; exactly 0 for an unscorable completion
 //
 // gain is 1/(std + eps), times n/(n-1) for the leave-one-out baseline: x_i - mean of the n-1 others = (x_i - mean) * n/(n-1).
-// Everything is double inside, in two passes (mean, then centred squares): E[x^2] - E[x]^2 has no digit left at rewards of 1000.0 to 1000.3.
-// Equal rewards give exactly 0 because equality is detected (lowest == highest), never because roundings happen to cancel.
+// Everything is double inside, in two passes (mean, then centred squares): E[x^2] - E[x]^2 has no digit left at rewards of 1000.0 to
+// 1000.3. Equal rewards give exactly 0 because equality is detected (lowest == highest), never because roundings happen to cancel.
 //
 // The functions are written for a team of threads that share one group, so that the GPU's warps and the CPU's single thread run the very
 // same text. A team has rank(), size(), and sum(x), min(x), max(x), which return the same bits to every member, on every run.
@@ -91,7 +91,7 @@ struct Moments {
 
   GF_HOST_DEVICE double std() const { return equal ? 0.0 : std::sqrt(centred_squares / (count - 1)); }
   GF_HOST_DEVICE double gain(bool leave_one_out, bool by_std, double eps) const {
-    if (equal) return 0;
+    if (equal) return 0;  // exactly 0 then, even if a compiler that contracts a * b + c were to see two values of one weighted sum
     const double factor = leave_one_out ? count / (count - 1) : 1.0;
     const double divisor = by_std ? std() + eps : 1.0;
     return divisor == 0 ? 0 : factor / divisor;  // 0 only if the squares underflowed and eps is 0
@@ -150,7 +150,7 @@ GF_HOST_DEVICE void normalize_group(const Team& team, const GroupAdvantagesArgs&
     const double gain = m.gain(args.leave_one_out, args.scale == kScaleGroup, args.eps);
     for (int64_t row = begin + team.rank(); row < end; row += team.size()) {
       const double x = combined(row);
-      args.write(row, x != x || m.equal ? 0.0 : (x - m.mean) * gain);
+      args.write(row, x != x ? 0.0 : (x - m.mean) * gain);
     }
   } else {
     degenerate = true;
@@ -163,7 +163,7 @@ GF_HOST_DEVICE void normalize_group(const Team& team, const GroupAdvantagesArgs&
       if (!mk.equal && weight != 0) degenerate = false;
       for (int64_t row = begin + team.rank(); row < end; row += team.size()) {  // each y[row] stays with one thread throughout
         const double r = reward(row);
-        const double sum = (k == 0 ? 0.0 : args.y[row]) + (r != r || mk.equal ? 0.0 : (r - mk.mean) * gain);
+        const double sum = (k == 0 ? 0.0 : args.y[row]) + (r != r ? 0.0 : (r - mk.mean) * gain);
         args.y[row] = sum;
         if (k == args.num_rewards - 1) squares += sum * sum;
       }
@@ -227,8 +227,9 @@ using GroupAdvantagesOutput = std::tuple<torch::stable::Tensor, torch::stable::T
 // Checks the arguments, allocates the outputs on the rewards' device, and calls run(args), which fills them. grpo_fast/advantages.py has
 // made friendlier checks before; these hold for whoever calls the operator itself.
 template <typename Run>
-GroupAdvantagesOutput with_group_advantages_args(const torch::stable::Tensor& rewards, const std::optional<torch::stable::Tensor>& group_offsets,
-                                                 int64_t group_size, const std::optional<torch::stable::Tensor>& reward_weights, int64_t scale,
+GroupAdvantagesOutput with_group_advantages_args(const torch::stable::Tensor& rewards,
+                                                 const std::optional<torch::stable::Tensor>& group_offsets, int64_t group_size,
+                                                 const std::optional<torch::stable::Tensor>& reward_weights, int64_t scale,
                                                  bool leave_one_out, bool normalize_then_sum, double eps, const Run& run) {
   using torch::headeronly::ScalarType;
   using torch::stable::new_empty;

@@ -142,9 +142,12 @@ def _operator_computes(device: torch.device) -> bool:
     return select(device) != "reference" and _has_kernel(device.type)
 
 
-@torch.compiler.assume_constant_result
 def _has_kernel(device_type: str) -> bool:
     return _extension.load() and torch._C._dispatch_has_kernel_for_dispatch_key("grpo_fast::group_advantages", device_type.upper())
+
+
+# What torch.compiler.assume_constant_result does, without importing torch._dynamo for it; constant for the life of the process.
+_has_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _fail(name: str, got: str, expected: str) -> None:

@@ -31,9 +31,10 @@ void run(const grpo_fast::GroupAdvantagesArgs& args) {
 
 }  // namespace
 
-grpo_fast::GroupAdvantagesOutput group_advantages_cpu(const torch::stable::Tensor& rewards, const std::optional<torch::stable::Tensor>& group_offsets,
-                                                      int64_t group_size, const std::optional<torch::stable::Tensor>& reward_weights,
-                                                      int64_t scale, bool leave_one_out, bool normalize_then_sum, double eps) {
-  return grpo_fast::with_group_advantages_args(rewards, group_offsets, group_size, reward_weights, scale, leave_one_out, normalize_then_sum, eps,
-                                               run);
+grpo_fast::GroupAdvantagesOutput group_advantages_cpu(const torch::stable::Tensor& rewards,
+                                                      const std::optional<torch::stable::Tensor>& group_offsets, int64_t group_size,
+                                                      const std::optional<torch::stable::Tensor>& reward_weights, int64_t scale,
+                                                      bool leave_one_out, bool normalize_then_sum, double eps) {
+  return grpo_fast::with_group_advantages_args(rewards, group_offsets, group_size, reward_weights, scale, leave_one_out, normalize_then_sum,
+                                               eps, run);
 }

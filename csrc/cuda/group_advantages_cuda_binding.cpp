@@ -14,9 +14,10 @@ extern "C" const char* group_advantages_cuda_launch(const grpo_fast::GroupAdvant
 
 namespace {
 
-grpo_fast::GroupAdvantagesOutput group_advantages_cuda(const torch::stable::Tensor& rewards, const std::optional<torch::stable::Tensor>& group_offsets,
-                                                       int64_t group_size, const std::optional<torch::stable::Tensor>& reward_weights,
-                                                       int64_t scale, bool leave_one_out, bool normalize_then_sum, double eps) {
+grpo_fast::GroupAdvantagesOutput group_advantages_cuda(const torch::stable::Tensor& rewards,
+                                                       const std::optional<torch::stable::Tensor>& group_offsets, int64_t group_size,
+                                                       const std::optional<torch::stable::Tensor>& reward_weights, int64_t scale,
+                                                       bool leave_one_out, bool normalize_then_sum, double eps) {
   const auto device = rewards.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   const auto run = [device](const grpo_fast::GroupAdvantagesArgs& args) {
@@ -25,8 +26,8 @@ grpo_fast::GroupAdvantagesOutput group_advantages_cuda(const torch::stable::Tens
     const char* error = group_advantages_cuda_launch(&args, stream);
     STD_TORCH_CHECK(error == nullptr, "grpo_fast::group_advantages on cuda:", device, ": ", error);
   };
-  return grpo_fast::with_group_advantages_args(rewards, group_offsets, group_size, reward_weights, scale, leave_one_out, normalize_then_sum, eps,
-                                               run);
+  return grpo_fast::with_group_advantages_args(rewards, group_offsets, group_size, reward_weights, scale, leave_one_out, normalize_then_sum,
+                                               eps, run);
 }
 
 }  // namespace

@@ -1,9 +1,10 @@
-// Stands in for <cuda_runtime.h> so that g++ compiles a .cu file and its kernels run on the CPU: correctness of a CUDA kernel without a GPU.
+// Stands in for <cuda_runtime.h>, so that g++ compiles a .cu file and its kernels run on the CPU: the logic of a kernel without a GPU.
 //
-// A block's threads are fibers of one OS thread, which change places only at __syncthreads and at shuffles, in thread order or, with
-// CUDA_ON_HOST_REVERSED set, against it: a result that depends on the order gives away a missing barrier. A barrier that not all threads
-// reach ends the process. Blocks run one after another, so __shared__ is a static variable. Only what our kernels use is here; a launch
-// `kernel<<<grid, block, shared, stream>>>(arguments)` must have been rewritten to cuda_on_host::launch(kernel, grid, ..., arguments).
+// A block's threads are fibers of one OS thread, which change places only at __syncthreads and at shuffles. A warp runs until __syncthreads
+// stops it before another gets its turn, first warp first or, with CUDA_ON_HOST_REVERSED set, last warp first: warps are as far apart as
+// the barriers let them be, so a missing one shows. A barrier that not all threads reach ends the process. Blocks run one after another, so
+// __shared__ is a static variable. Only what our kernels use is here; a launch `kernel<<<grid, block, shared, stream>>>(arguments)` must
+// have been rewritten to cuda_on_host::launch(kernel, grid, ..., arguments).
 #pragma once
 #include <ucontext.h>
 
@@ -85,17 +86,24 @@ inline void run_block(unsigned threads) {
     makecontext(&fiber.context, run_fiber, 0);
   }
   const bool reversed = std::getenv("CUDA_ON_HOST_REVERSED") != nullptr;
-  for (bool all_done = false; !all_done;) {
-    all_done = true;
-    progress = false;
-    for (unsigned i = 0; i < threads; ++i) {
-      current = reversed ? threads - 1 - i : i;
-      if (fibers[current].done) continue;
-      threadIdx.x = current;
-      swapcontext(&scheduler, &fibers[current].context);
-      all_done = all_done && fibers[current].done;
+  const unsigned warps = threads / 32;
+  for (unsigned done = 0; done < threads;) {
+    bool stuck = true;
+    for (unsigned i = 0; i < warps; ++i) {
+      const unsigned warp = reversed ? warps - 1 - i : i;
+      do {
+        progress = false;
+        for (unsigned lane = 0; lane < 32; ++lane) {
+          current = warp * 32 + (reversed ? 31 - lane : lane);
+          if (fibers[current].done) continue;
+          threadIdx.x = current;
+          swapcontext(&scheduler, &fibers[current].context);
+          done += fibers[current].done;
+        }
+        stuck = stuck && !progress;
+      } while (progress);
     }
-    if (!all_done && !progress) {
+    if (done < threads && stuck) {
       std::fprintf(stderr, "cuda_on_host: deadlock: threads of one block wait at different barriers\n");
       std::abort();
     }
