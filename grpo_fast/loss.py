@@ -11,7 +11,7 @@ from grpo_fast import checks
 from grpo_fast.backends import select
 from grpo_fast.config import LossConfig
 from grpo_fast.inputs import TokenInputs, token_inputs
-from grpo_fast.ops import METRICS, GrpoLossInplaceFunction, TokenLogprobsInplaceFunction, loss_settings
+from grpo_fast.ops import METRICS, GrpoLossFunction, TokenLogprobsFunction, loss_settings
 from grpo_fast.reference import Policy, Sequences, aggregation_weights, policy_loss, token_statistics
 
 __all__ = ["GRPOOutput", "TokenLogprobs", "grpo_loss", "token_logprobs"]
@@ -223,13 +223,17 @@ def _by_reference(logits: Tensor) -> bool:
     return logits.dtype == torch.float64 or select(logits.device) == "reference"
 
 
+def _wants_gradient(logits: Tensor) -> bool:
+    return torch.is_grad_enabled() and logits.requires_grad
+
+
 def _can_write_over(logits: Tensor) -> bool:
     """Whether ``inplace`` may be honoured for these logits.
 
     Raises:
         ValueError: writing over them would be wrong.
     """
-    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and logits.requires_grad):
+    if torch.compiler.is_compiling() or not _wants_gradient(logits):
         return False
     if logits.is_leaf:
         raise ValueError("inplace=True with logits that are a leaf (a parameter); expected the output of a model. Leave inplace off.")
@@ -268,8 +272,8 @@ def _scoring(inputs: TokenInputs) -> tuple[Tensor | None, float, float, float]:
 
 def _statistics(inputs: TokenInputs, computed: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
     arguments = (inputs.logits, inputs.token_ids, computed, *_scoring(inputs))
-    if inplace:
-        logprobs, entropy, _ = TokenLogprobsInplaceFunction.apply(*arguments)
+    if _wants_gradient(inputs.logits) and not torch.compiler.is_compiling():
+        logprobs, entropy, _ = TokenLogprobsFunction.apply(inplace, *arguments)
     else:
         logprobs, entropy, _ = torch.ops.grpo_fast.token_logprobs.default(*arguments)
     return logprobs, entropy
@@ -292,9 +296,9 @@ def _one_pass_loss(inputs: TokenInputs, policy: Policy, only_active: bool, inpla
         loss_settings(policy.config),
         only_active,
     )
-    if inplace:
-        loss, logprobs, entropy, metrics = GrpoLossInplaceFunction.apply(*arguments)
+    wants_gradient = _wants_gradient(logits)
+    if wants_gradient and not torch.compiler.is_compiling():
+        loss, logprobs, entropy, metrics = GrpoLossFunction.apply(inplace, *arguments)
     else:
-        want_gradient = torch.is_grad_enabled() and logits.requires_grad
-        loss, logprobs, entropy, metrics, _ = torch.ops.grpo_fast.grpo_loss.default(*arguments, want_gradient)
+        loss, logprobs, entropy, metrics, _ = torch.ops.grpo_fast.grpo_loss.default(*arguments, wants_gradient)
     return loss, logprobs, entropy, dict(zip(METRICS, metrics.unbind(), strict=True))

@@ -126,23 +126,27 @@ def _grpo_loss_backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -
 torch.library.register_autograd("grpo_fast::grpo_loss", _grpo_loss_backward, setup_context=_grpo_loss_setup_context, lib=LIBRARY)
 
 
-class GrpoLossInplaceFunction(torch.autograd.Function):
-    """grpo_loss_ with its gradient kept in the logits' own storage."""
+class GrpoLossFunction(torch.autograd.Function):
+    """grpo_loss or grpo_loss_ outside of torch.compile: the same formulas as above at a third of the registered autograd's overhead."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        out = torch.ops.grpo_fast.grpo_loss_.default(logits, *rest)
-        torch.autograd.graph.increment_version(logits)  # whoever else had saved these logits for backward is told
+    def forward(ctx: Any, inplace: bool, logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        if inplace:
+            *out, gradient = *torch.ops.grpo_fast.grpo_loss_.default(logits, *rest), logits.detach()
+            torch.autograd.graph.increment_version(logits)  # whoever else had saved these logits for backward is told
+        else:
+            *out, gradient = torch.ops.grpo_fast.grpo_loss.default(logits, *rest, True)
+        ctx.inplace = inplace
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*out[1:])
-        ctx.save_for_backward(logits.detach())
-        return out
+        ctx.save_for_backward(gradient)
+        return tuple(out)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return (None if grad_loss is None else _scaled(gradient, grad_loss, inplace=True), *[None] * 15)
+        return (None, None if grad_loss is None else _scaled(gradient, grad_loss, inplace=ctx.inplace), *[None] * 15)
 
 
 # token_logprobs ------------------------------------------------------------------------------------------------------------------------------
@@ -192,16 +196,17 @@ def _token_logprobs_backward(ctx: Any, grad_logprobs: Tensor | None, grad_entrop
 torch.library.register_autograd("grpo_fast::token_logprobs", _token_logprobs_backward, setup_context=_token_logprobs_setup_context, lib=LIBRARY)
 
 
-class TokenLogprobsInplaceFunction(torch.autograd.Function):
-    """token_logprobs whose backward writes the gradient over the logits."""
+class TokenLogprobsFunction(torch.autograd.Function):
+    """token_logprobs outside of torch.compile; with inplace, backward writes the gradient over the logits."""
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        return torch.ops.grpo_fast.token_logprobs.default(*arguments)
-
-    setup_context = staticmethod(_token_logprobs_setup_context)
+    def forward(ctx: Any, inplace: bool, *arguments: Any) -> tuple[Tensor, ...]:
+        out = torch.ops.grpo_fast.token_logprobs.default(*arguments)
+        ctx.inplace = inplace
+        _token_logprobs_setup_context(ctx, arguments, out)
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (_token_logprobs_gradient(ctx, grad_logprobs, grad_entropy, inplace=True), *[None] * 6)
+        return (None, _token_logprobs_gradient(ctx, grad_logprobs, grad_entropy, inplace=ctx.inplace), *[None] * 6)
