@@ -190,7 +190,7 @@ def test_the_judge_says_which_criterion_failed():
 
     assert all(criterion.met for criterion in judge(table(1.0, 0.4), table(0.0, 0.95)))
     failed = [criterion.as_dict()["sentence"] for criterion in judge(table(1.0, 0.4), table(0.0, 0.5)) if not criterion.met]
-    assert failed == ["accuracy at T = 0.6 after training is 0.500; expected at least 0.93."]
+    assert failed == ["Accuracy at T = 0.6 after training is 0.500; expected at least 0.93."]
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):

@@ -28,8 +28,8 @@ def judge(before: Sequence[Quality], after: Sequence[Quality]) -> list[Criterion
     """A model with bad habits at first, and without them in the end. Both tables must hold T = 0 and T = 0.6."""
     first, last = ({quality.temperature: quality for quality in table} for table in (before, after))
     return [
-        Criterion("accuracy at T = 0.6 before training", first[0.6].accuracy, "at most", 0.55),
-        Criterion("share of endless completions at T = 0 before training", first[0.0].truncated, "at least", 1.0),
-        Criterion("accuracy at T = 0.6 after training", last[0.6].accuracy, "at least", 0.93),
-        Criterion("share of endless completions at T = 0 after training", last[0.0].truncated, "at most", 0.05),
+        Criterion("Accuracy at T = 0.6 before training", first[0.6].accuracy, "at most", 0.55),
+        Criterion("Share of endless completions at T = 0 before training", first[0.0].truncated, "at least", 1.0),
+        Criterion("Accuracy at T = 0.6 after training", last[0.6].accuracy, "at least", 0.93),
+        Criterion("Share of endless completions at T = 0 after training", last[0.0].truncated, "at most", 0.05),
     ]
