@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -11,7 +12,6 @@ from torch import Tensor
 
 import grpo_fast.ops  # noqa: F401  the schema
 from grpo_fast import _extension
-from grpo_fast.backends import select
 from grpo_fast.checks import value_checks_wanted
 from grpo_fast.reference import advantages as reference
 
@@ -20,6 +20,7 @@ __all__ = ["GroupAdvantages", "group_advantages"]
 SCALES = ("none", "group", "batch")  # the position is the number the operator gets (csrc/group_advantages.h)
 BASELINES = ("mean", "leave_one_out")
 NORMALIZATIONS = ("sum_then_normalize", "normalize_then_sum")
+_backends = importlib.import_module("grpo_fast.backends")  # the attribute of grpo_fast of that name is the function
 _LARGEST_REWARD = torch.finfo(torch.float32).max  # its square still fits the float64 that is computed in
 
 
@@ -138,8 +139,13 @@ def group_advantages(
 
 
 def _operator_computes(device: torch.device) -> bool:
-    """Whether the compiled operator takes it; whichever backend is chosen for the loss, this operator has no twin in Triton."""
-    return select(device) != "reference" and _has_kernel(device.type)
+    """Whether the compiled operator takes it, rather than the reference.
+
+    What is chosen by default for a GPU is about the loss, which is Triton there. This operator is CUDA: only a forced backend overrules it.
+    """
+    if (device.type == "cpu" or _backends._forced is not None) and _backends.select(device) == "reference":
+        return False
+    return _has_kernel(device.type)
 
 
 def _has_kernel(device_type: str) -> bool:

@@ -443,6 +443,24 @@ def test_cuda_kernel_survives_nonsense_offsets(cuda_on_host, offsets, scale):
     assert result.advantages.isnan().any() or result.mean.isnan().any()
 
 
+@pytest.mark.skipif(_build.find_cuda_home() is None, reason="no CUDA toolkit")
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_cuda_kernel_compiles_without_spills(arch, tmp_path):
+    command = [
+        f"{_build.find_cuda_home()}/bin/nvcc",
+        *_build.NVCC_FLAGS,
+        "-Xptxas",
+        "-v",
+        f"-arch={arch}",
+        "-c",
+        "-o",
+        tmp_path / "kernel.o",
+    ]
+    ptxas = subprocess.run([*command, CSRC / "cuda" / "group_advantages_cuda.cu"], check=True, capture_output=True, text=True).stderr
+    print(*(line.strip() for line in ptxas.splitlines() if "Used" in line or "spill" in line), sep="\n")
+    assert re.findall(r"(\d+) bytes spill", ptxas) == ["0"] * 4  # stores and loads of the two kernels
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("scale", "baseline", "normalize"), MODES)
 @pytest.mark.parametrize("group_size", [8, 1000, 100_000])
@@ -453,6 +471,20 @@ def test_gpu_repeats_bitwise(scale, baseline, normalize, group_size):
     for _ in range(10):
         assert all(torch.equal(a, b) for a, b in zip(first, group_advantages(rewards, **arguments), strict=True))
     assert_close(GroupAdvantages(*(x.cpu() for x in first)), truth(rewards.cpu(), **arguments))
+
+
+@pytest.mark.gpu
+def test_gpu_does_not_synchronise():
+    rewards, offsets = torch.randn(24, 2, device="cuda"), torch.tensor([0, 8, 8, 24], device="cuda")
+    weights = torch.tensor([1.0, 0.5], device="cuda")
+    group_advantages(rewards, group_offsets=offsets)  # the extension is loaded now
+    for scale, baseline, normalize in MODES:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            arguments = {"scale": scale, "baseline": baseline, "normalize": normalize, "reward_weights": weights}
+            group_advantages(rewards, group_offsets=offsets, **arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 # ---- inputs of every kind
