@@ -149,6 +149,8 @@ def _operator_computes(device: torch.device) -> bool:
 
 
 def _has_kernel(device_type: str) -> bool:
+    if device_type not in ("cpu", "cuda"):
+        return False
     return _extension.load() and torch._C._dispatch_has_kernel_for_dispatch_key("grpo_fast::group_advantages", device_type.upper())
 
 

@@ -694,6 +694,11 @@ def test_good_arguments_pass():
     assert group_advantages(torch.arange(8.0), group_size=4).degenerate.tolist() == [False, False]
 
 
+def test_other_devices_get_the_reference():
+    result = group_advantages(torch.zeros(8, 2, device="meta"), group_size=4, normalize="normalize_then_sum")
+    assert [(x.device.type, tuple(x.shape)) for x in result] == [("meta", (8,)), *[("meta", (2,))] * 3]
+
+
 def test_values_are_not_read_where_that_would_synchronise(monkeypatch):
     monkeypatch.setattr(advantages_module, "value_checks_wanted", lambda tensor: False)  # as on a GPU without GRPO_FAST_CHECK=1
     with gf.use_backend("reference"):
