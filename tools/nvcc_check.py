@@ -12,7 +12,6 @@ import re
 import runpy
 import shutil
 import subprocess
-import sys
 import types
 from pathlib import Path
 
@@ -74,4 +73,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
