@@ -5,7 +5,7 @@ All checks happen here, before anything is computed or written.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ class TokenInputs:
     logits: Tensor  # [B, T, V] or [B, T + 1, V]
     token_ids: Tensor  # int64 [B, T]
     mask: Tensor  # bool [B, T]
-    temperatures: Tensor | None  # float [B, T]; None: one number for all
+    temperatures: Tensor | None  # float, broadcastable to [B, T]; None: one number for all
     temperature: float
     softcap: float | None
     logit_scale: float
@@ -39,7 +39,7 @@ class TokenInputs:
         return None if x is None else self.per_token(name, x, like_sequences=False)
 
     def per_token(self, name: str, x: Tensor, *, like_sequences: bool, one_column: bool = False) -> Tensor:
-        """A floating-point argument shaped like token_ids as [B, T], expanded from [B] (like_sequences) or [B, 1] (one_column) without a copy."""
+        """A floating-point argument shaped like token_ids as [B, T]; one given per sequence, [B] (like_sequences) or [B, 1] (one_column), as [B, 1]."""
         checks.tensor(name, x, like=self.logits)
         if self.packed:
             checks.shape(name, x, (tuple(self.shape), "[N]"))
@@ -51,7 +51,7 @@ class TokenInputs:
         if one_column:
             allowed.append(((sequences, 1), "[B, 1]"))
         checks.shape(name, x, *allowed)
-        return (x.unsqueeze(1) if x.dim() == 1 else x).expand(sequences, length)
+        return x.unsqueeze(1) if x.dim() == 1 else x
 
     def like_given(self, x: Tensor) -> Tensor:
         """A [B, T] result in the shape of the caller's token_ids."""
@@ -80,18 +80,19 @@ def token_inputs(
     checks.positive("logit_scale", logit_scale, "Pass 1.0 for a model that does not scale its logits.")
 
     packed = token_ids.dim() == 1
-    bool_mask = torch.ones_like(token_ids, dtype=torch.bool) if mask is None else mask.bool()
+    bool_mask = torch.ones_like(token_ids, dtype=torch.bool) if mask is None else mask if mask.dtype == torch.bool else mask != 0
     inputs = TokenInputs(
         logits=logits.unsqueeze(0) if packed else logits,
         token_ids=token_ids.unsqueeze(0) if packed else token_ids,
         mask=bool_mask.unsqueeze(0) if packed else bool_mask,
         temperatures=None,
-        temperature=1.0,
+        temperature=1.0 if isinstance(temperature, Tensor) else checks.positive("temperature", temperature, TEMPERATURE_CURE),
         softcap=None if softcap is None else float(softcap),
         logit_scale=float(logit_scale),
         shape=token_ids.shape,
     )
-    inputs = _with_temperature(inputs, temperature)
+    if isinstance(temperature, Tensor):
+        inputs = replace(inputs, temperatures=_per_token_temperature(inputs, temperature))
     if checks.value_checks_wanted(logits):
         _check_values(inputs, mask)
     return inputs
@@ -125,16 +126,11 @@ def _check_mask(mask: Tensor, token_ids: Tensor) -> None:
     checks.shape("mask", mask, (tuple(token_ids.shape), "the shape of token_ids"))
 
 
-def _with_temperature(inputs: TokenInputs, temperature: float | Tensor) -> TokenInputs:
-    fields = {name: getattr(inputs, name) for name in inputs.__dataclass_fields__}
-    if not isinstance(temperature, Tensor):
-        return TokenInputs(**{**fields, "temperature": checks.positive("temperature", temperature, TEMPERATURE_CURE)})
-    if temperature.dim() == 0:
-        checks.tensor("temperature", temperature, like=inputs.logits)
-        temperatures = temperature.expand(inputs.token_ids.shape)
-    else:
-        temperatures = inputs.per_token("temperature", temperature, like_sequences=True, one_column=True)
-    return TokenInputs(**{**fields, "temperatures": temperatures})
+def _per_token_temperature(inputs: TokenInputs, temperature: Tensor) -> Tensor:
+    if temperature.dim() > 0:
+        return inputs.per_token("temperature", temperature, like_sequences=True, one_column=True)
+    checks.tensor("temperature", temperature, like=inputs.logits)
+    return temperature.view(1, 1)
 
 
 def _check_values(inputs: TokenInputs, given_mask: Tensor | None) -> None:
@@ -147,8 +143,8 @@ def _check_values(inputs: TokenInputs, given_mask: Tensor | None) -> None:
             raise ValueError(f"mask{where} is {given_mask[tuple(where)].item()}; expected bool, or numbers 0 and 1. Compare first: mask > 0.")
     if ids.numel() == 0:
         return
-    lowest, highest = torch.aminmax(torch.where(mask, ids, 0))
-    if lowest < 0 or highest >= vocabulary:
+    lowest, highest = torch.aminmax(ids if given_mask is None else torch.where(mask, ids, 0))
+    if lowest.item() < 0 or highest.item() >= vocabulary:
         where = checks.first_index(mask & ((ids < 0) | (ids >= vocabulary)))
         raise ValueError(
             f"token_ids{_given(inputs, where)} is {ids[tuple(where)].item()}; expected 0 <= id < {vocabulary}, the vocabulary of logits, on every "
@@ -158,7 +154,7 @@ def _check_values(inputs: TokenInputs, given_mask: Tensor | None) -> None:
         bad = mask & ~((inputs.temperatures > 0) & (inputs.temperatures < float("inf")))
         if bool(bad.any()):
             where = checks.first_index(bad)
-            value = inputs.temperatures[tuple(where)].item()
+            value = inputs.temperatures.expand_as(mask)[tuple(where)].item()
             raise ValueError(f"temperature of token {_given(inputs, where)} is {value}; expected a finite number > 0. {TEMPERATURE_CURE}")
 
 

@@ -128,10 +128,11 @@ def grpo_loss(
         logprobs, entropy = _statistics(inputs, computed, inplace)
         with torch.autocast(logits.device.type, enabled=False):
             loss, metrics = policy_loss(logprobs, entropy, policy, computed)
+        logprobs, entropy = logprobs.detach(), entropy.detach()
     return GRPOOutput(
         loss,
-        inputs.like_given(logprobs.detach()),
-        inputs.like_given(entropy.detach()),
+        inputs.like_given(logprobs),
+        inputs.like_given(entropy),
         inputs.like_given(computed),
         metrics,
     )
@@ -203,7 +204,7 @@ def _checked_cu_seqlens(cu_seqlens: Tensor | None, inputs: TokenInputs, config: 
 
 
 def _weights(inputs: TokenInputs, sequences: Sequences, config: LossConfig, num_items: int | float | Tensor | None) -> tuple[Tensor, Tensor]:
-    """Of every token in the loss and in the entropy bonus, [B, T] by expansion."""
+    """Of every token in the loss and in the entropy bonus, broadcastable to [B, T]."""
     if num_items is not None:
         if isinstance(num_items, bool) or not isinstance(num_items, (int, float, Tensor)):
             raise TypeError(f"num_items is {num_items!r} ({type(num_items).__name__}); expected a number or a 0-d tensor: tokens in the whole step.")
@@ -212,11 +213,10 @@ def _weights(inputs: TokenInputs, sequences: Sequences, config: LossConfig, num_
         if not isinstance(num_items, Tensor):
             checks.positive("num_items", num_items, "It is the number of tokens that count in the whole optimiser step.")
     dtype = torch.float64 if inputs.logits.dtype == torch.float64 else torch.float32
-    shape = inputs.mask.shape
-    weights = aggregation_weights(config.resolved_aggregation, inputs.mask, sequences, num_items, config.max_completion_length, dtype).expand(shape)
+    weights = aggregation_weights(config.resolved_aggregation, inputs.mask, sequences, num_items, config.max_completion_length, dtype)
     if config.entropy_coef == 0 or config.entropy_aggregation == "same":
         return weights, weights
-    return weights, aggregation_weights(config.entropy_aggregation, inputs.mask, sequences, dtype=dtype).expand(shape)
+    return weights, aggregation_weights(config.entropy_aggregation, inputs.mask, sequences, dtype=dtype)
 
 
 def _by_reference(logits: Tensor) -> bool:
@@ -259,7 +259,7 @@ def _reference_loss(inputs: TokenInputs, policy: Policy, computed: Tensor) -> tu
     logprobs, entropy = _reference_statistics(inputs, computed)
     with torch.autocast(inputs.logits.device.type, enabled=False):
         loss, metrics = policy_loss(logprobs, entropy, policy, computed)
-    return loss, logprobs, entropy, metrics
+    return loss, logprobs.detach(), entropy.detach(), metrics
 
 
 def _float32(x: Tensor | None) -> Tensor | None:
@@ -267,7 +267,10 @@ def _float32(x: Tensor | None) -> Tensor | None:
 
 
 def _scoring(inputs: TokenInputs) -> tuple[Tensor | None, float, float, float]:
-    return _float32(inputs.temperatures), inputs.temperature, inputs.softcap or 0.0, inputs.logit_scale
+    temperatures, temperature = _float32(inputs.temperatures), inputs.temperature
+    if temperatures is None and torch.compiler.is_compiling():  # a number would be baked into the graph: another temperature, another compilation
+        temperatures, temperature = torch.ones(1, 1, device=inputs.logits.device) * temperature, 1.0
+    return temperatures, temperature, inputs.softcap or 0.0, inputs.logit_scale
 
 
 def _statistics(inputs: TokenInputs, computed: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:

@@ -39,8 +39,8 @@ def _group_advantages_fake(
     return advantages, per_group, torch.empty_like(per_group), torch.empty_like(per_group, dtype=torch.bool)
 
 
-# Logits are [B, T, V], or [B, T + 1, V] whose last position is not a token; everything else is [B, T], strided and broadcast as it comes,
-# float32. Masked tokens are not looked at. softcap 0: none. temperatures [B, T] take the place of the number.
+# Logits are [B, T, V], or [B, T + 1, V] whose last position is not a token; ids and mask are [B, T]; everything
+# else is float32 and as it comes: strided, and broadcastable to [B, T] ([B, 1], [1, 1] or 0-d). Masked tokens are not looked at. softcap 0: none. temperatures [B, T] take the place of the number.
 LIBRARY.define(
     "token_logprobs(Tensor logits, Tensor token_ids, Tensor mask, Tensor? temperatures, float temperature, float softcap, float logit_scale) "
     "-> (Tensor logprobs, Tensor entropy, Tensor lse)",

@@ -69,7 +69,8 @@ struct PerToken {  // a [B, T] tensor, or one that broadcasts to it, or none
   int64_t sequence_stride = 0, token_stride = 0;
 
   explicit PerToken(const Tensor& x) : data(static_cast<const T*>(x.const_data_ptr())) {
-    STD_TORCH_CHECK(x.dim() == 2, "per-token tensors have two dimensions");
+    if (x.dim() == 0) return;
+    STD_TORCH_CHECK(x.dim() == 2, "per-token tensors have two dimensions, or none");
     if (x.size(0) > 1) sequence_stride = x.stride(0);
     if (x.size(1) > 1) token_stride = x.stride(1);
   }

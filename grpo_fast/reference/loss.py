@@ -181,15 +181,15 @@ def aggregation_weights(
     """
     count = max(sequences.count, 1)
     if aggregation == "sequence_mean":
-        return 1 / (count * sequences.total(mask.to(dtype)).clamp(min=1))
+        return (count * sequences.total(mask.to(dtype)).clamp(min=1)).reciprocal()
     if aggregation == "fixed_length":
         assert max_completion_length is not None  # LossConfig sees to it
         return torch.full((), 1 / (count * max_completion_length), dtype=dtype, device=mask.device)
     if aggregation == "sequence_sum":
         return torch.full((), 1 / count, dtype=dtype, device=mask.device)
     if aggregation == "global_token_mean" and num_items is not None:
-        return 1 / torch.as_tensor(num_items, device=mask.device).to(dtype).clamp(min=1)
-    return 1 / mask.sum().to(dtype).clamp(min=1)
+        return torch.as_tensor(num_items, device=mask.device).to(dtype).clamp(min=1).reciprocal()
+    return mask.sum().to(dtype).clamp(min=1).reciprocal()
 
 
 # 6 ------------------------------------------------------------------------------------------------------------------------------------------
