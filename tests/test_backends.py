@@ -310,6 +310,17 @@ def test_the_lock_is_released_when_its_holder_is_killed(tmp_path, capfd):
     assert "another process is compiling" in capfd.readouterr().err
 
 
+# ---- the tests' own ground
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_uninitialised_memory_is_nan(dtype):
+    """Through each way by which ATen and the C++ kernels ask for memory."""
+    x = torch.zeros(3, 5, dtype=dtype)
+    for fresh in (torch.empty(7, dtype=dtype), torch.empty_like(x), x.new_empty(4, 2), torch.empty_strided((2, 2), (2, 1), dtype=dtype)):
+        assert fresh.isnan().all()
+
+
 # ---- the command line
 
 

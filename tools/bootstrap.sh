@@ -52,7 +52,7 @@ install_packages() {
   # What is pinned for the tests is what the demo gets too; and the torch that is there stays, whatever newer ones there may be.
   { sed -n 's/^ *"\([A-Za-z0-9_-]*==[0-9.]*\)".*/\1/p' pyproject.toml
     $python -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))'
-    $python -c 'import sys, torch; sys.exit(bool(torch.version.cuda or torch.version.hip))' && echo "$triton_pin"
+    $python -c 'import importlib.metadata as m, sys; sys.exit(any(r.startswith("triton") for r in m.requires("torch") or []))' && echo "$triton_pin"
   } >.venv/constraints.txt || true
   say "installing grpo_fast[$extras]${group:+ and the test group}"
   # The extension is built below, in place, where ninja compiles only what has changed.
