@@ -11,7 +11,6 @@ import hashlib
 import os
 import shutil
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -121,12 +120,14 @@ def _load_compiled() -> ExtensionStatus:
 
 
 def _compile(csrc: Path, cuda_home: str | None, library: Path) -> ExtensionStatus:
-    """Compile into a private folder, load, and move the finished file to ``library`` in one step: a killed process leaves no half file."""
+    """Compile, load, and move the finished file to ``library`` in one step: a killed process leaves no half file. Called under the lock."""
     from torch.utils import cpp_extension
 
     _say(f"compiling the {'C++ and CUDA' if cuda_home else 'C++'} extension for torch {torch.__version__}, once, into {library.parent} ...")
     begin = time.perf_counter()
-    work = Path(tempfile.mkdtemp(dir=library.parent))
+    work = library.parent / "build"
+    shutil.rmtree(work, ignore_errors=True)  # of a process that was killed, with torch's lock file in it
+    work.mkdir()
     log = library.with_suffix(".log")
     try:
         with _build.build_environment(native_archs=cuda_home is not None and torch.cuda.is_available()):
