@@ -1,0 +1,362 @@
+"""One vocabulary row on the GPU, for every kernel here: the only online log-sum-exp, and the only softmax gradient. Knows no loss.
+
+A row holds logits z_v of one token. Its policy is p = softmax(s), s = f(z) / temperature, f(z) = logit_scale * z, then
+softcap * tanh(. / softcap) where there is a soft cap. Everything here is in powers of two: s_v * log2(e) = f_v * k, so that an exponential is
+one multiply-add and one ex2.
+
+How a row is walked. Its first columns up to a 16-byte boundary and its last ones after a whole number of 16-byte vectors are its edges, fewer
+than two vectors. What lies between is cut into blocks. Blocks that are full and do not hold the target are plain: whole vectors, no mask, no
+test. The target's block and the last, partial one are taken apart from them and tested. So an odd vocabulary and any row offset run at full
+width, nothing depends on them at compile time, and leaving the target out costs the plain blocks nothing.
+"""
+
+import inspect
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LOG2_E_TAIL = tl.constexpr(1.92596298909109e-8)  # log2(e) - float32(log2(e))
+LN_2 = tl.constexpr(0.6931471805599453)
+LN_2_TAIL = tl.constexpr(-1.904654323148236e-9)  # log(2) - float32(log(2))
+
+# The reference of a sum is guessed, not known, before the sum: a sum within these bounds kept every digit, any other one is made again.
+GUESS_MARGIN = tl.constexpr(60.0)
+SUM_FLOOR = tl.constexpr(2.0**-100)
+SAMPLE = tl.constexpr(1024)  # columns that the guess looks at
+
+EXPONENT_FLOOR = tl.constexpr(-1000.0)  # in e * t, e = 2^t: without it a logit of -inf would make 0 * inf
+
+
+def kernel(fn):
+    """A jitted kernel that is compiled once for all batches: no argument but the constexprs and the dtypes is part of the key.
+
+    Triton would specialise on integers that are 1 or divisible by 16 and on aligned pointers; where alignment matters, walk_* make it.
+    """
+    names = [name for name, parameter in inspect.signature(fn).parameters.items() if parameter.annotation is not tl.constexpr]
+    return triton.jit(fn, do_not_specialize=names, do_not_specialize_on_alignment=names)
+
+
+@triton.jit
+def per_token(x_ptr, b, t, sequence_stride, token_stride, mask, other):
+    """An element of a [B, T] tensor, strided or broadcast as it comes."""
+    return tl.load(x_ptr + b * sequence_stride + t * token_stride, mask=mask, other=other)
+
+
+@triton.jit
+def slope_of(temperature, logit_scale, HAS_SOFTCAP: tl.constexpr):
+    """s = slope * f; without a soft cap f is z itself, and the logit scale is folded in here."""
+    if HAS_SOFTCAP:
+        return 1.0 / temperature
+    else:
+        return logit_scale / temperature
+
+
+@triton.jit
+def capped(z, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    """f(z) in float32. tanh(x) = 1 - 2 / (1 + e^2x) saturates as it should where e^2x overflows or vanishes."""
+    z = z.to(tl.float32)
+    if HAS_SOFTCAP:
+        z = softcap - 2.0 * softcap / (1.0 + tl.exp2(z * (2.0 * LOG2_E * logit_scale / softcap)))
+    return z
+
+
+@triton.jit
+def exp(x):
+    return tl.exp2(x * LOG2_E)
+
+
+@triton.jit
+def expm1(x):
+    """exp(x) - 1 without cancellation near 0."""
+    p = x * (1.0 / 9.0) + 1.0
+    p = x * p * (1.0 / 8.0) + 1.0
+    p = x * p * (1.0 / 7.0) + 1.0
+    p = x * p * (1.0 / 6.0) + 1.0
+    p = x * p * (1.0 / 5.0) + 1.0
+    p = x * p * (1.0 / 4.0) + 1.0
+    p = x * p * (1.0 / 3.0) + 1.0
+    p = x * p * (1.0 / 2.0) + 1.0
+    return tl.where(tl.abs(x) < 0.5, x * p, exp(x) - 1.0)
+
+
+@triton.jit
+def log1p(e):
+    """log(1 + e) for 0 <= e <= 1, every digit also for tiny e: 2 artanh(e / (2 + e)). No library's log is asked to be exact near 1."""
+    s = e / (2.0 + e)
+    s2 = s * s
+    p = s2 * (1.0 / 17.0) + 1.0 / 15.0
+    p = s2 * p + 1.0 / 13.0
+    p = s2 * p + 1.0 / 11.0
+    p = s2 * p + 1.0 / 9.0
+    p = s2 * p + 1.0 / 7.0
+    p = s2 * p + 1.0 / 5.0
+    p = s2 * p + 1.0 / 3.0
+    return 2.0 * s * (s2 * p + 1.0)
+
+
+# Geometry ------------------------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def row_edges(phase, vocabulary, VECTOR: tl.constexpr):
+    """Where the whole vectors of a row begin, and how many columns they are; phase: elements from a 16-byte boundary to the row's first."""
+    head = tl.minimum((VECTOR - phase % VECTOR) % VECTOR, vocabulary).to(tl.int32)
+    return head, (vocabulary - head) // VECTOR * VECTOR
+
+
+@triton.jit
+def row_slice(part, parts, middle, BLOCK_V: tl.constexpr):
+    """The blocks [first, last) of the given part of a row."""
+    per_part = tl.cdiv(tl.cdiv(middle, BLOCK_V), parts)
+    return part * per_part, tl.minimum((part + 1) * per_part, tl.cdiv(middle, BLOCK_V))
+
+
+@triton.jit
+def blocks_apart(first, last, middle, target, BLOCK_V: tl.constexpr):
+    """Of the blocks [first, last): how many are plain, how many are not, and the target's block if it is a full one, else a huge number.
+
+    target: its column after the head, anything outside [0, middle) if it is not in a block.
+    """
+    full = tl.minimum(last, middle // BLOCK_V)
+    block = target // BLOCK_V
+    holds_target = (target >= 0) & (block >= first) & (block < full)
+    apart = holds_target.to(tl.int32)
+    plain = tl.maximum(full - first, 0) - apart
+    partial = ((last > first) & (last > middle // BLOCK_V)).to(tl.int32)
+    return plain, apart + partial, tl.where(holds_target, block, 2**30)
+
+
+@triton.jit
+def plain_block(i, first, target_block):
+    """The i-th of the plain blocks: the target's is stepped over."""
+    block = first + i
+    return block + (block >= target_block).to(tl.int32)
+
+
+@triton.jit
+def apart_block(j, target_block, middle, BLOCK_V: tl.constexpr):
+    """The j-th of the blocks that are not plain: the target's, then the partial one."""
+    return tl.where((j == 0) & (target_block < 2**30), target_block, middle // BLOCK_V)
+
+
+@triton.jit
+def edge_columns(head, middle, vocabulary, part, VECTOR: tl.constexpr):
+    """The columns that are in no whole vector, and which of these lanes are columns; the row's first part has them."""
+    lane = tl.arange(0, 2 * VECTOR)
+    column = tl.where(lane < VECTOR, lane, head + middle + lane - VECTOR)
+    return column, (part == 0) & (column < tl.where(lane < VECTOR, head, vocabulary))
+
+
+# Statistics ----------------------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _add(f, e_sum, et_sum, reference, k, FIND_MAXIMUM: tl.constexpr, WANT_ENTROPY: tl.constexpr):
+    if FIND_MAXIMUM:
+        e_sum = tl.maximum(e_sum, f)
+    else:
+        t = tl.fma(f, k, -reference)
+        e = tl.exp2(t)
+        e_sum += e
+        if WANT_ENTROPY:
+            et_sum = tl.fma(e, tl.maximum(t, EXPONENT_FLOOR), et_sum)
+    return e_sum, et_sum
+
+
+@triton.jit
+def _walk(
+    row_ptr, head, middle, vocabulary, target, part, first, last, reference, k, logit_scale, softcap,
+    BLOCK_V: tl.constexpr, FIND_MAXIMUM: tl.constexpr, WANT_ENTROPY: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Over the columns of one part of a row but the target's: their largest f, or sum e and sum e * t with e = 2^t, t = f * k - reference.
+
+    The sums are kept per lane and added up once. The two results are in the first and the second number returned.
+    """
+    VECTOR: tl.constexpr = 128 // row_ptr.dtype.element_ty.primitive_bitwidth
+    vectors_ptr = tl.multiple_of(row_ptr + head, 16)
+    plain, apart, target_block = blocks_apart(first, last, middle, target - head, BLOCK_V)
+    lane = tl.arange(0, BLOCK_V)
+    e_sum = tl.full((BLOCK_V,), float("-inf") if FIND_MAXIMUM else 0.0, tl.float32)
+    et_sum = tl.zeros((BLOCK_V,), tl.float32)
+
+    for i in tl.range(plain):
+        columns = plain_block(i, first, target_block) * BLOCK_V + lane
+        z = tl.load(vectors_ptr + columns, eviction_policy="evict_first")
+        f = capped(z, logit_scale, softcap, HAS_SOFTCAP)
+        e_sum, et_sum = _add(f, e_sum, et_sum, reference, k, FIND_MAXIMUM, WANT_ENTROPY)
+
+    for j in tl.range(apart):
+        columns = apart_block(j, target_block, middle, BLOCK_V) * BLOCK_V + lane
+        inside = columns < tl.multiple_of(middle, VECTOR)
+        z = tl.load(vectors_ptr + columns, mask=inside, other=0.0, eviction_policy="evict_first")
+        f = tl.where(inside & (columns != target - head), capped(z, logit_scale, softcap, HAS_SOFTCAP), float("-inf"))
+        e_sum, et_sum = _add(f, e_sum, et_sum, reference, k, FIND_MAXIMUM, WANT_ENTROPY)
+
+    column, inside = edge_columns(head, middle, vocabulary, part, VECTOR)
+    z = tl.load(row_ptr + column, mask=inside, other=0.0)
+    f = tl.where(inside & (column != target), capped(z, logit_scale, softcap, HAS_SOFTCAP), float("-inf"))
+    if FIND_MAXIMUM:
+        return tl.maximum(tl.max(e_sum, 0), tl.max(f, 0)), 0.0
+    else:
+        edge_e, edge_et = _add(f, tl.zeros((2 * VECTOR,), tl.float32), tl.zeros((2 * VECTOR,), tl.float32), reference, k, False, WANT_ENTROPY)
+        return tl.sum(e_sum, 0) + tl.sum(edge_e, 0), tl.sum(et_sum, 0) + tl.sum(edge_et, 0)
+
+
+@triton.jit
+def row_sums(
+    row_ptr, phase, vocabulary, target, part, parts, k, logit_scale, softcap,
+    BLOCK_V: tl.constexpr, WANT_ENTROPY: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """(reference, sum e, sum e * t) over one part of a row without the target: e = 2^t, t = s * log2(e) - reference.
+
+    In float32 any reference within a hundred powers of two of the largest term is as good as the largest itself. So it is not searched for: the
+    target (a likely token, having been sampled) and a sample of the row give one, which costs the plain blocks neither a maximum nor a
+    rescaling nor a meeting of the warps. Where the sum shows that the guess was off, it is made again with the true maximum.
+    """
+    VECTOR: tl.constexpr = 128 // row_ptr.dtype.element_ty.primitive_bitwidth
+    head, middle = row_edges(phase, vocabulary, VECTOR)
+    first, last = row_slice(part, parts, middle, BLOCK_V)
+    f_target = capped(tl.load(row_ptr + target), logit_scale, softcap, HAS_SOFTCAP)
+
+    columns = first * BLOCK_V + tl.arange(0, SAMPLE)
+    inside = columns < tl.multiple_of(middle, VECTOR)
+    z = tl.load(tl.multiple_of(row_ptr + head, 16) + columns, mask=inside, other=0.0)
+    f = tl.where(inside & (columns != target - head), capped(z, logit_scale, softcap, HAS_SOFTCAP), float("-inf"))
+    reference = tl.maximum(tl.max(f, 0) * k, f_target * k - GUESS_MARGIN)
+    reference = tl.where(tl.abs(reference) < float("inf"), reference, 0.0)
+
+    e_sum, et_sum = _walk(
+        row_ptr, head, middle, vocabulary, target, part, first, last, reference, k, logit_scale, softcap,
+        BLOCK_V, False, WANT_ENTROPY, HAS_SOFTCAP,
+    )  # fmt: skip
+    if (e_sum < SUM_FLOOR) | (e_sum == float("inf")):
+        maximum, _ = _walk(
+            row_ptr, head, middle, vocabulary, target, part, first, last, reference, k, logit_scale, softcap,
+            BLOCK_V, True, WANT_ENTROPY, HAS_SOFTCAP,
+        )  # fmt: skip
+        # Nothing but -inf here: the target's keeps the parts of a row comparable.
+        reference = tl.where(maximum > float("-inf"), maximum * k, tl.where(f_target > float("-inf"), f_target * k, 0.0))
+        e_sum, et_sum = _walk(
+            row_ptr, head, middle, vocabulary, target, part, first, last, reference, k, logit_scale, softcap,
+            BLOCK_V, False, WANT_ENTROPY, HAS_SOFTCAP,
+        )  # fmt: skip
+    return reference, e_sum, et_sum
+
+
+@triton.jit
+def merge_sums(reference, e_sum, et_sum, other_reference, other_e, other_et):
+    """The sums over two parts of a row."""
+    larger = tl.maximum(reference, other_reference)
+    d, other_d = reference - larger, other_reference - larger
+    factor, other_factor = tl.exp2(d), tl.exp2(other_d)
+    et_sum = factor * (et_sum + d * e_sum) + other_factor * (other_et + other_d * other_e)
+    return larger, factor * e_sum + other_factor * other_e, et_sum
+
+
+@triton.jit
+def statistics_of(reference, e_sum, et_sum, f_target, k):
+    """(log p of the target, entropy, lse) from the sums without the target, in nats.
+
+    log p = -softplus(lse of the others - s_target): every digit also for a token that is almost certain.
+    """
+    log2_e_sum = tl.log2(e_sum)
+    t_target = tl.fma(f_target, k, -reference)
+    d = log2_e_sum - t_target
+    tail = log1p(tl.exp2(-tl.abs(d)))
+    logprob = -(tl.maximum(d, 0.0) * LN_2 + tail)
+    total = tl.maximum(log2_e_sum, t_target) + tail * LOG2_E  # log2 of the sum with the target
+    p_log_p = tl.where(logprob > float("-inf"), exp(logprob) * logprob, 0.0)
+    others = tl.where(e_sum == 0, 0.0, tl.exp2(-total) * (et_sum - e_sum * total) * LN_2)
+
+    # The gradient's p stands and falls with the last digit of lse: round it once.
+    lse2 = reference + total
+    lse2_tail = (reference - lse2) + total
+    lse = tl.fma(lse2, LN_2, lse2 * LN_2_TAIL + lse2_tail * LN_2)
+    return logprob, -p_log_p - others, lse
+
+
+# Gradient ------------------------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _gradient(z, pivot, k, constant, linear, logit_scale, softcap, HAS_ENTROPY: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    """(d loss / d z of columns that are not the target's, f'(z) / f'(0))."""
+    f = capped(z, logit_scale, softcap, HAS_SOFTCAP)
+    t = tl.fma(f, k, -pivot)
+    if HAS_ENTROPY:
+        t = tl.maximum(t, EXPONENT_FLOOR)
+        d = tl.exp2(t) * tl.fma(t, linear, constant)
+    else:
+        d = tl.exp2(t) * constant
+    cap_slope = 1.0
+    if HAS_SOFTCAP:
+        cap_slope = 1.0 - (f / softcap) * (f / softcap)
+        d *= cap_slope
+    return d, cap_slope
+
+
+@triton.jit
+def row_gradient(
+    row_ptr, out_ptr, phase, vocabulary, target, part, parts, logprob, entropy, lse, g, h, temperature, logit_scale, softcap,
+    BLOCK_V: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SAME_PHASE: tl.constexpr,
+):  # fmt: skip
+    """Writes f'(z_v) / temperature * (g * (1[v = target] - p_v) - h * p_v * (log p_v + H)) for the columns of one part of a row.
+
+    out_ptr may be row_ptr. phase is the output's; SAME_PHASE: the logits' too, so that both go by whole vectors.
+    """
+    VECTOR: tl.constexpr = 128 // row_ptr.dtype.element_ty.primitive_bitwidth
+    head, middle = row_edges(phase, vocabulary, VECTOR)
+    first, last = row_slice(part, parts, middle, BLOCK_V)
+    plain, apart, target_block = blocks_apart(first, last, middle, target - head, BLOCK_V)
+    vectors_ptr = row_ptr + head
+    if SAME_PHASE:
+        vectors_ptr = tl.multiple_of(vectors_ptr, 16)
+    out_vectors_ptr = tl.multiple_of(out_ptr + head, 16)
+    lane = tl.arange(0, BLOCK_V)
+
+    # lse * log2(e) as a sum of two numbers: the small one goes into the factor, so that a large common offset of the logits does no harm.
+    k = slope_of(temperature, logit_scale, HAS_SOFTCAP) * LOG2_E
+    pivot = lse * LOG2_E
+    pivot_tail = tl.fma(lse, LOG2_E, -pivot) + lse * LOG2_E_TAIL
+    factor = logit_scale / temperature
+    constant = -(g + h * entropy) * factor * tl.exp2(-pivot_tail)
+    linear = -h * LN_2 * factor
+    # The target's own, from 1 - p = -expm1(log p): exact also for a confident token, and stored once.
+    p = exp(logprob)
+    at_target = (g * -expm1(logprob) - tl.where(p > 0, h * p * (logprob + entropy), 0.0)) * factor
+
+    for i in tl.range(plain):
+        columns = plain_block(i, first, target_block) * BLOCK_V + lane
+        z = tl.load(vectors_ptr + columns, eviction_policy="evict_first")
+        d, _ = _gradient(z, pivot, k, constant, linear, logit_scale, softcap, HAS_ENTROPY, HAS_SOFTCAP)
+        tl.store(out_vectors_ptr + columns, d.to(out_ptr.dtype.element_ty))
+
+    for j in tl.range(apart):
+        columns = apart_block(j, target_block, middle, BLOCK_V) * BLOCK_V + lane
+        inside = columns < tl.multiple_of(middle, VECTOR)
+        z = tl.load(vectors_ptr + columns, mask=inside, other=0.0, eviction_policy="evict_first")
+        d, cap_slope = _gradient(z, pivot, k, constant, linear, logit_scale, softcap, HAS_ENTROPY, HAS_SOFTCAP)
+        d = tl.where(columns == target - head, at_target * cap_slope, d)
+        tl.store(out_vectors_ptr + columns, d.to(out_ptr.dtype.element_ty), mask=inside)
+
+    column, inside = edge_columns(head, middle, vocabulary, part, VECTOR)
+    z = tl.load(row_ptr + column, mask=inside, other=0.0)
+    d, cap_slope = _gradient(z, pivot, k, constant, linear, logit_scale, softcap, HAS_ENTROPY, HAS_SOFTCAP)
+    d = tl.where(column == target, at_target * cap_slope, d)
+    tl.store(out_ptr + column, d.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def clear_row(out_ptr, phase, vocabulary, part, parts, BLOCK_V: tl.constexpr):
+    """Writes zeros over one part of a row."""
+    VECTOR: tl.constexpr = 128 // out_ptr.dtype.element_ty.primitive_bitwidth
+    head, middle = row_edges(phase, vocabulary, VECTOR)
+    first, last = row_slice(part, parts, middle, BLOCK_V)
+    vectors_ptr = tl.multiple_of(out_ptr + head, 16)
+    zero = tl.zeros((BLOCK_V,), out_ptr.dtype.element_ty)
+    for block in tl.range(first, last):
+        columns = block * BLOCK_V + tl.arange(0, BLOCK_V)
+        tl.store(vectors_ptr + columns, zero, mask=columns < tl.multiple_of(middle, VECTOR))
+    column, inside = edge_columns(head, middle, vocabulary, part, VECTOR)
+    tl.store(out_ptr + column, tl.zeros((2 * VECTOR,), out_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,295 @@
+"""Log-probability of each sampled token and entropy of its policy, and the gradient of the logits from two numbers per token.
+
+Two kernels walk over vocabularies, and every loss here is made of them: one makes the sums of a row (or of a part of one, where there are fewer
+rows than multiprocessors), the other turns g = d loss / d logprob and h = d loss / d entropy into d loss / d logits.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .rowwise import LOG2_E, capped, clear_row, kernel, merge_sums, per_token, row_gradient, row_sums, slope_of, statistics_of
+
+__all__ = ["Rows", "Scoring", "token_gradient", "token_logprobs_bwd", "token_logprobs_fwd", "token_sums"]
+
+# Columns per step and warps per program, from the compiled code (kernels/README.md).
+SUMS_BLOCK, SUMS_WARPS = 4096, 4
+GRADIENT_BLOCK, GRADIENT_WARPS = 4096, 8
+TOKENS_BLOCK = 128  # tokens per program of the kernels that know no vocabulary
+PROGRAMS_PER_MULTIPROCESSOR = 4  # below so many rows each, rows are split
+
+
+@kernel
+def _token_sums_kernel(
+    logits_ptr, token_ids_ptr, computed_ptr, temperatures_ptr,
+    sums_ptr,  # [3, rows, parts]: reference, sum e, sum e * t
+    rows: tl.int64, length: tl.int32, vocabulary: tl.int32, parts: tl.int32, phase: tl.int32,
+    logits_sequence_stride: tl.int64, logits_token_stride: tl.int64,
+    ids_sequence_stride: tl.int64, ids_token_stride: tl.int64,
+    computed_sequence_stride: tl.int64, computed_token_stride: tl.int64,
+    temperatures_sequence_stride: tl.int64, temperatures_token_stride: tl.int64,
+    temperature: tl.float32, softcap: tl.float32, logit_scale: tl.float32,
+    BLOCK_V: tl.constexpr, WANT_ENTROPY: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    row, part = program // parts, (program % parts).to(tl.int32)
+    b, t = row // length, row % length
+    if tl.load(computed_ptr + b * computed_sequence_stride + t * computed_token_stride) == 0:
+        return
+    target = tl.load(token_ids_ptr + b * ids_sequence_stride + t * ids_token_stride)
+    if (target < 0) | (target >= vocabulary):  # nothing is read: the kernel that finishes the token makes it NaN
+        return
+    temperature, softcap, logit_scale = tl.cast(temperature, tl.float32), tl.cast(softcap, tl.float32), tl.cast(logit_scale, tl.float32)
+    if temperatures_ptr is not None:
+        temperature = tl.load(temperatures_ptr + b * temperatures_sequence_stride + t * temperatures_token_stride)
+
+    offset = b * logits_sequence_stride + t * logits_token_stride
+    k = slope_of(temperature, logit_scale, HAS_SOFTCAP) * LOG2_E
+    reference, e_sum, et_sum = row_sums(
+        logits_ptr + offset, phase + offset, vocabulary, target.to(tl.int32), part, parts, k, logit_scale, softcap,
+        BLOCK_V, WANT_ENTROPY, HAS_SOFTCAP,
+    )  # fmt: skip
+    tl.store(sums_ptr + program, reference)
+    tl.store(sums_ptr + rows * parts + program, e_sum)
+    tl.store(sums_ptr + 2 * rows * parts + program, et_sum)
+
+
+@triton.jit
+def finished_tokens(
+    logits_ptr, token_ids_ptr, temperatures_ptr, sums_ptr,
+    row, b, t, computed, rows, vocabulary, parts,
+    logits_sequence_stride, logits_token_stride, ids_sequence_stride, ids_token_stride, temperatures_sequence_stride, temperatures_token_stride,
+    temperature, softcap, logit_scale,
+    HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """(logprob, entropy, lse) of many tokens from the sums over their rows; 0 where not computed, NaN for an id outside the vocabulary."""
+    target = per_token(token_ids_ptr, b, t, ids_sequence_stride, ids_token_stride, computed, 0)
+    known = computed & (target >= 0) & (target < vocabulary)
+    if temperatures_ptr is not None:
+        temperature = per_token(temperatures_ptr, b, t, temperatures_sequence_stride, temperatures_token_stride, known, 1.0)
+    z_target = tl.load(logits_ptr + b * logits_sequence_stride + t * logits_token_stride + target, mask=known, other=0.0)
+
+    first = sums_ptr + row * parts
+    reference = tl.load(first, mask=known, other=0.0)
+    e_sum = tl.load(first + rows * parts, mask=known, other=1.0)
+    et_sum = tl.load(first + 2 * rows * parts, mask=known, other=0.0)
+    for part in tl.range(1, parts):
+        reference, e_sum, et_sum = merge_sums(
+            reference, e_sum, et_sum,
+            tl.load(first + part, mask=known, other=0.0),
+            tl.load(first + rows * parts + part, mask=known, other=1.0),
+            tl.load(first + 2 * rows * parts + part, mask=known, other=0.0),
+        )  # fmt: skip
+
+    k = slope_of(temperature, logit_scale, HAS_SOFTCAP) * LOG2_E
+    logprob, entropy, lse = statistics_of(reference, e_sum, et_sum, capped(z_target, logit_scale, softcap, HAS_SOFTCAP), k)
+    otherwise = tl.where(computed, float("nan"), 0.0)
+    return tl.where(known, logprob, otherwise), tl.where(known, entropy, otherwise), tl.where(known, lse, otherwise)
+
+
+@kernel
+def _token_logprobs_kernel(
+    logits_ptr, token_ids_ptr, computed_ptr, temperatures_ptr, sums_ptr,
+    logprobs_ptr, entropy_ptr, lse_ptr,
+    rows: tl.int64, length: tl.int32, vocabulary: tl.int32, parts: tl.int32,
+    logits_sequence_stride: tl.int64, logits_token_stride: tl.int64,
+    ids_sequence_stride: tl.int64, ids_token_stride: tl.int64,
+    computed_sequence_stride: tl.int64, computed_token_stride: tl.int64,
+    temperatures_sequence_stride: tl.int64, temperatures_token_stride: tl.int64,
+    temperature: tl.float32, softcap: tl.float32, logit_scale: tl.float32,
+    BLOCK_N: tl.constexpr, WANT_ENTROPY: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = row < rows
+    b, t = row // length, row % length
+    computed = per_token(computed_ptr, b, t, computed_sequence_stride, computed_token_stride, inside, 0) != 0
+    temperature, softcap, logit_scale = tl.cast(temperature, tl.float32), tl.cast(softcap, tl.float32), tl.cast(logit_scale, tl.float32)
+    logprob, entropy, lse = finished_tokens(
+        logits_ptr, token_ids_ptr, temperatures_ptr, sums_ptr,
+        row, b, t, computed, rows, vocabulary, parts,
+        logits_sequence_stride, logits_token_stride, ids_sequence_stride, ids_token_stride, temperatures_sequence_stride, temperatures_token_stride,
+        temperature, softcap, logit_scale,
+        HAS_SOFTCAP,
+    )  # fmt: skip
+    tl.store(logprobs_ptr + row, logprob, mask=inside)
+    tl.store(lse_ptr + row, lse, mask=inside)
+    if WANT_ENTROPY:
+        tl.store(entropy_ptr + row, entropy, mask=inside)
+
+
+@kernel
+def _token_gradient_kernel(
+    logits_ptr, gradient_ptr, token_ids_ptr, mask_ptr, temperatures_ptr,
+    g_ptr, h_ptr, logprobs_ptr, entropy_ptr, lse_ptr,
+    positions: tl.int32, length: tl.int32, vocabulary: tl.int32, parts: tl.int32, phase: tl.int32,
+    logits_sequence_stride: tl.int64, logits_token_stride: tl.int64,
+    gradient_sequence_stride: tl.int64, gradient_token_stride: tl.int64,
+    ids_sequence_stride: tl.int64, ids_token_stride: tl.int64,
+    mask_sequence_stride: tl.int64, mask_token_stride: tl.int64,
+    temperatures_sequence_stride: tl.int64, temperatures_token_stride: tl.int64,
+    g_sequence_stride: tl.int64, g_token_stride: tl.int64,
+    h_sequence_stride: tl.int64, h_token_stride: tl.int64,
+    temperature: tl.float32, softcap: tl.float32, logit_scale: tl.float32,
+    BLOCK_V: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SAME_PHASE: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    position, part = program // parts, (program % parts).to(tl.int32)
+    b, t = position // positions, position % positions
+    gradient_offset = b * gradient_sequence_stride + t * gradient_token_stride
+    out_ptr, out_phase = gradient_ptr + gradient_offset, phase + gradient_offset
+
+    scored = t < length  # the last position of [B, T + 1, V] scores no token
+    counts = scored & (tl.load(mask_ptr + b * mask_sequence_stride + t * mask_token_stride, mask=scored, other=0) != 0)
+    g = tl.load(g_ptr + b * g_sequence_stride + t * g_token_stride, mask=counts, other=0.0)
+    h = tl.load(h_ptr + b * h_sequence_stride + t * h_token_stride, mask=counts, other=0.0)
+    if (g == 0) & (h == 0):  # nothing is read
+        clear_row(out_ptr, out_phase, vocabulary, part, parts, BLOCK_V)
+        return
+    temperature, softcap, logit_scale = tl.cast(temperature, tl.float32), tl.cast(softcap, tl.float32), tl.cast(logit_scale, tl.float32)
+    if temperatures_ptr is not None:
+        temperature = tl.load(temperatures_ptr + b * temperatures_sequence_stride + t * temperatures_token_stride)
+    target = tl.load(token_ids_ptr + b * ids_sequence_stride + t * ids_token_stride)
+    target = tl.where((target >= 0) & (target < vocabulary), target, -1).to(tl.int32)  # outside: lse is NaN, and so is the row
+    row = b * length + t
+    row_gradient(
+        logits_ptr + b * logits_sequence_stride + t * logits_token_stride, out_ptr, out_phase, vocabulary, target, part, parts,
+        tl.load(logprobs_ptr + row), tl.load(entropy_ptr + row), tl.load(lse_ptr + row), g, h, temperature, logit_scale, softcap,
+        BLOCK_V, HAS_ENTROPY, HAS_SOFTCAP, SAME_PHASE,
+    )  # fmt: skip
+
+
+# Launchers -----------------------------------------------------------------------------------------------------------------------------------
+
+
+class Scoring(NamedTuple):
+    """How logits become a policy; softcap 0: none."""
+
+    temperatures: Tensor | None  # [B, T]; None: the number
+    temperature: float
+    softcap: float
+    logit_scale: float
+
+    @property
+    def numbers(self) -> tuple[float, float, float]:
+        return self.temperature, self.softcap, self.logit_scale
+
+
+class Rows(NamedTuple):
+    """Which rows of the logits are tokens."""
+
+    logits: Tensor  # [B, T or T + 1, V], contiguous over V
+    token_ids: Tensor  # int64 [B, T]
+    mask: Tensor  # bool [B, T]: the rows to look at
+
+    @property
+    def count(self) -> int:
+        return self.token_ids.numel()
+
+
+def strides(x: Tensor | None) -> tuple[int, int]:
+    """Of a [B, T] tensor, or of the first two dimensions of [B, T, V]."""
+    return (0, 0) if x is None else (x.stride(0), x.stride(1))
+
+
+def phase_of(x: Tensor) -> int:
+    """Elements between a 16-byte boundary and the first element."""
+    return x.data_ptr() % 16 // x.element_size()
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    if device.type == "xpu":
+        return torch.xpu.get_device_properties(device).gpu_subslice_count
+    return 1
+
+
+def parts_of(rows: int, vocabulary: int, block: int, device: torch.device, parts: int | None) -> int:
+    """Programs per row: more than one where there are too few rows to fill the device."""
+    if parts is not None:
+        return parts
+    wanted = triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device), max(rows, 1))
+    return max(1, min(wanted, triton.cdiv(vocabulary, block)))
+
+
+def token_sums(rows: Rows, scoring: Scoring, *, want_entropy: bool = True, parts: int | None = None) -> Tensor:  # float32 [3, B * T, parts]
+    """The sums over each row that is looked at, without its target; undefined for the others."""
+    logits, token_ids, mask = rows
+    vocabulary = logits.shape[2]
+    parts = parts_of(rows.count, vocabulary, SUMS_BLOCK, logits.device, parts)
+    sums = torch.empty((3, rows.count, parts), dtype=torch.float32, device=logits.device)
+    if rows.count > 0:
+        _token_sums_kernel[(rows.count * parts,)](
+            logits, token_ids, mask, scoring.temperatures, sums,
+            rows.count, token_ids.shape[1], vocabulary, parts, phase_of(logits),
+            *strides(logits), *strides(token_ids), *strides(mask), *strides(scoring.temperatures), *scoring.numbers,
+            BLOCK_V=SUMS_BLOCK, WANT_ENTROPY=want_entropy, HAS_SOFTCAP=scoring.softcap > 0, num_warps=SUMS_WARPS,
+        )  # fmt: skip
+    return sums
+
+
+def token_logprobs_fwd(
+    rows: Rows, scoring: Scoring, *, want_entropy: bool = True, parts: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:  # float32 [B, T] each
+    """(logprobs, entropy, lse); 0 where not looked at. Without want_entropy the entropy is left undefined."""
+    logits, token_ids, mask = rows
+    sums = token_sums(rows, scoring, want_entropy=want_entropy, parts=parts)
+    logprobs, entropy, lse = (torch.empty(token_ids.shape, dtype=torch.float32, device=logits.device) for _ in range(3))
+    if rows.count > 0:
+        _token_logprobs_kernel[(triton.cdiv(rows.count, TOKENS_BLOCK),)](
+            logits, token_ids, mask, scoring.temperatures, sums, logprobs, entropy, lse,
+            rows.count, token_ids.shape[1], logits.shape[2], sums.shape[2],
+            *strides(logits), *strides(token_ids), *strides(mask), *strides(scoring.temperatures), *scoring.numbers,
+            BLOCK_N=TOKENS_BLOCK, WANT_ENTROPY=want_entropy, HAS_SOFTCAP=scoring.softcap > 0,
+        )  # fmt: skip
+    return logprobs, entropy, lse
+
+
+def token_gradient(
+    rows: Rows, scoring: Scoring, g: Tensor, h: Tensor, logprobs: Tensor, entropy: Tensor, lse: Tensor, gradient: Tensor,
+    *, want_entropy: bool = True, parts: int | None = None,
+) -> None:  # fmt: skip
+    """Writes d loss / d logits; rows that are not looked at or have g = h = 0 become zeros and are not read.
+
+    Args:
+        g, h: d loss / d logprob and d loss / d entropy, [B, T], strided or broadcast as they come.
+        logprobs, entropy, lse: from token_logprobs_fwd, contiguous.
+        gradient: where to write it, like the logits or the logits themselves.
+        want_entropy: whether any h may be other than 0.
+    """
+    logits, token_ids, mask = rows
+    if logits.numel() == 0:
+        return
+    positions, vocabulary = logits.shape[1:]
+    count = logits.shape[0] * positions
+    parts = parts_of(count, vocabulary, GRADIENT_BLOCK, logits.device, parts)
+    _token_gradient_kernel[(count * parts,)](
+        logits, gradient, token_ids, mask, scoring.temperatures, g, h, logprobs, entropy, lse,
+        positions, token_ids.shape[1], vocabulary, parts, phase_of(gradient),
+        *strides(logits), *strides(gradient), *strides(token_ids), *strides(mask), *strides(scoring.temperatures), *strides(g), *strides(h),
+        *scoring.numbers,
+        BLOCK_V=GRADIENT_BLOCK, HAS_ENTROPY=want_entropy, HAS_SOFTCAP=scoring.softcap > 0, SAME_PHASE=same_phase(logits, gradient),
+        num_warps=GRADIENT_WARPS,
+    )  # fmt: skip
+
+
+def same_phase(logits: Tensor, gradient: Tensor) -> bool:
+    """Whether every row of the two begins at the same distance from a 16-byte boundary."""
+    vector = 16 // logits.element_size()
+    pairs = zip(logits.shape[:2], logits.stride(), gradient.stride(), strict=False)
+    return phase_of(logits) == phase_of(gradient) and all((a - b) % vector == 0 for size, a, b in pairs if size > 1)
+
+
+def token_logprobs_bwd(
+    grad_logprobs: Tensor, grad_entropy: Tensor, rows: Rows, scoring: Scoring, logprobs: Tensor, entropy: Tensor, lse: Tensor,
+    *, inplace: bool = False, parts: int | None = None,
+) -> Tensor:  # fmt: skip
+    """The gradient of the logits: in new memory, contiguous, or over the logits."""
+    gradient = rows.logits if inplace else torch.empty(rows.logits.shape, dtype=rows.logits.dtype, device=rows.logits.device)
+    token_gradient(rows, scoring, grad_logprobs, grad_entropy, logprobs, entropy, lse, gradient, parts=parts)
+    return gradient
