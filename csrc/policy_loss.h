@@ -1,5 +1,5 @@
 // The surrogate and the KL penalty of one token: their value, g = d loss / d logprob and h = d loss / d entropy, by hand. The formulas and
-// their sources stand in grpo_fast/reference/loss.py; this is their twin for host and device. Knows nothing of vocabularies.
+// their sources stand in grpo_fast/reference.py; this is their twin for host and device. Knows nothing of vocabularies.
 #pragma once
 #include <cmath>
 #include <cstdint>

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -11,16 +10,15 @@ import torch
 from torch import Tensor
 
 import grpo_fast.ops  # noqa: F401  the schema
-from grpo_fast import _extension
+from grpo_fast import _extension, reference
+from grpo_fast.backends import forced, select
 from grpo_fast.checks import value_checks_wanted
-from grpo_fast.reference import advantages as reference
 
 __all__ = ["GroupAdvantages", "group_advantages"]
 
 SCALES = ("none", "group", "batch")  # the position is the number the operator gets (csrc/group_advantages.h)
 BASELINES = ("mean", "leave_one_out")
 NORMALIZATIONS = ("sum_then_normalize", "normalize_then_sum")
-_backends = importlib.import_module("grpo_fast.backends")  # the attribute of grpo_fast of that name is the function
 _LARGEST_REWARD = torch.finfo(torch.float32).max  # its square still fits the float64 that is computed in
 
 
@@ -143,7 +141,7 @@ def _operator_computes(device: torch.device) -> bool:
 
     What is chosen by default for a GPU is about the loss, which is Triton there. This operator is CUDA: only a forced backend overrules it.
     """
-    if (device.type == "cpu" or _backends._forced is not None) and _backends.select(device) == "reference":
+    if (device.type == "cpu" or forced() is not None) and select(device) == "reference":
         return False
     return _has_kernel(device.type)
 

@@ -13,7 +13,7 @@ import torch
 
 from grpo_fast import _extension
 
-__all__ = ["BACKENDS", "BackendStatus", "backends", "select", "use_backend"]
+__all__ = ["BACKENDS", "BackendStatus", "backends", "forced", "select", "use_backend"]
 
 BACKENDS = ("reference", "cpu", "triton")
 _ISA_NAMES = {0: "portable C++", 1: "AVX2", 2: "AVX-512"}
@@ -62,6 +62,11 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+def forced() -> str | None:
+    """The backend that use_backend has put in force; None outside of it."""
+    return _forced
 
 
 def backends() -> dict[str, BackendStatus]:

@@ -54,8 +54,8 @@ class LossConfig:
         dual_clip: bound ``c > 1`` of the loss of a negative advantage: at most ``-c * A`` (Dual-clip PPO, arXiv:1912.09729).
         beta: weight of the KL penalty against the reference policy; 0 needs no ``ref_logprobs``.
         kl_estimator: ``"k1"``, ``"k2"`` or ``"k3"`` (http://joschu.net/blog/kl-approx.html).
-        bias_corrected_kl: multiply the estimator by the (differentiable) importance ratio: the unbiased reverse-KL gradient of DeepSeek-V3.2,
-            arXiv:2512.02556, section 3.1.
+        bias_corrected_kl: multiply the estimator by the (differentiable) importance ratio: the unbiased reverse-KL gradient of
+            DeepSeek-V3.2, arXiv:2512.02556, section 3.1.
         entropy_coef: weight of the entropy bonus, subtracted from the loss.
         entropy_aggregation: ``"same"`` weighs each token's entropy as the loss weighs the token; ``"token_mean"`` is the plain mean over
             the batch's tokens whatever the loss type, as in TRL.

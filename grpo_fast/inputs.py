@@ -1,4 +1,5 @@
-"""From what the caller passes to one form: logits [B, T or T + 1, V], everything else [B, T] or broadcastable to it. A packed [N] batch is one row.
+"""From what the caller passes to one form: logits [B, T or T + 1, V], everything else [B, T] or broadcastable to it. A packed [N]
+batch is one row.
 
 All checks happen here, before anything is computed or written.
 """
@@ -39,7 +40,10 @@ class TokenInputs:
         return None if x is None else self.per_token(name, x, like_sequences=False)
 
     def per_token(self, name: str, x: Tensor, *, like_sequences: bool, one_column: bool = False) -> Tensor:
-        """A floating-point argument shaped like token_ids as [B, T]; one given per sequence, [B] (like_sequences) or [B, 1] (one_column), as [B, 1]."""
+        """A floating-point argument shaped like token_ids as [B, T]; one given per sequence as [B, 1].
+
+        like_sequences: [B] is allowed; one_column: [B, 1] is.
+        """
         checks.tensor(name, x, like=self.logits)
         if self.packed:
             checks.shape(name, x, (tuple(self.shape), "[N]"))
@@ -100,7 +104,9 @@ def token_inputs(
 
 def _check_logits(logits: Tensor, token_ids: Tensor) -> None:
     if not isinstance(logits, Tensor):
-        raise TypeError(f"logits is a {type(logits).__name__}; expected a floating-point torch.Tensor. A model's output holds it as .logits.")
+        raise TypeError(
+            f"logits is a {type(logits).__name__}; expected a floating-point torch.Tensor. A model's output holds it as .logits."
+        )
     checks.tensor("logits", logits, like=logits)
     checks.tensor("token_ids", token_ids, like=logits, floating=False)
     if token_ids.dtype != torch.int64:
@@ -140,15 +146,17 @@ def _check_values(inputs: TokenInputs, given_mask: Tensor | None) -> None:
         bad = (given_mask != 0) & (given_mask != 1)  # NaN is neither
         if bool(bad.any()):
             where = checks.first_index(bad)
-            raise ValueError(f"mask{where} is {given_mask[tuple(where)].item()}; expected bool, or numbers 0 and 1. Compare first: mask > 0.")
+            raise ValueError(
+                f"mask{where} is {given_mask[tuple(where)].item()}; expected bool, or numbers 0 and 1. Compare first: mask > 0."
+            )
     if ids.numel() == 0:
         return
     lowest, highest = torch.aminmax(ids if given_mask is None else torch.where(mask, ids, 0))
     if lowest.item() < 0 or highest.item() >= vocabulary:
         where = checks.first_index(mask & ((ids < 0) | (ids >= vocabulary)))
         raise ValueError(
-            f"token_ids{_given(inputs, where)} is {ids[tuple(where)].item()}; expected 0 <= id < {vocabulary}, the vocabulary of logits, on every "
-            "token that counts. Set the mask to 0 on padding."
+            f"token_ids{_given(inputs, where)} is {ids[tuple(where)].item()}; expected 0 <= id < {vocabulary}, the vocabulary of "
+            "logits, on every token that counts. Set the mask to 0 on padding."
         )
     if inputs.temperatures is not None:
         bad = mask & ~((inputs.temperatures > 0) & (inputs.temperatures < float("inf")))

@@ -22,10 +22,10 @@ _DEFAULT_CONFIG = LossConfig()
 class GRPOOutput(NamedTuple):
     """What grpo_loss returns; all on the device of the logits, nothing synchronised.
 
-    Metrics are means over the computed tokens, 0-d float32: ``kl`` (the estimator's value; 0 without ref_logprobs), ``entropy`` (nats, at the
-    call's temperature), ``ratio_mean`` and ``ratio_max`` of the importance ratio, ``clip_low`` (share of tokens with A < 0 whose ratio is below
-    the band), ``clip_high`` (A > 0 and above it), ``clip_region`` (either), and ``active_fraction``: the share of the unmasked tokens that can
-    change the gradient.
+    Metrics are means over the computed tokens, 0-d float32: ``kl`` (the estimator's value; 0 without ref_logprobs), ``entropy`` (nats,
+    at the call's temperature), ``ratio_mean`` and ``ratio_max`` of the importance ratio, ``clip_low`` (share of tokens with A < 0
+    whose ratio is below the band), ``clip_high`` (A > 0 and above it), ``clip_region`` (either), and ``active_fraction``: the share of
+    the unmasked tokens that can change the gradient.
     """
 
     loss: Tensor  # 0-d float32 (float64 for float64 logits), differentiable
@@ -63,14 +63,14 @@ def grpo_loss(
 ) -> GRPOOutput:
     """The loss of Group Relative Policy Optimization (arXiv:2402.03300) and its relatives, from logits, in one pass.
 
-    ``loss = loss_scale * sum_n w_n * l_n``: the config's loss type names the per-token objective l and the weights w; grpo_fast/reference/loss.py
-    is the specification. Statistics are float32 or better whatever the type of the logits, and the result is bitwise the same from run to run.
-    On the CPU a row's gradient is formed while the row is in the cache, so backward has nothing to do where its upstream gradient is 1: scale
-    with ``loss_scale`` rather than by multiplying the loss.
+    ``loss = loss_scale * sum_n w_n * l_n``: the config's loss type names the per-token objective l and the weights w;
+    grpo_fast/reference.py is the specification. Statistics are float32 or better whatever the type of the logits, and the result
+    is bitwise the same from run to run. On the CPU a row's gradient is formed while the row is in the cache, so backward has nothing
+    to do where its upstream gradient is 1: scale with ``loss_scale`` rather than by multiplying the loss.
 
     Args:
-        logits: float32, bfloat16 or float16 (float64: computed by the reference). ``[B, T + 1, V]`` is what a Hugging Face model returns for T
-            tokens and their prefix: the last position is ignored, nothing is copied.
+        logits: float32, bfloat16 or float16 (float64: computed by the reference). ``[B, T + 1, V]`` is what a Hugging Face model
+            returns for T tokens and their prefix: the last position is ignored, nothing is copied.
         token_ids: the sampled tokens; ``token_ids[b, t]`` is scored by ``logits[b, t]``.
         advantages: one per sequence or per token.
         config: which member of the family.
@@ -84,8 +84,8 @@ def grpo_loss(
         softcap: ``c * tanh(logits / c)`` before the temperature (Gemma 2); None = none.
         logit_scale: multiplies the logits before soft cap and temperature (Cohere, Granite).
         loss_scale: multiplies the loss while its gradient is formed: 1 / gradient-accumulation steps, say.
-        metrics_on: ``"all"``: every unmasked token gets its logprob, entropy and share in the metrics; ``"active"``: only tokens that can change
-            the gradient. The loss is the same.
+        metrics_on: ``"all"``: every unmasked token gets its logprob, entropy and share in the metrics; ``"active"``: only tokens that
+            can change the gradient. The loss is the same.
         inplace: allow the gradient to be written over the storage of the logits, which must not be used afterwards. A wish: a call that is
             traced by torch.compile, or computed by the reference, takes new memory.
 
@@ -114,7 +114,9 @@ def grpo_loss(
         entropy_weights=entropy_weights,
         old_logprobs=inputs.optional("old_logprobs", old_logprobs),
         ref_logprobs=inputs.optional("ref_logprobs", ref_logprobs),
-        rollout_weights=None if rollout_weights is None else inputs.per_token("rollout_weights", rollout_weights, like_sequences=False, one_column=True),
+        rollout_weights=None
+        if rollout_weights is None
+        else inputs.per_token("rollout_weights", rollout_weights, like_sequences=False, one_column=True),
         rollout_per_sequence=rollout_weights is not None and not inputs.packed and rollout_weights.shape != inputs.shape,
         loss_scale=loss_scale,
     )
@@ -171,26 +173,34 @@ def _check_settings(config: LossConfig, ref_logprobs: Tensor | None, metrics_on:
     if not isinstance(config, LossConfig):
         raise TypeError(f"config is a {type(config).__name__}; expected a LossConfig, for example LossConfig(loss_type='dapo').")
     if config.beta != 0 and ref_logprobs is None:
-        raise ValueError(f"ref_logprobs is None; expected a tensor like token_ids, since config.beta = {config.beta:g}. Pass them, or set beta=0.")
+        raise ValueError(
+            f"ref_logprobs is None; expected a tensor like token_ids, since config.beta = {config.beta:g}. Pass them, or set beta=0."
+        )
     if metrics_on not in ("all", "active"):
         raise ValueError(f"metrics_on is {metrics_on!r}; expected 'all' or 'active'.")
     if isinstance(loss_scale, bool) or not isinstance(loss_scale, (int, float, torch.SymFloat)):
-        raise TypeError(f"loss_scale is {loss_scale!r} ({type(loss_scale).__name__}); expected a number. Multiply the loss by a tensor afterwards.")
+        raise TypeError(
+            f"loss_scale is {loss_scale!r} ({type(loss_scale).__name__}); expected a number. Multiply the loss by a tensor afterwards."
+        )
     if not abs(loss_scale) < float("inf"):
         raise ValueError(f"loss_scale is {loss_scale!r}; expected a finite number.")
 
 
 def _checked_cu_seqlens(cu_seqlens: Tensor | None, inputs: TokenInputs, config: LossConfig) -> Tensor | None:
     if cu_seqlens is None:
-        by_sequence = config.level != "token" or config.surrogate == "vespo" or config.resolved_aggregation not in ("token_mean", "global_token_mean")
+        by_sequence = (
+            config.level != "token" or config.surrogate == "vespo" or config.resolved_aggregation not in ("token_mean", "global_token_mean")
+        )
         if inputs.packed and by_sequence:
             raise ValueError(
-                f"cu_seqlens is None; expected int32 [S + 1], since loss_type={config.loss_type!r} speaks of sequences and the input is packed. "
-                "Pass where the sequences begin, 0 ... N, or give a padded batch."
+                f"cu_seqlens is None; expected int32 [S + 1], since loss_type={config.loss_type!r} speaks of sequences and the input is "
+                "packed. Pass where the sequences begin, 0 ... N, or give a padded batch."
             )
         return None
     if not inputs.packed:
-        raise ValueError(f"cu_seqlens was given with token_ids of shape {list(inputs.shape)}; expected packed input [N]. Drop it for a padded batch.")
+        raise ValueError(
+            f"cu_seqlens was given with token_ids of shape {list(inputs.shape)}; expected packed input [N]. Drop it for a padded batch."
+        )
     checks.tensor("cu_seqlens", cu_seqlens, like=inputs.logits, floating=False)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens has dtype {cu_seqlens.dtype}; expected torch.int32. Convert it: cu_seqlens.int().")
@@ -203,11 +213,15 @@ def _checked_cu_seqlens(cu_seqlens: Tensor | None, inputs: TokenInputs, config: 
     return cu_seqlens
 
 
-def _weights(inputs: TokenInputs, sequences: Sequences, config: LossConfig, num_items: int | float | Tensor | None) -> tuple[Tensor, Tensor]:
+def _weights(
+    inputs: TokenInputs, sequences: Sequences, config: LossConfig, num_items: int | float | Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Of every token in the loss and in the entropy bonus, broadcastable to [B, T]."""
     if num_items is not None:
         if isinstance(num_items, bool) or not isinstance(num_items, (int, float, Tensor)):
-            raise TypeError(f"num_items is {num_items!r} ({type(num_items).__name__}); expected a number or a 0-d tensor: tokens in the whole step.")
+            raise TypeError(
+                f"num_items is {num_items!r} ({type(num_items).__name__}); expected a number or a 0-d tensor: tokens in the whole step."
+            )
         if isinstance(num_items, Tensor) and num_items.dim() != 0:
             raise ValueError(f"num_items has shape {list(num_items.shape)}; expected one number. Sum it over the batches first.")
         if not isinstance(num_items, Tensor):
@@ -268,7 +282,7 @@ def _float32(x: Tensor | None) -> Tensor | None:
 
 def _scoring(inputs: TokenInputs) -> tuple[Tensor | None, float, float, float]:
     temperatures, temperature = _float32(inputs.temperatures), inputs.temperature
-    if temperatures is None and torch.compiler.is_compiling():  # a number would be baked into the graph: another temperature, another compilation
+    if temperatures is None and torch.compiler.is_compiling():  # as a number it would be part of the graph: each value, a compilation
         temperatures, temperature = torch.ones(1, 1, device=inputs.logits.device) * temperature, 1.0
     return temperatures, temperature, inputs.softcap or 0.0, inputs.logit_scale
 
@@ -282,7 +296,9 @@ def _statistics(inputs: TokenInputs, computed: Tensor, inplace: bool) -> tuple[T
     return logprobs, entropy
 
 
-def _one_pass_loss(inputs: TokenInputs, policy: Policy, only_active: bool, inplace: bool) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+def _one_pass_loss(
+    inputs: TokenInputs, policy: Policy, only_active: bool, inplace: bool
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
     logits = inputs.logits
     arguments = (
         logits,

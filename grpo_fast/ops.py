@@ -40,10 +40,11 @@ def _group_advantages_fake(
 
 
 # Logits are [B, T, V], or [B, T + 1, V] whose last position is not a token; ids and mask are [B, T]; everything
-# else is float32 and as it comes: strided, and broadcastable to [B, T] ([B, 1], [1, 1] or 0-d). Masked tokens are not looked at. softcap 0: none. temperatures [B, T] take the place of the number.
+# else is float32 and as it comes: strided, and broadcastable to [B, T] ([B, 1], [1, 1] or 0-d). Masked tokens are not looked at.
+# softcap 0: none. temperatures [B, T] take the place of the number.
 LIBRARY.define(
-    "token_logprobs(Tensor logits, Tensor token_ids, Tensor mask, Tensor? temperatures, float temperature, float softcap, float logit_scale) "
-    "-> (Tensor logprobs, Tensor entropy, Tensor lse)",
+    "token_logprobs(Tensor logits, Tensor token_ids, Tensor mask, Tensor? temperatures, float temperature, float softcap, "
+    "float logit_scale) -> (Tensor logprobs, Tensor entropy, Tensor lse)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _BACKWARD = (
@@ -53,12 +54,13 @@ _BACKWARD = (
 LIBRARY.define("token_logprobs_backward" + _BACKWARD.format(logits="Tensor logits", result="Tensor"), tags=torch.Tag.pt2_compliant_tag)
 LIBRARY.define("token_logprobs_backward_" + _BACKWARD.format(logits="Tensor(a!) logits", result="()"), tags=torch.Tag.pt2_compliant_tag)
 
-# The whole loss of token-level ratios in one pass, and its gradient with respect to the logits (for an upstream gradient of 1) while it is at
-# it. The second form writes the gradient over the logits.
+# The whole loss of token-level ratios in one pass, and its gradient with respect to the logits (for an upstream gradient of 1) while
+# it is at it. The second form writes the gradient over the logits.
 _LOSS = (
     "({logits}, Tensor token_ids, Tensor mask, Tensor advantages, Tensor weights, Tensor? entropy_weights, Tensor? old_logprobs, "
     "Tensor? ref_logprobs, Tensor? rollout_weights, Tensor? temperatures, float temperature, float softcap, float logit_scale, "
-    "float loss_scale, float[] settings, bool only_active{last}) -> (Tensor loss, Tensor logprobs, Tensor entropy, Tensor metrics{gradient})"
+    "float loss_scale, float[] settings, bool only_active{last}) "
+    "-> (Tensor loss, Tensor logprobs, Tensor entropy, Tensor metrics{gradient})"
 )
 LIBRARY.define(
     "grpo_loss" + _LOSS.format(logits="Tensor logits", last=", bool want_gradient", gradient=", Tensor gradient"),
@@ -95,13 +97,14 @@ def _scaled(gradient: Tensor, upstream: Tensor, *, inplace: bool) -> Tensor:
     return gradient.mul_(upstream) if inplace else gradient * upstream
 
 
-# grpo_loss -----------------------------------------------------------------------------------------------------------------------------------
+# grpo_loss ----------------------------------------------------------------------------------------------------------------------
 
 
 @torch.library.register_fake("grpo_fast::grpo_loss", lib=LIBRARY)
 def _grpo_loss_fake(logits: Tensor, token_ids: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     gradient = torch.empty_like(logits, memory_format=torch.contiguous_format) if rest[-1] else logits.new_empty(0)
-    return *_grpo_loss_inplace_fake(logits, token_ids, *rest[:-1]), gradient
+    loss, logprobs, entropy, metrics = _grpo_loss_inplace_fake(logits, token_ids, *rest[:-1])
+    return loss, logprobs, entropy, metrics, gradient
 
 
 @torch.library.register_fake("grpo_fast::grpo_loss_", lib=LIBRARY)
@@ -132,7 +135,7 @@ class GrpoLossFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inplace: bool, logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         if inplace:
-            *out, gradient = *torch.ops.grpo_fast.grpo_loss_.default(logits, *rest), logits.detach()
+            out, gradient = torch.ops.grpo_fast.grpo_loss_.default(logits, *rest), logits.detach()
             torch.autograd.graph.increment_version(logits)  # whoever else had saved these logits for backward is told
         else:
             *out, gradient = torch.ops.grpo_fast.grpo_loss.default(logits, *rest, True)
@@ -149,7 +152,7 @@ class GrpoLossFunction(torch.autograd.Function):
         return (None, None if grad_loss is None else _scaled(gradient, grad_loss, inplace=ctx.inplace), *[None] * 15)
 
 
-# token_logprobs ------------------------------------------------------------------------------------------------------------------------------
+# token_logprobs -----------------------------------------------------------------------------------------------------------------
 
 
 @torch.library.register_fake("grpo_fast::token_logprobs", lib=LIBRARY)
@@ -189,11 +192,15 @@ def _token_logprobs_gradient(ctx: Any, grad_logprobs: Tensor | None, grad_entrop
     return logits.detach()
 
 
-def _token_logprobs_backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _token_logprobs_backward(
+    ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
     return (_token_logprobs_gradient(ctx, grad_logprobs, grad_entropy, inplace=False), *[None] * 6)
 
 
-torch.library.register_autograd("grpo_fast::token_logprobs", _token_logprobs_backward, setup_context=_token_logprobs_setup_context, lib=LIBRARY)
+torch.library.register_autograd(
+    "grpo_fast::token_logprobs", _token_logprobs_backward, setup_context=_token_logprobs_setup_context, lib=LIBRARY
+)
 
 
 class TokenLogprobsFunction(torch.autograd.Function):

@@ -1,4 +1,5 @@
 // Log-probability and entropy of the sampled tokens, and the gradient of the logits from their upstream gradients.
+#include <cmath>
 #include <tuple>
 
 #include "../ops.h"
@@ -50,7 +51,7 @@ static void token_logprobs_gradient(const Tensor& logits, const Tensor& gradient
     if (!counts) return out.clear(b, t);
     const RowTransform transform = tokens.transform(b, t);
     RowStatistics row{logprob.at(b, t), row_entropy.at(b, t), row_lse.at(b, t), 0};
-    row.pivot = row.lse * transform.temperature / (softcap > 0 ? 1.0 : logit_scale);
+    row.pivot = std::nearbyint(row.lse * transform.temperature / (softcap > 0 ? 1.0 : logit_scale));  // a whole number: f - pivot is exact
     const int64_t target = std::clamp<int64_t>(tokens.ids.at(b, t), 0, in.vocabulary - 1);  // out of range: lse is NaN, so is the row
     kernels.gradient(in.at(b, t), out.at(b, t), in.vocabulary, target, transform, row, g.at(b, t), h.at(b, t));
   });

@@ -1,14 +1,22 @@
-"""The GRPO family, from logits to loss, in plain PyTorch of any float type. Read it from top to bottom.
+"""The specification: from rewards to advantages, and from logits to the loss of the GRPO family, in plain PyTorch of any float type.
+Read it from top to bottom.
+
+A prompt is answered by a group of completions, each is scored, and what counts is how much better a completion did than its siblings:
+
+    1. weighted_sum            rewards r_ik     ->  one number x_i per completion; NaN where no reward applies ("unscorable")
+    2. group_moments           x, group         ->  count, mean and unbiased std of each group, and whether its values are all equal
+    3. normalized              x, moments       ->  (x_i - baseline) / (std + eps), exactly 0 in a group of equal values
+    4. group_advantages        1 to 3, over the group or over the batch, rewards summed before or after
 
 For a token with logits z and temperature T the policy is p = softmax(s), s = f(z) / T, where f is an optional scale followed by an optional
-soft cap. The sampler drew the token y from this same p, so the policy that is trained is this same p.
+soft cap. The sampler drew the token y from this same p, so the policy that is trained is this same p:
 
-    1. token_statistics       z, y           ->  log p_y  and the entropy of p
-    2. importance_log_ratio   log p_y, old   ->  how far the policy has moved: per token (PPO), or per sequence (GSPO)
-    3. surrogate              ratio, A       ->  the objective of one token
-    4. kl_penalty             log p_y, ref   ->  the distance to a reference policy
-    5. aggregation_weights    mask           ->  one weight per token:  loss = sum_n w_n * l_n
-    6. policy_loss            2 to 5 in one: everything behind the logits
+    5. token_statistics        z, y             ->  log p_y  and the entropy of p
+    6. importance_log_ratio    log p_y, old     ->  how far the policy has moved: per token (PPO), or per sequence (GSPO)
+    7. surrogate               ratio, A         ->  the objective of one token
+    8. kl_penalty              log p_y, ref     ->  the distance to a reference policy
+    9. aggregation_weights     mask             ->  one weight per token:  loss = sum_n w_n * l_n
+   10. policy_loss             6 to 9 in one: everything behind the logits
 
 Autograd through this page is the gradient; the kernels compute the same by hand. Whatever stands under a 0 of the mask (NaN, -100) has no
 effect: it is replaced before any arithmetic, so that it can reach neither the value nor the gradient.
@@ -25,7 +33,119 @@ from torch import Tensor
 
 from grpo_fast.config import LossConfig
 
-# 1 ------------------------------------------------------------------------------------------------------------------------------------------
+# 1 ------------------------------------------------------------------------------------------------------------------------
+
+
+def weighted_sum(
+    rewards: Tensor,  # [B, R], NaN = does not apply
+    weights: Tensor,  # [R]
+) -> Tensor:  # [B]
+    """Sum the rewards that apply to a completion; NaN where none does, so that 0 keeps meaning a reward of 0."""
+    applies = ~rewards.isnan()
+    total = torch.where(applies, weights * rewards, 0.0).sum(1)
+    return torch.where(applies.any(1), total, math.nan)
+
+
+# 2 ------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Statistics of each group over its values that apply; [G], or [G, R] with a column per reward."""
+
+    count: Tensor
+    mean: Tensor  # 0 for an empty group
+    std: Tensor  # unbiased (n - 1); 0 where equal
+    equal: Tensor  # bool: all values are equal, or there are fewer than two
+
+
+def group_moments(
+    x: Tensor,  # [B] or [B, R], NaN = does not apply
+    group: Tensor,  # [B], the group of each row
+    num_groups: int,
+) -> Moments:
+    """Two passes, mean first: E[x^2] - E[x]^2 has no digit left for rewards like 1000.0, 1000.1, 1000.2."""
+    applies = ~x.isnan()
+    index = group.reshape(-1, *[1] * (x.dim() - 1)).expand_as(x)
+
+    def reduced(values: Tensor, how: str, start: float) -> Tensor:
+        return x.new_full((num_groups, *x.shape[1:]), start).scatter_reduce(0, index, torch.where(applies, values, start), how)
+
+    count = reduced(torch.ones_like(x), "sum", 0.0)
+    lowest, highest = reduced(x, "amin", math.inf), reduced(x, "amax", -math.inf)
+    equal = (count < 2) | (lowest == highest)
+    # The mean of equal values is that value; sum / count may miss it by a rounding, which std + eps ~ eps would blow up to a signal.
+    mean = torch.where(equal, lowest, reduced(x, "sum", 0.0) / count).masked_fill(count == 0, 0.0)
+    variance = reduced((x - mean[group]).square(), "sum", 0.0) / (count - 1)
+    return Moments(count, mean, variance.masked_fill(equal, 0.0).sqrt(), equal)
+
+
+# 3 ------------------------------------------------------------------------------------------------------------------------
+
+
+def normalized(
+    x: Tensor,  # [B] or [B, R]
+    moments: Moments,
+    group: Tensor,  # [B]
+    *,
+    baseline: str,
+    divide_by_std: bool,
+    eps: float,
+) -> Tensor:  # like x
+    """Centre each value on its group, and divide by the group's std; 0 for a value that does not apply and for equal values."""
+    factor = torch.ones_like(moments.mean)
+    if baseline == "leave_one_out":  # x_i - mean of the n - 1 others = (x_i - mean) * n / (n - 1)
+        factor = factor * moments.count / (moments.count - 1)
+    if divide_by_std:
+        factor = factor / (moments.std + eps)
+    return ((x - moments.mean[group]) * factor[group]).masked_fill(x.isnan() | moments.equal[group], 0.0)
+
+
+# 4 ------------------------------------------------------------------------------------------------------------------------
+
+
+def group_advantages(
+    rewards: Tensor,  # [B] or [B, R], NaN = does not apply
+    *,
+    group_size: int = 1,
+    group_offsets: Tensor | None = None,  # [G+1], in place of group_size
+    scale: str = "group",
+    baseline: str = "mean",
+    reward_weights: Tensor | None = None,  # [R]
+    normalize: str = "sum_then_normalize",
+    eps: float = 1e-4,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [B], [G], [G], [G] bool
+    """Advantages, and mean and std of the summed reward and degeneracy of each group. Arguments are not checked here."""
+    r = rewards.double() if rewards.dim() == 2 else rewards.double().unsqueeze(1)
+    weights = r.new_ones(r.shape[1]) if reward_weights is None else reward_weights.to(r)
+    row = torch.arange(r.shape[0], device=r.device)
+    if group_offsets is not None:
+        group, num_groups = torch.searchsorted(group_offsets[1:].contiguous(), row, right=True), group_offsets.shape[0] - 1
+    else:
+        group, num_groups = row // group_size, r.shape[0] // group_size
+
+    x = weighted_sum(r, weights)
+    moments = group_moments(x, group, num_groups)
+    degenerate = moments.equal
+
+    if normalize == "sum_then_normalize":
+        y = normalized(x, moments, group, baseline=baseline, divide_by_std=scale == "group", eps=eps)
+        batch_std = group_moments(x, torch.zeros_like(group), 1).std
+    else:  # GDPO, arXiv:2601.05242
+        per_reward = group_moments(r, group, num_groups)
+        z = normalized(r, per_reward, group, baseline=baseline, divide_by_std=True, eps=eps)
+        y = (weights * z).sum(1)
+        degenerate = (per_reward.equal | (weights == 0)).all(1)
+        # Each reward's z sum to 0 within a group, so the batch mean of y is 0. Subtracting what roundings leave of it would only disturb
+        # the exact 0 of degenerate groups.
+        batch_std = (y.square().sum() / (moments.count.sum() - 1).clamp(min=1)).sqrt()
+
+    if scale == "batch" or normalize == "normalize_then_sum":
+        y = torch.where(y == 0, 0.0, y / (batch_std + eps))  # 0 stays 0 also where std and eps are
+    return y, moments.mean, moments.std, degenerate
+
+
+# 5 ------------------------------------------------------------------------------------------------------------------------
 
 
 def token_statistics(
@@ -37,8 +157,9 @@ def token_statistics(
 ) -> tuple[Tensor, Tensor]:  # [...], [...]
     """Log-probability of the sampled token, and entropy of the policy it was sampled from.
 
-    The target is left out of the log-sum-exp: ``log p_y = -softplus(lse_{v != y}(s_v) - s_y)``. The usual ``s_y - lse`` is the difference of
-    two almost equal numbers when p_y is almost 1, and exactly 0 in float32 from a margin of 17 nats on; this form keeps every digit.
+    The target is left out of the log-sum-exp: ``log p_y = -softplus(lse_{v != y}(s_v) - s_y)``. The usual ``s_y - lse`` is the
+    difference of two almost equal numbers when p_y is almost 1, and exactly 0 in float32 from a margin of 17 nats on; this form keeps
+    every digit.
     """
     s = logits * logit_scale
     if softcap is not None:
@@ -57,7 +178,7 @@ def token_statistics(
     return logprob, entropy
 
 
-# 2 ------------------------------------------------------------------------------------------------------------------------------------------
+# 6 ------------------------------------------------------------------------------------------------------------------------
 
 
 class Sequences:
@@ -97,7 +218,7 @@ def importance_log_ratio(log_ratio: Tensor, mask: Tensor, sequences: Sequences, 
     return mean.expand_as(log_ratio) if level == "sequence" else log_ratio - log_ratio.detach() + mean.detach()
 
 
-# 3 ------------------------------------------------------------------------------------------------------------------------------------------
+# 7 ------------------------------------------------------------------------------------------------------------------------
 
 
 def surrogate(ratio: Tensor, advantages: Tensor, logprobs: Tensor, phi: Tensor | None, config: LossConfig) -> Tensor:
@@ -123,13 +244,14 @@ def surrogate(ratio: Tensor, advantages: Tensor, logprobs: Tensor, phi: Tensor |
         tau = torch.where(advantages > 0, config.sapo_temperature_pos, config.sapo_temperature_neg).to(ratio.dtype)
         return -4 / tau * torch.sigmoid(tau * (ratio - 1)) * advantages
     if config.surrogate == "vespo":
+        assert phi is not None
         return -phi * advantages * logprobs
     return -advantages * logprobs
 
 
 def vespo_phi(log_ratio: Tensor, advantages: Tensor, log_rollout: Tensor | None, sequences: Sequences, config: LossConfig) -> Tensor:
-    """VESPO's weight of a sequence, arXiv:2602.10693: phi = W^k exp(lambda (1 - W)), W = the product of its tokens' ratios and of its rollout
-    weights (which are therefore not applied again); (k, lambda) by the sign of A. No gradient flows through it.
+    """VESPO's weight of a sequence, arXiv:2602.10693: phi = W^k exp(lambda (1 - W)), W = the product of its tokens' ratios and of its
+    rollout weights (which are therefore not applied again); (k, lambda) by the sign of A. No gradient flows through it.
 
     log_ratio is 0 under the mask's zeros; log_rollout is the sequence's log rollout weight, or None.
     """
@@ -141,11 +263,12 @@ def vespo_phi(log_ratio: Tensor, advantages: Tensor, log_rollout: Tensor | None,
     return (lam + k * log_w - lam * log_w.exp()).exp().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
-# 4 ------------------------------------------------------------------------------------------------------------------------------------------
+# 8 ------------------------------------------------------------------------------------------------------------------------
 
 
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str, clamp: float) -> Tensor:
-    """An estimate of KL(policy || reference) from the sampled token, d = log p_ref - log p (Schulman, http://joschu.net/blog/kl-approx.html).
+    """An estimate of KL(policy || reference) from the sampled token, d = log p_ref - log p (Schulman,
+    http://joschu.net/blog/kl-approx.html).
 
     k1  -d              unbiased, high variance
     k2  d^2 / 2         biased, its gradient is the unbiased one
@@ -160,7 +283,7 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str, clamp: fl
     return torch.expm1(d) - d
 
 
-# 5 ------------------------------------------------------------------------------------------------------------------------------------------
+# 9 ------------------------------------------------------------------------------------------------------------------------
 
 
 def aggregation_weights(
@@ -192,7 +315,7 @@ def aggregation_weights(
     return mask.sum().to(dtype).clamp(min=1).reciprocal()
 
 
-# 6 ------------------------------------------------------------------------------------------------------------------------------------------
+# 10 ------------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -212,8 +335,8 @@ class Policy:
     loss_scale: float = 1.0
 
     def active(self) -> Tensor:
-        """The tokens that can change the gradient: those that count and have a KL or entropy term or an advantage other than 0. Where a weight is
-        made from a whole sequence, all of a sequence's tokens are active or none."""
+        """The tokens that can change the gradient: those that count and have a KL or entropy term or an advantage other than 0. Where
+        a weight is made from a whole sequence, all of a sequence's tokens are active or none."""
         if self.config.beta != 0 or self.config.entropy_coef != 0:
             return self.mask
         active = self.mask & (self.advantages != 0)
@@ -223,8 +346,8 @@ class Policy:
 
 
 def policy_loss(logprobs: Tensor, entropy: Tensor, policy: Policy, computed: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss and its metrics from log-probabilities and entropies, which are only looked at where ``computed`` (all the tokens that count, or
-    just the active ones: the loss is the same).
+    """The loss and its metrics from log-probabilities and entropies, which are only looked at where ``computed`` (all the tokens that
+    count, or just the active ones: the loss is the same).
 
     Order of the factors as in TRL: rollout weights multiply the surrogate and not the KL, which is added after.
     """

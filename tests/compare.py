@@ -1,0 +1,29 @@
+"""How a kernel is compared with the truth, one tolerance for everywhere.
+
+A kernel may be no further from the float64 truth than the same mathematics in plain PyTorch at the kernel's own precision, plus an
+allowance tied to the type of what is compared: rounding of the result, and a few ulps of float32 for another order of summation.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Relative to the largest magnitude of the truth: rounding to the type, and 32 float32 ulps of arithmetic.
+ALLOWANCE = {torch.float32: 2.0**-19, torch.float16: 2.0**-11 + 2.0**-19, torch.bfloat16: 2.0**-8 + 2.0**-19}
+
+
+def assert_close(actual: Tensor, truth: Tensor, naive: Tensor, what: str, scale: float | None = None) -> None:
+    """actual, of any type, against float64 truth; naive is plain PyTorch's answer in the type of actual.
+
+    scale is what the allowance is relative to; the truth's largest magnitude unless given, as it must be for a sum whose terms cancel.
+    """
+    assert actual.shape == truth.shape, f"{what}: shape {list(actual.shape)}, expected {list(truth.shape)}"
+    assert torch.isfinite(truth).all(), f"{what}: the truth itself is not finite; the test's inputs are wrong"
+    assert torch.isfinite(actual).all(), f"{what}: not finite at {(~torch.isfinite(actual)).nonzero()[:3].tolist()}"
+    if scale is None:
+        scale = truth.abs().max().item() if truth.numel() else 0.0
+    allowed = (naive.double() - truth).abs().amax().item() if truth.numel() else 0.0
+    allowed += ALLOWANCE[actual.dtype] * scale + torch.finfo(actual.dtype).tiny
+    error = (actual.double() - truth).abs().max().item() if truth.numel() else 0.0
+    assert error <= allowed, f"{what}: error {error:.3e} of {scale:.3e}, allowed {allowed:.3e}"

@@ -1,0 +1,90 @@
+"""The arithmetic inside the C++ row kernels, seen through rows made so that one number decides: the stated bounds of exp and tanh, and the
+conversions of the half types."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import grpo_fast  # noqa: F401  registers the operators
+
+OPERATORS = torch.ops.grpo_fast
+
+
+def gradient_of(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """d sum(logprob) / d logits, [N, V], temperature 1."""
+    call = (ids[None], torch.ones_like(ids[None], dtype=torch.bool), None, 1.0, 0.0, 1.0)
+    statistics = OPERATORS.token_logprobs(logits[None], *call)
+    ones = torch.ones(1, len(ids))
+    return OPERATORS.token_logprobs_backward(ones, 0 * ones, logits[None], *call, *statistics)[0]
+
+
+def test_exp_keeps_its_bound() -> None:
+    """p of a column x below the largest: the polynomial's 1.7e-7 and three roundings of float32; for each nat of x, that of x / ln 2."""
+    x = torch.linspace(0, 86, 40001)
+    logits = torch.stack(
+        [torch.full_like(x, -300.0), torch.zeros_like(x), -x], dim=1
+    )  # the target, which has no share; the largest; x below it
+    gradient = gradient_of(logits, torch.zeros(len(x), dtype=torch.long))
+    truth = -torch.exp(-x.double()) / (1 + torch.exp(-x.double()))
+    error = (gradient[:, 2].double() / truth - 1).abs()
+    assert (error <= 3.5e-7 + 8e-8 * x.double()).all(), f"largest excess at x = {x[(error - 8e-8 * x).argmax()].item()}"
+
+
+def test_tanh_keeps_its_bound() -> None:
+    """A soft cap of 1: f(z) = tanh(z) within 2 ulp of float32, seen in the log-probability of the other column."""
+    z = torch.linspace(-12, 12, 40001)
+    logits = torch.stack([torch.zeros_like(z), z], dim=1)[None]
+    ids = torch.zeros(1, len(z), dtype=torch.long)
+    logprobs, *_ = OPERATORS.token_logprobs(
+        logits, ids, torch.ones_like(ids, dtype=torch.bool), None, 1 / 64, 1.0, 1.0
+    )  # 64 times as visible
+    f = torch.tanh(z.double())
+    truth = -torch.nn.functional.softplus(64 * f, threshold=100)
+    slope = 64 * torch.sigmoid(64 * f)
+    visible = slope > 1
+    error = ((logprobs[0].double() - truth).abs() - 2**-23 * truth.abs()).clamp(min=0) / slope
+    assert visible.float().mean() > 0.4
+    assert (error[visible] <= 2.5e-7 * f[visible].abs() + 1e-9).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_half_value_is_read_exactly(dtype: torch.dtype) -> None:
+    """All 65,536 bit patterns as the only logit beside a 0: the log-probability tells what was read."""
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    values = values[values.float().isfinite() & (values.float().abs() < 80)]
+    logits = torch.stack([values, torch.zeros_like(values)], dim=1)[None]
+    ids = torch.ones(1, len(values), dtype=torch.long)
+    logprobs, *_ = OPERATORS.token_logprobs(logits, ids, torch.ones_like(ids, dtype=torch.bool), None, 1.0, 0.0, 1.0)
+    truth = -torch.nn.functional.softplus(values.double(), threshold=200)
+    torch.testing.assert_close(logprobs[0].double(), truth, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients_are_rounded_to_nearest_even(dtype: torch.dtype) -> None:
+    """The half types' gradient is the float32 gradient of the same logits, rounded once: subnormal, tiny and large values included."""
+    torch.manual_seed(0)
+    logits = (torch.randn(400, 67) * 6).to(dtype)
+    ids = torch.randint(67, (400,))
+    exact = gradient_of(logits.float(), ids)
+    rounded = gradient_of(logits, ids)
+    if dtype == torch.float16:
+        assert exact.abs().min() < torch.finfo(dtype).tiny  # subnormal values are among them
+    assert (rounded == exact.to(dtype)).float().mean() > 0.999
+    neighbours = (rounded.view(torch.int16).int() - exact.to(dtype).view(torch.int16).int()).abs()
+    assert neighbours.max() <= 1  # the two compilations may contract a product differently: then at most the neighbour
+
+
+def test_a_row_of_nothing_but_minus_infinity_beside_the_target() -> None:
+    logits = torch.full((1, 3, 40), -math.inf)
+    ids = torch.tensor([[5, 0, 39]])
+    logits.scatter_(-1, ids.unsqueeze(-1), 2.0)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    logprobs, entropy, lse = OPERATORS.token_logprobs(logits, ids, mask, None, 1.0, 0.0, 1.0)
+    assert (logprobs == 0).all() and (entropy == 0).all() and (lse == 2).all()
+    gradient = OPERATORS.token_logprobs_backward(
+        torch.ones(1, 3), torch.zeros(1, 3), logits, ids, mask, None, 1.0, 0.0, 1.0, logprobs, entropy, lse
+    )
+    assert gradient.abs().max() < 1e-37
