@@ -129,7 +129,9 @@ def _compile(csrc: Path, cuda_home: str | None, library: Path) -> ExtensionStatu
     shutil.rmtree(work, ignore_errors=True)  # of a process that was killed, with torch's lock file in it
     work.mkdir()
     log = library.with_suffix(".log")
+    torchs_cuda_home = cpp_extension.CUDA_HOME
     try:
+        cpp_extension.CUDA_HOME = cuda_home or torchs_cuda_home  # the toolkit chosen, where torch would take another
         with _build.build_environment(native_archs=cuda_home is not None and torch.cuda.is_available()):
             cpp_extension.load(
                 name="_C",
@@ -148,6 +150,7 @@ def _compile(csrc: Path, cuda_home: str | None, library: Path) -> ExtensionStatu
         _say(f"the compilation failed after {time.perf_counter() - begin:.0f} s, the compiler's words are in {log}")
         return _failed(f"the compilation at first use failed: {_first_line(error)}", f"Read {log}; a C++17 compiler and ninja are needed.")
     finally:
+        cpp_extension.CUDA_HOME = torchs_cuda_home
         shutil.rmtree(work, ignore_errors=True)
     log.unlink(missing_ok=True)
     _say(f"compiled in {time.perf_counter() - begin:.0f} s")
