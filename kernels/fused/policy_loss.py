@@ -1,6 +1,6 @@
 """The surrogate and the KL penalty of a token: their value, g = d loss / d logprob and h = d loss / d entropy.
 
-The twin of csrc/policy_loss.h; the formulas and their sources stand in grpo_fast/reference/loss.py. Knows nothing of vocabularies. Elementwise:
+The twin of csrc/policy_loss.h; the formulas and their sources stand in grpo_fast/reference.py. Knows nothing of vocabularies. Elementwise:
 everything but the settings is one number per token.
 """
 

@@ -153,14 +153,17 @@ def edge_columns(head, middle, vocabulary, part, VECTOR: tl.constexpr):
 
 @triton.jit
 def _add(f, e_sum, et_sum, reference, k, FIND_MAXIMUM: tl.constexpr, WANT_ENTROPY: tl.constexpr):
+    """Neighbours, which one thread holds, are added up first: one accumulator for each 16 bytes, and no more additions than with one for each f."""
+    lanes: tl.constexpr = e_sum.shape[0]
+    neighbours: tl.constexpr = f.shape[0] // lanes
     if FIND_MAXIMUM:
-        e_sum = tl.maximum(e_sum, f)
+        e_sum = tl.maximum(e_sum, tl.max(tl.reshape(f, (lanes, neighbours)), 1))
     else:
         t = tl.fma(f, k, -reference)
         e = tl.exp2(t)
-        e_sum += e
+        e_sum += tl.sum(tl.reshape(e, (lanes, neighbours)), 1)
         if WANT_ENTROPY:
-            et_sum = tl.fma(e, tl.maximum(t, EXPONENT_FLOOR), et_sum)
+            et_sum += tl.sum(tl.reshape(e * tl.maximum(t, EXPONENT_FLOOR), (lanes, neighbours)), 1)
     return e_sum, et_sum
 
 
@@ -177,8 +180,8 @@ def _walk(
     vectors_ptr = tl.multiple_of(row_ptr + head, 16)
     plain, apart, target_block = blocks_apart(first, last, middle, target - head, BLOCK_V)
     lane = tl.arange(0, BLOCK_V)
-    e_sum = tl.full((BLOCK_V,), float("-inf") if FIND_MAXIMUM else 0.0, tl.float32)
-    et_sum = tl.zeros((BLOCK_V,), tl.float32)
+    e_sum = tl.full((BLOCK_V // VECTOR,), float("-inf") if FIND_MAXIMUM else 0.0, tl.float32)
+    et_sum = tl.zeros((BLOCK_V // VECTOR,), tl.float32)
 
     for i in tl.range(plain):
         columns = plain_block(i, first, target_block) * BLOCK_V + lane
@@ -199,7 +202,7 @@ def _walk(
     if FIND_MAXIMUM:
         return tl.maximum(tl.max(e_sum, 0), tl.max(f, 0)), 0.0
     else:
-        edge_e, edge_et = _add(f, tl.zeros((2 * VECTOR,), tl.float32), tl.zeros((2 * VECTOR,), tl.float32), reference, k, False, WANT_ENTROPY)
+        edge_e, edge_et = _add(f, tl.zeros((2,), tl.float32), tl.zeros((2,), tl.float32), reference, k, False, WANT_ENTROPY)
         return tl.sum(e_sum, 0) + tl.sum(edge_e, 0), tl.sum(et_sum, 0) + tl.sum(edge_et, 0)
 
 

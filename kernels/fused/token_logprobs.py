@@ -18,7 +18,7 @@ __all__ = ["Rows", "Scoring", "token_gradient", "token_logprobs_bwd", "token_log
 
 # Columns per step and warps per program, from the compiled code (kernels/README.md).
 SUMS_BLOCK, SUMS_WARPS = 4096, 4
-GRADIENT_BLOCK, GRADIENT_WARPS = 4096, 8
+GRADIENT_BLOCK, GRADIENT_WARPS = 4096, 4
 TOKENS_BLOCK = 128  # tokens per program of the kernels that know no vocabulary
 PROGRAMS_PER_MULTIPROCESSOR = 4  # below so many rows each, rows are split
 
