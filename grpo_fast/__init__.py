@@ -13,6 +13,7 @@ from grpo_fast.advantages import GroupAdvantages, group_advantages
 from grpo_fast.backends import BackendStatus, backends, use_backend
 from grpo_fast.checks import debug_checks
 from grpo_fast.config import LOSS_TYPES, LossConfig
+from grpo_fast.corrections import off_policy_sequence_mask, rollout_weights, top_entropy_mask
 from grpo_fast.loss import GRPOOutput, TokenLogprobs, grpo_loss, token_logprobs
 
 _extension.load_prebuilt()  # milliseconds; a missing or broken extension is a status (see backends()), never an error here
@@ -28,7 +29,10 @@ __all__ = [
     "debug_checks",
     "group_advantages",
     "grpo_loss",
+    "off_policy_sequence_mask",
+    "rollout_weights",
     "token_logprobs",
+    "top_entropy_mask",
     "use_backend",
 ]
 __version__ = "0.1.0"

@@ -1,0 +1,86 @@
+"""Weights and masks on the surrogate: by hand, and against TRL's own functions."""
+
+from __future__ import annotations
+
+import math
+import types
+
+import pytest
+import torch
+
+import grpo_fast as gf
+
+NAN = float("nan")
+
+
+def test_rollout_weights_by_hand() -> None:
+    old = torch.tensor([[math.log(0.5), math.log(0.5), NAN], [math.log(0.9), math.log(0.1), math.log(0.2)]])
+    sampler = torch.tensor([[math.log(0.25), math.log(0.1), NAN], [math.log(0.9), NAN, math.log(0.4)]])
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    token = gf.rollout_weights(old, sampler, mask, high=3.0)
+    torch.testing.assert_close(token, torch.tensor([[2.0, 3.0, 1.0], [1.0, 1.0, 0.5]]))  # 5 is clamped; NaN and masked count as 1
+    masked = gf.rollout_weights(old, sampler, mask, mode="mask", low=0.6, high=3.0)
+    torch.testing.assert_close(masked, torch.tensor([[2.0, 0.0, 1.0], [1.0, 1.0, 0.0]]))
+    product = gf.rollout_weights(old, sampler, mask, level="sequence", high=None)
+    torch.testing.assert_close(product, torch.tensor([[10.0], [0.5]]))
+    mean = gf.rollout_weights(old, sampler, mask, level="sequence_mean", high=None)
+    torch.testing.assert_close(mean, torch.tensor([[10**0.5], [0.5 ** (1 / 3)]]))
+
+
+def test_packed_equals_padded() -> None:
+    old, sampler, mask = torch.randn(2, 3), torch.randn(2, 3), torch.rand(2, 3) > 0.3
+    cu_seqlens = torch.tensor([0, 3, 6], dtype=torch.int32)
+    for level in ("sequence", "sequence_mean"):
+        padded = gf.rollout_weights(old, sampler, mask, level=level)
+        packed = gf.rollout_weights(old.flatten(), sampler.flatten(), mask.flatten(), level=level, cu_seqlens=cu_seqlens)
+        torch.testing.assert_close(packed, padded.expand(2, 3).flatten())
+
+
+def test_the_factors_reach_the_surrogate_and_not_the_kl() -> None:
+    logits, ids, advantages, mask = torch.randn(2, 3, 9), torch.randint(9, (2, 3)), torch.tensor([1.0, -1.0]), torch.ones(2, 3)
+    ref = torch.randn(2, 3) - 2
+    config = gf.LossConfig(beta=0.1)
+    keep = gf.off_policy_sequence_mask(torch.full((2, 3), -3.0), torch.full((2, 3), -1.0), advantages, mask, threshold=0.5)
+    assert keep.tolist() == [[1.0], [0.0]]
+    both = gf.grpo_loss(logits, ids, advantages, config=config, ref_logprobs=ref, rollout_weights=keep)
+    alone = gf.grpo_loss(logits, ids, torch.tensor([1.0, 0.0]), config=config, ref_logprobs=ref)
+    torch.testing.assert_close(both.loss, alone.loss)
+
+
+def test_parity_with_trl() -> None:
+    trainer = pytest.importorskip("trl.trainer.grpo_trainer", reason="TRL is not installed").GRPOTrainer
+    logprobs, sampler, mask = torch.randn(4, 6), torch.randn(4, 6), (torch.rand(4, 6) > 0.3).long()
+    sampler[1, 2] = NAN
+    advantages = torch.tensor([1.0, -1.0, -2.0, 0.0])
+    for threshold in (-0.5, 0.0, 0.5):
+        theirs = trainer.get_off_policy_mask(advantages[:, None], logprobs, sampler, mask, threshold)
+        ours = gf.off_policy_sequence_mask(logprobs, sampler, advantages, mask, threshold=threshold)
+        assert torch.equal(ours, theirs.float())
+    accelerator = types.SimpleNamespace(pad_across_processes=lambda x, dim, pad_index: x, gather=lambda x: x)
+    entropy = torch.rand(4, 6)
+    for quantile in (0.2, 0.5, 1.0):
+        theirs = trainer.get_high_entropy_mask(types.SimpleNamespace(accelerator=accelerator), entropy, mask, 1 - quantile)
+        assert torch.equal(gf.top_entropy_mask(entropy, mask, quantile=quantile), theirs.float())
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x, m: gf.rollout_weights(x, x, m, mode="clip"), "mode is 'clip'; expected 'truncate' or 'mask'"),
+        (lambda x, m: gf.rollout_weights(x, x, m, level="batch"), "level is 'batch'; expected one of token"),
+        (lambda x, m: gf.rollout_weights(x, x, m, low=2.0, high=1.0), "low is 2.0, high is 1.0; expected low <= high"),
+        (lambda x, m: gf.rollout_weights(x, x[:1], m), r"rollout_logprobs has shape \[1, 3\]; expected"),
+        (lambda x, m: gf.rollout_weights(x.flatten(), x.flatten(), m.flatten(), level="sequence"), "cu_seqlens is None with packed input"),
+        (lambda x, m: gf.top_entropy_mask(x, m, quantile=0.0), "quantile is 0.0; expected a finite number > 0"),
+        (lambda x, m: gf.top_entropy_mask(x, m, quantile=1.5), "quantile is 1.5; expected at most 1"),
+        (lambda x, m: gf.top_entropy_mask(x, m[:1], quantile=0.5), r"mask has shape \[1, 3\]; expected"),
+    ],
+)
+def test_bad_input(call, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(torch.randn(2, 3), torch.ones(2, 3))
+
+
+def test_nothing_counts() -> None:
+    empty = gf.top_entropy_mask(torch.full((2, 3), NAN), torch.zeros(2, 3), quantile=0.2)
+    assert torch.equal(empty, torch.zeros(2, 3))
