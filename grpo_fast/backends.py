@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
+import importlib.util
+import os
 import platform
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -56,10 +60,12 @@ def use_backend(name: str) -> Iterator[None]:
     status = _status(name)
     if not status.usable:
         raise RuntimeError(f"use_backend: the backend {name!r} is not usable here: {status.why}. {status.cure}")
+    triton_ops = sys.modules.get("grpo_fast.triton_ops")
     before = _forced
     _forced = name
     try:
-        yield
+        with triton_ops.interpreted_on_cpu(name == "triton") if triton_ops else contextlib.nullcontext():
+            yield
     finally:
         _forced = before
 
@@ -95,12 +101,17 @@ def select(device: torch.device) -> str:
             f"use_backend('cpu') is in force, but the tensors are on {device}; expected CPU tensors. "
             "Move them with .cpu(), or force 'reference', which works on every device."
         )
+    if _forced == "triton" and device.type == "cpu" and not _interpreted():
+        raise RuntimeError(
+            "use_backend('triton') is in force, but the tensors are on the CPU; expected a GPU's. "
+            "Move them there; or, to run the kernels in Triton's interpreter, set TRITON_INTERPRET=1 before Python starts."
+        )
     return _forced
 
 
 def _default(device_type: str) -> str:
     """The unforced choice; constant for the life of the process, so torch.compile may evaluate it while it traces."""
-    preferred = {"cpu": "cpu", "cuda": "triton"}.get(device_type, "reference")
+    preferred = {"cpu": "cpu", "cuda": "triton", "xpu": "triton"}.get(device_type, "reference")
     if preferred == "reference":
         return "reference"
     usable, why, cure = _usable(preferred)
@@ -124,8 +135,27 @@ def _usable(name: str) -> tuple[bool, str, str]:
         status = _extension.status()
         return False, status.why, status.cure
     if name == "triton":
-        return False, "the Triton kernels are not in this version", "Use 'reference' on a GPU, or 'cpu' on CPU tensors."
+        return _triton_usable()
     return True, "", ""
+
+
+@functools.cache
+def _triton_usable() -> tuple[bool, str, str]:
+    """The same for Triton; where it is usable, its kernels are registered afterwards."""
+    if importlib.util.find_spec("triton") is None:
+        return False, "triton is not installed", "Install it: pip install triton (PyTorch's own builds for GPUs bring it)."
+    if not _interpreted() and not torch.cuda.is_available() and not torch.xpu.is_available():
+        cure = "Use 'reference' or 'cpu'; or, to try the kernels in Triton's interpreter, set TRITON_INTERPRET=1 before Python starts."
+        return False, "there is no GPU that PyTorch can use", cure
+    try:
+        importlib.import_module("grpo_fast.triton_ops")
+    except Exception as error:  # a triton that does not fit this torch fails in many ways
+        return False, f"its kernels could not be loaded: {type(error).__name__}: {error}", "Install the triton that this torch asks for."
+    return True, "", ""
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _status(name: str) -> BackendStatus:
