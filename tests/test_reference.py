@@ -876,6 +876,14 @@ def test_num_items_is_the_denominator_of_global_token_mean_and_of_nothing_else(l
         close(other[1], gradient * factor, 1e-14, "gradient")
 
 
+@pytest.mark.xfail(strict=True, reason="torch.as_tensor makes a float32 of a Python float")
+def test_num_items_that_float32_does_not_hold(generator: torch.Generator) -> None:
+    """A step's share of the tokens need not be a whole number."""
+    batch = random_batch(generator)
+    loss, _, _ = loss_and_gradient(batch, num_items=1)
+    close(loss_and_gradient(batch, num_items=15.3)[0], loss / 15.3, 1e-14)
+
+
 def test_num_items_makes_micro_batches_add_up(generator: torch.Generator) -> None:
     """Two halves with the whole's token count sum to the whole, though their own token counts differ."""
     batch = random_batch(generator, shape=(4, 5))
