@@ -52,28 +52,28 @@ def _grpo_loss_terms_kernel(
     old_sequence_stride: tl.int64, old_token_stride: tl.int64,
     ref_sequence_stride: tl.int64, ref_token_stride: tl.int64,
     rollout_sequence_stride: tl.int64, rollout_token_stride: tl.int64,
-    temperature: tl.float32, softcap: tl.float32, logit_scale: tl.float32, loss_scale: tl.float32,
+    k: tl.float32, cap_scale: tl.float32, loss_scale: tl.float32,
     kl_estimator: tl.float32, bias_corrected_kl: tl.float32, epsilon_low: tl.float32, epsilon_high: tl.float32,
     delta: tl.float32, dual_clip: tl.float32, beta: tl.float32, entropy_coef: tl.float32, log_ratio_clamp: tl.float32,
     sapo_temperature_pos: tl.float32, sapo_temperature_neg: tl.float32,
-    only_active: tl.int32,
+    all_active: tl.int32, only_active: tl.int32,
     BLOCK_N: tl.constexpr, SURROGATE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = row < rows
     b, t = row // length, row % length
-    temperature, softcap, logit_scale = tl.cast(temperature, tl.float32), tl.cast(softcap, tl.float32), tl.cast(logit_scale, tl.float32)
-    beta, entropy_coef, loss_scale = tl.cast(beta, tl.float32), tl.cast(entropy_coef, tl.float32), tl.cast(loss_scale, tl.float32)
+    k, cap_scale = tl.cast(k, tl.float32), tl.cast(cap_scale, tl.float32)
+    loss_scale = tl.cast(loss_scale, tl.float32)
 
     counts = per_token(mask_ptr, b, t, mask_sequence_stride, mask_token_stride, inside, 0) != 0
     advantage = per_token(advantages_ptr, b, t, advantages_sequence_stride, advantages_token_stride, counts, 0.0)
-    active = counts & ((advantage != 0) | (beta != 0) | (entropy_coef != 0))
+    active = counts & ((advantage != 0) | (all_active != 0))
     computed = tl.where(only_active != 0, active, counts)
     logprob, entropy, lse = finished_tokens(
         logits_ptr, token_ids_ptr, temperatures_ptr, sums_ptr,
         row, b, t, computed, rows, vocabulary, parts,
         logits_sequence_stride, logits_token_stride, ids_sequence_stride, ids_token_stride, temperatures_sequence_stride, temperatures_token_stride,
-        temperature, softcap, logit_scale,
+        k, cap_scale,
         HAS_SOFTCAP,
     )  # fmt: skip
 
@@ -93,7 +93,7 @@ def _grpo_loss_terms_kernel(
         logprob, entropy, advantage, old_logprob, ref_logprob, rollout_weight, weight, entropy_weight,
         tl.cast(kl_estimator, tl.float32), tl.cast(bias_corrected_kl, tl.float32),
         tl.cast(epsilon_low, tl.float32), tl.cast(epsilon_high, tl.float32), tl.cast(delta, tl.float32), tl.cast(dual_clip, tl.float32),
-        beta, entropy_coef, tl.cast(log_ratio_clamp, tl.float32),
+        tl.cast(beta, tl.float32), tl.cast(entropy_coef, tl.float32), tl.cast(log_ratio_clamp, tl.float32),
         tl.cast(sapo_temperature_pos, tl.float32), tl.cast(sapo_temperature_neg, tl.float32),
         SURROGATE, old_logprobs_ptr is not None, ref_logprobs_ptr is not None,
     )  # fmt: skip
@@ -178,7 +178,8 @@ def grpo_loss_fwd(
     logits, token_ids, mask = rows
     surrogate, numbers = int(settings[0]), settings[1:]
     beta, entropy_coef = settings[7], settings[8]
-    computed = mask & (policy.advantages != 0) if only_active and beta == 0 and entropy_coef == 0 else mask
+    all_active = beta != 0 or entropy_coef != 0
+    computed = mask & (policy.advantages != 0) if only_active and not all_active else mask
     sums = token_sums(Rows(logits, token_ids, computed), scoring, parts=parts)
 
     logprobs, entropy, lse, g, h = (torch.empty(token_ids.shape, dtype=torch.float32, device=logits.device) for _ in range(5))
@@ -191,7 +192,7 @@ def grpo_loss_fwd(
             rows.count, token_ids.shape[1], logits.shape[2], sums.shape[2],
             *strides(logits), *strides(token_ids), *strides(mask), *strides(scoring.temperatures),
             *(stride for x in policy for stride in strides(x)),
-            *scoring.numbers, loss_scale, *numbers, int(only_active),
+            *scoring.numbers, loss_scale, *numbers, int(all_active), int(only_active),
             BLOCK_N=TOKENS_BLOCK, SURROGATE=surrogate, HAS_SOFTCAP=scoring.softcap > 0,
         )  # fmt: skip
     loss = torch.empty((), dtype=torch.float32, device=logits.device)

@@ -1,8 +1,8 @@
 """One vocabulary row on the GPU, for every kernel here: the only online log-sum-exp, and the only softmax gradient. Knows no loss.
 
-A row holds logits z_v of one token. Its policy is p = softmax(s), s = f(z) / temperature, f(z) = logit_scale * z, then
-softcap * tanh(. / softcap) where there is a soft cap. Everything here is in powers of two: s_v * log2(e) = f_v * k, so that an exponential is
-one multiply-add and one ex2.
+A row holds the logits z_v of one token. Its policy is p = softmax(s), s = logit_scale * z / temperature; with a soft cap
+s = softcap * tanh(logit_scale * z / softcap) / temperature. Everything here is in powers of two: s_v * log2(e) = k * f_v, where f is z or the
+tanh, so that an exponential is one multiply-add and one ex2.
 
 How a row is walked. Its first columns up to a 16-byte boundary and its last ones after a whole number of 16-byte vectors are its edges, fewer
 than two vectors. What lies between is cut into blocks. Blocks that are full and do not hold the target are plain: whole vectors, no mask, no
@@ -44,21 +44,26 @@ def per_token(x_ptr, b, t, sequence_stride, token_stride, mask, other):
 
 
 @triton.jit
-def slope_of(temperature, logit_scale, HAS_SOFTCAP: tl.constexpr):
-    """s = slope * f; without a soft cap f is z itself, and the logit scale is folded in here."""
+def scored(z, cap_scale, HAS_SOFTCAP: tl.constexpr):
+    """What s is a multiple of, in float32: z, or where there is a soft cap tanh(cap_scale * z)."""
+    z = z.to(tl.float32)
     if HAS_SOFTCAP:
-        return 1.0 / temperature
-    else:
-        return logit_scale / temperature
+        z = tanh(z * cap_scale)
+    return z
 
 
 @triton.jit
-def capped(z, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """f(z) in float32. tanh(x) = 1 - 2 / (1 + e^2x) saturates as it should where e^2x overflows or vanishes."""
-    z = z.to(tl.float32)
-    if HAS_SOFTCAP:
-        z = softcap - 2.0 * softcap / (1.0 + tl.exp2(z * (2.0 * LOG2_E * logit_scale / softcap)))
-    return z
+def tanh(x):
+    """Within 4 ulp: an odd polynomial near 0 (Cephes, S. Moshier), 1 - 2 e^-2x / (1 + e^-2x) beyond."""
+    x2 = x * x
+    p = x2 * -5.70498872745e-3 + 2.06390887954e-2
+    p = x2 * p - 5.37397155531e-2
+    p = x2 * p + 1.33314422036e-1
+    p = x2 * p - 3.33332819422e-1
+    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2_E))
+    r = tl.rsqrt(1.0 + e)
+    large = 1.0 - (e * r) * (r + r)
+    return tl.where(tl.abs(x) < 0.625, x + x * x2 * p, tl.where(x < 0, -large, large))
 
 
 @triton.jit
@@ -169,7 +174,7 @@ def _add(f, e_sum, et_sum, reference, k, FIND_MAXIMUM: tl.constexpr, WANT_ENTROP
 
 @triton.jit
 def _walk(
-    row_ptr, head, middle, vocabulary, target, part, first, last, reference, k, logit_scale, softcap,
+    row_ptr, head, middle, vocabulary, target, part, first, last, reference, k, cap_scale,
     BLOCK_V: tl.constexpr, FIND_MAXIMUM: tl.constexpr, WANT_ENTROPY: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """Over the columns of one part of a row but the target's: their largest f, or sum e and sum e * t with e = 2^t, t = f * k - reference.
@@ -186,19 +191,19 @@ def _walk(
     for i in tl.range(plain):
         columns = plain_block(i, first, target_block) * BLOCK_V + lane
         z = tl.load(vectors_ptr + columns, eviction_policy="evict_first")
-        f = capped(z, logit_scale, softcap, HAS_SOFTCAP)
+        f = scored(z, cap_scale, HAS_SOFTCAP)
         e_sum, et_sum = _add(f, e_sum, et_sum, reference, k, FIND_MAXIMUM, WANT_ENTROPY)
 
     for j in tl.range(apart):
         columns = apart_block(j, target_block, middle, BLOCK_V) * BLOCK_V + lane
         inside = columns < tl.multiple_of(middle, VECTOR)
         z = tl.load(vectors_ptr + columns, mask=inside, other=0.0, eviction_policy="evict_first")
-        f = tl.where(inside & (columns != target - head), capped(z, logit_scale, softcap, HAS_SOFTCAP), float("-inf"))
+        f = tl.where(inside & (columns != target - head), scored(z, cap_scale, HAS_SOFTCAP), float("-inf"))
         e_sum, et_sum = _add(f, e_sum, et_sum, reference, k, FIND_MAXIMUM, WANT_ENTROPY)
 
     column, inside = edge_columns(head, middle, vocabulary, part, VECTOR)
     z = tl.load(row_ptr + column, mask=inside, other=0.0)
-    f = tl.where(inside & (column != target), capped(z, logit_scale, softcap, HAS_SOFTCAP), float("-inf"))
+    f = tl.where(inside & (column != target), scored(z, cap_scale, HAS_SOFTCAP), float("-inf"))
     if FIND_MAXIMUM:
         return tl.maximum(tl.max(e_sum, 0), tl.max(f, 0)), 0.0
     else:
@@ -208,7 +213,7 @@ def _walk(
 
 @triton.jit
 def row_sums(
-    row_ptr, phase, vocabulary, target, part, parts, k, logit_scale, softcap,
+    row_ptr, phase, vocabulary, target, part, parts, k, cap_scale,
     BLOCK_V: tl.constexpr, WANT_ENTROPY: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """(reference, sum e, sum e * t) over one part of a row without the target: e = 2^t, t = s * log2(e) - reference.
@@ -220,28 +225,28 @@ def row_sums(
     VECTOR: tl.constexpr = 128 // row_ptr.dtype.element_ty.primitive_bitwidth
     head, middle = row_edges(phase, vocabulary, VECTOR)
     first, last = row_slice(part, parts, middle, BLOCK_V)
-    f_target = capped(tl.load(row_ptr + target), logit_scale, softcap, HAS_SOFTCAP)
+    f_target = scored(tl.load(row_ptr + target), cap_scale, HAS_SOFTCAP)
 
     columns = first * BLOCK_V + tl.arange(0, SAMPLE)
-    inside = columns < tl.multiple_of(middle, VECTOR)
-    z = tl.load(tl.multiple_of(row_ptr + head, 16) + columns, mask=inside, other=0.0)
-    f = tl.where(inside & (columns != target - head), capped(z, logit_scale, softcap, HAS_SOFTCAP), float("-inf"))
+    inside = columns < vocabulary
+    z = tl.load(row_ptr + columns, mask=inside, other=0.0)
+    f = tl.where(inside & (columns != target), scored(z, cap_scale, HAS_SOFTCAP), float("-inf"))
     reference = tl.maximum(tl.max(f, 0) * k, f_target * k - GUESS_MARGIN)
     reference = tl.where(tl.abs(reference) < float("inf"), reference, 0.0)
 
     e_sum, et_sum = _walk(
-        row_ptr, head, middle, vocabulary, target, part, first, last, reference, k, logit_scale, softcap,
+        row_ptr, head, middle, vocabulary, target, part, first, last, reference, k, cap_scale,
         BLOCK_V, False, WANT_ENTROPY, HAS_SOFTCAP,
     )  # fmt: skip
     if (e_sum < SUM_FLOOR) | (e_sum == float("inf")):
         maximum, _ = _walk(
-            row_ptr, head, middle, vocabulary, target, part, first, last, reference, k, logit_scale, softcap,
+            row_ptr, head, middle, vocabulary, target, part, first, last, reference, k, cap_scale,
             BLOCK_V, True, WANT_ENTROPY, HAS_SOFTCAP,
         )  # fmt: skip
         # Nothing but -inf here: the target's keeps the parts of a row comparable.
         reference = tl.where(maximum > float("-inf"), maximum * k, tl.where(f_target > float("-inf"), f_target * k, 0.0))
         e_sum, et_sum = _walk(
-            row_ptr, head, middle, vocabulary, target, part, first, last, reference, k, logit_scale, softcap,
+            row_ptr, head, middle, vocabulary, target, part, first, last, reference, k, cap_scale,
             BLOCK_V, False, WANT_ENTROPY, HAS_SOFTCAP,
         )  # fmt: skip
     return reference, e_sum, et_sum
@@ -283,9 +288,9 @@ def statistics_of(reference, e_sum, et_sum, f_target, k):
 
 
 @triton.jit
-def _gradient(z, pivot, k, constant, linear, logit_scale, softcap, HAS_ENTROPY: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    """(d loss / d z of columns that are not the target's, f'(z) / f'(0))."""
-    f = capped(z, logit_scale, softcap, HAS_SOFTCAP)
+def _gradient(z, pivot, k, constant, linear, cap_scale, HAS_ENTROPY: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    """(d loss / d z of columns that are not the target's, the soft cap's part in ds/dz)."""
+    f = scored(z, cap_scale, HAS_SOFTCAP)
     t = tl.fma(f, k, -pivot)
     if HAS_ENTROPY:
         t = tl.maximum(t, EXPONENT_FLOOR)
@@ -294,18 +299,19 @@ def _gradient(z, pivot, k, constant, linear, logit_scale, softcap, HAS_ENTROPY: 
         d = tl.exp2(t) * constant
     cap_slope = 1.0
     if HAS_SOFTCAP:
-        cap_slope = 1.0 - (f / softcap) * (f / softcap)
+        cap_slope = 1.0 - f * f
         d *= cap_slope
     return d, cap_slope
 
 
 @triton.jit
 def row_gradient(
-    row_ptr, out_ptr, phase, vocabulary, target, part, parts, logprob, entropy, lse, g, h, temperature, logit_scale, softcap,
+    row_ptr, out_ptr, phase, vocabulary, target, part, parts, logprob, entropy, lse, g, h, k, slope, cap_scale,
     BLOCK_V: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SAME_PHASE: tl.constexpr,
 ):  # fmt: skip
-    """Writes f'(z_v) / temperature * (g * (1[v = target] - p_v) - h * p_v * (log p_v + H)) for the columns of one part of a row.
+    """Writes ds_v/dz_v * (g * (1[v = target] - p_v) - h * p_v * (log p_v + H)) for the columns of one part of a row.
 
+    slope: logit_scale / temperature, which is ds/dz but for the soft cap's part.
     out_ptr may be row_ptr. phase is the output's; SAME_PHASE: the logits' too, so that both go by whole vectors.
     """
     VECTOR: tl.constexpr = 128 // row_ptr.dtype.element_ty.primitive_bitwidth
@@ -319,33 +325,31 @@ def row_gradient(
     lane = tl.arange(0, BLOCK_V)
 
     # lse * log2(e) as a sum of two numbers: the small one goes into the factor, so that a large common offset of the logits does no harm.
-    k = slope_of(temperature, logit_scale, HAS_SOFTCAP) * LOG2_E
     pivot = lse * LOG2_E
     pivot_tail = tl.fma(lse, LOG2_E, -pivot) + lse * LOG2_E_TAIL
-    factor = logit_scale / temperature
-    constant = -(g + h * entropy) * factor * tl.exp2(-pivot_tail)
-    linear = -h * LN_2 * factor
+    constant = -(g + h * entropy) * slope * tl.exp2(-pivot_tail)
+    linear = -h * LN_2 * slope
     # The target's own, from 1 - p = -expm1(log p): exact also for a confident token, and stored once.
     p = exp(logprob)
-    at_target = (g * -expm1(logprob) - tl.where(p > 0, h * p * (logprob + entropy), 0.0)) * factor
+    at_target = (g * -expm1(logprob) - tl.where(p > 0, h * p * (logprob + entropy), 0.0)) * slope
 
     for i in tl.range(plain):
         columns = plain_block(i, first, target_block) * BLOCK_V + lane
         z = tl.load(vectors_ptr + columns, eviction_policy="evict_first")
-        d, _ = _gradient(z, pivot, k, constant, linear, logit_scale, softcap, HAS_ENTROPY, HAS_SOFTCAP)
+        d, _ = _gradient(z, pivot, k, constant, linear, cap_scale, HAS_ENTROPY, HAS_SOFTCAP)
         tl.store(out_vectors_ptr + columns, d.to(out_ptr.dtype.element_ty))
 
     for j in tl.range(apart):
         columns = apart_block(j, target_block, middle, BLOCK_V) * BLOCK_V + lane
         inside = columns < tl.multiple_of(middle, VECTOR)
         z = tl.load(vectors_ptr + columns, mask=inside, other=0.0, eviction_policy="evict_first")
-        d, cap_slope = _gradient(z, pivot, k, constant, linear, logit_scale, softcap, HAS_ENTROPY, HAS_SOFTCAP)
+        d, cap_slope = _gradient(z, pivot, k, constant, linear, cap_scale, HAS_ENTROPY, HAS_SOFTCAP)
         d = tl.where(columns == target - head, at_target * cap_slope, d)
         tl.store(out_vectors_ptr + columns, d.to(out_ptr.dtype.element_ty), mask=inside)
 
     column, inside = edge_columns(head, middle, vocabulary, part, VECTOR)
     z = tl.load(row_ptr + column, mask=inside, other=0.0)
-    d, cap_slope = _gradient(z, pivot, k, constant, linear, logit_scale, softcap, HAS_ENTROPY, HAS_SOFTCAP)
+    d, cap_slope = _gradient(z, pivot, k, constant, linear, cap_scale, HAS_ENTROPY, HAS_SOFTCAP)
     d = tl.where(column == target, at_target * cap_slope, d)
     tl.store(out_ptr + column, d.to(out_ptr.dtype.element_ty), mask=inside)
 

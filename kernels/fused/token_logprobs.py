@@ -5,6 +5,7 @@ rows than multiprocessors), the other turns g = d loss / d logprob and h = d los
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -12,13 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rowwise import LOG2_E, capped, clear_row, kernel, merge_sums, per_token, row_gradient, row_sums, slope_of, statistics_of
+from .rowwise import clear_row, kernel, merge_sums, per_token, row_gradient, row_sums, scored, statistics_of
 
 __all__ = ["Rows", "Scoring", "token_gradient", "token_logprobs_bwd", "token_logprobs_fwd", "token_sums"]
 
 # Columns per step and warps per program, from the compiled code (kernels/README.md).
-SUMS_BLOCK, SUMS_WARPS = 4096, 4
-GRADIENT_BLOCK, GRADIENT_WARPS = 4096, 4
+BLOCK, SOFTCAP_BLOCK, WARPS = 4096, 2048, 4
 TOKENS_BLOCK = 128  # tokens per program of the kernels that know no vocabulary
 PROGRAMS_PER_MULTIPROCESSOR = 4  # below so many rows each, rows are split
 
@@ -32,7 +32,7 @@ def _token_sums_kernel(
     ids_sequence_stride: tl.int64, ids_token_stride: tl.int64,
     computed_sequence_stride: tl.int64, computed_token_stride: tl.int64,
     temperatures_sequence_stride: tl.int64, temperatures_token_stride: tl.int64,
-    temperature: tl.float32, softcap: tl.float32, logit_scale: tl.float32,
+    k: tl.float32, cap_scale: tl.float32,
     BLOCK_V: tl.constexpr, WANT_ENTROPY: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
@@ -43,14 +43,13 @@ def _token_sums_kernel(
     target = tl.load(token_ids_ptr + b * ids_sequence_stride + t * ids_token_stride)
     if (target < 0) | (target >= vocabulary):  # nothing is read: the kernel that finishes the token makes it NaN
         return
-    temperature, softcap, logit_scale = tl.cast(temperature, tl.float32), tl.cast(softcap, tl.float32), tl.cast(logit_scale, tl.float32)
+    k, cap_scale = tl.cast(k, tl.float32), tl.cast(cap_scale, tl.float32)
     if temperatures_ptr is not None:
-        temperature = tl.load(temperatures_ptr + b * temperatures_sequence_stride + t * temperatures_token_stride)
+        k = tl.div_rn(k, tl.load(temperatures_ptr + b * temperatures_sequence_stride + t * temperatures_token_stride))
 
     offset = b * logits_sequence_stride + t * logits_token_stride
-    k = slope_of(temperature, logit_scale, HAS_SOFTCAP) * LOG2_E
     reference, e_sum, et_sum = row_sums(
-        logits_ptr + offset, phase + offset, vocabulary, target.to(tl.int32), part, parts, k, logit_scale, softcap,
+        logits_ptr + offset, phase + offset, vocabulary, target.to(tl.int32), part, parts, k, cap_scale,
         BLOCK_V, WANT_ENTROPY, HAS_SOFTCAP,
     )  # fmt: skip
     tl.store(sums_ptr + program, reference)
@@ -63,14 +62,14 @@ def finished_tokens(
     logits_ptr, token_ids_ptr, temperatures_ptr, sums_ptr,
     row, b, t, computed, rows, vocabulary, parts,
     logits_sequence_stride, logits_token_stride, ids_sequence_stride, ids_token_stride, temperatures_sequence_stride, temperatures_token_stride,
-    temperature, softcap, logit_scale,
+    k, cap_scale,
     HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """(logprob, entropy, lse) of many tokens from the sums over their rows; 0 where not computed, NaN for an id outside the vocabulary."""
     target = per_token(token_ids_ptr, b, t, ids_sequence_stride, ids_token_stride, computed, 0)
     known = computed & (target >= 0) & (target < vocabulary)
     if temperatures_ptr is not None:
-        temperature = per_token(temperatures_ptr, b, t, temperatures_sequence_stride, temperatures_token_stride, known, 1.0)
+        k = tl.div_rn(k, per_token(temperatures_ptr, b, t, temperatures_sequence_stride, temperatures_token_stride, known, 1.0))
     z_target = tl.load(logits_ptr + b * logits_sequence_stride + t * logits_token_stride + target, mask=known, other=0.0)
 
     first = sums_ptr + row * parts
@@ -85,8 +84,7 @@ def finished_tokens(
             tl.load(first + 2 * rows * parts + part, mask=known, other=0.0),
         )  # fmt: skip
 
-    k = slope_of(temperature, logit_scale, HAS_SOFTCAP) * LOG2_E
-    logprob, entropy, lse = statistics_of(reference, e_sum, et_sum, capped(z_target, logit_scale, softcap, HAS_SOFTCAP), k)
+    logprob, entropy, lse = statistics_of(reference, e_sum, et_sum, scored(z_target, cap_scale, HAS_SOFTCAP), k)
     otherwise = tl.where(computed, float("nan"), 0.0)
     return tl.where(known, logprob, otherwise), tl.where(known, entropy, otherwise), tl.where(known, lse, otherwise)
 
@@ -100,19 +98,19 @@ def _token_logprobs_kernel(
     ids_sequence_stride: tl.int64, ids_token_stride: tl.int64,
     computed_sequence_stride: tl.int64, computed_token_stride: tl.int64,
     temperatures_sequence_stride: tl.int64, temperatures_token_stride: tl.int64,
-    temperature: tl.float32, softcap: tl.float32, logit_scale: tl.float32,
+    k: tl.float32, cap_scale: tl.float32,
     BLOCK_N: tl.constexpr, WANT_ENTROPY: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = row < rows
     b, t = row // length, row % length
     computed = per_token(computed_ptr, b, t, computed_sequence_stride, computed_token_stride, inside, 0) != 0
-    temperature, softcap, logit_scale = tl.cast(temperature, tl.float32), tl.cast(softcap, tl.float32), tl.cast(logit_scale, tl.float32)
+    k, cap_scale = tl.cast(k, tl.float32), tl.cast(cap_scale, tl.float32)
     logprob, entropy, lse = finished_tokens(
         logits_ptr, token_ids_ptr, temperatures_ptr, sums_ptr,
         row, b, t, computed, rows, vocabulary, parts,
         logits_sequence_stride, logits_token_stride, ids_sequence_stride, ids_token_stride, temperatures_sequence_stride, temperatures_token_stride,
-        temperature, softcap, logit_scale,
+        k, cap_scale,
         HAS_SOFTCAP,
     )  # fmt: skip
     tl.store(logprobs_ptr + row, logprob, mask=inside)
@@ -133,7 +131,7 @@ def _token_gradient_kernel(
     temperatures_sequence_stride: tl.int64, temperatures_token_stride: tl.int64,
     g_sequence_stride: tl.int64, g_token_stride: tl.int64,
     h_sequence_stride: tl.int64, h_token_stride: tl.int64,
-    temperature: tl.float32, softcap: tl.float32, logit_scale: tl.float32,
+    k: tl.float32, cap_scale: tl.float32, slope: tl.float32,
     BLOCK_V: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SAME_PHASE: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
@@ -149,15 +147,16 @@ def _token_gradient_kernel(
     if (g == 0) & (h == 0):  # nothing is read
         clear_row(out_ptr, out_phase, vocabulary, part, parts, BLOCK_V)
         return
-    temperature, softcap, logit_scale = tl.cast(temperature, tl.float32), tl.cast(softcap, tl.float32), tl.cast(logit_scale, tl.float32)
+    k, cap_scale, slope = tl.cast(k, tl.float32), tl.cast(cap_scale, tl.float32), tl.cast(slope, tl.float32)
     if temperatures_ptr is not None:
         temperature = tl.load(temperatures_ptr + b * temperatures_sequence_stride + t * temperatures_token_stride)
+        k, slope = tl.div_rn(k, temperature), tl.div_rn(slope, temperature)
     target = tl.load(token_ids_ptr + b * ids_sequence_stride + t * ids_token_stride)
     target = tl.where((target >= 0) & (target < vocabulary), target, -1).to(tl.int32)  # outside: lse is NaN, and so is the row
     row = b * length + t
     row_gradient(
         logits_ptr + b * logits_sequence_stride + t * logits_token_stride, out_ptr, out_phase, vocabulary, target, part, parts,
-        tl.load(logprobs_ptr + row), tl.load(entropy_ptr + row), tl.load(lse_ptr + row), g, h, temperature, logit_scale, softcap,
+        tl.load(logprobs_ptr + row), tl.load(entropy_ptr + row), tl.load(lse_ptr + row), g, h, k, slope, cap_scale,
         BLOCK_V, HAS_ENTROPY, HAS_SOFTCAP, SAME_PHASE,
     )  # fmt: skip
 
@@ -174,8 +173,21 @@ class Scoring(NamedTuple):
     logit_scale: float
 
     @property
-    def numbers(self) -> tuple[float, float, float]:
-        return self.temperature, self.softcap, self.logit_scale
+    def block(self) -> int:
+        return SOFTCAP_BLOCK if self.softcap > 0 else BLOCK
+
+    @property
+    def slope(self) -> float:
+        """ds/dz but for the soft cap's part; temperatures divide it in the kernel."""
+        return self.logit_scale if self.temperatures is not None else self.logit_scale / self.temperature
+
+    @property
+    def numbers(self) -> tuple[float, float]:
+        """k and cap_scale of rowwise.py. k is rounded once, here, since its error is one of the temperature."""
+        if self.softcap == 0:
+            return math.log2(math.e) * self.slope, 0.0
+        cap_scale = self.logit_scale / self.softcap
+        return math.log2(math.e) * self.slope / cap_scale, cap_scale
 
 
 class Rows(NamedTuple):
@@ -191,8 +203,10 @@ class Rows(NamedTuple):
 
 
 def strides(x: Tensor | None) -> tuple[int, int]:
-    """Of a [B, T] tensor, or of the first two dimensions of [B, T, V]."""
-    return (0, 0) if x is None else (x.stride(0), x.stride(1))
+    """Of the first two dimensions of a [B, T, ...] tensor, or of one that broadcasts to [B, T]: [B, 1], [1, 1] or 0-d."""
+    if x is None or x.dim() == 0:
+        return 0, 0
+    return 0 if x.shape[0] == 1 else x.stride(0), 0 if x.shape[1] == 1 else x.stride(1)
 
 
 def phase_of(x: Tensor) -> int:
@@ -221,14 +235,14 @@ def token_sums(rows: Rows, scoring: Scoring, *, want_entropy: bool = True, parts
     """The sums over each row that is looked at, without its target; undefined for the others."""
     logits, token_ids, mask = rows
     vocabulary = logits.shape[2]
-    parts = parts_of(rows.count, vocabulary, SUMS_BLOCK, logits.device, parts)
+    parts = parts_of(rows.count, vocabulary, scoring.block, logits.device, parts)
     sums = torch.empty((3, rows.count, parts), dtype=torch.float32, device=logits.device)
     if rows.count > 0:
         _token_sums_kernel[(rows.count * parts,)](
             logits, token_ids, mask, scoring.temperatures, sums,
             rows.count, token_ids.shape[1], vocabulary, parts, phase_of(logits),
             *strides(logits), *strides(token_ids), *strides(mask), *strides(scoring.temperatures), *scoring.numbers,
-            BLOCK_V=SUMS_BLOCK, WANT_ENTROPY=want_entropy, HAS_SOFTCAP=scoring.softcap > 0, num_warps=SUMS_WARPS,
+            BLOCK_V=scoring.block, WANT_ENTROPY=want_entropy, HAS_SOFTCAP=scoring.softcap > 0, num_warps=WARPS,
         )  # fmt: skip
     return sums
 
@@ -267,14 +281,14 @@ def token_gradient(
         return
     positions, vocabulary = logits.shape[1:]
     count = logits.shape[0] * positions
-    parts = parts_of(count, vocabulary, GRADIENT_BLOCK, logits.device, parts)
+    parts = parts_of(count, vocabulary, scoring.block, logits.device, parts)
     _token_gradient_kernel[(count * parts,)](
         logits, gradient, token_ids, mask, scoring.temperatures, g, h, logprobs, entropy, lse,
         positions, token_ids.shape[1], vocabulary, parts, phase_of(gradient),
         *strides(logits), *strides(gradient), *strides(token_ids), *strides(mask), *strides(scoring.temperatures), *strides(g), *strides(h),
-        *scoring.numbers,
-        BLOCK_V=GRADIENT_BLOCK, HAS_ENTROPY=want_entropy, HAS_SOFTCAP=scoring.softcap > 0, SAME_PHASE=same_phase(logits, gradient),
-        num_warps=GRADIENT_WARPS,
+        *scoring.numbers, scoring.slope,
+        BLOCK_V=scoring.block, HAS_ENTROPY=want_entropy, HAS_SOFTCAP=scoring.softcap > 0, SAME_PHASE=same_phase(logits, gradient),
+        num_warps=WARPS,
     )  # fmt: skip
 
 

@@ -1,0 +1,239 @@
+"""Compile every Triton kernel for real GPUs on any machine, and say what came out: registers, spills, instructions per logit.
+
+    python tools/compile_triton.py                      # every variant for every target
+    python tools/compile_triton.py --quick              # the subset that the tests take
+    python tools/compile_triton.py --target sm_90 --only gradient
+
+Needs neither a GPU nor a driver: Triton brings its assembler and disassembler. The instruction counts are read off the machine code of the loop
+over plain blocks, where all but two of a row's blocks pass. Exits with 1 where a kernel spills or is over its bound.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "0"  # a kernel is interpreted or compiled from its decoration on
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from grpo_fast.kernels import grpo_loss, scale, token_logprobs
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+# Instructions per logit on sm_90 in bfloat16.
+BOUNDS = {"sums": 9.0, "sums+entropy": 10.5, "gradient": 10.0, "gradient+entropy": 10.0}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel with its compile-time arguments."""
+
+    name: str
+    kernel: Any
+    dtype: str  # of the logits
+    constants: dict[str, Any]
+    warps: int = 4
+    absent: tuple[str, ...] = ()  # optional tensors that are not given
+    quick: bool = False
+
+    def source(self) -> ASTSource:
+        """The kernel with the types that a launch gives it: those of its annotations, and of the tensors."""
+        signature, constants = {}, {}
+        for index, parameter in enumerate(self.kernel.params):
+            name = parameter.name
+            if parameter.is_constexpr or name in self.absent:
+                signature[name] = "constexpr"
+                constants[(index,)] = self.constants.get(name)
+            else:
+                signature[name] = parameter.annotation_type or self.pointer(name)
+        return ASTSource(fn=self.kernel, signature=signature, constexprs=constants, attrs={})
+
+    def pointer(self, name: str) -> str:
+        if name in ("logits_ptr", "gradient_ptr", "x_ptr"):
+            return f"*{self.dtype}"
+        return {"token_ids_ptr": "*i64", "mask_ptr": "*i1", "computed_ptr": "*i1"}.get(name, "*fp32")
+
+
+@dataclass
+class Result:
+    """What the assembler made of a variant."""
+
+    variant: str
+    dtype: str
+    target: str
+    block: int
+    warps: int
+    registers: int
+    spills: int  # bytes, or instructions where the assembler counts those
+    shared: int
+    per_logit: float | None = None  # instructions in the loop over plain blocks
+    vector_loads: bool | None = None  # whether that loop loads 16 bytes at a time
+    bound: float | None = None
+    wrong: list[str] = field(default_factory=list)
+
+
+def variants() -> list[Variant]:
+    """Every kernel in every form that changes its machine code."""
+    found = []
+    for dtype in BYTES:
+        for entropy in (False, True):
+            for softcap in (False, True):
+                name = "+entropy" * entropy + "+softcap" * softcap
+                quick = (dtype == "bf16" and not softcap) or (dtype == "fp32" and entropy and softcap)
+                shape = {"BLOCK_V": token_logprobs.SOFTCAP_BLOCK if softcap else token_logprobs.BLOCK, "HAS_SOFTCAP": softcap}
+                constants = shape | {"WANT_ENTROPY": entropy}
+                found.append(Variant(f"sums{name}", token_logprobs._token_sums_kernel, dtype, constants, token_logprobs.WARPS, quick=quick))
+                for same in (True, False):
+                    constants = shape | {"HAS_ENTROPY": entropy, "SAME_PHASE": same}
+                    form = f"gradient{name}" + "+unaligned" * (not same)
+                    kernel = token_logprobs._token_gradient_kernel
+                    found.append(Variant(form, kernel, dtype, constants, token_logprobs.WARPS, quick=quick and same))
+        found.append(Variant("scale", scale._scale_kernel, dtype, {"BLOCK": scale.BLOCK}, scale.WARPS, quick=dtype == "bf16"))
+    found.append(
+        Variant(
+            "logprobs", token_logprobs._token_logprobs_kernel, "bf16", {"BLOCK_N": token_logprobs.TOKENS_BLOCK, "WANT_ENTROPY": True, "HAS_SOFTCAP": True}
+        )
+    )
+    optional = ("entropy_weights_ptr", "old_logprobs_ptr", "ref_logprobs_ptr", "rollout_weights_ptr", "temperatures_ptr")
+    for surrogate, name in enumerate(("clip", "cispo", "sapo", "reinforce")):
+        for absent in ((), optional):
+            constants = {"BLOCK_N": token_logprobs.TOKENS_BLOCK, "SURROGATE": surrogate, "HAS_SOFTCAP": not absent}
+            found.append(
+                Variant(
+                    f"terms+{name}" + "+bare" * bool(absent),
+                    grpo_loss._grpo_loss_terms_kernel,
+                    "bf16",
+                    constants,
+                    absent=absent,
+                    quick=name == "clip" and not absent,
+                )
+            )
+    found.append(Variant("total", grpo_loss._grpo_loss_total_kernel, "fp32", {"BLOCK": grpo_loss.TOTAL_BLOCK}, quick=True))
+    return found
+
+
+def compile_variant(variant: Variant, target_name: str) -> Result:
+    """Compile one variant for one target."""
+    target = TARGETS[target_name]
+    compiled = triton.compile(variant.source(), target=target, options={"num_warps": variant.warps})
+    block = next(value for name, value in variant.constants.items() if name.startswith("BLOCK"))
+    result = Result(variant.name, variant.dtype, target_name, block, variant.warps, 0, 0, compiled.metadata.shared)
+    if target.backend == "hip":
+        assembly = compiled.asm["amdgcn"]
+        result.registers = _number(r"\.vgpr_count:\s+(\d+)", assembly)
+        result.spills = _number(r"\.vgpr_spill_count:\s+(\d+)", assembly)
+        if result.spills:
+            result.wrong.append("spills")
+        return result
+    usage, code = _disassemble(compiled.asm["cubin"])
+    result.registers = _number(r"REG:(\d+)", usage)
+    result.spills = _number(r"LOCAL:(\d+)", usage) + len(re.findall(r"\b(?:LDL|STL)\b", code))
+    if result.spills:
+        result.wrong.append("spills")
+    loop = _plain_loop(code, block // (32 * variant.warps), BYTES[variant.dtype]) if "BLOCK_V" in variant.constants else None
+    if loop is not None:
+        result.per_logit, result.vector_loads = loop
+        if target_name == "sm_90" and variant.dtype == "bf16":
+            result.bound = BOUNDS.get(variant.name)
+        if result.bound is not None and result.per_logit > result.bound:
+            result.wrong.append(f"more than {result.bound} instructions per logit")
+        if not result.vector_loads and not variant.name.endswith("unaligned"):
+            result.wrong.append("no 16-byte loads")
+    elif "BLOCK_V" in variant.constants:
+        result.wrong.append("the loop over plain blocks was not found")
+    return result
+
+
+def _number(pattern: str, text: str) -> int:
+    match = re.search(pattern, text)
+    return int(match.group(1)) if match else 0
+
+
+def _disassemble(cubin: bytes) -> tuple[str, str]:
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run([tools / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+        code = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True)
+    return usage.stdout, code.stdout
+
+
+def _plain_loop(code: str, lanes: int, element: int) -> tuple[float, bool] | None:
+    """(instructions per logit, whether by 16-byte loads) of the loop over plain blocks; None if there is none.
+
+    It is the cheapest innermost loop that loads at least a whole block and has an exponential for each logit it loads. lanes: logits per thread
+    and block.
+    """
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    for line in code.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label.group(1)] = len(instructions)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            instructions.append(instruction.group(1))
+    loops = []
+    for end, instruction in enumerate(instructions):
+        jump = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", instruction)
+        if jump and labels.get(jump.group(1), end + 1) <= end:
+            loops.append((labels[jump.group(1)], end))
+    found = []
+    for start, end in loops:
+        if any(start <= other_start and other_end <= end and (start, end) != (other_start, other_end) for other_start, other_end in loops):
+            continue
+        body = instructions[start : end + 1]
+        loads = re.findall(r"LDG\.\S*", "\n".join(body))
+        loaded = sum(16 if ".128" in i else 8 if ".64" in i else 2 if ".U16" in i else 4 for i in loads) // element
+        if loaded >= lanes and sum("MUFU.EX2" in i for i in body) >= loaded:
+            found.append((len(body) / loaded, all(".128" in i for i in loads)))
+    return min(found, default=None)
+
+
+def table(results: list[Result]) -> str:
+    """The results for a reader."""
+    rows = [("kernel", "logits", "target", "block", "warps", "registers", "spills", "shared", "instr/logit", "")]
+    for r in results:
+        per_logit = "" if r.per_logit is None else f"{r.per_logit:.2f}" + (f" <= {r.bound:g}" if r.bound else "")
+        rows.append((r.variant, r.dtype, r.target, *map(str, (r.block, r.warps, r.registers, r.spills, r.shared)), per_logit, ", ".join(r.wrong)))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", action="append", choices=list(TARGETS), help="default: all")
+    parser.add_argument("--only", default="", help="variants whose name contains this")
+    parser.add_argument("--dtype", choices=list(BYTES), help="default: all")
+    parser.add_argument("--quick", action="store_true", help="a covering subset")
+    parser.add_argument("--json", type=Path, help="write the results to this file as well")
+    arguments = parser.parse_args()
+    results = []
+    for variant in variants():
+        if arguments.only not in variant.name or (arguments.quick and not variant.quick) or arguments.dtype not in (None, variant.dtype):
+            continue
+        results += [compile_variant(variant, target) for target in arguments.target or TARGETS]
+    print(f"triton {triton.__version__}\n{table(results)}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps([asdict(result) for result in results], indent=1))
+    return int(any(result.wrong for result in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
