@@ -152,8 +152,9 @@ GF_INLINE float maximum_of(const E* __restrict f, int64_t n) {
   return maximum;
 }
 
-// Maximum and sums in one reading, so that arithmetic and memory overlap; relative to a maximum seen before. Where the block turns out to
-// hold something larger by more than kHeadroom its sums are not exact enough (or have overflowed) and are made again.
+// The sums in one reading, so that arithmetic and memory overlap, relative to a maximum seen before. Where the block turns out to hold
+// something larger by more than kHeadroom its sums are not exact enough (or have overflowed) and are made again. (Asking whether, and not
+// how much: not every compiler vectorises a maximum that respects NaN.)
 template <typename E>
 GF_INLINE void add_block(const E* __restrict f, int64_t n, double slope_log2, Sums* sums) {
   constexpr float kHeadroom = 4.0f;  // in powers of two
@@ -167,17 +168,17 @@ GF_INLINE void add_block(const E* __restrict f, int64_t n, double slope_log2, Su
       sums->reference = next;
     }
     const float reference = sums->reference == -infinity ? 0.0f : sums->reference;
-    float maximum = reference, e_sum = 0, et_sum = 0;
-#pragma omp simd reduction(max : maximum) reduction(+ : e_sum, et_sum)
+    float e_sum = 0, et_sum = 0;
+    int32_t too_large = 0;
+#pragma omp simd reduction(+ : e_sum, et_sum) reduction(| : too_large)
     for (int64_t j = 0; j < n; j++) {
-      const float x = to_float(f[j]);
-      maximum = x > maximum ? x : maximum;
-      const float t = at_least(floor, (x - reference) * k), e = exp2_fast(t);
+      const float t = at_least(floor, (to_float(f[j]) - reference) * k), e = exp2_fast(t);
+      too_large |= t > kHeadroom;
       e_sum += e;
       et_sum += e * t;
     }
-    if ((maximum - reference) * k > kHeadroom) {
-      next = maximum;
+    if (too_large) {
+      next = maximum_of(f, n);
       continue;
     }
     if (sums->reference == -infinity && e_sum == e_sum) return;  // nothing but -inf so far
