@@ -10,7 +10,7 @@ demo:  ## a small language model learns by GRPO (make demo ARGS="--temperature 0
 	@$(BIN)/grpo-fast demo $(ARGS)
 
 test: check  ## checks of the sources, then the tests (make test ARGS="-k advantages")
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 bench:  ## regressions with pytest-benchmark, then the comparison with what else there is
 	@PYTHON="$(PYTHON)" tools/bootstrap.sh test
