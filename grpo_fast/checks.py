@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+LARGEST = sys.float_info.max
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _debug = os.environ.get("GRPO_FAST_CHECK", "0") not in ("", "0")
 
@@ -36,11 +40,14 @@ def value_checks_wanted(tensor: Tensor) -> bool:
 
 
 def tensor(name: str, x: object, *, like: Tensor, floating: bool = True) -> None:
-    """x is a tensor on the device of ``like``, floating-point unless said otherwise."""
+    """x is a dense tensor on the device of ``like``, of one of the types FLOATING unless said otherwise."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is a {type(x).__name__}; expected a torch.Tensor. Wrap it: torch.as_tensor({name}, device=logits.device).")
-    if floating and not x.is_floating_point():
-        raise TypeError(f"{name} has dtype {x.dtype}; expected a floating-point type. Convert it: {name}.float().")
+    if floating and x.dtype not in FLOATING:
+        raise TypeError(f"{name} has dtype {x.dtype}; expected float32, bfloat16, float16 or float64. Convert it: {name}.float().")
+    if x.layout != torch.strided or x.is_nested:
+        layout = "nested" if x.is_nested else str(x.layout)
+        raise TypeError(f"{name} has the layout {layout}; expected a dense tensor. Convert it: {name}.to_dense(), or pad.")
     if x.device != like.device:
         raise ValueError(f"{name} is on {x.device}, logits are on {like.device}; expected one device. Move it: {name}.to(logits.device).")
 
@@ -56,7 +63,7 @@ def positive(name: str, x: object, cure: str) -> float:
     """x is a finite number above 0."""
     if isinstance(x, bool) or not isinstance(x, (int, float, torch.SymFloat)):
         raise TypeError(f"{name} is {x!r} ({type(x).__name__}); expected a number > 0. {cure}")
-    if not 0 < x < float("inf"):  # False for NaN too
+    if not 0 < x <= LARGEST:  # False for NaN too
         raise ValueError(f"{name} is {x!r}; expected a finite number > 0. {cure}")
     return x  # type: ignore[return-value]
 

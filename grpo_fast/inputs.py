@@ -45,6 +45,7 @@ class TokenInputs:
         like_sequences: [B] is allowed; one_column: [B, 1] is.
         """
         checks.tensor(name, x, like=self.logits)
+        x = x.detach() if x.requires_grad else x  # a constant of the loss, on every backend
         if self.packed:
             checks.shape(name, x, (tuple(self.shape), "[N]"))
             return x.unsqueeze(0)
@@ -136,7 +137,7 @@ def _per_token_temperature(inputs: TokenInputs, temperature: Tensor) -> Tensor:
     if temperature.dim() > 0:
         return inputs.per_token("temperature", temperature, like_sequences=True, one_column=True)
     checks.tensor("temperature", temperature, like=inputs.logits)
-    return temperature.view(1, 1)
+    return temperature.detach().view(1, 1)
 
 
 def _check_values(inputs: TokenInputs, given_mask: Tensor | None) -> None:

@@ -102,7 +102,7 @@ def grpo_loss(
         >>> out.loss.backward()
     """
     inputs = token_inputs(logits, token_ids, mask=mask, temperature=temperature, softcap=softcap, logit_scale=logit_scale)
-    _check_settings(config, ref_logprobs, metrics_on, loss_scale)
+    _check_settings(config, ref_logprobs, metrics_on, loss_scale, inplace)
     sequences = Sequences(inputs.token_ids, _checked_cu_seqlens(cu_seqlens, inputs, config))
     weights, entropy_weights = _weights(inputs, sequences, config, num_items)
     policy = Policy(
@@ -169,7 +169,7 @@ def token_logprobs(
     return TokenLogprobs(inputs.like_given(logprobs), inputs.like_given(entropy))
 
 
-def _check_settings(config: LossConfig, ref_logprobs: Tensor | None, metrics_on: str, loss_scale: float) -> None:
+def _check_settings(config: LossConfig, ref_logprobs: Tensor | None, metrics_on: str, loss_scale: float, inplace: bool) -> None:
     if not isinstance(config, LossConfig):
         raise TypeError(f"config is a {type(config).__name__}; expected a LossConfig, for example LossConfig(loss_type='dapo').")
     if config.beta != 0 and ref_logprobs is None:
@@ -182,8 +182,10 @@ def _check_settings(config: LossConfig, ref_logprobs: Tensor | None, metrics_on:
         raise TypeError(
             f"loss_scale is {loss_scale!r} ({type(loss_scale).__name__}); expected a number. Multiply the loss by a tensor afterwards."
         )
-    if not abs(loss_scale) < float("inf"):
+    if not abs(loss_scale) <= checks.LARGEST:
         raise ValueError(f"loss_scale is {loss_scale!r}; expected a finite number.")
+    if not isinstance(inplace, bool):
+        raise TypeError(f"inplace is {inplace!r} ({type(inplace).__name__}); expected True or False.")
 
 
 def _checked_cu_seqlens(cu_seqlens: Tensor | None, inputs: TokenInputs, config: LossConfig) -> Tensor | None:
@@ -213,19 +215,29 @@ def _checked_cu_seqlens(cu_seqlens: Tensor | None, inputs: TokenInputs, config: 
     return cu_seqlens
 
 
+def _check_num_items(num_items: int | float | Tensor, inputs: TokenInputs) -> None:
+    meaning = "It is the number of tokens that count in the whole optimiser step."
+    if isinstance(num_items, bool) or not isinstance(num_items, (int, float, Tensor)):
+        raise TypeError(f"num_items is {num_items!r} ({type(num_items).__name__}); expected a number or a 0-d tensor. {meaning}")
+    if not isinstance(num_items, Tensor):
+        checks.positive("num_items", num_items, meaning)
+        return
+    if num_items.dim() != 0:
+        raise ValueError(f"num_items has shape {list(num_items.shape)}; expected one number. Sum it over the batches first.")
+    if num_items.is_complex() or num_items.dtype == torch.bool:
+        raise TypeError(f"num_items has dtype {num_items.dtype}; expected an integer or floating-point type. {meaning}")
+    if num_items.device.type != "cpu":  # a number on the CPU goes anywhere without a synchronisation
+        checks.tensor("num_items", num_items, like=inputs.logits, floating=False)
+    if checks.value_checks_wanted(num_items) and not 0 <= num_items.item() < float("inf"):  # 0: nothing counts, and the loss is 0
+        raise ValueError(f"num_items is {num_items.item()}; expected a finite number >= 0. {meaning}")
+
+
 def _weights(
     inputs: TokenInputs, sequences: Sequences, config: LossConfig, num_items: int | float | Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Of every token in the loss and in the entropy bonus, broadcastable to [B, T]."""
     if num_items is not None:
-        if isinstance(num_items, bool) or not isinstance(num_items, (int, float, Tensor)):
-            raise TypeError(
-                f"num_items is {num_items!r} ({type(num_items).__name__}); expected a number or a 0-d tensor: tokens in the whole step."
-            )
-        if isinstance(num_items, Tensor) and num_items.dim() != 0:
-            raise ValueError(f"num_items has shape {list(num_items.shape)}; expected one number. Sum it over the batches first.")
-        if not isinstance(num_items, Tensor):
-            checks.positive("num_items", num_items, "It is the number of tokens that count in the whole optimiser step.")
+        _check_num_items(num_items, inputs)
     dtype = torch.float64 if inputs.logits.dtype == torch.float64 else torch.float32
     weights = aggregation_weights(config.resolved_aggregation, inputs.mask, sequences, num_items, config.max_completion_length, dtype)
     if config.entropy_coef == 0 or config.entropy_aggregation == "same":
@@ -249,10 +261,18 @@ def _can_write_over(logits: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or not _wants_gradient(logits):
         return False
-    if logits.is_leaf:
-        raise ValueError("inplace=True with logits that are a leaf (a parameter); expected the output of a model. Leave inplace off.")
-    if logits.numel() > 0 and any(stride == 0 and size > 1 for size, stride in zip(logits.shape, logits.stride(), strict=True)):
-        raise ValueError(f"inplace=True with expanded logits (strides {logits.stride()}); expected memory of their own. Leave inplace off.")
+    if logits.is_leaf or (logits._base is not None and logits._base.is_leaf):
+        raise ValueError(
+            "inplace=True with logits that are a leaf (a parameter) or a view of one; expected the output of a model. Leave inplace off."
+        )
+    reach = 0  # of the dimensions with smaller strides: a stride within it has two elements in one place
+    for stride, size in sorted((stride, size) for stride, size in zip(logits.stride(), logits.shape, strict=True) if size > 1):
+        if stride <= reach:
+            raise ValueError(
+                f"inplace=True with logits that overlap or are expanded (strides {logits.stride()}); expected memory of their own. "
+                "Leave inplace off."
+            )
+        reach += (size - 1) * stride
     return logits.stride(-1) == 1
 
 
