@@ -91,9 +91,17 @@ def loss_settings(config: LossConfig) -> list[float]:
 
 
 def _scaled(gradient: Tensor, upstream: Tensor, *, inplace: bool) -> Tensor:
-    """gradient * upstream, for nothing where upstream is 1 and can be read without a synchronisation."""
-    if type(upstream) is Tensor and upstream.device.type == "cpu" and upstream.item() == 1:
-        return gradient
+    """gradient * upstream, for nothing where upstream is 1: read on the CPU, or by the GPU where nobody waits for it.
+
+    On a GPU the gradient is scaled where it lies, unless the graph is retained and it will be asked for again.
+    """
+    if type(upstream) is Tensor:  # not while torch.compile traces
+        if upstream.device.type == "cpu" and upstream.item() == 1:
+            return gradient
+        if upstream.device.type in ("cuda", "xpu") and not torch._C._autograd._get_current_graph_task_keep_graph():
+            from grpo_fast.triton_ops import scaled_  # here: only a GPU needs Triton
+
+            return scaled_(gradient, upstream)
     return gradient.mul_(upstream) if inplace else gradient * upstream
 
 

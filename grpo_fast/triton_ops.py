@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from grpo_fast.kernels.grpo_loss import Policy, grpo_loss_fwd
+from grpo_fast.kernels.scale import scale_
 from grpo_fast.kernels.token_logprobs import Rows, Scoring, token_logprobs_bwd, token_logprobs_fwd
 from grpo_fast.ops import LIBRARY
 
-__all__ = ["INTERPRETED", "interpreted_on_cpu"]
+__all__ = ["INTERPRETED", "interpreted_on_cpu", "scaled_"]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # of these kernels: Triton asked the same when they were defined, just now
 
@@ -136,6 +137,13 @@ def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
             return launch(*arguments)
 
     return guarded
+
+
+def scaled_(gradient: Tensor, upstream: Tensor) -> Tensor:
+    """gradient *= upstream, a 0-d tensor on the same device that nobody waits for; at no cost where it is 1."""
+    if not gradient.is_contiguous() or gradient.data_ptr() % 16:
+        return gradient.mul_(upstream)
+    return _on_its_device(scale_)(gradient, upstream)
 
 
 _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
