@@ -168,7 +168,9 @@ def token_statistics(
 
     is_target = torch.arange(s.shape[-1], device=s.device) == token_ids.unsqueeze(-1)  # [..., V]
     s_target = s.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
-    lse_others = s.masked_fill(is_target, -math.inf).logsumexp(-1)
+    others = s.masked_fill(is_target, -math.inf)
+    alone = (others == -math.inf).all(-1)  # every other token suppressed: certain, where the gradient of logsumexp would be NaN
+    lse_others = others.masked_fill(alone.unsqueeze(-1), 0.0).logsumexp(-1).masked_fill(alone, -math.inf)
     logprob = -F.softplus(lse_others - s_target, threshold=60)
 
     # H = -sum p log p over logits that are not -inf, with the exact log p of the target.
@@ -215,7 +217,10 @@ def importance_log_ratio(log_ratio: Tensor, mask: Tensor, sequences: Sequences, 
     if level == "token":
         return log_ratio
     mean = sequences.mean(log_ratio, mask)
-    return mean.expand_as(log_ratio) if level == "sequence" else log_ratio - log_ratio.detach() + mean.detach()
+    if level == "sequence":
+        return mean.expand_as(log_ratio)
+    gradient_alone = (log_ratio - log_ratio.detach()).nan_to_num(nan=0.0)  # 0; inf - inf where the sampler's log-probability is -inf
+    return mean.detach() + gradient_alone
 
 
 # 7 ------------------------------------------------------------------------------------------------------------------------
@@ -241,12 +246,17 @@ def surrogate(ratio: Tensor, advantages: Tensor, logprobs: Tensor, phi: Tensor |
     if config.surrogate == "cispo":
         return -ratio.detach().clamp(max=config.epsilon_high) * advantages * logprobs
     if config.surrogate == "sapo":
-        tau = torch.where(advantages > 0, config.sapo_temperature_pos, config.sapo_temperature_neg).to(ratio.dtype)
+        tau = by_sign(advantages > 0, config.sapo_temperature_pos, config.sapo_temperature_neg, ratio.dtype)
         return -4 / tau * torch.sigmoid(tau * (ratio - 1)) * advantages
     if config.surrogate == "vespo":
         assert phi is not None
         return -phi * advantages * logprobs
     return -advantages * logprobs
+
+
+def by_sign(positive: Tensor, if_positive: float, otherwise: float, dtype: torch.dtype) -> Tensor:
+    """One of two settings per token, in full precision: torch.where of two numbers would round them to float32."""
+    return torch.full_like(positive, otherwise, dtype=dtype).masked_fill(positive, if_positive)
 
 
 def vespo_phi(log_ratio: Tensor, advantages: Tensor, log_rollout: Tensor | None, sequences: Sequences, config: LossConfig) -> Tensor:
@@ -258,8 +268,8 @@ def vespo_phi(log_ratio: Tensor, advantages: Tensor, log_rollout: Tensor | None,
     floor, clamp = math.log(1e-8), config.log_ratio_clamp
     log_w = sequences.total(log_ratio.detach().clamp(-clamp, clamp))
     log_w = (log_w if log_rollout is None else log_w + log_rollout).clamp(floor, clamp)
-    k = torch.where(advantages >= 0, config.vespo_k_pos, config.vespo_k_neg).to(log_w.dtype)
-    lam = torch.where(advantages >= 0, config.vespo_lambda_pos, config.vespo_lambda_neg).to(log_w.dtype).clamp(min=1e-4)
+    k = by_sign(advantages >= 0, config.vespo_k_pos, config.vespo_k_neg, log_w.dtype)
+    lam = by_sign(advantages >= 0, config.vespo_lambda_pos, config.vespo_lambda_neg, log_w.dtype).clamp(min=1e-4)
     return (lam + k * log_w - lam * log_w.exp()).exp().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
@@ -311,7 +321,7 @@ def aggregation_weights(
     if aggregation == "sequence_sum":
         return torch.full((), 1 / count, dtype=dtype, device=mask.device)
     if aggregation == "global_token_mean" and num_items is not None:
-        return torch.as_tensor(num_items, device=mask.device).to(dtype).clamp(min=1).reciprocal()
+        return torch.as_tensor(num_items, dtype=dtype, device=mask.device).clamp(min=1).reciprocal()
     return mask.sum().to(dtype).clamp(min=1).reciprocal()
 
 
