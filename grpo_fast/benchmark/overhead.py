@@ -1,0 +1,108 @@
+"""What a call costs when there is next to nothing to compute, and where: checks, weights, operator, autograd, rest."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import torch
+
+import grpo_fast as gf
+from grpo_fast.benchmark.data import CONFIG
+from grpo_fast.inputs import token_inputs
+from grpo_fast.reference import Sequences, aggregation_weights
+
+__all__ = ["BOUND_MICROSECONDS", "SHAPE", "measure"]
+
+SHAPE = (8, 100)
+BOUND_MICROSECONDS = 150.0  # forward and backward together
+
+
+def measure(rows: int = SHAPE[0], vocabulary: int = SHAPE[1], *, blocks: int = 40, calls: int = 50) -> dict[str, Any]:
+    """Microseconds of thread CPU time per call, the median over blocks of calls.
+
+    The split: ``checks`` is token_inputs, ``weights`` aggregation_weights, ``operator`` the registered operator with the very arguments of
+    the call; each is timed by itself. ``autograd`` is what a wanted gradient adds to the call beyond the operator's own share of it, and
+    backward. ``rest`` is what remains: the other arguments' checks, packing and unpacking of the result.
+    """
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(rows, vocabulary, generator=generator)
+    leaf = logits.clone().requires_grad_()
+    token_ids = torch.randint(vocabulary, (rows,), generator=generator)
+    advantages = torch.randn(rows, generator=generator)
+    old_logprobs = torch.randn(rows, generator=generator)
+    mask = torch.ones(1, rows, dtype=torch.bool)
+    sequences = Sequences(token_ids.unsqueeze(0))
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return gf.grpo_loss(x, token_ids, advantages, config=CONFIG, old_logprobs=old_logprobs, temperature=0.9).loss
+
+    def checks() -> object:
+        return token_inputs(logits, token_ids, mask=None, temperature=0.9, softcap=None, logit_scale=1.0)
+
+    def weights() -> object:
+        return aggregation_weights(CONFIG.resolved_aggregation, mask, sequences)
+
+    with torch.no_grad():
+        arguments = _operator_arguments(lambda: loss(logits))
+    arguments_with_gradient = _operator_arguments(lambda: loss(leaf))
+
+    pieces: dict[str, Callable[[], object]] = {
+        "no_grad": lambda: loss(logits),
+        "grad": lambda: loss(leaf),
+        "forward_backward": lambda: torch.autograd.grad(loss(leaf), leaf),
+        "checks": checks,
+        "weights": weights,
+        "operator": lambda: torch.ops.grpo_fast.grpo_loss.default(*arguments),
+        "operator_with_gradient": lambda: torch.ops.grpo_fast.grpo_loss.default(*arguments_with_gradient),
+    }
+    without_gradient = {"no_grad", "checks", "weights", "operator", "operator_with_gradient"}
+    times: dict[str, list[float]] = {name: [] for name in pieces}
+    for _ in range(blocks):  # interleaved: a busy moment of the machine hits all alike
+        for name, piece in pieces.items():
+            with torch.set_grad_enabled(name not in without_gradient):
+                times[name].append(_microseconds(piece, calls))
+    median = {name: statistics.median(values[1:] or values) for name, values in times.items()}
+    operator = median["operator_with_gradient"]
+    split = {
+        "checks": median["checks"],
+        "weights": median["weights"],
+        "operator": operator,
+        "autograd": median["forward_backward"] - median["no_grad"] - (operator - median["operator"]),
+        "rest": median["no_grad"] - median["checks"] - median["weights"] - median["operator"],
+    }
+    return {
+        "shape": [rows, vocabulary],
+        "microseconds": median,
+        "split_of_forward_backward": split,
+        "bound": BOUND_MICROSECONDS,
+        "within_bound": median["forward_backward"] <= BOUND_MICROSECONDS,
+    }
+
+
+def _microseconds(piece: Callable[[], object], calls: int) -> float:
+    start = time.thread_time_ns()
+    for _ in range(calls):
+        piece()
+    return (time.thread_time_ns() - start) / 1e3 / calls
+
+
+def _operator_arguments(call: Callable[[], object]) -> tuple[Any, ...]:
+    """What a call hands to the operator, whose schema may grow without this page knowing. (Not by a TorchDispatchMode: it imports
+    torch._dynamo, which takes longer than everything that is measured here.)"""
+    seen: list[tuple[Any, ...]] = []
+    packet = torch.ops.grpo_fast.grpo_loss
+    operator = packet.default
+
+    def watched(*arguments: Any) -> Any:
+        seen.append(tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in arguments))
+        return operator(*arguments)
+
+    with mock.patch.object(packet, "default", watched):
+        call()
+    if not seen:
+        raise RuntimeError("grpo_loss did not reach the operator grpo_fast::grpo_loss: the C++ backend is not in use")
+    return seen[0]
