@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from grpo_fast.benchmark.contestants import LABELS
 from grpo_fast.benchmark.machine import caption
 from grpo_fast.benchmark.report import write_atomically
-from grpo_fast.benchmark.settings import CONTESTANTS, PASSES
+from grpo_fast.benchmark.settings import CONTESTANTS, MALLOC_MODES, PASSES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,7 +59,7 @@ def _panel(axes: Axes, result: dict[str, Any], step: str) -> None:
     cases = list(dict.fromkeys(entry["case"] for entry in entries))
     names = [name for name in CONTESTANTS if name != "floor" and any(entry["contestant"] == name for entry in entries)]
     height = {(entry["contestant"], entry["case"], entry["malloc"]): entry["summary"]["times_floor"] for entry in entries}
-    modes = result["settings"]["malloc"]
+    modes = [mode for mode in MALLOC_MODES if mode in result["settings"]["malloc"]]
     solid, outlined = modes[-1], modes[0] if len(modes) > 1 else None
     width = 0.84 / max(len(names), 1)
     for number, name in enumerate(names):

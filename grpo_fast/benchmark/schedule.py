@@ -172,7 +172,8 @@ class _Race:
         for child in self.children:
             child.tell("start")
         for child in self.children:
-            for name, reason in self._answer(child).get("unavailable", {}).items():
+            answer = self._answer(child)
+            for name, reason in answer.get("unavailable", dict.fromkeys(child.names, answer.get("error", ""))).items():
                 self._skip(name, reason)
                 child.names.remove(name)
         if self.settings.overhead:
