@@ -4,8 +4,8 @@
     python tools/compile_triton.py --quick              # the subset that the tests take
     python tools/compile_triton.py --target sm_90 --only gradient
 
-Needs neither a GPU nor a driver: Triton brings its assembler and disassembler. The instruction counts are read off the machine code of the loop
-over plain blocks, where all but two of a row's blocks pass. Exits with 1 where a kernel spills or is over its bound.
+Needs neither a GPU nor a driver: Triton brings its assembler and disassembler. The instruction counts are read off the machine code
+of the loop over plain blocks, where all but two of a row's blocks pass. Exits with 1 where a kernel spills or is over its bound.
 """
 
 from __future__ import annotations
@@ -106,25 +106,14 @@ def variants() -> list[Variant]:
                     kernel = token_logprobs._token_gradient_kernel
                     found.append(Variant(form, kernel, dtype, constants, token_logprobs.WARPS, quick=quick and same))
         found.append(Variant("scale", scale._scale_kernel, dtype, {"BLOCK": scale.BLOCK}, scale.WARPS, quick=dtype == "bf16"))
-    found.append(
-        Variant(
-            "logprobs", token_logprobs._token_logprobs_kernel, "bf16", {"BLOCK_N": token_logprobs.TOKENS_BLOCK, "WANT_ENTROPY": True, "HAS_SOFTCAP": True}
-        )
-    )
+    tokens = {"BLOCK_N": token_logprobs.TOKENS_BLOCK}
+    found.append(Variant("logprobs", token_logprobs._token_logprobs_kernel, "bf16", tokens | {"WANT_ENTROPY": True, "HAS_SOFTCAP": True}))
     optional = ("entropy_weights_ptr", "old_logprobs_ptr", "ref_logprobs_ptr", "rollout_weights_ptr", "temperatures_ptr")
     for surrogate, name in enumerate(("clip", "cispo", "sapo", "reinforce")):
         for absent in ((), optional):
-            constants = {"BLOCK_N": token_logprobs.TOKENS_BLOCK, "SURROGATE": surrogate, "HAS_SOFTCAP": not absent}
-            found.append(
-                Variant(
-                    f"terms+{name}" + "+bare" * bool(absent),
-                    grpo_loss._grpo_loss_terms_kernel,
-                    "bf16",
-                    constants,
-                    absent=absent,
-                    quick=name == "clip" and not absent,
-                )
-            )
+            constants = tokens | {"SURROGATE": surrogate, "HAS_SOFTCAP": not absent}
+            form, quick = f"terms+{name}" + "+bare" * bool(absent), name == "clip" and not absent
+            found.append(Variant(form, grpo_loss._grpo_loss_terms_kernel, "bf16", constants, absent=absent, quick=quick))
     found.append(Variant("total", grpo_loss._grpo_loss_total_kernel, "fp32", {"BLOCK": grpo_loss.TOTAL_BLOCK}, quick=True))
     return found
 
@@ -179,16 +168,16 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
 def _plain_loop(code: str, lanes: int, element: int) -> tuple[float, bool] | None:
     """(instructions per logit, whether by 16-byte loads) of the loop over plain blocks; None if there is none.
 
-    It is the cheapest innermost loop that loads at least a whole block and has an exponential for each logit it loads. lanes: logits per thread
-    and block.
+    It is the cheapest innermost loop that loads at least a whole block and has an exponential for each logit it loads. lanes:
+    logits per thread and block.
     """
     instructions: list[str] = []
     labels: dict[str, int] = {}
     for line in code.splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
             labels[label.group(1)] = len(instructions)
-        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
-            instructions.append(instruction.group(1))
+        elif code_line := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            instructions.append(code_line.group(1))
     loops = []
     for end, instruction in enumerate(instructions):
         jump = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", instruction)
@@ -208,10 +197,11 @@ def _plain_loop(code: str, lanes: int, element: int) -> tuple[float, bool] | Non
 
 def table(results: list[Result]) -> str:
     """The results for a reader."""
-    rows = [("kernel", "logits", "target", "block", "warps", "registers", "spills", "shared", "instr/logit", "")]
+    rows: list[tuple[str, ...]] = [("kernel", "logits", "target", "block", "warps", "registers", "spills", "shared", "instr/logit", "")]
     for r in results:
         per_logit = "" if r.per_logit is None else f"{r.per_logit:.2f}" + (f" <= {r.bound:g}" if r.bound else "")
-        rows.append((r.variant, r.dtype, r.target, *map(str, (r.block, r.warps, r.registers, r.spills, r.shared)), per_logit, ", ".join(r.wrong)))
+        numbers = map(str, (r.block, r.warps, r.registers, r.spills, r.shared))
+        rows.append((r.variant, r.dtype, r.target, *numbers, per_logit, ", ".join(r.wrong)))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
 

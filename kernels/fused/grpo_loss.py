@@ -1,8 +1,8 @@
 """The loss of ratios that belong to single tokens, its metrics, and its gradient.
 
-The vocabulary is walked by the kernels of token_logprobs: once for the sums, and once more where a gradient is wanted. Between the two stands a
-kernel that knows tokens and no vocabulary: it finishes the statistics and turns them into loss terms, g and h. A last one adds up what it left
-per program, in a fixed order: the same bits from run to run.
+The vocabulary is walked by the kernels of token_logprobs: once for the sums, and once more where a gradient is wanted. Between the
+two stands a kernel that knows tokens and no vocabulary: it finishes the statistics and turns them into loss terms, g and h. A last
+one adds up what it left per program, in a fixed order: the same bits from run to run.
 """
 
 from typing import NamedTuple
@@ -72,7 +72,8 @@ def _grpo_loss_terms_kernel(
     logprob, entropy, lse = finished_tokens(
         logits_ptr, token_ids_ptr, temperatures_ptr, sums_ptr,
         row, b, t, computed, rows, vocabulary, parts,
-        logits_sequence_stride, logits_token_stride, ids_sequence_stride, ids_token_stride, temperatures_sequence_stride, temperatures_token_stride,
+        logits_sequence_stride, logits_token_stride, ids_sequence_stride, ids_token_stride,
+    temperatures_sequence_stride, temperatures_token_stride,
         k, cap_scale,
         HAS_SOFTCAP,
     )  # fmt: skip
@@ -82,7 +83,8 @@ def _grpo_loss_terms_kernel(
     entropy_weight, old_logprob, ref_logprob = tl.zeros_like(weight), tl.zeros_like(weight), tl.zeros_like(weight)
     rollout_weight = tl.zeros_like(weight) + 1.0
     if entropy_weights_ptr is not None:
-        entropy_weight = per_token(entropy_weights_ptr, b, t, entropy_weights_sequence_stride, entropy_weights_token_stride, computed, 0.0) * loss_scale
+        entropy_weight = per_token(entropy_weights_ptr, b, t, entropy_weights_sequence_stride, entropy_weights_token_stride, computed, 0.0)
+        entropy_weight *= loss_scale
     if old_logprobs_ptr is not None:
         old_logprob = per_token(old_logprobs_ptr, b, t, old_sequence_stride, old_token_stride, computed, 0.0)
     if ref_logprobs_ptr is not None:
@@ -150,7 +152,7 @@ def _grpo_loss_total_kernel(totals_ptr, loss_ptr, metrics_ptr, programs: tl.int6
     tl.store(metrics_ptr + 7, _total(totals_ptr, ACTIVE, programs, BLOCK) / counted)
 
 
-# Launcher ------------------------------------------------------------------------------------------------------------------------------------
+# Launcher ------------------------------------------------------------------------------------------------------------------------
 
 
 class Policy(NamedTuple):
@@ -168,7 +170,8 @@ def grpo_loss_fwd(
     rows: Rows, scoring: Scoring, policy: Policy, loss_scale: float, settings: list[float], only_active: bool, gradient: Tensor | None,
     *, parts: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss, logprobs, entropy, metrics), all float32; the gradient for an upstream gradient of 1 is written to ``gradient`` unless it is None.
+    """(loss, logprobs, entropy, metrics), all float32; the gradient for an upstream gradient of 1 is written to ``gradient`` unless
+    it is None.
 
     Args:
         settings: in the order of loss_settings() in grpo_fast/ops.py.

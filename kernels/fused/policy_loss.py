@@ -65,11 +65,9 @@ def policy_terms(
     SURROGATE: tl.constexpr, HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr,
 ):  # fmt: skip
     """(loss, g, h, ratio, kl, clip_low, clip_high). HAS_OLD false: on-policy, the log-ratio is 0 and its gradient still flows."""
-    log_ratio = logprob * 0.0
+    log_ratio = tl.zeros_like(logprob)
     if HAS_OLD:
         log_ratio = logprob - old_logprob
-    else:
-        log_ratio = tl.zeros_like(logprob)
     clamped, slope = clamped_log(log_ratio, 1.0, log_ratio_clamp)
     ratio = exp(clamped)
     ratio_slope = ratio * slope

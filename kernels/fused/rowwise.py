@@ -1,13 +1,14 @@
 """One vocabulary row on the GPU, for every kernel here: the only online log-sum-exp, and the only softmax gradient. Knows no loss.
 
-A row holds the logits z_v of one token. Its policy is p = softmax(s), s = logit_scale * z / temperature; with a soft cap
-s = softcap * tanh(logit_scale * z / softcap) / temperature. Everything here is in powers of two: s_v * log2(e) = k * f_v, where f is z or the
-tanh, so that an exponential is one multiply-add and one ex2.
+A row holds the logits z_v of one token. Its policy is p = softmax(s), s = logit_scale * z / temperature; with a soft cap s =
+softcap * tanh(logit_scale * z / softcap) / temperature. Everything here is in powers of two: s_v * log2(e) = k * f_v, where f is z
+or the tanh, so that an exponential is one multiply-add and one ex2.
 
-How a row is walked. Its first columns up to a 16-byte boundary and its last ones after a whole number of 16-byte vectors are its edges, fewer
-than two vectors. What lies between is cut into blocks. Blocks that are full and do not hold the target are plain: whole vectors, no mask, no
-test. The target's block and the last, partial one are taken apart from them and tested. So an odd vocabulary and any row offset run at full
-width, nothing depends on them at compile time, and leaving the target out costs the plain blocks nothing.
+How a row is walked. Its first columns up to a 16-byte boundary and its last ones after a whole number of 16-byte vectors are its
+edges, fewer than two vectors. What lies between is cut into blocks. Blocks that are full and do not hold the target are plain:
+whole vectors, no mask, no test. The target's block and the last, partial one are taken apart from them and tested. So an odd
+vocabulary and any row offset run at full width, nothing depends on them at compile time, and leaving the target out costs the plain
+blocks nothing.
 """
 
 import inspect
@@ -100,7 +101,7 @@ def log1p(e):
     return 2.0 * s * (s2 * p + 1.0)
 
 
-# Geometry ------------------------------------------------------------------------------------------------------------------------------------
+# Geometry ------------------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -153,12 +154,13 @@ def edge_columns(head, middle, vocabulary, part, VECTOR: tl.constexpr):
     return column, (part == 0) & (column < tl.where(lane < VECTOR, head, vocabulary))
 
 
-# Statistics ----------------------------------------------------------------------------------------------------------------------------------
+# Statistics ----------------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
 def _add(f, e_sum, et_sum, reference, k, FIND_MAXIMUM: tl.constexpr, WANT_ENTROPY: tl.constexpr):
-    """Neighbours, which one thread holds, are added up first: one accumulator for each 16 bytes, and no more additions than with one for each f."""
+    """Neighbours, which one thread holds, are added up first: one accumulator for each 16 bytes, and no more additions than with
+    one for each f."""
     lanes: tl.constexpr = e_sum.shape[0]
     neighbours: tl.constexpr = f.shape[0] // lanes
     if FIND_MAXIMUM:
@@ -218,9 +220,10 @@ def row_sums(
 ):  # fmt: skip
     """(reference, sum e, sum e * t) over one part of a row without the target: e = 2^t, t = s * log2(e) - reference.
 
-    In float32 any reference within a hundred powers of two of the largest term is as good as the largest itself. So it is not searched for: the
-    target (a likely token, having been sampled) and a sample of the row give one, which costs the plain blocks neither a maximum nor a
-    rescaling nor a meeting of the warps. Where the sum shows that the guess was off, it is made again with the true maximum.
+    In float32 any reference within a hundred powers of two of the largest term is as good as the largest itself. So it is not
+    searched for: the target (a likely token, having been sampled) and a sample of the row give one, which costs the plain blocks
+    neither a maximum nor a rescaling nor a meeting of the warps. Where the sum shows that the guess was off, it is made again with
+    the true maximum.
     """
     VECTOR: tl.constexpr = 128 // row_ptr.dtype.element_ty.primitive_bitwidth
     head, middle = row_edges(phase, vocabulary, VECTOR)
@@ -284,7 +287,7 @@ def statistics_of(reference, e_sum, et_sum, f_target, k):
     return logprob, -p_log_p - others, lse
 
 
-# Gradient ------------------------------------------------------------------------------------------------------------------------------------
+# Gradient ------------------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit

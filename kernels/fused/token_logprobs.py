@@ -1,7 +1,8 @@
 """Log-probability of each sampled token and entropy of its policy, and the gradient of the logits from two numbers per token.
 
-Two kernels walk over vocabularies, and every loss here is made of them: one makes the sums of a row (or of a part of one, where there are fewer
-rows than multiprocessors), the other turns g = d loss / d logprob and h = d loss / d entropy into d loss / d logits.
+Two kernels walk over vocabularies, and every loss here is made of them: one makes the sums of a row (or of a part of one, where
+there are fewer rows than multiprocessors), the other turns g = d loss / d logprob and h = d loss / d entropy into d loss / d
+logits.
 """
 
 import functools
@@ -61,7 +62,8 @@ def _token_sums_kernel(
 def finished_tokens(
     logits_ptr, token_ids_ptr, temperatures_ptr, sums_ptr,
     row, b, t, computed, rows, vocabulary, parts,
-    logits_sequence_stride, logits_token_stride, ids_sequence_stride, ids_token_stride, temperatures_sequence_stride, temperatures_token_stride,
+    logits_sequence_stride, logits_token_stride, ids_sequence_stride, ids_token_stride,
+    temperatures_sequence_stride, temperatures_token_stride,
     k, cap_scale,
     HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
@@ -109,7 +111,8 @@ def _token_logprobs_kernel(
     logprob, entropy, lse = finished_tokens(
         logits_ptr, token_ids_ptr, temperatures_ptr, sums_ptr,
         row, b, t, computed, rows, vocabulary, parts,
-        logits_sequence_stride, logits_token_stride, ids_sequence_stride, ids_token_stride, temperatures_sequence_stride, temperatures_token_stride,
+        logits_sequence_stride, logits_token_stride, ids_sequence_stride, ids_token_stride,
+    temperatures_sequence_stride, temperatures_token_stride,
         k, cap_scale,
         HAS_SOFTCAP,
     )  # fmt: skip
@@ -161,7 +164,7 @@ def _token_gradient_kernel(
     )  # fmt: skip
 
 
-# Launchers -----------------------------------------------------------------------------------------------------------------------------------
+# Launchers -----------------------------------------------------------------------------------------------------------------------
 
 
 class Scoring(NamedTuple):

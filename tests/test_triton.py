@@ -1,0 +1,248 @@
+"""The Triton kernels: in the interpreter everywhere, and on the hardware where there is some."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import test_grpo_loss
+import torch
+from cases import Case, random_case
+from packaging.version import Version
+from torch import Tensor
+
+import grpo_fast as gf
+
+HERE = Path(__file__).parent
+
+
+def why_no_interpreter() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    triton, numpy = (Version(importlib.metadata.version(name)) for name in ("triton", "numpy"))
+    if triton < Version("3.7") and numpy >= Version("2.4"):
+        return f"the interpreter of triton {triton} does not work with numpy {numpy}: its loops need a scalar where it has an array"
+    return ""
+
+
+def interpret(*arguments: str) -> None:
+    """Run the interpreter's tests in a process of their own: a kernel is interpreted or compiled from its definition on."""
+    if reason := why_no_interpreter():
+        pytest.skip(reason)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", *arguments, str(HERE / "triton_interpreter.py")]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=HERE.parent)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+@pytest.mark.timeout(900)
+def test_in_the_interpreter() -> None:
+    interpret("-m", "not slow")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_in_the_interpreter_at_length() -> None:
+    interpret("-m", "slow")
+
+
+# ---- on a GPU
+
+
+def on_gpu(x: Any) -> Any:
+    return x.cuda() if isinstance(x, Tensor) else x
+
+
+def gpu_case(seed: int, dtype: torch.dtype) -> Case:
+    case = random_case(seed, dtype)
+    return Case(on_gpu(case.logits), on_gpu(case.token_ids), on_gpu(case.advantages), {k: on_gpu(v) for k, v in case.options.items()})
+
+
+@pytest.fixture
+def triton_backend() -> None:
+    status = gf.backends()["triton"]
+    assert status.usable, status.why
+
+
+def big(rows: int, vocabulary: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
+    generator = torch.Generator("cuda").manual_seed(0)
+    logits = torch.randn(rows, vocabulary, device="cuda", generator=generator, dtype=dtype).requires_grad_()
+    ids = torch.randint(vocabulary, (rows,), device="cuda", generator=generator)
+    return {"logits": logits, "token_ids": ids, "advantages": torch.randn(rows, device="cuda", generator=generator)}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", test_grpo_loss.DTYPES, ids=str)
+def test_the_float64_truth(dtype: torch.dtype, triton_backend: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(test_grpo_loss, "random_case", gpu_case)
+    for seed in range(100):
+        test_grpo_loss.check(seed, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocabulary", [32000, 50257, 128256, 151643, 152064, 262144])
+@pytest.mark.parametrize("rows", [3, 300])
+def test_real_vocabularies(rows: int, vocabulary: int, triton_backend: None) -> None:
+    """Few rows are split over programs; odd vocabularies put every row on another offset."""
+    call = big(rows, vocabulary)
+    out = gf.grpo_loss(**call, temperature=0.6, config=gf.LossConfig(entropy_coef=0.1))
+    out.loss.backward()
+    gradient, call["logits"].grad = call["logits"].grad, None
+    with gf.use_backend("reference"):
+        exact = call["logits"].detach().double().requires_grad_()
+        truth = gf.grpo_loss(exact, *list(call.values())[1:], temperature=0.6, config=gf.LossConfig(entropy_coef=0.1))
+        truth.loss.backward()
+    assert (out.logprobs - truth.logprobs).abs().max() < 1e-5
+    assert (out.entropy - truth.entropy).abs().max() < 1e-5
+    assert gradient is not None and exact.grad is not None
+    assert ((gradient.double() - exact.grad).abs() <= 2.0**-8 * exact.grad.abs() + 1e-5 * exact.grad.abs().max()).all()
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_two_to_the_31(triton_backend: None) -> None:
+    vocabulary = 2**18
+    rows = 2**31 // vocabulary + 3
+    if torch.cuda.mem_get_info()[0] < 3 * rows * vocabulary * 2:
+        pytest.skip("needs 13 GB of free GPU memory")
+    call = big(rows, vocabulary)
+    out = gf.grpo_loss(**call)
+    out.loss.backward()
+    last = {name: value[-2:].detach() for name, value in call.items()}
+    last["logits"].requires_grad_()
+    few = gf.grpo_loss(**last, num_items=rows)
+    few.loss.backward()
+    torch.testing.assert_close(out.logprobs[-2:], few.logprobs, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(call["logits"].grad[-2:], last["logits"].grad, rtol=1e-2, atol=1e-9)
+
+
+@pytest.mark.gpu
+def test_more_rows_than_a_grid_dimension_but_x_holds(triton_backend: None) -> None:
+    call = big(70001, 32, torch.float32)
+    out = gf.grpo_loss(**call)
+    out.loss.backward()
+    truth = torch.log_softmax(call["logits"].detach().double(), -1).gather(1, call["token_ids"][:, None])[:, 0]
+    assert (out.logprobs - truth).abs().max() < 1e-5
+    assert (call["logits"].grad.abs().sum(1) > 0).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [5, 700])
+def test_the_same_bits_from_run_to_run(rows: int, triton_backend: None) -> None:
+    call = big(rows, 152064)
+    results = []
+    for _ in range(5):
+        out = gf.grpo_loss(**call, temperature=0.7)
+        results.append((*torch.autograd.grad(out.loss, call["logits"]), out.loss, out.entropy, *out.metrics.values()))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("loss_type", ["dapo", "gspo"])
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_nothing_waits_for_the_gpu(loss_type: str, scale: float, triton_backend: None) -> None:
+    logits = torch.randn(4, 9, 1000, device="cuda", requires_grad=True)
+    ids, advantages = torch.randint(1000, (4, 9), device="cuda"), torch.randn(4, device="cuda")
+    call = {"config": gf.LossConfig(loss_type=loss_type), "old_logprobs": torch.randn(4, 9, device="cuda") - 7}
+    (gf.grpo_loss(logits * 1, ids, advantages, **call, inplace=True).loss * scale).backward()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            (gf.grpo_loss(logits * 1, ids, advantages, **call, inplace=True).loss * scale).backward()
+            (gf.grpo_loss(logits, ids, advantages, **call).loss * scale).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert not [event.key for event in profile.key_averages() if event.key in ("aten::_local_scalar_dense", "aten::item")]
+
+
+@pytest.mark.gpu
+def test_an_upstream_gradient_other_than_one(triton_backend: None) -> None:
+    call = big(20, 5000, torch.float32)
+    loss = gf.grpo_loss(**call).loss
+    once = torch.autograd.grad(loss, call["logits"], retain_graph=True)[0]
+    kept = once.clone()
+    half = torch.autograd.grad(0.5 * loss, call["logits"], retain_graph=True)[0]
+    assert torch.equal(half, 0.5 * kept) and torch.equal(once, kept)
+    fourfold = torch.autograd.grad(loss.expand(4).sum(), call["logits"])[0]
+    assert torch.equal(fourfold, 4 * kept)
+
+
+@pytest.mark.gpu
+def test_cuda_graph(triton_backend: None) -> None:
+    call = big(64, 32000)
+    fixed = {**call, "inplace": False}
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            torch.autograd.grad(gf.grpo_loss(**fixed).loss, call["logits"])
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = gf.grpo_loss(**fixed)
+        (gradient,) = torch.autograd.grad(out.loss, call["logits"])
+    for seed in range(3):
+        with torch.no_grad():
+            call["logits"].copy_(torch.randn(call["logits"].shape, generator=torch.Generator().manual_seed(seed)))
+        graph.replay()
+        eager = gf.grpo_loss(**fixed)
+        (expected,) = torch.autograd.grad(eager.loss, call["logits"])
+        assert torch.equal(out.loss, eager.loss) and torch.equal(gradient, expected)
+
+
+@pytest.mark.gpu
+def test_streams(triton_backend: None) -> None:
+    """On the current stream: ordered after what was enqueued there, whatever the default stream does."""
+    call = big(200, 50000)
+    expected = torch.autograd.grad(gf.grpo_loss(**call).loss, call["logits"])[0]
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)
+        late = call["logits"].detach().clone().requires_grad_()
+        found = torch.autograd.grad(gf.grpo_loss(**{**call, "logits": late}).loss, late)[0]
+    stream.synchronize()
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.gpu
+def test_the_device_of_the_logits_need_not_be_the_current_one(triton_backend: None) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    logits = torch.randn(2, 3, 100, device="cuda:1", requires_grad=True)
+    out = gf.grpo_loss(logits, torch.randint(100, (2, 3), device="cuda:1"), torch.ones(2, device="cuda:1"))
+    out.loss.backward()
+    assert logits.grad is not None and logits.grad.device == out.loss.device == torch.device("cuda:1")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("loss_type", ["dapo", "gspo"])
+def test_compile(loss_type: str, triton_backend: None) -> None:
+    torch._dynamo.reset()
+    ids, advantages = torch.randint(1000, (3, 5), device="cuda"), torch.randn(3, device="cuda")
+    weight = torch.randn(1000, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    hidden = torch.randn(3, 5, 64, device="cuda", dtype=torch.bfloat16)
+
+    def step(x: Tensor) -> Tensor:
+        config = gf.LossConfig(loss_type=loss_type, entropy_coef=0.01)
+        return gf.grpo_loss(x @ weight.T, ids, advantages, config=config, temperature=0.6, inplace=True).loss
+
+    eager = torch.autograd.grad(step(hidden), weight)[0]
+    compiled = torch.autograd.grad(torch.compile(step, fullgraph=True)(hidden), weight)[0]
+    torch.testing.assert_close(compiled, eager, rtol=2e-2, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_autocast(triton_backend: None) -> None:
+    call = big(7, 300, torch.float32)
+    expected = gf.grpo_loss(**call).loss
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        assert torch.equal(gf.grpo_loss(**call).loss, expected)
