@@ -35,7 +35,18 @@ def interpret(*arguments: str) -> None:
     """Run the interpreter's tests in a process of their own: a kernel is interpreted or compiled from its definition on."""
     if reason := why_no_interpreter():
         pytest.skip(reason)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", *arguments, str(HERE / "triton_interpreter.py")]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-W",
+        "ignore",
+        *arguments,
+        str(HERE / "triton_interpreter.py"),
+    ]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=HERE.parent)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -126,7 +126,20 @@ def test_more_tokens_than_one_program_takes() -> None:
 def test_ids_out_of_range_turn_the_loss_and_their_gradient_into_nan() -> None:
     logits = torch.randn(1, 3, 300)
     ids, mask = torch.tensor([[5, 300, -1]]), torch.ones(1, 3, dtype=torch.bool)
-    arguments = (logits, ids, mask, torch.ones(1, 1), torch.tensor(1.0), *[None] * 5, 1.0, 0.0, 1.0, 1.0, loss_settings(gf.LossConfig()), False)
+    arguments = (
+        logits,
+        ids,
+        mask,
+        torch.ones(1, 1),
+        torch.tensor(1.0),
+        *[None] * 5,
+        1.0,
+        0.0,
+        1.0,
+        1.0,
+        loss_settings(gf.LossConfig()),
+        False,
+    )
     loss, logprobs, _, _, gradient = torch.ops.grpo_fast.grpo_loss(*arguments, True)
     assert loss.isnan() and logprobs[0, 0].isfinite() and logprobs[0, 1:].isnan().all()
     assert gradient[0, 0].isfinite().all() and gradient[0, 1:].isnan().all()
