@@ -961,6 +961,26 @@ def test_a_certain_token_is_finite(backend: str, dtype: torch.dtype, tolerance: 
     close(gradient, [[[0.0, 0.0, 0.0], [-0.5, 0.0, 0.5]]], tolerance, "gradient")  # ratio 1, weight 1/2: -A/2 (1[v = y] - p)
 
 
+OVERFLOW = pytest.mark.xfail(strict=True, reason="softplus multiplies the gradient by exp of up to its threshold, 60, before it divides")
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        pytest.param("reference", torch.float64),
+        pytest.param("reference", torch.float32, marks=OVERFLOW),
+        pytest.param("cpu", torch.float32, marks=needs_extension),
+    ],
+)
+def test_a_large_gradient_of_an_unlikely_token_is_finite(backend: str, dtype: torch.dtype) -> None:
+    """A target 59 nats below the rest, and A = -1e14: the gradient -A (1[v = y] - p) is a thing that float32 holds."""
+    logits = torch.tensor([[[59.0, 0.0]]], dtype=dtype, requires_grad=True)
+    with gf.use_backend(backend):
+        out = gf.grpo_loss(logits, torch.tensor([[1]]), torch.tensor([-1e14], dtype=dtype))
+    (gradient,) = torch.autograd.grad(out.loss, logits)
+    assert ((gradient / 1e14 - torch.tensor([[[-1.0, 1.0]]])).abs() < 1e-6).all(), gradient
+
+
 # ---- what must have no effect, and what must stay finite
 
 
