@@ -108,9 +108,9 @@ class LossConfig:
         for field in fields(self):
             if field.type in ("float", "float | None"):
                 _finite(field.name, getattr(self, field.name), optional=field.type == "float | None")
-        if not isinstance(self.bias_corrected_kl, bool):
-            got = f"{self.bias_corrected_kl!r} ({type(self.bias_corrected_kl).__name__})"
-            raise TypeError(f"LossConfig: bias_corrected_kl is {got}; expected True or False.")
+        switch: Any = self.bias_corrected_kl
+        if not isinstance(switch, bool):
+            raise TypeError(f"LossConfig: bias_corrected_kl is {switch!r} ({type(switch).__name__}); expected True or False.")
         self._check_ranges()
         self._check_combinations()
 

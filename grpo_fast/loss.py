@@ -321,7 +321,6 @@ def _one_pass_loss(
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
     logits = inputs.logits
     arguments = (
-        logits,
         inputs.token_ids,
         inputs.mask,
         policy.advantages.float(),
@@ -337,7 +336,7 @@ def _one_pass_loss(
     )
     wants_gradient = _wants_gradient(logits)
     if wants_gradient and not torch.compiler.is_compiling():
-        loss, logprobs, entropy, metrics = GrpoLossFunction.apply(inplace, *arguments)
+        loss, logprobs, entropy, metrics = GrpoLossFunction.apply(logits, inplace, arguments)
     else:
-        loss, logprobs, entropy, metrics, _ = torch.ops.grpo_fast.grpo_loss.default(*arguments, wants_gradient)
+        loss, logprobs, entropy, metrics, _ = torch.ops.grpo_fast.grpo_loss.default(logits, *arguments, wants_gradient)
     return loss, logprobs, entropy, dict(zip(METRICS, metrics.unbind(), strict=True))

@@ -137,16 +137,22 @@ def _grpo_loss_backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -
 torch.library.register_autograd("grpo_fast::grpo_loss", _grpo_loss_backward, setup_context=_grpo_loss_setup_context, lib=LIBRARY)
 
 
+def call_below_autograd(operator: Any, *arguments: Any) -> Any:
+    """An operator's kernel without the Python that registered autograd runs in front of it on every call: a third of the overhead."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*arguments)
+
+
 class GrpoLossFunction(torch.autograd.Function):
-    """grpo_loss or grpo_loss_ outside of torch.compile: the same formulas as above at a third of the registered autograd's overhead."""
+    """grpo_loss or grpo_loss_ outside of torch.compile, by the same formulas as above. What needs no gradient comes as one tuple."""
 
     @staticmethod
-    def forward(ctx: Any, inplace: bool, logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, logits: Tensor, inplace: bool, rest: tuple[Any, ...]) -> tuple[Tensor, ...]:
         if inplace:
-            out, gradient = torch.ops.grpo_fast.grpo_loss_.default(logits, *rest), logits.detach()
+            out, gradient = call_below_autograd(torch.ops.grpo_fast.grpo_loss_.default, logits, *rest), logits.detach()
             torch.autograd.graph.increment_version(logits)  # whoever else had saved these logits for backward is told
         else:
-            *out, gradient = torch.ops.grpo_fast.grpo_loss.default(logits, *rest, True)
+            *out, gradient = call_below_autograd(torch.ops.grpo_fast.grpo_loss.default, logits, *rest, True)
         ctx.inplace = inplace
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*out[1:])
@@ -155,9 +161,9 @@ class GrpoLossFunction(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return (None, None if grad_loss is None else _scaled(gradient, grad_loss, inplace=ctx.inplace), *[None] * 15)
+        return None if grad_loss is None else _scaled(gradient, grad_loss, inplace=ctx.inplace), None, None
 
 
 # token_logprobs -----------------------------------------------------------------------------------------------------------------
@@ -216,7 +222,7 @@ class TokenLogprobsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, inplace: bool, *arguments: Any) -> tuple[Tensor, ...]:
-        out = torch.ops.grpo_fast.token_logprobs.default(*arguments)
+        out = call_below_autograd(torch.ops.grpo_fast.token_logprobs.default, *arguments)
         ctx.inplace = inplace
         _token_logprobs_setup_context(ctx, arguments, out)
         return out

@@ -25,10 +25,9 @@ from torch import Tensor
 from torch.utils import cpp_extension
 
 import grpo_fast as gf
-from grpo_fast import _build, _extension
+from grpo_fast import _build, _extension, reference
 from grpo_fast import advantages as advantages_module
 from grpo_fast.advantages import BASELINES, SCALES, GroupAdvantages, group_advantages
-from grpo_fast import reference
 
 NAN = math.nan
 HERE = Path(__file__).resolve().parent

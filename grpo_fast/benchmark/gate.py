@@ -17,7 +17,8 @@ __all__ = ["Tolerance", "Verdict", "judge", "loss_is_right", "tolerance"]
 @dataclass(frozen=True)
 class Tolerance:
     """Largest errors that pass: absolute for logprobs and entropy (nats) and the loss (whose tokens are about 1); for a row of the gradient
-    the length of its error over the typical length of such a row, so that a gradient that is zero or twice too long has the error 1."""
+    the length of its error over its own length, or over the typical length of a row where that is larger, so that a gradient that is zero
+    or twice too long has the error 1."""
 
     logprobs: float
     loss: float
@@ -78,7 +79,7 @@ def judge(result: Result, batch: Batch, true_loss: float, allowed: Tolerance) ->
         got = result.gradient.flatten(0, -2)[rows].double()
         lengths = batch.true_gradient.norm(dim=-1)
         typical = lengths[lengths > 0].median() if (lengths > 0).any() else lengths.new_ones(())
-        gradient = float(((got - batch.true_gradient).norm(dim=-1) / typical).max())
+        gradient = float(((got - batch.true_gradient).norm(dim=-1) / lengths.clamp(min=float(typical))).max())
     measured = [
         (logprobs, allowed.logprobs),
         (entropy, allowed.logprobs * 5),  # a sum over the vocabulary of such terms
