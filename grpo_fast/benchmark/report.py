@@ -171,8 +171,7 @@ def _skipped(skipped: list[dict[str, Any]]) -> list[str]:
 
 def _print_overhead(overhead: dict[str, Any], console: Console) -> None:
     rows, vocabulary = overhead["shape"]
-    verdict = "within" if overhead["within_bound"] else "ABOVE"
-    console.print(f"\n[bold]A call at [{rows}, {vocabulary}][/bold], {verdict} the bound of {overhead['bound']:.0f} us", highlight=False)
+    console.print(f"\n[bold]A call at [{rows}, {vocabulary}][/bold], where there is next to nothing to compute", highlight=False)
     table = Table(box=None, padding=(0, 1, 0, 0))
     table.add_column("")
     table.add_column("us", justify="right")
