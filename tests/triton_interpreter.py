@@ -63,11 +63,10 @@ def split(monkeypatch: pytest.MonkeyPatch) -> Any:
 # ---- the loss, over every option
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("seed", SEEDS)
-def test_random_options(seed: int, dtype: torch.dtype, split: Any) -> None:
-    split(1 + seed % 3)
-    test_grpo_loss.check(seed, dtype)
+def test_random_options(seed: int, split: Any) -> None:
+    split(1 + seed // 3 % 3)
+    test_grpo_loss.check(seed, DTYPES[seed % 3])
 
 
 def test_the_random_options_are_all_there() -> None:
@@ -81,7 +80,7 @@ def test_the_random_options_are_all_there() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_many_random_options(dtype: torch.dtype, split: Any) -> None:
-    for seed in range(2000, 2060):
+    for seed in (*SEEDS, *range(2000, 2060)):
         split(1 + seed % 4)
         test_grpo_loss.check(seed, dtype)
 
@@ -106,9 +105,11 @@ def test_inplace_writes_over_the_logits_and_tells_autograd(config: gf.LossConfig
     test_grpo_loss.test_inplace_writes_over_the_logits_and_tells_autograd(config)
 
 
-def test_more_tokens_than_one_program_takes() -> None:
+def test_more_tokens_than_one_program_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several programs leave totals, and these are more than one block of the kernel that adds them up."""
-    tokens = 5 * kernels.TOKENS_BLOCK + 3
+    for module in (kernels, grpo_loss_module):
+        monkeypatch.setattr(module, "TOKENS_BLOCK", 16)
+    tokens = 5 * 16 + 3
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(1, tokens, 5, generator=generator)
     ids = torch.randint(5, (1, tokens), generator=generator)
@@ -190,11 +191,11 @@ def rows_with_targets(vocabulary: int, targets: list[int], dtype: torch.dtype, s
 def test_every_place_of_the_target_and_of_the_row(vocabulary: int, dtype: torch.dtype) -> None:
     """Edges, plain blocks, the partial one, the boundaries between them: odd vocabularies put each row on another offset."""
     targets = sorted({t for t in (0, 1, 6, 7, 8, 9, 254, 255, 256, 263, 264, 512, 1031, 1032) if t < vocabulary} | {vocabulary - 1})
-    for shift, parts in ((0, 1), (3, 1), (1, 2), (5, 7)):
+    for shift, parts in ((0, 1), (3, 2), (5, 7)):
         check_rows(rows_with_targets(vocabulary, targets, dtype, shift), Scoring(None, 0.7, 0.0, 1.0), parts=parts)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_soft_cap_scale_and_temperatures(dtype: torch.dtype) -> None:
     rows = rows_with_targets(523, [0, 100, 300, 511, 522], dtype, 2)
     temperatures = torch.tensor([[0.3, 0.7, 1.0, 1.3, 2.0]])
