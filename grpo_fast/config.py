@@ -7,6 +7,7 @@ weight per token that the aggregation has made. To add a loss type, add a row.
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -174,4 +175,4 @@ def _finite(name: str, value: Any, *, optional: bool) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"LossConfig: {name} is {value!r} ({type(value).__name__}); expected a number{' or None' if optional else ''}.")
-    _require(math.isfinite(value), name, value, "a finite number")
+    _require(abs(value) < math.inf and abs(value) <= sys.float_info.max, name, value, "a finite number")

@@ -171,7 +171,7 @@ def token_statistics(
     others = s.masked_fill(is_target, -math.inf)
     alone = (others == -math.inf).all(-1)  # every other token suppressed: certain, where the gradient of logsumexp would be NaN
     lse_others = others.masked_fill(alone.unsqueeze(-1), 0.0).logsumexp(-1).masked_fill(alone, -math.inf)
-    logprob = -F.softplus(lse_others - s_target, threshold=60)
+    logprob = F.logsigmoid(s_target - lse_others)  # = -softplus(lse_others - s_target)
 
     # H = -sum p log p over logits that are not -inf, with the exact log p of the target.
     log_p = torch.where(is_target, logprob.unsqueeze(-1), s - (s_target - logprob).unsqueeze(-1))
