@@ -3,14 +3,18 @@ PYTHON ?= python3
 BIN := .venv/bin
 CPP = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test bench check format wheel clean
+.PHONY: demo test sweep bench check format wheel clean
 
 demo:  ## a small language model learns by GRPO (make demo ARGS="--temperature 0.6")
 	@PYTHON="$(PYTHON)" tools/bootstrap.sh demo
 	@$(BIN)/grpo-fast demo $(ARGS)
 
 test: check  ## checks of the sources, then the tests (make test ARGS="-k advantages")
-	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
+	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not sweep" $(ARGS)
+
+sweep:  ## the tests that take many minutes: every Triton kernel for every GPU, all random cases in the interpreter
+	@PYTHON="$(PYTHON)" tools/bootstrap.sh test
+	@$(BIN)/python -m pytest -n auto --maxprocesses 4 -m sweep $(ARGS)
 
 bench:  ## regressions with pytest-benchmark, then the comparison with what else there is
 	@PYTHON="$(PYTHON)" tools/bootstrap.sh test

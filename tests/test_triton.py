@@ -55,13 +55,13 @@ def interpret(*arguments: str) -> None:
 
 @pytest.mark.timeout(900)
 def test_in_the_interpreter() -> None:
-    interpret("-m", "not slow")
+    interpret("-m", "not sweep")
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.timeout(1800)
 def test_in_the_interpreter_at_length() -> None:
-    interpret("-m", "slow")
+    interpret("-m", "sweep")
 
 
 # ---- on a GPU

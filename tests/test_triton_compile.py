@@ -41,7 +41,7 @@ def test_spills_and_instructions(tmp_path: Path) -> None:
     assert bounded["gradient"] <= 10 and bounded["gradient+entropy"] <= 10
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.timeout(1200)
 def test_every_variant(tmp_path: Path) -> None:
     results = compiled(tmp_path)

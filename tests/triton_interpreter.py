@@ -77,7 +77,7 @@ def test_the_random_options_are_all_there() -> None:
     assert any(config.bias_corrected_kl and config.beta for config in configs) and any(config.entropy_coef for config in configs)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_many_random_options(dtype: torch.dtype, split: Any) -> None:
     for seed in (*SEEDS, *range(2000, 2060)):
