@@ -35,9 +35,9 @@ class TokenInputs:
     def packed(self) -> bool:
         return len(self.shape) == 1
 
-    def optional(self, name: str, x: Tensor | None) -> Tensor | None:
-        """An optional floating-point argument shaped like token_ids, as [B, T]."""
-        return None if x is None else self.per_token(name, x, like_sequences=False)
+    def optional(self, name: str, x: Tensor | None, *, one_column: bool = False) -> Tensor | None:
+        """An argument that may be None, else as per_token."""
+        return None if x is None else self.per_token(name, x, like_sequences=False, one_column=one_column)
 
     def per_token(self, name: str, x: Tensor, *, like_sequences: bool, one_column: bool = False) -> Tensor:
         """A floating-point argument shaped like token_ids as [B, T]; one given per sequence as [B, 1].

@@ -114,9 +114,7 @@ def grpo_loss(
         entropy_weights=entropy_weights,
         old_logprobs=inputs.optional("old_logprobs", old_logprobs),
         ref_logprobs=inputs.optional("ref_logprobs", ref_logprobs),
-        rollout_weights=None
-        if rollout_weights is None
-        else inputs.per_token("rollout_weights", rollout_weights, like_sequences=False, one_column=True),
+        rollout_weights=inputs.optional("rollout_weights", rollout_weights, one_column=True),
         rollout_per_sequence=rollout_weights is not None and not inputs.packed and rollout_weights.shape != inputs.shape,
         loss_scale=loss_scale,
     )

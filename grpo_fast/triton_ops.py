@@ -89,37 +89,20 @@ def _grpo_loss(
     loss_scale: float,
     settings: list[float],
     only_active: bool,
-    want_gradient: bool,
+    want_gradient: bool = True,
+    *,
+    inplace: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows, scoring = _rows(logits, token_ids, mask), Scoring(temperatures, temperature, softcap, logit_scale)
     policy = Policy(advantages, weights, entropy_weights, old_logprobs, ref_logprobs, rollout_weights)
-    gradient = _new_gradient(logits) if want_gradient else None
+    gradient = logits if inplace else _new_gradient(logits) if want_gradient else None
     out = grpo_loss_fwd(rows, scoring, policy, loss_scale, settings, only_active, gradient)
     return *out, logits.new_empty(0) if gradient is None else gradient
 
 
-def _grpo_loss_inplace(
-    logits: Tensor,
-    token_ids: Tensor,
-    mask: Tensor,
-    advantages: Tensor,
-    weights: Tensor,
-    entropy_weights: Tensor | None,
-    old_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    rollout_weights: Tensor | None,
-    temperatures: Tensor | None,
-    temperature: float,
-    softcap: float,
-    logit_scale: float,
-    loss_scale: float,
-    settings: list[float],
-    only_active: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _grpo_loss_inplace(logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     _require_unit_stride(logits)
-    rows, scoring = Rows(logits, token_ids, mask), Scoring(temperatures, temperature, softcap, logit_scale)
-    policy = Policy(advantages, weights, entropy_weights, old_logprobs, ref_logprobs, rollout_weights)
-    return grpo_loss_fwd(rows, scoring, policy, loss_scale, settings, only_active, logits)
+    return _grpo_loss(logits, *rest, inplace=True)[:4]
 
 
 def _require_unit_stride(logits: Tensor) -> None:
