@@ -39,24 +39,27 @@ def value_checks_wanted(tensor: Tensor) -> bool:
     return not torch.compiler.is_compiling() and (_debug or tensor.device.type == "cpu")
 
 
-def tensor(name: str, x: object, *, like: Tensor, floating: bool = True) -> None:
+def tensor(name: str, x: object, *, like: Tensor, like_name: str = "logits", floating: bool = True) -> None:
     """x is a dense tensor on the device of ``like``, of one of the types FLOATING unless said otherwise."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} is a {type(x).__name__}; expected a torch.Tensor. Wrap it: torch.as_tensor({name}, device=logits.device).")
+        raise TypeError(
+            f"{name} is a {type(x).__name__}; expected a torch.Tensor. Wrap it: torch.as_tensor({name}, device={like_name}.device)."
+        )
     if floating and x.dtype not in FLOATING:
         raise TypeError(f"{name} has dtype {x.dtype}; expected float32, bfloat16, float16 or float64. Convert it: {name}.float().")
     if x.layout != torch.strided or x.is_nested:
         layout = "nested" if x.is_nested else str(x.layout)
         raise TypeError(f"{name} has the layout {layout}; expected a dense tensor. Convert it: {name}.to_dense(), or pad.")
     if x.device != like.device:
-        raise ValueError(f"{name} is on {x.device}, logits are on {like.device}; expected one device. Move it: {name}.to(logits.device).")
+        there = f"{like_name} {'are' if like_name == 'logits' else 'is'} on {like.device}"
+        raise ValueError(f"{name} is on {x.device}, {there}; expected one device. Move it: {name}.to({like_name}.device).")
 
 
-def shape(name: str, x: Tensor, *allowed: tuple[tuple[int, ...], str]) -> None:
-    """x has one of the allowed shapes, each given with its name in letters."""
+def shape(name: str, x: Tensor, *allowed: tuple[tuple[int, ...], str], source: str = "logits") -> None:
+    """x has one of the allowed shapes, each given with its name in letters; their sizes follow from ``source`` and token_ids."""
     if all(tuple(x.shape) != sizes for sizes, _ in allowed):
         expected = " or ".join(f"{letters} = {list(sizes)}" for sizes, letters in allowed)
-        raise ValueError(f"{name} has shape {list(x.shape)}; expected {expected} (sizes follow from logits and token_ids).")
+        raise ValueError(f"{name} has shape {list(x.shape)}; expected {expected} (sizes follow from {source} and token_ids).")
 
 
 def positive(name: str, x: object, cure: str) -> float:
