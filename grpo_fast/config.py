@@ -17,7 +17,15 @@ __all__ = ["AGGREGATIONS", "KL_ESTIMATORS", "LEVELS", "LOSS_TYPES", "SURROGATES"
 SURROGATES = ("clip", "cispo", "sapo", "reinforce", "vespo")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 LEVELS = ("token", "sequence", "sequence_token")
-AGGREGATIONS = ("sequence_mean", "token_mean", "global_token_mean", "fixed_length", "sequence_sum")
+AGGREGATIONS = (
+    "sequence_mean",
+    "token_mean",
+    "global_token_mean",
+    "fixed_length",
+    "sequence_sum",
+    "nonempty_sequence_mean",
+    "nonempty_sequence_sum",
+)
 
 
 class LossRow(NamedTuple):
@@ -142,6 +150,27 @@ class LossConfig:
         if self.resolved_aggregation == "fixed_length":
             cure = "set max_completion_length to the generation limit of the run, so that the scale of the loss is the same in every batch"
             _require(self.max_completion_length is not None, "max_completion_length", None, f"an int for a fixed-length mean; {cure}")
+
+    @classmethod
+    def like(cls, library: str, **options: Any) -> LossConfig:
+        """The settings that mean what another library means by its own: its names, its defaults, its conventions.
+
+        Args:
+            library: ``"trl"`` (1.16), ``"liger"`` (0.8), ``"verl"`` (0.9), ``"openrlhf"`` (0.11) or ``"swift"`` (ms-swift 4.6).
+            options: the library's own options of its loss; those that are not given have the library's own defaults.
+                grpo_fast/integrations/conventions.py lists them, and what each becomes.
+
+        Raises:
+            ValueError: an option is unknown, is an argument of the call rather than a setting, or has no counterpart here: the message
+                names it and says what to do.
+
+        Example:
+            >>> LossConfig.like("verl", clip_ratio_high=0.28).dual_clip
+            3.0
+        """
+        from grpo_fast.integrations.conventions import loss_config  # here: it needs this class
+
+        return loss_config(library, options)
 
     @property
     def surrogate(self) -> str:

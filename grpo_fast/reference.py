@@ -311,7 +311,13 @@ def aggregation_weights(
     global_token_mean  1 / num_items          DAPO, CISPO, VESPO: the same over all micro-batches and processes
     fixed_length       1 / (S L_max)          Dr. GRPO, arXiv:2503.20783: no length bias
     sequence_sum       1 / S                  LUSPO, arXiv:2602.05261: a sequence counts by its length
+
+    nonempty_sequence_mean and nonempty_sequence_sum count the sequences that have an unmasked token alone (verl, OpenRLHF).
     """
+    if aggregation.startswith("nonempty_"):
+        share = sequences.total(mask.to(dtype)).clamp(min=1).reciprocal()
+        count_nonempty = (mask * share).sum().round().clamp(min=1)
+        return share / count_nonempty if aggregation == "nonempty_sequence_mean" else count_nonempty.reciprocal()
     count = max(sequences.count, 1)
     if aggregation == "sequence_mean":
         return (count * sequences.total(mask.to(dtype)).clamp(min=1)).reciprocal()

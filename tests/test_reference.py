@@ -686,8 +686,9 @@ def slow_loss(
 
     def aggregated(x: dict[tuple[int, int], float], aggregation: str) -> float:
         per_sequence = [math.fsum(x[n] for n in tokens if n[0] == b) for b in range(sequences)]
-        if aggregation == "sequence_mean":
-            return math.fsum(s / n for s, n in zip(per_sequence, size, strict=True)) / sequences
+        count = sum(any(n[0] == b for n in tokens) for b in range(sequences)) if aggregation.startswith("nonempty_") else sequences
+        if aggregation.endswith("sequence_mean"):
+            return math.fsum(s / n for s, n in zip(per_sequence, size, strict=True)) / count
         total = math.fsum(per_sequence)
         return (
             total
@@ -696,6 +697,7 @@ def slow_loss(
                 "global_token_mean": num_items or len(tokens),
                 "fixed_length": sequences * (config.max_completion_length or 0),
                 "sequence_sum": sequences,
+                "nonempty_sequence_sum": count,
             }[aggregation]
         )
 

@@ -1,0 +1,72 @@
+"""Single modules of libraries whose whole cannot be installed beside ours, for comparison with their own arithmetic.
+
+verl and OpenRLHF pin old versions of what we test with, or import Ray, vLLM and DeepSpeed; the functions to compare with need none of them.
+So the wheels lie aside (`pip install --no-deps --target .venv/peers verl==0.9.1 openrlhf==0.11.2`), only the module that is wanted is
+loaded, and imports it does not need are stand-ins.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import sys
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PEERS = Path(sys.prefix) / "peers"
+
+
+class _StandIn(types.ModuleType):
+    """A module whose every attribute is a class that does nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {})
+
+
+def peer_module(package: str, version: str, module: str, stand_ins: tuple[str, ...] = ()) -> types.ModuleType:
+    """Load ``package.module`` from the peers folder without running the package's own ``__init__``; skip, and say why, where it is not.
+
+    Args:
+        package: the import name.
+        version: the one whose arithmetic the test knows.
+        module: below the package.
+        stand_ins: modules that are imported on the way and not used.
+    """
+    found = next(PEERS.glob(f"{package}-*.dist-info"), None)
+    if found is None:
+        pytest.skip(f"{package} is not in {PEERS}: pip install --no-deps --target {PEERS} {package}=={version}")
+    installed = importlib.metadata.Distribution.at(found).version
+    if installed != version:
+        pytest.skip(f"parity is with {package} {version}, {PEERS} holds {installed}")
+    with _only_what_is_needed(package, module, stand_ins):
+        return importlib.import_module(f"{package}.{module}")
+
+
+@contextmanager
+def _only_what_is_needed(package: str, module: str, stand_ins: tuple[str, ...]) -> Iterator[None]:
+    def concerned(name: str) -> bool:
+        return name in stand_ins or name == package or name.startswith(f"{package}.")
+
+    before = {name: found for name, found in sys.modules.items() if concerned(name)}
+    for name in before:
+        del sys.modules[name]
+    parts = [package, *module.split(".")[:-1]]
+    for depth in range(1, len(parts) + 1):  # packages without their __init__
+        bare = _StandIn(".".join(parts[:depth]))
+        bare.__path__ = [str(PEERS.joinpath(*parts[:depth]))]
+        sys.modules[bare.__name__] = bare
+    for name in stand_ins:
+        sys.modules[name] = _StandIn(name)
+    try:
+        yield
+    finally:
+        for name in [name for name in sys.modules if concerned(name)]:
+            del sys.modules[name]
+        sys.modules.update(before)
