@@ -14,6 +14,7 @@ from grpo_fast.backends import BackendStatus, backends, use_backend
 from grpo_fast.checks import debug_checks
 from grpo_fast.config import LOSS_TYPES, LossConfig
 from grpo_fast.corrections import off_policy_sequence_mask, rollout_weights, top_entropy_mask
+from grpo_fast.linear import linear_grpo_loss, linear_token_logprobs
 from grpo_fast.loss import GRPOOutput, TokenLogprobs, grpo_loss, token_logprobs
 
 _extension.load_prebuilt()  # milliseconds; a missing or broken extension is a status (see backends()), never an error here
@@ -29,6 +30,8 @@ __all__ = [
     "debug_checks",
     "group_advantages",
     "grpo_loss",
+    "linear_grpo_loss",
+    "linear_token_logprobs",
     "off_policy_sequence_mask",
     "rollout_weights",
     "token_logprobs",

@@ -117,7 +117,7 @@ def grpo_loss(
     )
     computed = inputs.mask if metrics_on == "all" else policy.active()
     inplace = inplace and _can_write_over(logits)
-    if _by_reference(logits):
+    if by_reference(logits):
         loss, logprobs, entropy, metrics = _reference_loss(inputs, policy, computed)
     elif config.level == "token" and config.surrogate != "vespo":
         loss, logprobs, entropy, metrics = _one_pass_loss(inputs, policy, metrics_on == "active", inplace)
@@ -157,7 +157,7 @@ def token_logprobs(
         tensor([[8., 8., 8.]])
     """
     inputs = token_inputs(logits, token_ids, mask=mask, temperature=temperature, softcap=softcap, logit_scale=logit_scale)
-    if _by_reference(logits):
+    if by_reference(logits):
         logprobs, entropy = _reference_statistics(inputs, inputs.mask)
     else:
         logprobs, entropy = _statistics(inputs, inputs.mask, inplace=False)
@@ -169,7 +169,8 @@ def _check_inplace(inplace: bool) -> None:
         raise TypeError(f"inplace is {inplace!r} ({type(inplace).__name__}); expected True or False.")
 
 
-def _by_reference(logits: Tensor) -> bool:
+def by_reference(logits: Tensor) -> bool:
+    """Whether plain PyTorch computes what has these logits (or hidden states)."""
     return logits.dtype == torch.float64 or select(logits.device) == "reference"
 
 
@@ -224,7 +225,8 @@ def _float32(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.float()
 
 
-def _scoring(inputs: TokenInputs) -> tuple[Tensor | None, float, float, float]:
+def scoring(inputs: TokenInputs) -> tuple[Tensor | None, float, float, float]:
+    """Temperatures, temperature, soft cap and logit scale as the operators take them."""
     temperatures, temperature = _float32(inputs.temperatures), inputs.temperature
     if temperatures is None and torch.compiler.is_compiling():  # as a number it would be part of the graph: each value, a compilation
         temperatures, temperature = torch.ones(1, 1, device=inputs.scored.device) * temperature, 1.0
@@ -232,7 +234,7 @@ def _scoring(inputs: TokenInputs) -> tuple[Tensor | None, float, float, float]:
 
 
 def _statistics(inputs: TokenInputs, computed: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
-    arguments = (inputs.scored, inputs.token_ids, computed, *_scoring(inputs))
+    arguments = (inputs.scored, inputs.token_ids, computed, *scoring(inputs))
     if _wants_gradient(inputs.scored) and not torch.compiler.is_compiling():
         logprobs, entropy, _ = TokenLogprobsFunction.apply(inplace, *arguments)
     else:
@@ -253,7 +255,7 @@ def _one_pass_loss(
         _float32(policy.old_logprobs),
         _float32(policy.ref_logprobs),
         _float32(policy.rollout_weights),
-        *_scoring(inputs),
+        *scoring(inputs),
         policy.loss_scale,
         loss_settings(policy.config),
         only_active,

@@ -90,7 +90,7 @@ def loss_settings(config: LossConfig) -> list[float]:
     ]
 
 
-def _scaled(gradient: Tensor, upstream: Tensor, *, inplace: bool) -> Tensor:
+def scaled(gradient: Tensor, upstream: Tensor, *, inplace: bool) -> Tensor:
     """gradient * upstream, for nothing where upstream is 1: read on the CPU, or by the GPU where nobody waits for it.
 
     On a GPU the gradient is scaled where it lies, unless the graph is retained and it will be asked for again.
@@ -131,7 +131,7 @@ def _grpo_loss_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Te
 
 def _grpo_loss_backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     (gradient,) = ctx.saved_tensors
-    return (None if grad_loss is None else _scaled(gradient, grad_loss, inplace=False), *[None] * 16)
+    return (None if grad_loss is None else scaled(gradient, grad_loss, inplace=False), *[None] * 16)
 
 
 torch.library.register_autograd("grpo_fast::grpo_loss", _grpo_loss_backward, setup_context=_grpo_loss_setup_context, lib=LIBRARY)
@@ -163,7 +163,7 @@ class GrpoLossFunction(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return None if grad_loss is None else _scaled(gradient, grad_loss, inplace=ctx.inplace), None, None
+        return None if grad_loss is None else scaled(gradient, grad_loss, inplace=ctx.inplace), None, None
 
 
 # token_logprobs -----------------------------------------------------------------------------------------------------------------

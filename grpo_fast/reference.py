@@ -24,8 +24,11 @@ effect: it is replaced before any arithmetic, so that it can reach neither the v
 
 from __future__ import annotations
 
+import copy
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -187,7 +190,7 @@ class Sequences:
     """Which tokens belong together: the rows of a padded [B, T] batch, or the slices of a packed [N] one."""
 
     def __init__(self, token_ids: Tensor, cu_seqlens: Tensor | None = None):
-        self.segment: Tensor | None = None  # sequence of each token, packed input only
+        self.segment: Tensor | None = None  # sequence of each token in rising order, packed input only
         if cu_seqlens is None:
             self.count = token_ids.shape[0] if token_ids.dim() == 2 else 1
         else:
@@ -199,8 +202,19 @@ class Sequences:
         """Give every token the sum of x over its sequence; x and result shaped like the tokens (padded: the result is [B, 1])."""
         if self.segment is None:
             return x.sum(-1, keepdim=True)
-        per_sequence = x.new_zeros(*x.shape[:-1], self.count).index_add(-1, self.segment, x)
-        return per_sequence.index_select(-1, self.segment)
+        # Slices, and not index_add, which adds up in another order each time on a GPU.
+        offsets = torch.searchsorted(self.segment, torch.arange(self.count + 1, device=x.device))
+        per_sequence = torch.segment_reduce(
+            x.expand(*x.shape[:-1], self.segment.shape[0]).reshape(-1), "sum", offsets=offsets, axis=0, unsafe=True
+        )
+        return per_sequence.index_select(0, self.segment).view(*x.shape[:-1], -1)
+
+    def take(self, tokens: Tensor | slice) -> Sequences:
+        """The same of some tokens, in their order; packed input only."""
+        assert self.segment is not None
+        part = copy.copy(self)
+        part.segment = self.segment[tokens]
+        return part
 
     def mean(self, x: Tensor, mask: Tensor) -> Tensor:
         """Give every token the mean of x over its sequence's unmasked tokens; 0 for a sequence without any."""
@@ -360,10 +374,68 @@ class Policy:
             active = self.mask & (self.sequences.total(active.float()) > 0)
         return active
 
+    def packed(self) -> Policy:
+        """The same with every tensor [1, N], the sequences of a padded batch one after the other."""
+        shape = self.mask.shape
+        sequences = self.sequences
+        if sequences.segment is None:
+            ends = torch.arange(shape[0] + 1, device=self.mask.device) * shape[1]
+            sequences = Sequences(self.mask.reshape(1, -1), ends)
+        return self._each(lambda x: x.expand(shape).reshape(1, -1), sequences)
+
+    def take(self, tokens: Tensor | slice) -> Policy:
+        """The same of some tokens, from a packed one."""
+        return self._each(lambda x: x[:, tokens], self.sequences.take(tokens))
+
+    def _each(self, change: Callable[[Tensor], Tensor], sequences: Sequences) -> Policy:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed: dict[str, Any] = {name: change(x) for name, x in values.items() if isinstance(x, Tensor)}
+        return replace(self, sequences=sequences, **changed)
+
+    def token_level(self) -> Policy | None:
+        """A policy of ratios that belong to single tokens, for which loss and metrics may differ but the gradient is the same; None
+        where a token's gradient depends on the log-probabilities of other tokens.
+
+        On-policy every ratio is 1 whatever its level, so that only its slope counts: that of exp(mean of lr) spreads the sequence's mean of
+        the advantages over its tokens, and VESPO's weight is a constant.
+        """
+        config = self.config
+        if config.level == "token" and config.surrogate != "vespo":
+            return self
+        if self.old_logprobs is not None or (config.level == "sequence" and config.beta != 0 and config.bias_corrected_kl):
+            return None
+        if config.surrogate == "vespo":
+            zero = torch.zeros_like(self.weights.expand(self.mask.shape))
+            phi = torch.where(self.mask, vespo_phi(zero, self.advantages, self.log_rollout(self.mask), self.sequences, config), 0)
+            return replace(self, config=replace(config, loss_type="reinforce"), advantages=phi * self.advantages, rollout_weights=None)
+        if config.level == "sequence_token" or config.surrogate == "cispo":  # the slope is the token's own
+            return replace(self, config=replace(config, importance_sampling_level="token"))
+        advantages = self.advantages if self.rollout_weights is None else self.advantages * self.rollout_weights
+        mean = self.sequences.mean(torch.where(self.mask, advantages, 0), self.mask)
+        return replace(self, config=replace(config, importance_sampling_level="token"), advantages=mean, rollout_weights=None)
+
+    def log_rollout(self, computed: Tensor) -> Tensor | None:
+        """The logarithm of each sequence's rollout weight, for VESPO."""
+        if self.rollout_weights is None:
+            return None
+        logs = torch.where(computed, self.rollout_weights, 1).log().clamp(math.log(1e-8), self.config.log_ratio_clamp)
+        return self.sequences.mean(logs, computed) if self.rollout_per_sequence else self.sequences.total(logs)
+
 
 def policy_loss(logprobs: Tensor, entropy: Tensor, policy: Policy, computed: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss and its metrics from log-probabilities and entropies, which are only looked at where ``computed`` (all the tokens that
-    count, or just the active ones: the loss is the same).
+    count, or just the active ones: the loss is the same)."""
+    loss, ratio, kl = token_losses(logprobs, policy, computed)
+    entropy = torch.where(computed, entropy, 0).to(logprobs.dtype)
+    total = (policy.weights * loss).sum()
+    if policy.config.entropy_coef != 0:
+        total = total - policy.config.entropy_coef * (policy.entropy_weights * entropy).sum()
+    advantages = torch.where(computed, policy.advantages, 0).to(logprobs.dtype)
+    return total * policy.loss_scale, policy_metrics(ratio, kl, entropy, advantages, policy, computed)
+
+
+def token_losses(logprobs: Tensor, policy: Policy, computed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What the weights are applied to: the loss of each token, 0 where not computed; and its ratio and KL estimate.
 
     Order of the factors as in TRL: rollout weights multiply the surrogate and not the KL, which is added after.
     """
@@ -372,18 +444,14 @@ def policy_loss(logprobs: Tensor, entropy: Tensor, policy: Policy, computed: Ten
     def select(x: Tensor) -> Tensor:  # before any arithmetic: 0 * inf and 0 * nan are nan
         return torch.where(computed, x, 0).to(logprobs.dtype)
 
-    logprobs, entropy, advantages = select(logprobs), select(entropy), select(policy.advantages)
+    logprobs, advantages = select(logprobs), select(policy.advantages)
     rollout_weights = None if policy.rollout_weights is None else select(policy.rollout_weights)
 
     log_ratio = logprobs - (logprobs.detach() if policy.old_logprobs is None else select(policy.old_logprobs))
     ratio = importance_log_ratio(log_ratio, computed, sequences, config.level).clamp(-clamp, clamp).exp()
     phi = None
     if config.surrogate == "vespo":
-        log_rollout = None
-        if rollout_weights is not None:
-            log_rollout = select(rollout_weights.log().clamp(math.log(1e-8), clamp))
-            log_rollout = sequences.mean(log_rollout, computed) if policy.rollout_per_sequence else sequences.total(log_rollout)
-        phi = vespo_phi(log_ratio, advantages, log_rollout, sequences, config)
+        phi = vespo_phi(log_ratio, advantages, policy.log_rollout(computed), sequences, config)
 
     loss = surrogate(ratio, advantages, logprobs, phi, config)
     if rollout_weights is not None and config.surrogate != "vespo":
@@ -393,11 +461,7 @@ def policy_loss(logprobs: Tensor, entropy: Tensor, policy: Policy, computed: Ten
         kl = kl_penalty(logprobs, select(policy.ref_logprobs), config.kl_estimator, clamp)
     if config.beta != 0:
         loss = loss + config.beta * (kl * ratio if config.bias_corrected_kl else kl)
-
-    total = (policy.weights * select(loss)).sum()
-    if config.entropy_coef != 0:
-        total = total - config.entropy_coef * (policy.entropy_weights * entropy).sum()
-    return total * policy.loss_scale, policy_metrics(ratio, kl, entropy, advantages, policy, computed)
+    return select(loss), ratio, kl
 
 
 @torch.no_grad()

@@ -20,9 +20,12 @@ struct RowStatistics {
   double pivot;  // a reference near the largest logit, in the units of f(z): keeps exp's argument small and exact
 };
 
+// A row whose target is not among its columns: it lies in another process's part of the vocabulary, or nowhere, and then lse is NaN.
+constexpr int64_t kNoTarget = -1;
+
 struct RowKernels {
   RowStatistics (*statistics)(const void* row, int64_t vocabulary, int64_t target, const RowTransform& transform);
-  // d loss / d z for the whole row; gradient may be the row itself.
+  // d loss / d z for the whole row; gradient may be the row itself, target may be kNoTarget.
   void (*gradient)(const void* row, void* gradient, int64_t vocabulary, int64_t target, const RowTransform& transform,
                    const RowStatistics& statistics, double g, double h);
 };

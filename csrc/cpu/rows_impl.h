@@ -248,7 +248,7 @@ template <typename T, bool kCapped, bool kEntropy>
 GF_INLINE void gradient_of(const T* row, T* gradient, int64_t vocabulary, int64_t target, const RowTransform& transform,
                            const RowStatistics& statistics, double g, double h) {
   alignas(64) float buffer[kBlock];
-  const double f_target = column<T, kCapped>(row, target, transform);
+  const double f_target = target == kNoTarget ? 0 : column<T, kCapped>(row, target, transform);
   const double pivot = std::isinf(statistics.pivot) ? f_target : statistics.pivot;  // no finite logit but the target's
   const double slope = slope_of<kCapped>(transform), log_factor = pivot * slope - statistics.lse;
   const double factor = std::exp(log_factor) * transform.logit_scale / transform.temperature;
@@ -269,7 +269,7 @@ GF_INLINE void gradient_of(const T* row, T* gradient, int64_t vocabulary, int64_
     const int64_t n = begin + kBlock < vocabulary ? kBlock : vocabulary - begin;
     gradient_block<kCapped, kEntropy>(block_of<kCapped>(row + begin, n, transform, buffer), gradient + begin, n, terms);
   }
-  from_float(static_cast<float>(d_target), gradient + target);
+  if (target != kNoTarget) from_float(static_cast<float>(d_target), gradient + target);
 }
 
 template <typename T>

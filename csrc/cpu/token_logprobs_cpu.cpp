@@ -52,7 +52,7 @@ static void token_logprobs_gradient(const Tensor& logits, const Tensor& gradient
     const RowTransform transform = tokens.transform(b, t);
     RowStatistics row{logprob.at(b, t), row_entropy.at(b, t), row_lse.at(b, t), 0};
     row.pivot = std::nearbyint(row.lse * transform.temperature / (softcap > 0 ? 1.0 : logit_scale));  // a whole number: f - pivot is exact
-    const int64_t target = std::clamp<int64_t>(tokens.ids.at(b, t), 0, in.vocabulary - 1);  // out of range: lse is NaN, so is the row
+    const int64_t target = tokens.in_vocabulary(b, t, in.vocabulary) ? tokens.ids.at(b, t) : kNoTarget;
     kernels.gradient(in.at(b, t), out.at(b, t), in.vocabulary, target, transform, row, g.at(b, t), h.at(b, t));
   });
 }
