@@ -1,0 +1,112 @@
+"""What a sampler is asked, what it answers, and what it must be able to do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+__all__ = ["Completion", "Sampler", "SamplerError", "SamplingParams", "check_prompts", "end_tokens"]
+
+
+class SamplerError(RuntimeError):
+    """A sampler could not answer: the message says who was asked, what came back, and the cure."""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How completions are drawn: from softmax(z/T), cut to the tokens that top-k, top-p and min-p leave (in this order), if set.
+
+    Args:
+        max_new_tokens: length limit of a completion, in tokens, the end token included.
+        temperatures: one per prompt; > 0 to sample, 0 for greedy decoding, which is for evaluation only.
+        top_p: keep the smallest set of most likely tokens whose probabilities sum to this much; 1 = all.
+        top_k: keep this many; 0 = all.
+        min_p: keep tokens at least this fraction as likely as the likeliest; 0 = all.
+        seed: the same seed, prompts and weights give the same tokens; None: drawn from torch's global generator.
+        eos_token_id: the token, or tokens, that end a completion.
+        pad_token_id: fills shorter rows; never part of an answer.
+    """
+
+    max_new_tokens: int
+    temperatures: Sequence[float]
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    eos_token_id: int | list[int] = field(kw_only=True)
+    pad_token_id: int = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens!r}; expected a whole number of at least 1.")
+        for index, temperature in enumerate(self.temperatures):
+            if not 0 <= temperature < math.inf:
+                raise ValueError(
+                    f"temperatures[{index}] is {temperature!r}; expected a finite number: above 0 to sample, 0 for greedy decoding."
+                )
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p!r}; expected a number in (0, 1]. 1 keeps all tokens.")
+        if not isinstance(self.top_k, int) or self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k!r}; expected a whole number >= 0. 0 keeps all tokens.")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p is {self.min_p!r}; expected a number in [0, 1]. 0 keeps all tokens.")
+        if not end_tokens(self):
+            raise ValueError("eos_token_id is an empty list; expected at least one token that ends a completion.")
+
+    @property
+    def truncates(self) -> bool:
+        """Whether top-k, top-p or min-p leave tokens out: then the sampler's log-probabilities are renormalised over the rest."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One answer.
+
+    Args:
+        token_ids: up to and including the end token, if one was drawn.
+        finished: an end token was drawn; False: cut at the length limit.
+        logprobs: of the tokens, under the distribution they were drawn from (softmax(z/T), after truncation); None if the sampler does
+            not know them, or decoded greedily.
+    """
+
+    token_ids: list[int]
+    finished: bool
+    logprobs: list[float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.logprobs is not None and len(self.logprobs) != len(self.token_ids):
+            raise ValueError(f"logprobs has {len(self.logprobs)} entries; expected {len(self.token_ids)}, one for each token.")
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """Whoever draws completions. A class of your own needs these three methods and nothing else."""
+
+    def generate(self, prompts: Sequence[list[int]], params: SamplingParams) -> list[Completion]:
+        """One completion for each prompt, in the order of the prompts."""
+
+    def update_weights(self, model: Any, step: int) -> None:
+        """Draw from these weights from now on; called after every optimiser step that precedes a rollout."""
+
+    def close(self) -> None:
+        """Let go of what was opened; may be called twice."""
+
+
+def end_tokens(params: SamplingParams) -> list[int]:
+    """The tokens that end a completion, as a list."""
+    return [params.eos_token_id] if isinstance(params.eos_token_id, int) else list(params.eos_token_id)
+
+
+def check_prompts(prompts: Sequence[list[int]], params: SamplingParams) -> None:
+    """As many temperatures as prompts, and no empty prompt: there would be nothing to condition the first token on."""
+    if len(params.temperatures) != len(prompts):
+        raise ValueError(
+            f"temperatures has {len(params.temperatures)} entries for {len(prompts)} prompts; expected one for each prompt. "
+            "Repeat one value: [1.0] * len(prompts)."
+        )
+    for index, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ValueError(f"prompts[{index}] is empty; expected at least one token. Start it with the tokenizer's bos token.")

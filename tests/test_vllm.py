@@ -1,0 +1,285 @@
+"""The vLLM sampler against a stand-in server on the loopback: what it draws, what it refuses, new weights, and every fault of the wire."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="the stand-in server is backed by a transformers model")
+
+from vllm_stand_in import StandIn, serving
+
+from grpo_fast.generation import SamplerError, SamplingParams, make_sampler
+from grpo_fast.generation.vllm import VLLMSampler
+from grpo_fast.generation.vllm_http import Server
+from grpo_fast.generation.vllm_weights import merged_state_dict
+
+EOS, PAD = 1, 0
+
+
+def tiny(seed: int = 0, *, tied: bool = False, init: float = 0.3) -> Any:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=29,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        initializer_range=init,
+        tie_word_embeddings=tied,
+        bos_token_id=None,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    )
+    return Qwen2ForCausalLM(config).eval()
+
+
+def params(temperatures: list[float], **more: Any) -> SamplingParams:
+    return SamplingParams(**({"max_new_tokens": 6, "seed": 5} | more), temperatures=temperatures, eos_token_id=EOS, pad_token_id=PAD)
+
+
+def logprobs_of(model: Any, prompt: list[int], ids: list[int], temperature: float) -> torch.Tensor:
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([prompt + ids]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+    return (logits / temperature).log_softmax(-1).gather(-1, torch.tensor(ids)[:, None]).squeeze(-1)
+
+
+@pytest.fixture
+def stand_in() -> StandIn:
+    return StandIn(tiny())
+
+
+@pytest.fixture
+def url(stand_in: StandIn) -> Iterator[str]:
+    with serving(stand_in) as address:
+        yield address
+
+
+def connect(url: str, model: Any = None, **options: Any) -> VLLMSampler:
+    defaults: dict[str, Any] = {"retry_seconds": 5.0, "timeout": 10.0, "concurrency": 4, "weight_sync": "disk"}
+    sampler = make_sampler("vllm", model if model is not None else tiny(), None, url=url, **(defaults | options))
+    assert isinstance(sampler, VLLMSampler)
+    return sampler
+
+
+PROMPTS = [[5, 6, 7], [8], [9, 10], [5, 6, 7], [5, 6, 7]]
+TEMPERATURES = [0.5, 1.0, 1.7, 0.9, 0.0]
+
+
+def test_completions_in_order_with_the_logprobs_of_their_own_temperature(stand_in: StandIn, url: str) -> None:
+    sampler = connect(url)
+    found = sampler.generate(PROMPTS, params(TEMPERATURES))
+    for prompt, temperature, completion in zip(PROMPTS, TEMPERATURES, found, strict=True):
+        assert completion.finished == (completion.token_ids[-1] == EOS)
+        assert len(completion.token_ids) == 6 or completion.finished
+        if temperature == 0:
+            assert completion.logprobs is None
+            continue
+        ours = logprobs_of(stand_in.model, prompt, completion.token_ids, temperature)
+        torch.testing.assert_close(torch.tensor(completion.logprobs), ours, atol=2e-6, rtol=0)
+    assert [c.token_ids for c in sampler.generate(PROMPTS, params(TEMPERATURES))] == [c.token_ids for c in found]  # one seed
+    assert [c.token_ids for c in sampler.generate(PROMPTS, params(TEMPERATURES, seed=6))] != [c.token_ids for c in found]
+    assert sampler.generate([], params([])) == []
+    sampler.close()
+    sampler.close()
+
+
+def test_members_of_a_group_are_drawn_from_different_numbers(url: str) -> None:
+    sampler = connect(url)
+    group = sampler.generate([[5, 6, 7]] * 8, params([1.5] * 8, max_new_tokens=8))
+    assert len({tuple(completion.token_ids) for completion in group}) > 4
+    sampler.close()
+
+
+def test_every_setting_is_said_so_that_the_servers_defaults_play_no_part(stand_in: StandIn, url: str) -> None:
+    sampler = connect(url)
+    sampler.generate([[5]], params([0.8], top_p=0.9, top_k=7, min_p=0.01))
+    sent = stand_in.requests[-1]
+    assert (sent["temperature"], sent["top_p"], sent["top_k"], sent["min_p"]) == (0.8, 0.9, 7, 0.01)
+    assert sent["repetition_penalty"] == 1.0 and sent["presence_penalty"] == sent["frequency_penalty"] == 0.0
+    assert sent["ignore_eos"] and sent["stop_token_ids"] == [EOS] and sent["model"] == "stand-in"
+    sampler.close()
+
+
+@pytest.mark.parametrize(("mode", "words"), [("raw_logprobs", r"softmax\(z\)"), ("raw_logits", "logits")])
+def test_untempered_logprobs_are_refused(mode: str, words: str) -> None:
+    with serving(StandIn(tiny(), logprobs_mode=mode)) as address:
+        sampler = connect(address)
+        with pytest.raises(SamplerError, match=words) as caught:
+            sampler.generate([[5]], params([1.0]))
+        assert "--logprobs-mode processed_logprobs" in str(caught.value) and address in str(caught.value)
+        sampler.close()
+
+
+def test_a_flat_model_passes_for_now_and_is_asked_again() -> None:
+    with serving(StandIn(tiny(init=1e-4))) as address:
+        sampler = connect(address)
+        sampler.generate([[5]], params([1.0]))
+        assert not sampler._processed
+        sampler.close()
+
+
+@pytest.mark.parametrize("fault", ["500", "cut", "broken"])
+def test_what_passes_is_tried_again(stand_in: StandIn, url: str, fault: str) -> None:
+    sampler = connect(url)
+    expected = sampler.generate(PROMPTS, params(TEMPERATURES))
+    stand_in.faults = [fault, fault]
+    assert sampler.generate(PROMPTS, params(TEMPERATURES)) == expected
+    assert stand_in.faults == []
+    sampler.close()
+
+
+def test_a_server_that_stays_broken_ends_in_an_error_with_url_and_cure(stand_in: StandIn, url: str) -> None:
+    sampler = connect(url, retry_seconds=0.4)
+    sampler.generate([[5]], params([1.0]))
+    stand_in.faults = ["500"] * 1000
+    begin = time.monotonic()
+    with pytest.raises(SamplerError, match=r"answers 500.*engine says no.*tries") as caught:
+        sampler.generate([[5]], params([1.0]))
+    assert time.monotonic() - begin < 5
+    assert url in str(caught.value)
+    sampler.close()
+
+
+def test_a_silent_server_is_given_up(stand_in: StandIn, url: str) -> None:
+    sampler = connect(url, timeout=0.3, retry_seconds=0.1)
+    sampler._processed = True
+    stand_in.faults = ["hang"] * 5
+    with pytest.raises(SamplerError, match=r"no answer within 0\.3 s"):
+        sampler.generate([[5]], params([1.0]))
+    sampler.close()
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("400", "answers 400.*engine says no"),
+        ("other prompt", "belongs to another prompt"),
+        ("short", "finish_reason 'abort'"),
+        ("no logprobs", "log-probability"),
+    ],
+)
+def test_wrong_answers_are_errors_at_once(stand_in: StandIn, url: str, fault: str, words: str) -> None:
+    sampler = connect(url)
+    sampler.generate([[5]], params([1.0]))
+    before = len(stand_in.requests)
+    stand_in.faults = [fault]
+    with pytest.raises(SamplerError, match=words):
+        sampler.generate([[5]], params([1.0]))
+    assert len(stand_in.requests) == before + 1
+    sampler.close()
+
+
+def test_no_server_at_all() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(SamplerError, match=rf"127\.0\.0\.1:{port}/v1/models: connection refused.*vllm serve"):
+        connect(f"http://127.0.0.1:{port}", retry_seconds=0.2)
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "ftp://x", ""])
+def test_bad_url(url: str) -> None:
+    with pytest.raises(ValueError, match="expected http://host:port"):
+        Server(url)
+
+
+def test_bad_options(url: str) -> None:
+    with pytest.raises(ValueError, match="weight_sync is 'carrier pigeon'"):
+        connect(url, weight_sync="carrier pigeon")
+    with pytest.raises(ValueError, match="no option colour"):
+        connect(url, colour="blue")
+    with pytest.raises(SamplerError, match="needs the package vllm"):
+        connect(url, weight_sync="nccl")
+    sampler = connect(url)
+    with pytest.raises(ValueError, match=r"vLLM draws at 0\.01"):
+        sampler.generate([[5]], params([0.001]))
+    sampler.close()
+
+
+# --- new weights -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_new_weights_are_in_force_when_update_weights_returns(tmp_path: Path, tied: bool) -> None:
+    stand_in = StandIn(tiny(0, tied=tied))
+    trained = tiny(1, tied=tied)
+    with serving(stand_in) as address:
+        sampler = connect(address, trained, weights_dir=str(tmp_path))
+        old = sampler.generate(PROMPTS, params(TEMPERATURES))
+        sampler.update_weights(trained, 1)
+        new = sampler.generate(PROMPTS, params(TEMPERATURES))
+        assert [c.token_ids for c in new] != [c.token_ids for c in old]
+        gap = logprobs_of(trained, PROMPTS[0], new[0].token_ids, TEMPERATURES[0]) - torch.tensor(new[0].logprobs)
+        assert gap.abs().max() < 2e-6
+        assert stand_in.calls[-2:] == ["/collective_rpc", "/reset_prefix_cache?reset_running_requests=true"]
+        sampler.update_weights(trained, 2)
+        assert [folder.name for folder in tmp_path.iterdir()] == ["step-2"]  # one checkpoint at a time
+        sampler.close()
+        assert tmp_path.is_dir()  # the caller's folder stays
+
+
+def test_a_folder_of_its_own_is_removed(url: str) -> None:
+    model = tiny(1)
+    sampler = connect(url, model)
+    sampler.update_weights(model, 1)
+    folder = sampler._sync._directory  # type: ignore[union-attr]
+    assert folder is not None and folder.is_dir()
+    sampler.close()
+    assert not folder.exists()
+
+
+def test_without_the_development_addresses_the_error_says_so() -> None:
+    with serving(StandIn(tiny(), dev_mode=False)) as address:
+        sampler = connect(address)
+        with pytest.raises(SamplerError, match=r"/collective_rpc: the server answers 404.*VLLM_SERVER_DEV_MODE=1"):
+            sampler.update_weights(tiny(1), 1)
+        sampler.close()
+
+
+def test_a_failed_reload_is_an_error_and_not_tried_again(stand_in: StandIn, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(body: dict[str, Any]) -> dict[str, Any]:
+        raise OSError("no such folder here")
+
+    monkeypatch.setattr(stand_in, "reload", fail)
+    sampler = connect(url)
+    with pytest.raises(SamplerError, match=r"answers 500.*no such folder here"):
+        sampler.update_weights(tiny(1), 1)
+    assert stand_in.calls.count("/collective_rpc") == 1
+    sampler.close()
+
+
+def test_merged_lora_equals_the_adapted_model_and_leaves_it_alone() -> None:
+    peft = pytest.importorskip("peft", reason="merging an adapter needs peft")
+    base = tiny(2, tied=True)
+    reference = {name: value.clone() for name, value in base.state_dict().items()}
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "down_proj"], modules_to_save=["norm"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(base, config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or "modules_to_save" in name:
+                parameter.normal_(std=0.5)
+    merged = merged_state_dict(model)
+    plain = tiny(3, tied=True)
+    assert set(merged) == set(plain.state_dict())
+    plain.load_state_dict(merged)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        ours, theirs = plain(input_ids=ids).logits, model(input_ids=ids).logits
+        without = tiny(2, tied=True)(input_ids=ids).logits
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    assert (theirs - without).abs().max() > 0.1  # the adapter does something
+    after = {name.replace(".base_layer.", "."): value for name, value in model.get_base_model().state_dict().items()}
+    for name, value in reference.items():
+        if name in after:
+            assert torch.equal(after[name], value), name

@@ -1,0 +1,175 @@
+"""A stand-in for ``vllm serve`` on the loopback: the addresses the client uses, a small transformers model behind, faults on demand."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import torch
+
+from grpo_fast.generation import SamplingParams
+from grpo_fast.generation.transformers_sampler import TransformersSampler
+
+
+class StandIn:
+    """The server's state, for a test to look at and to break.
+
+    ``faults`` are taken one by one, each by one request for completions: "500", "400", "hang", "cut" (half a JSON text), "broken" (the
+    connection closes before the announced length), "other prompt", "short" (a finish_reason that does not fit), "no logprobs".
+    """
+
+    def __init__(self, model: Any, *, logprobs_mode: str = "processed_logprobs", dev_mode: bool = True) -> None:
+        self.model, self.logprobs_mode, self.dev_mode = model, logprobs_mode, dev_mode
+        self.faults: list[str] = []
+        self.requests: list[dict[str, Any]] = []  # of completions
+        self.calls: list[str] = []  # paths of everything else
+        self.release = threading.Event()
+        self.lock = threading.Lock()
+
+    def complete(self, body: dict[str, Any]) -> dict[str, Any]:
+        prompt, end = body["prompt"], body["stop_token_ids"]
+        if not body.get("return_token_ids") or not body.get("ignore_eos"):
+            raise ValueError("the client must ask for ids, and name its own end tokens")
+        params = SamplingParams(
+            body["max_tokens"],
+            [body["temperature"]],
+            body["top_p"],
+            body["top_k"],
+            body["min_p"],
+            body.get("seed"),
+            eos_token_id=end,
+            pad_token_id=0,
+        )
+        with self.lock:
+            done = TransformersSampler(self.model).generate([prompt], params)[0]
+            with torch.no_grad():
+                logits = self.model(input_ids=torch.tensor([prompt + done.token_ids]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+        values = logits.float()
+        if self.logprobs_mode == "processed_logprobs" and body["temperature"] > 0:
+            values = values / body["temperature"]
+        if self.logprobs_mode != "raw_logits":
+            values = values.log_softmax(-1)
+        ids = torch.tensor(done.token_ids)
+        top = values.topk(max(body["logprobs"], 1), -1)
+        return {
+            "object": "text_completion",
+            "choices": [
+                {
+                    "index": 0,
+                    "text": "",
+                    "prompt_token_ids": prompt,
+                    "token_ids": done.token_ids,
+                    "finish_reason": "stop" if done.finished else "length",
+                    "logprobs": {
+                        "tokens": [f"token_id:{token}" for token in done.token_ids],
+                        # renormalised after truncation, as the server does: the sampler's own
+                        "token_logprobs": done.logprobs
+                        if done.logprobs is not None and self.logprobs_mode == "processed_logprobs"
+                        else values.gather(-1, ids[:, None]).squeeze(-1).tolist(),
+                        "top_logprobs": [
+                            {f"token_id:{i}": v for i, v in zip(row_ids, row, strict=True)}
+                            for row_ids, row in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+                        ],
+                    },
+                }
+            ],
+        }
+
+    def reload(self, body: dict[str, Any]) -> dict[str, Any]:
+        from transformers import AutoModelForCausalLM
+
+        if body["method"] != "reload_weights":
+            raise ValueError(f"no method {body['method']}")
+        with self.lock:
+            self.model = AutoModelForCausalLM.from_pretrained(body["kwargs"]["weights_path"]).eval()
+        return {"results": [None]}
+
+
+@contextmanager
+def serving(stand_in: StandIn) -> Iterator[str]:
+    """Serve on a free port of 127.0.0.1 while the context is open. Yields the address."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+        def answer(self, status: int, content: Any, *, announce: int | None = None) -> None:
+            text = content if isinstance(content, bytes) else json.dumps(content).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(text) if announce is None else announce))
+            self.end_headers()
+            self.wfile.write(text)
+
+        def do_GET(self) -> None:
+            stand_in.calls.append(self.path)
+            if self.path == "/v1/models":
+                self.answer(200, {"data": [{"id": "stand-in"}]})
+            else:
+                self.answer(404, {"detail": "Not Found"})
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or b"{}")
+            if self.path == "/v1/completions":
+                self.completions(body)
+                return
+            stand_in.calls.append(self.path)
+            if not stand_in.dev_mode:
+                self.answer(404, {"detail": "Not Found"})
+            elif self.path == "/collective_rpc":
+                try:
+                    self.answer(200, stand_in.reload(body))
+                except Exception as error:
+                    self.answer(500, {"error": str(error)})
+            elif self.path.startswith("/reset_prefix_cache"):
+                self.answer(200, b"")
+            else:
+                self.answer(404, {"detail": "Not Found"})
+
+        def completions(self, body: dict[str, Any]) -> None:
+            stand_in.requests.append(body)
+            with stand_in.lock:
+                fault = stand_in.faults.pop(0) if stand_in.faults else None
+            if fault in ("500", "400"):
+                self.answer(int(fault), {"error": {"message": "engine says no"}})
+                return
+            if fault == "hang":
+                stand_in.release.wait(20)
+            content = stand_in.complete(body)
+            choice = content["choices"][0]
+            if fault == "other prompt":
+                choice["prompt_token_ids"] = [*choice["prompt_token_ids"], 1]
+            elif fault == "short":
+                choice["finish_reason"] = "abort"
+            elif fault == "no logprobs":
+                choice["logprobs"] = None
+            text = json.dumps(content).encode()
+            if fault == "cut":
+                self.answer(200, text[: len(text) // 2])
+            elif fault == "broken":
+                self.answer(200, text[: len(text) // 2], announce=len(text))
+                self.close_connection = True
+            else:
+                self.answer(200, text)
+
+    class QuietServer(ThreadingHTTPServer):
+        daemon_threads = True
+        request_queue_size = 128
+
+        def handle_error(self, *_: Any) -> None:
+            """A client that has given up is no news."""
+
+    with QuietServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            stand_in.release.set()
+            server.shutdown()
+            thread.join()
