@@ -127,7 +127,7 @@ class RowSampler:
         noise = noise.clamp_(min=torch.finfo(noise.dtype).tiny).log_().mul_(self._noise_scale[:, None])
         perturbed = scores - noise
         token = perturbed.argmax(-1, keepdim=True)
-        self._logprobs.append(-(scores - scores.gather(-1, token)).logsumexp(-1))  # exact also where the token is almost certain
+        self._logprobs.append(-(scores - scores.gather(-1, token)).logsumexp(-1))  # no worse where almost certain
         return perturbed
 
     def logprobs(self, drawn: Tensor) -> Tensor:
