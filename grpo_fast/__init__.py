@@ -14,6 +14,7 @@ from grpo_fast.backends import BackendStatus, backends, use_backend
 from grpo_fast.checks import debug_checks
 from grpo_fast.config import LOSS_TYPES, LossConfig
 from grpo_fast.corrections import off_policy_sequence_mask, rollout_weights, top_entropy_mask
+from grpo_fast.head.models import head_of, linear_logprobs_from, linear_loss_from
 from grpo_fast.linear import linear_grpo_loss, linear_token_logprobs
 from grpo_fast.loss import GRPOOutput, TokenLogprobs, grpo_loss, token_logprobs
 
@@ -30,7 +31,10 @@ __all__ = [
     "debug_checks",
     "group_advantages",
     "grpo_loss",
+    "head_of",
     "linear_grpo_loss",
+    "linear_logprobs_from",
+    "linear_loss_from",
     "linear_token_logprobs",
     "off_policy_sequence_mask",
     "rollout_weights",

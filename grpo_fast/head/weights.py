@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 __all__ = ["gathered"]
 
 
 def gathered(x: Tensor) -> Tensor:
-    """A DTensor (FSDP2, tensor parallelism) as one tensor; its gradient goes back to the shards."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
+    """A DTensor (FSDP2, tensor parallelism) as one tensor. Its gradient goes back to the shards as the mean over the processes: what FSDP
+    does where each has other data, and the same number where all have the same."""
+    if type(x) in (Tensor, torch.nn.Parameter):
+        return x
+    from torch.distributed.tensor import DTensor, Partial  # here: a second of imports
+
+    if not isinstance(x, DTensor):
+        return x
+    whole = x.full_tensor(grad_placements=[Partial()] * x.device_mesh.ndim)
+    if whole.requires_grad and torch.is_grad_enabled():
+        processes = math.prod(x.device_mesh.shape)
+        whole.register_hook(lambda gradient: gradient / processes)
+    return whole

@@ -1,0 +1,252 @@
+"""The head of a transformers causal language model: where its hidden states come from, and what it does to them."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grpo_fast.linear import linear_grpo_loss, linear_token_logprobs
+from grpo_fast.loss import GRPOOutput, TokenLogprobs
+
+__all__ = ["ModelHead", "head_of", "hidden_states_of", "linear_logprobs_from", "linear_loss_from"]
+
+# Names under which configurations keep a factor of the logits, and whether they are divided by it. A number that stands for none is None.
+_SCALES = (("logit_scale", False), ("output_multiplier", False), ("lm_head_multiplier", False), ("logits_scaling", True))
+_MULTIPLIED_ALL_THE_SAME = ("hyperclovax",)  # model types that multiply by logits_scaling
+
+# Largest difference between a model's own logits and ours, relative to the largest logit.
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 4e-2, torch.float16: 1e-2}
+
+_verified: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+@dataclass(frozen=True)
+class ModelHead:
+    """What a model does to its last hidden states: ``logits = f(hidden @ weight.T + bias)`` with f as in grpo_loss."""
+
+    module: nn.Module  # called by the model with the hidden states
+    weight: Tensor | nn.Module  # [V, D]; the module itself where it has no such matrix
+    bias: Tensor | None  # [V]
+    softcap: float | None
+    logit_scale: float
+    adapters: tuple[tuple[nn.Module, Tensor, Tensor, float], ...] = ()  # LoRA: dropout, A [R, D], B [V, R], scale
+
+    def arguments(self, hidden: Tensor) -> dict[str, Any]:
+        """Of linear_grpo_loss and linear_token_logprobs, for these hidden states."""
+        out: dict[str, Any] = {"weight": self.weight, "bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
+        if self.adapters:
+            adapted = [dropout(hidden.to(a.dtype)) @ a.T * scale for dropout, a, _, scale in self.adapters]
+            out["adapter"] = (torch.cat(adapted, -1), torch.cat([b for _, _, b, _ in self.adapters], -1))
+        return out
+
+
+def head_of(model: nn.Module) -> ModelHead:
+    """Find the head of a causal language model of transformers, bare or wrapped by PEFT, DistributedDataParallel or torch.compile.
+
+    Soft cap and scale are read from the model's configuration (Gemma 2: ``final_logit_softcapping``; Cohere: ``logit_scale``; Granite:
+    ``logits_scaling``; Falcon-H1: ``lm_head_multiplier``). LoRA on the head (PEFT) is taken apart, so that its merged weight is never made.
+
+    Raises:
+        ValueError: the model has no head, or one that is more than a matrix.
+
+    Example:
+        >>> head = head_of(model)  # doctest: +SKIP
+        >>> head.softcap, head.logit_scale, tuple(head.weight.shape)  # doctest: +SKIP
+        (30.0, 1.0, (256000, 2304))
+    """
+    base = _unwrapped(model)
+    get = getattr(base, "get_output_embeddings", None)
+    module = get() if callable(get) else None
+    if module is None:
+        raise ValueError(
+            f"model is a {type(base).__name__} without output embeddings; expected a causal language model of transformers. Pass its "
+            "logits to grpo_loss, or hidden states and weight to linear_grpo_loss."
+        )
+    inner, adapters = _without_lora(module)
+    softcap, logit_scale = _softcap_and_scale(base.config)
+    weight: Tensor | nn.Module = getattr(inner, "weight", inner)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() != 2:  # quantised: its forward is all it offers
+        if adapters:
+            raise ValueError(
+                f"the head is a {type(inner).__name__} (quantised) with LoRA on top; expected a floating-point weight under LoRA. Leave "
+                "the head out of target_modules, or do not quantise it."
+            )
+        return ModelHead(module, inner, None, softcap, logit_scale)
+    return ModelHead(module, weight, getattr(inner, "bias", None), softcap, logit_scale, adapters)
+
+
+def hidden_states_of(model: nn.Module, model_inputs: dict[str, Any]) -> tuple[Tensor, ModelHead]:
+    """What the model feeds to its head for these inputs, [B, L, D], and the head. The model's own forward is called, so that whatever
+    wraps it (DistributedDataParallel, FSDP, PEFT, hooks) does its work; only the head inside passes its input out, and makes logits of the
+    last position alone.
+
+    Raises:
+        ValueError: the model's logits are not what its head's weight, bias, soft cap and scale make of the hidden states (looked at once
+            per model, at one position of each row).
+    """
+    head = head_of(model)
+    with _passing_out(head.module) as caught:
+        output = model(**model_inputs)
+    if not caught:
+        raise ValueError(
+            f"{type(_unwrapped(model)).__name__} did not call its output embeddings; expected one call. Pass its logits to grpo_loss."
+        )
+    hidden, last = caught[0]
+    if head.module not in _verified:
+        _verify(model, head, last, output.logits)
+        _verified.add(head.module)
+    return hidden, head
+
+
+def linear_loss_from(
+    model: nn.Module,
+    model_inputs: dict[str, Any],
+    token_ids: Tensor,  # int64 [B, T] or [L]
+    advantages: Tensor,  # [B], [B, T] or [L]
+    **options: Any,
+) -> GRPOOutput:
+    """linear_grpo_loss of a transformers causal language model: runs it up to its head, and the head by chunks.
+
+    Args:
+        model: bare or wrapped (PEFT, DistributedDataParallel, FSDP2).
+        model_inputs: what the model is called with: ``input_ids`` [B, P + T], ``attention_mask`` and whatever else it wants. Positions
+            follow the attention mask unless ``position_ids`` are given, so that padding on the left does not shift them.
+        token_ids: [B, T]: the last T tokens of ``input_ids``, each scored by the position before it. [L], with packed ``input_ids`` [1, L]:
+            ``token_ids[i]`` is scored by position i, so shift them yourself and mask what is not to be scored.
+        options: as of linear_grpo_loss, but for softcap, logit_scale, bias and adapter, which are the model's.
+
+    Example:
+        >>> out = linear_loss_from(model, {"input_ids": ids, "attention_mask": mask}, ids[:, -8:], advantages)  # doctest: +SKIP
+        >>> out.loss.backward()  # doctest: +SKIP
+    """
+    hidden, arguments = _scored(model, model_inputs, token_ids, options)
+    weight = arguments.pop("weight")
+    return linear_grpo_loss(hidden, weight, token_ids, advantages, **arguments, **options)
+
+
+def linear_logprobs_from(model: nn.Module, model_inputs: dict[str, Any], token_ids: Tensor, **options: Any) -> TokenLogprobs:
+    """linear_token_logprobs of a transformers causal language model; arguments as of linear_loss_from."""
+    hidden, arguments = _scored(model, model_inputs, token_ids, options)
+    weight = arguments.pop("weight")
+    return linear_token_logprobs(hidden, weight, token_ids, **arguments, **options)
+
+
+def _scored(model: nn.Module, model_inputs: dict[str, Any], token_ids: Tensor, options: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    for name in ("softcap", "logit_scale", "bias", "adapter"):
+        if name in options:
+            raise ValueError(f"{name} was given; expected it to be left out: it is read from the model. Or call linear_grpo_loss yourself.")
+    packed = token_ids.dim() == 1
+    inputs = _completed(model, model_inputs, None if packed else token_ids.shape[1] + 1)
+    hidden, head = hidden_states_of(model, inputs)
+    length = hidden.shape[1]
+    if packed:
+        if hidden.shape[0] != 1 or length != token_ids.shape[0]:
+            raise ValueError(
+                f"token_ids has shape {list(token_ids.shape)} and the model gave hidden states {list(hidden.shape)}; expected packed "
+                "input_ids [1, L] with token_ids [L]."
+            )
+        hidden = hidden.squeeze(0)
+    elif length < token_ids.shape[1] + 1:
+        raise ValueError(
+            f"token_ids has {token_ids.shape[1]} tokens a row and input_ids {length}; expected at least one more in input_ids, since the "
+            "first token is scored by the position before it. Put the prompt, or a begin token, in front."
+        )
+    else:
+        hidden = hidden[:, length - token_ids.shape[1] - 1 :]
+    return hidden, head.arguments(hidden)
+
+
+def _completed(model: nn.Module, model_inputs: dict[str, Any], keep: int | None) -> dict[str, Any]:
+    """What the caller need not think of: no cache, positions by the attention mask, no more hidden states than are scored."""
+    known = inspect.signature(_unwrapped(model).forward).parameters
+    inputs = {"use_cache": False, **model_inputs} if "use_cache" in known else dict(model_inputs)
+    mask = inputs.get("attention_mask")
+    if "position_ids" in known and "position_ids" not in inputs and isinstance(mask, Tensor) and mask.dim() == 2:
+        inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
+    if keep is not None and "logits_to_keep" in known:
+        inputs.setdefault("logits_to_keep", keep)
+    return inputs
+
+
+def _unwrapped(model: nn.Module) -> Any:
+    """The transformers model inside DistributedDataParallel, torch.compile and PEFT."""
+    while True:
+        inner = getattr(model, "_orig_mod", getattr(model, "module", None))
+        if isinstance(inner, nn.Module):
+            model = inner
+        elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+            model = model.get_base_model()  # type: ignore[operator]
+        else:
+            return model
+
+
+@contextmanager
+def _passing_out(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Inside the ``with``, calling the module collects its input and its output for the last position, which is all it computes."""
+    caught: list[tuple[Tensor, Tensor]] = []
+    forward = module.forward
+
+    def collect(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        last = forward(hidden[:, -1:], *args, **kwargs)
+        caught.append((hidden, last))
+        return last
+
+    module.forward = collect
+    try:
+        yield caught
+    finally:
+        del module.forward
+
+
+@torch.no_grad()
+def _verify(model: nn.Module, head: ModelHead, last: Tensor, logits: Tensor) -> None:
+    """last: what the head made of the last position; logits: what the model made of that."""
+    ours, logits = last.float() * head.logit_scale, logits.float()
+    if head.softcap is not None:
+        ours = head.softcap * torch.tanh(ours / head.softcap)
+    difference, size = (ours - logits).abs().max().item(), logits.abs().max().item()
+    if not difference <= _TOLERANCE.get(last.dtype, 1e-3) * size:
+        raise ValueError(
+            f"the logits of {type(_unwrapped(model)).__name__} differ from f(hidden @ weight.T + bias) with softcap={head.softcap} and "
+            f"logit_scale={head.logit_scale:g} by up to {difference:.3g} of {size:.3g}; expected the same. Its head does something that "
+            "is not known here: pass its logits to grpo_loss, or hidden states, weight, softcap and logit_scale to linear_grpo_loss."
+        )
+
+
+def _softcap_and_scale(config: Any) -> tuple[float | None, float]:
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    softcap = getattr(text, "final_logit_softcapping", None)
+    for name, divided in _SCALES:
+        value = getattr(text, name, None)
+        if value is not None:
+            divided = divided and text.model_type not in _MULTIPLIED_ALL_THE_SAME
+            return softcap, 1 / value if divided else float(value)
+    return softcap, 1.0
+
+
+def _without_lora(module: Any) -> tuple[Any, tuple[tuple[nn.Module, Tensor, Tensor, float], ...]]:
+    """A head's layer and the LoRA adapters that PEFT has put around it and that are in force."""
+    saved = getattr(module, "modules_to_save", None)
+    if isinstance(saved, nn.ModuleDict):  # a copy that is trained whole
+        active = [name for name in module.active_adapters if name in saved]
+        return (module.original_module if getattr(module, "disable_adapters", False) or not active else saved[active[0]]), ()
+    if not hasattr(module, "base_layer"):
+        return module, ()
+    if not hasattr(module, "lora_A"):
+        raise ValueError(f"the head is wrapped in a {type(module).__name__}; expected LoRA or none. Leave the head out of target_modules.")
+    if module.disable_adapters or module.merged:
+        return module.base_layer, ()
+    names = [name for name in module.active_adapters if name in module.lora_A]
+    special = [name for name in names if name in getattr(module, "lora_variant", {})]
+    if special or any(getattr(module, "lora_bias", {}).get(name) for name in names):
+        raise ValueError("the head has DoRA or another variant of LoRA; expected plain LoRA. Leave the head out of target_modules.")
+    return module.base_layer, tuple(
+        (module.lora_dropout[name], module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]) for name in names
+    )
