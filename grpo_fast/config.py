@@ -26,6 +26,7 @@ AGGREGATIONS = (
     "nonempty_sequence_mean",
     "nonempty_sequence_sum",
 )
+ENTROPY_AGGREGATIONS = ("same", "token_mean")
 
 
 class LossRow(NamedTuple):
@@ -109,7 +110,7 @@ class LossConfig:
     def __post_init__(self) -> None:
         _one_of("loss_type", self.loss_type, tuple(LOSS_TYPES))
         _one_of("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
-        _one_of("entropy_aggregation", self.entropy_aggregation, ("same", "token_mean"))
+        _one_of("entropy_aggregation", self.entropy_aggregation, ENTROPY_AGGREGATIONS)
         if self.importance_sampling_level is not None:
             _one_of("importance_sampling_level", self.importance_sampling_level, LEVELS)
         if self.aggregation is not None:

@@ -17,6 +17,7 @@ from grpo_fast.config import LossConfig
 from grpo_fast.head.autograd import LinearLogprobsFunction, LinearLossFunction
 from grpo_fast.head.chunks import Plan, chunk_rows, free_bytes
 from grpo_fast.head.loss import LINEAR_METRICS, linear_loss
+from grpo_fast.head.ops import compiled_logprobs, compiled_loss
 from grpo_fast.head.products import DenseHead, Head, HeadTensors, ModuleHead, Wants
 from grpo_fast.head.rows import Rows, Shard, all_vocabulary_parts
 from grpo_fast.head.weights import gathered
@@ -112,6 +113,7 @@ def linear_grpo_loss(
         return out._replace(metrics={**out.metrics, LINEAR_METRICS[-1]: torch.zeros_like(out.loss.detach()).float()})
 
     packed, rows, only_active = policy.packed(), call.rows(), metrics_on == "active"
+    length = call.inputs.token_ids.shape[1]
 
     def run(tensors: HeadTensors, wants: Wants) -> Any:
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
@@ -124,7 +126,11 @@ def linear_grpo_loss(
                 limit=call.limit,
             )
 
-    if call.wants_gradient:
+    if call.compiled:
+        loss, logprobs, entropy, metrics = compiled_loss(
+            call.tensors, rows, packed, only_active=only_active, dtype=call.dtype, length=length, chunk_bytes=chunk_bytes
+        )
+    elif call.wants_gradient:
         loss, logprobs, entropy, metrics = LinearLossFunction.apply(run, *call.tensors)
     else:
         loss, logprobs, entropy, metrics, _ = run(call.tensors, Wants(False))
@@ -185,7 +191,10 @@ def linear_token_logprobs(
     if call.by_reference:
         return token_logprobs(call.full_logits(), token_ids, mask=mask, **call.scoring_as_given)
     rows = call.rows()
-    if call.wants_gradient:
+    if call.compiled:
+        length = call.inputs.token_ids.shape[1]
+        logprobs, entropy = compiled_logprobs(call.tensors, rows, dtype=call.dtype, length=length, chunk_bytes=chunk_bytes)
+    elif call.wants_gradient:
         free = free_bytes(hidden.device) // KEPT_SHARE if keep_bytes is None else keep_bytes
         logprobs, entropy = LinearLogprobsFunction.apply(call.head, rows, call.limit, free // call.row_bytes, *call.tensors)
     else:
@@ -201,13 +210,23 @@ class _Call(NamedTuple):
     module: Callable[[Tensor], Tensor] | None
     vocabulary: int
     dtype: torch.dtype  # of the products and the logits
-    limit: int  # tokens per chunk
+    chunk_bytes: int | None
     group: ProcessGroup | None
     temperature: float | Tensor  # as given
 
     @property
     def row_bytes(self) -> int:
         return self.vocabulary * self.dtype.itemsize
+
+    @property
+    def limit(self) -> int:
+        """Tokens per chunk."""
+        return chunk_rows(self.chunk_bytes, self.row_bytes, self.inputs.scored.device)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether torch.compile traces this call, and an operator takes the place of what follows."""
+        return torch.compiler.is_compiling() and self.module is None and self.group is None
 
     @property
     def by_reference(self) -> bool:
@@ -239,8 +258,7 @@ class _Call(NamedTuple):
         if self.module is not None:
             assert tensors.hidden is not None
             return ModuleHead(self.module, tensors.hidden, wants, self.vocabulary, length)
-        one_chunk = len(plan.chunks) == 1 and len(plan.chunks[0].pieces) == 1
-        return DenseHead(tensors, wants, self.dtype, length, one_chunk=one_chunk, group=self.group)
+        return DenseHead(tensors, wants, self.dtype, length, one_chunk=plan.one_piece, group=self.group)
 
     def full_logits(self) -> Tensor:
         """All of them, recorded by autograd, shaped like the hidden states as given."""
@@ -306,8 +324,7 @@ def _checked(
         adapted = adapted.unsqueeze(0)
     tensors = HeadTensors(inputs.scored, matrix, bias, adapted, adapter_weight)
     dtype = _product_dtype(hidden, matrix)
-    limit = chunk_rows(chunk_bytes, vocabulary * dtype.itemsize, hidden.device)
-    return _Call(inputs, tensors, module, vocabulary, dtype, limit, process_group, temperature)
+    return _Call(inputs, tensors, module, vocabulary, dtype, chunk_bytes, process_group, temperature)
 
 
 def _product_dtype(hidden: Tensor, weight: Tensor | None) -> torch.dtype:

@@ -24,7 +24,6 @@ effect: it is replaced before any arithmetic, so that it can reach neither the v
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -198,6 +197,13 @@ class Sequences:
             position = torch.arange(token_ids.shape[-1], device=token_ids.device)
             self.segment = torch.searchsorted(cu_seqlens[1:].contiguous(), position, right=True)
 
+    @classmethod
+    def numbered(cls, segment: Tensor, count: int) -> Sequences:
+        """From the number of each packed token's sequence, [N] in rising order."""
+        sequences = cls(segment)
+        sequences.segment, sequences.count = segment, count
+        return sequences
+
     def total(self, x: Tensor) -> Tensor:
         """Give every token the sum of x over its sequence; x and result shaped like the tokens (padded: the result is [B, 1])."""
         if self.segment is None:
@@ -212,9 +218,7 @@ class Sequences:
     def take(self, tokens: Tensor | slice) -> Sequences:
         """The same of some tokens, in their order; packed input only."""
         assert self.segment is not None
-        part = copy.copy(self)
-        part.segment = self.segment[tokens]
-        return part
+        return Sequences.numbered(self.segment[tokens], self.count)
 
     def mean(self, x: Tensor, mask: Tensor) -> Tensor:
         """Give every token the mean of x over its sequence's unmasked tokens; 0 for a sequence without any."""

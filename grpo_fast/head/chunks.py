@@ -10,7 +10,7 @@ from torch import Tensor
 
 from grpo_fast.reference import Sequences
 
-__all__ = ["Chunk", "Plan", "chunk_rows", "plan"]
+__all__ = ["Chunk", "Plan", "chunk_rows", "free_bytes", "plan_of"]
 
 ROWS = {"cpu": 512, "otherwise": 8192}  # tokens per chunk where memory allows: above it, the products gain nothing
 FREE_SHARE = 4  # a chunk takes at most this part of the memory that is free
@@ -38,6 +38,11 @@ class Plan(NamedTuple):
     order: Tensor | None  # int64 [n], tokens; None: all of them as they stand
     chunks: list[Chunk]  # with their gradient
     rest: list[Chunk]  # statistics alone
+
+    @property
+    def one_piece(self) -> bool:
+        """Whether every gradient is made at once."""
+        return len(self.chunks) == 1 and len(self.chunks[0].pieces) == 1
 
     @property
     def largest(self) -> int:
@@ -81,7 +86,7 @@ def free_bytes(device: torch.device) -> int:
     return 16 << 30
 
 
-def plan(
+def plan_of(
     computed: Tensor,  # bool [N]: the tokens that are looked at
     active: Tensor,  # bool [N], a part of them: those that get a gradient
     limit: int,  # tokens per chunk

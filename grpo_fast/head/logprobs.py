@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_fast.head.chunks import Plan, plan
+from grpo_fast.head.chunks import Plan, plan_of
 from grpo_fast.head.products import Head, HeadTensors
 from grpo_fast.head.rows import Rows, RowStatistics
 
@@ -41,7 +41,7 @@ def linear_token_logprobs_fwd(
     want_slopes: bool,
 ) -> Forward:
     """Log-probability, entropy and log-sum-exp, nothing recorded by autograd."""
-    order = plan(rows.mask[0], rows.mask[0], limit, None)
+    order = plan_of(rows.mask[0], rows.mask[0], limit, None)
     head = make_head(order)
     statistics = RowStatistics(*(torch.zeros_like(rows.mask, dtype=torch.float32) for _ in range(3)))
     if want_slopes or order.kept_chunks(keep) < len(order.chunks):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_fast.head.chunks import Chunk, Plan, plan
+from grpo_fast.head.chunks import Chunk, Plan, plan_of
 from grpo_fast.head.products import Head, HeadTensors
 from grpo_fast.head.rows import Rows, RowStatistics
 from grpo_fast.ops import METRICS, call_below_autograd, loss_settings
@@ -47,7 +47,7 @@ def linear_loss(
     computed = active if only_active else policy.mask
     rows, token_level = rows._replace(mask=computed), policy.token_level()
     wanted = active if want_gradient else torch.zeros_like(active)
-    order = plan(computed[0], wanted[0], limit, policy.sequences if token_level is None else None)
+    order = plan_of(computed[0], wanted[0], limit, policy.sequences if token_level is None else None)
     head = make_head(order)
     head.reserve(order.largest)
     whole = RowStatistics(*(torch.zeros_like(computed, dtype=torch.float32) for _ in range(3)))
