@@ -1,29 +1,41 @@
-"""What a sample of completions looks like: repetition, endless loops, coherence, diversity and entropy, all by rule.
+"""What a sample of completions looks like: repetition, endless loops, coherence, diversity, entropy and accuracy, all by rule.
 
 Each function is a plain measure of one text, one sequence of tokens, or one group; `grpo_fast.rewards` turns some of them into rewards.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
+from statistics import fmean, variance
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from grpo_fast.advantages import group_advantages
+
 __all__ = [
     "NUMBER",
     "EntropySummary",
+    "PassAt1",
     "Sections",
     "coherence",
+    "consensus_at_k",
+    "distinct_ngrams",
     "distinct_share",
     "entropy_summary",
     "is_truncated",
+    "longest_certain_run",
     "loop_period",
     "parse_sections",
+    "pass_at_1",
+    "pass_at_k",
     "repeated_ngrams",
+    "truncated_share",
+    "zero_variance_share",
 ]
 
 NUMBER = r"\d+(?:\.\d+)?"  # what a question is about, when nothing else is said: its numbers
@@ -73,9 +85,37 @@ def repeated_ngrams(tokens: Sequence[Hashable], n: int = 4) -> float:
     return 1.0 - len({tuple(tokens[i : i + n]) for i in range(count)}) / count
 
 
-def is_truncated(completion_ids: Sequence[int], eos_token_id: int) -> bool:
-    """Whether a completion was cut at the length limit: it holds no end-of-sequence token. (An empty one was cut as well.)"""
-    return eos_token_id not in completion_ids
+def is_truncated(completion_ids: Sequence[int], eos_token_id: int | Collection[int]) -> bool:
+    """Whether a completion was cut at the length limit: it holds no end-of-sequence token. (An empty one was cut as well.)
+
+    ``eos_token_id`` is one id or, as in many chat models' generation settings, several of which any ends a completion.
+    """
+    ends = (eos_token_id,) if isinstance(eos_token_id, int) else eos_token_id
+    return not any(end in completion_ids for end in ends)
+
+
+def truncated_share(completions: Sequence[Sequence[int]], eos_token_id: int | Collection[int]) -> float:
+    """The share of the completions (token ids) that were cut at the length limit (`is_truncated`); 0 for none at all."""
+    return fmean(is_truncated(ids, eos_token_id) for ids in completions) if completions else 0.0
+
+
+def longest_certain_run(logprobs: Sequence[float], threshold: float = 0.99) -> int:
+    """The most tokens in a row that each had a probability above ``threshold``; ``logprobs`` are the sampler's, in nats.
+
+    In a loop the probability of every token soars: MiniMax-M1 (arXiv:2506.13585) stops a sample when this reaches 3,000.
+
+    Example:
+        >>> longest_certain_run([-0.001, -2.0, -0.001, -0.002, -0.02])
+        2
+    """
+    if not 0 < threshold < 1:
+        raise ValueError(f"longest_certain_run: threshold is {threshold}; expected a probability above 0 and below 1.")
+    limit = math.log(threshold)
+    longest = current = 0
+    for logprob in logprobs:
+        current = current + 1 if logprob > limit else 0
+        longest = max(longest, current)
+    return longest
 
 
 def loop_period(tokens: Sequence[Hashable], min_repeats: int = 3) -> int | None:
@@ -132,6 +172,123 @@ def distinct_share(group: Sequence[Hashable]) -> float:
     if not group:
         raise ValueError("distinct_share: group is empty; expected the completions of one prompt, at least one.")
     return len(set(group)) / len(group)
+
+
+def distinct_ngrams(group: Sequence[Sequence[Hashable]], n: int = 4) -> float:
+    """Diversity within a group, in its words: ``|different n-grams| / |n-grams|`` over all its completions together (arXiv:1510.03055).
+
+    `repeated_ngrams` looks into one completion, this also sees what several have in common. 1 where no completion is ``n`` tokens long.
+
+    Example:
+        >>> distinct_ngrams(["abc", "abd"], n=2)  # ab bc ab bd
+        0.75
+    """
+    if n < 1:
+        raise ValueError(f"distinct_ngrams: n is {n}; expected at least 1, the length of the n-grams.")
+    grams = [tuple(tokens[i : i + n]) for tokens in group for i in range(len(tokens) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 1.0
+
+
+def zero_variance_share(rewards: Tensor, group_size: int) -> float:
+    """The share of groups whose rewards are all equal: they teach nothing (all right: too easy, or T too low; all wrong: too hard).
+
+    Args:
+        rewards: ``[B]``, groups of ``group_size`` consecutive completions; NaN where no reward applies. Several rewards: sum them first.
+        group_size: completions per prompt.
+    """
+    if rewards.dim() != 1:
+        raise ValueError(
+            f"zero_variance_share: rewards has shape {tuple(rewards.shape)}; expected [B]: the weighted sum of several rewards."
+        )
+    if rewards.numel() == 0:
+        return 0.0
+    return group_advantages(rewards, group_size=group_size).degenerate.float().mean().item()
+
+
+class PassAt1(NamedTuple):
+    """Mean accuracy over rounds of one sample per prompt, with two errors of it; NaN where there are too few rounds or prompts to tell."""
+
+    mean: float
+    sampling_error: float  # standard error if the same prompts were sampled again: what a comparison on fixed prompts needs
+    prompt_error: float  # ... and if other prompts of the same kind had been drawn: what a claim about the kind of prompt needs
+    prompts: int
+    rounds: int
+
+
+def pass_at_1(correct: Sequence[Sequence[float]]) -> PassAt1:
+    """pass@1 as DeepSeek-R1 reports it (arXiv:2501.12948): the mean of k samples per prompt, since one greedy sample misleads.
+
+    ``sampling_error = sqrt(sum_i s_i^2 / k) / N`` with s_i^2 the unbiased variance of prompt i's k results, ``prompt_error = s / sqrt(N)``
+    with s the unbiased standard deviation of the prompts' means (arXiv:2411.00640).
+
+    Args:
+        correct: ``[N][k]``: for each of N prompts its k results (0 or 1, or a share), as many for each.
+
+    Example:
+        >>> result = pass_at_1([[1, 0], [1, 1]])
+        >>> result.mean, result.sampling_error, result.prompt_error
+        (0.75, 0.25, 0.25)
+    """
+    rounds = _rounds("pass_at_1", correct)
+    means = [fmean(row) for row in correct]
+    sampling = math.sqrt(sum(variance(row) / rounds for row in correct)) / len(correct) if rounds > 1 else math.nan
+    between = math.sqrt(variance(means) / len(means)) if len(means) > 1 else math.nan
+    return PassAt1(fmean(means), sampling, between, len(correct), rounds)
+
+
+def pass_at_k(correct: Sequence[Sequence[float]], k: int) -> float:
+    """The chance that at least one of k samples is right, without bias from n >= k samples: ``1 - C(n-c, k) / C(n, k)`` (arXiv:2107.03374).
+
+    Args:
+        correct: ``[N][n]``: for each prompt its n results, right if above 0; c of them are. The mean over prompts is returned.
+        k: from 1 to n.
+
+    Example:
+        >>> pass_at_k([[1, 0, 0, 0], [0, 0, 0, 0]], k=2)  # the first: 1 - C(3,2)/C(4,2) = 1/2
+        0.25
+    """
+    samples = _rounds("pass_at_k", correct)
+    if not 1 <= k <= samples:
+        raise ValueError(f"pass_at_k: k is {k}; expected 1 to {samples}, the samples of each prompt.")
+    wrong = [sum(value <= 0 for value in row) for row in correct]
+    return fmean(1 - math.comb(count, k) / math.comb(samples, k) for count in wrong)
+
+
+def consensus_at_k(answers: Sequence[Sequence[Hashable | None]], correct: Sequence[Sequence[float]]) -> float:
+    """cons@k: the share of prompts whose most frequent answer is right (majority vote, arXiv:2203.11171; cons@64 of arXiv:2501.12948).
+
+    A sample without an answer (None) has no vote; a prompt without any is wrong. A tie counts as its expectation if a lot decides: the mean
+    over the answers that share the lead. An answer's correctness is that of the samples that gave it.
+
+    Args:
+        answers: ``[N][k]``: what each sample stated, in a form in which equal answers are equal (`grpo_fast.rewards.canonical_answer`).
+        correct: ``[N][k]``: its result, 0 or 1.
+
+    Example:
+        >>> consensus_at_k([["7", "7", "8"], ["3", "4", None]], [[1, 1, 0], [1, 0, 0]])
+        0.75
+    """
+    rounds = _rounds("consensus_at_k", correct)
+    if len(answers) != len(correct) or any(len(row) != rounds for row in answers):
+        raise ValueError(
+            f"consensus_at_k: answers is not of the shape of correct, [{len(correct)}][{rounds}]; expected one for each result."
+        )
+    scores = []
+    for stated, results in zip(answers, correct, strict=True):
+        votes = Counter(answer for answer in stated if answer is not None)
+        leaders = [answer for answer, count in votes.items() if count == max(votes.values())]
+        by_leader = [fmean(result for answer, result in zip(stated, results, strict=True) if answer == leader) for leader in leaders]
+        scores.append(fmean(by_leader) if by_leader else 0.0)
+    return fmean(scores)
+
+
+def _rounds(where: str, correct: Sequence[Sequence[float]]) -> int:
+    lengths = {len(row) for row in correct}
+    if len(lengths) != 1 or 0 in lengths:
+        raise ValueError(
+            f"{where}: correct has rows of {sorted(lengths)} results; expected one row per prompt, all of the same length >= 1."
+        )
+    return lengths.pop()
 
 
 def entropy_summary(

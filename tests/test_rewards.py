@@ -97,7 +97,7 @@ def test_repetition_penalty_refuses(settings):
         (lambda: format_reward(["q", "r"], ["a"], [[1]]), "format_reward: completions has 1 items; expected 2"),
         (lambda: CoherenceReward()(["q"], [], []), "coherence_reward: completions has 0 items; expected 1"),
         (lambda: RepetitionPenalty()(["q"], ["a"], []), "repetition_penalty: completion_ids has 0 items; expected 1"),
-        (lambda: reward_matrix([format_reward], ["q"], ["a"], [[1]], answer=[]), "reward_matrix: answer has 0 items; expected 1"),
+        (lambda: reward_matrix([format_reward], ["q"], ["a"], [[1]], answer=[]), "RewardRunner: answer has 0 items; expected 1"),
     ],
 )
 def test_wrong_lengths_are_named(call, message):

@@ -1,0 +1,66 @@
+"""Is the stated answer the true one? By comparing texts and plain numbers, without any dependency; for LaTeX see `mathematics`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from decimal import Decimal
+from typing import Any
+
+from grpo_fast.rewards.common import Completion, check_same_length, text_of
+
+__all__ = ["accuracy_reward", "canonical_answer", "extract_answer"]
+
+_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_PLAIN_NUMBER = re.compile(r"[+-]?(?:0|[1-9]\d*|[1-9]\d{0,2}(?:,\d{3})+)(?:\.\d+)?")
+
+
+def accuracy_reward(
+    prompts: Sequence[Completion],
+    completions: Sequence[Completion],
+    completion_ids: Sequence[Sequence[int]] | None = None,
+    *,
+    answer: Sequence[Any],
+    **columns: Any,
+) -> list[float | None]:
+    """1 if the stated answer is the true one, else 0; None where the true answer is None (DeepSeek-R1's accuracy reward).
+
+    The stated answer is what `extract_answer` finds; two answers are the same if `canonical_answer` makes them equal.
+
+    Example:
+        >>> accuracy_reward(["1 + 1?"] * 3, ["<answer>2.0</answer>", "2", r"\\boxed{2}"], answer=["2", "2", None])
+        [1.0, 0.0, None]
+    """
+    check_same_length("accuracy_reward", prompts=prompts, completions=completions, answer=answer)
+    stated = (extract_answer(text_of(completion)) for completion in completions)
+    return [
+        None if truth is None else float(text is not None and canonical_answer(text) == canonical_answer(truth))
+        for text, truth in zip(stated, answer, strict=True)
+    ]
+
+
+def extract_answer(text: str) -> str | None:
+    r"""The content of the last ``<answer>…</answer>``, else of the last ``\boxed{…}`` (braces may nest), else None."""
+    tagged = _ANSWER.findall(text)
+    if tagged:
+        return str(tagged[-1]).strip()
+    _, box, rest = text.rpartition(r"\boxed{")
+    depth = 1
+    for position, character in enumerate(rest if box else ""):
+        depth += {"{": 1, "}": -1}.get(character, 0)
+        if depth == 0:
+            return rest[:position].strip()
+    return None
+
+
+def canonical_answer(answer: Any) -> str | Decimal:
+    """A form in which equal answers are equal: a plain number is its value, any other text is itself but for white space.
+
+    A number with leading zeros is no plain number: "0125" is a text, and not "125".
+
+    Example:
+        >>> canonical_answer("1,000") == canonical_answer("+1000.0"), canonical_answer("0125") == canonical_answer("125")
+        (True, False)
+    """
+    text = " ".join(str(answer).split())
+    return Decimal(text.replace(",", "")) if _PLAIN_NUMBER.fullmatch(text) else text

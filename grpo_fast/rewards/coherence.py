@@ -1,0 +1,45 @@
+"""Does a completion hang together: answer with reasoning, reasoning with question?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from grpo_fast.metrics import NUMBER, STEP, coherence
+from grpo_fast.rewards.common import Completion, check_same_length, text_of
+
+__all__ = ["CoherenceReward"]
+
+
+@dataclass(frozen=True)
+class CoherenceReward:
+    """From 0 to 1: does the completion hang together? The mean of three rules, see `grpo_fast.metrics.coherence`.
+
+    Tags well formed; the answer agrees with the reasoning (it stands in its last step); the reasoning agrees with the question (it
+    takes up the question's keys, by default its numbers). Coherent is not correct: pair it with `accuracy_reward`. The rules are this
+    package's own; that rules, and no model, should judge is DeepSeek-R1's reason (arXiv:2501.12948, section 2.2).
+
+    Args:
+        key_pattern: regular expression of what the reasoning must take up from the question.
+        step_pattern: regular expression of what separates two steps of the reasoning.
+
+    Example:
+        >>> CoherenceReward()(["What is 3 + 4?"], ["<think>3 + 4; so 7</think><answer>7</answer>"])
+        [1.0]
+    """
+
+    key_pattern: str = NUMBER
+    step_pattern: str = STEP
+    __name__ = "coherence_reward"  # the name under which trainers log it
+
+    def __call__(
+        self,
+        prompts: Sequence[Completion],
+        completions: Sequence[Completion],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Any,
+    ) -> list[float | None]:
+        check_same_length(self.__name__, prompts=prompts, completions=completions)
+        rules = {"key_pattern": self.key_pattern, "step_pattern": self.step_pattern}
+        return [coherence(text_of(p), text_of(c), **rules) for p, c in zip(prompts, completions, strict=True)]

@@ -1,0 +1,124 @@
+"""Reward functions by name, for the command line and settings files: the package's own, or anybody's by where it is defined."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from grpo_fast.rewards.accuracy import accuracy_reward
+from grpo_fast.rewards.coherence import CoherenceReward
+from grpo_fast.rewards.common import Reward
+from grpo_fast.rewards.fluency import ReferenceFluencyReward, SentenceReward
+from grpo_fast.rewards.language import LanguageConsistencyReward
+from grpo_fast.rewards.length import CosineLengthReward, LengthReward, SoftOverlongPunishment
+from grpo_fast.rewards.mathematics import MathReward
+from grpo_fast.rewards.repetition import CertainRunPenalty, RepetitionPenalty
+from grpo_fast.rewards.structure import format_reward, tag_count_reward
+
+__all__ = ["BUILT_IN", "load_reward"]
+
+BUILT_IN: dict[str, Any] = {
+    "accuracy": accuracy_reward,
+    "math": MathReward,
+    "format": format_reward,
+    "tag_count": tag_count_reward,
+    "coherence": CoherenceReward,
+    "sentences": SentenceReward,
+    "reference_fluency": ReferenceFluencyReward,
+    "repetition": RepetitionPenalty,
+    "certain_run": CertainRunPenalty,
+    "length": LengthReward,
+    "cosine_length": CosineLengthReward,
+    "soft_overlong": SoftOverlongPunishment,
+    "language": LanguageConsistencyReward,
+}
+
+_SPELLING = re.compile(r"(?P<what>[^()]+?)\s*(?P<settings>\(.*\))?", re.DOTALL)
+
+
+def load_reward(name: str) -> Reward:
+    """The reward function of this name.
+
+    - ``"accuracy"``: one of the package's own, see ``BUILT_IN``;
+    - ``"package.module:function"`` or ``"package.module.function"``: imported;
+    - ``"path/to/file.py:function"``: the same, with the file's folder put on ``sys.path``.
+
+    Settings follow in parentheses, as keywords with plain values: ``"repetition(ngram_size=6)"``, ``"mine:Reward(weight=2)"``. A class is
+    made into a reward without any; a function is taken itself unless there are parentheses: then it is called, and makes the reward.
+
+    Example:
+        >>> load_reward("repetition(ngram_size=6, max_penalty=0.5)")
+        RepetitionPenalty(ngram_size=6, max_penalty=0.5)
+    """
+    match = _SPELLING.fullmatch(name.strip())
+    if match is None:
+        raise ValueError(f"load_reward: name is {name!r}; expected 'name', 'package.module:function' or 'file.py:function(setting=1)'.")
+    what = match["what"]
+    found = BUILT_IN[what] if what in BUILT_IN else _imported(what)
+    if match["settings"] is None and not inspect.isclass(found):
+        reward = found
+    else:
+        settings = _settings(name, match["settings"] or "()")
+        try:
+            reward = found(**settings)
+        except TypeError as error:
+            raise ValueError(f"load_reward: {what!r} does not take the settings {settings} of {name!r}: {error}") from error
+    if not callable(reward):
+        raise TypeError(f"load_reward: {name!r} is {reward!r} ({type(reward).__name__}); expected a function that scores completions.")
+    return reward
+
+
+def _settings(name: str, text: str) -> dict[str, Any]:
+    try:
+        call = ast.parse(f"_{text}", mode="eval").body
+        if isinstance(call, ast.Call) and not call.args and all(keyword.arg for keyword in call.keywords):
+            return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError):
+        pass
+    raise ValueError(f"load_reward: the settings of {name!r} are {text}; expected keywords with plain values: '(ngram_size=6)'.")
+
+
+def _imported(what: str) -> Any:
+    place, colon, attribute = what.rpartition(":")
+    if not colon:
+        place, _, attribute = what.rpartition(".")
+    if not place or not attribute:
+        raise ValueError(
+            f"load_reward: {what!r} is none of the package's own rewards, {', '.join(BUILT_IN)}; expected one of these, "
+            "'package.module:function' or 'file.py:function'."
+        )
+    module = _from_file(Path(place)) if place.endswith(".py") else _from_module(place, what)
+    found = module
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise ValueError(f"load_reward: {place!r} has no {attribute!r}, which {what!r} asks for.")
+        found = getattr(found, part)
+    return found
+
+
+def _from_module(place: str, what: str) -> Any:
+    try:
+        return importlib.import_module(place)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (place == error.name or place.startswith(f"{error.name}.")):
+            cure = f"Cure: install it, add its folder to PYTHONPATH, or name the file: 'path/{place.rpartition('.')[2]}.py:...'."
+            raise ValueError(f"load_reward: there is no module {place!r} for {what!r}. {cure}") from error
+        raise  # the module is there; something that it imports is not
+
+
+def _from_file(path: Path) -> Any:
+    path = path.resolve()
+    if not path.is_file():
+        raise ValueError(f"load_reward: there is no file {path}.")
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))  # as `python path/to/file.py` does; so worker processes can import it by name, too
+    importlib.invalidate_caches()
+    module = importlib.import_module(path.stem)
+    if Path(module.__file__ or "").resolve() != path:
+        raise ValueError(f"load_reward: the name of {path} is taken by the module {module.__file__}. Cure: rename the file.")
+    return module

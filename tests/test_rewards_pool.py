@@ -1,0 +1,197 @@
+"""Worker processes: every item gets its own outcome, whatever hangs, crashes or is killed."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from grpo_fast.rewards import WorkerPool
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="worker processes need POSIX process groups and alarms")
+
+FUNCTION = """
+import ctypes, os, signal, subprocess, sys, time
+
+def act(item):
+    match item:
+        case "hang in C":  # holds the interpreter: no thread, no Python signal handler gets a turn
+            ctypes.PyDLL(None).sleep(60)
+        case "ignore signals":
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
+                signal.signal(number, signal.SIG_IGN)
+            time.sleep(60)
+        case "raise":
+            raise KeyError("on purpose")
+        case "exit":
+            os._exit(3)
+        case "leave":
+            sys.exit("on purpose")
+        case "print":
+            print("noise", flush=True)
+        case "unpicklable":
+            return lambda: None
+        case "child":
+            return subprocess.Popen(["sleep", "600"]).pid
+        case "child, then hang":
+            open(os.environ["CHILD_FILE"], "w").write(str(subprocess.Popen(["sleep", "600"]).pid))
+            time.sleep(60)
+        case "memory":
+            return len(bytearray(4 << 30))
+        case "pid":
+            return os.getpid()
+        case "torch":
+            return "torch" in sys.modules
+    return ("did", item)
+"""
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory) -> tuple[str, str]:
+    path = tmp_path_factory.mktemp("pool") / "actions.py"
+    path.write_text(FUNCTION)
+    return str(path), "act"
+
+
+@pytest.fixture(scope="module")
+def pool(target):
+    with WorkerPool(target, workers=2) as pool:
+        yield pool
+
+
+def test_outcomes_keep_their_places(pool):
+    """Twenty items through two workers, those that fail between those that do not: no value moves to another item."""
+    items: list = list(range(20))
+    items[3], items[8], items[13] = "raise", "exit", "hang in C"
+    outcomes = pool.map(items, timeout=1.5)
+    assert len(outcomes) == 20
+    for item, outcome in zip(items, outcomes, strict=True):
+        if isinstance(item, int):
+            assert outcome == (("did", item), None, False)
+    assert "KeyError: 'on purpose'" in outcomes[3].error and "actions.py" in outcomes[3].error
+    assert outcomes[8].error == "its worker process ended with exit status 3"
+    assert outcomes[13].timed_out and outcomes[13].error == "it took longer than 1.5 s, and its worker process was killed"
+    assert [o.timed_out for o in outcomes].count(True) == 1
+
+
+def test_what_ignores_signals_is_killed_and_the_pool_goes_on(pool):
+    begin = time.monotonic()
+    late, fine = pool.map(["ignore signals", 1], timeout=0.5)
+    assert late.timed_out and fine.value == ("did", 1)
+    assert time.monotonic() - begin < 20  # not the minute that it sleeps
+    assert pool.map([2], timeout=20)[0].value == ("did", 2)
+
+
+def test_odd_behaviour_is_an_error_of_its_item(pool):
+    leaves, prints, unpicklable = pool.map(["leave", "print", "unpicklable"], timeout=20)
+    assert "ended with exit status" in leaves.error
+    assert prints.value == ("did", "print")  # what it printed did not get between the results
+    assert "its result cannot be sent back" in unpicklable.error
+
+
+def test_workers_stay_and_do_not_import_torch(target):
+    with WorkerPool(target) as pool:
+        first = pool.map(["pid", "pid"], timeout=20)
+        assert first[0].value == first[1].value == pool.map(["pid"], timeout=20)[0].value
+        assert first[0].value != os.getpid()
+        assert pool.map(["torch"], timeout=20)[0].value is False
+
+
+def test_a_worker_that_died_while_idle_costs_no_item(target):
+    with WorkerPool(target) as pool:
+        pid = pool.map(["pid"], timeout=20)[0].value
+        os.kill(pid, signal.SIGKILL)
+        while pool._workers[0].process.poll() is None:
+            time.sleep(0.01)
+        assert pool.map([5], timeout=20)[0].value == ("did", 5)
+
+
+def _gone(pid: int) -> bool:
+    for _ in range(200):
+        try:
+            with open(f"/proc/{pid}/stat") as stat:
+                if stat.read().rpartition(")")[2].split()[0] == "Z":
+                    return True
+        except FileNotFoundError:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
+def test_the_children_of_a_killed_worker_die_with_it(target, tmp_path, monkeypatch):
+    monkeypatch.setenv("CHILD_FILE", str(tmp_path / "pid"))
+    with WorkerPool(target) as pool:
+        assert pool.map(["child, then hang"], timeout=1.0)[0].timed_out
+        assert _gone(int((tmp_path / "pid").read_text()))
+        pid = pool.map(["child"], timeout=20)[0].value
+    assert _gone(pid)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_AS is not enforced everywhere")
+def test_memory_limit(target):
+    with WorkerPool(target, memory_limit=1 << 30) as pool:
+        assert "MemoryError" in pool.map(["memory"], timeout=20)[0].error
+
+
+def test_many_threads_take_turns_and_get_their_own(pool):
+    results = {}
+
+    def ask(name: int) -> None:
+        results[name] = [outcome.value for outcome in pool.map([(name, i) for i in range(5)], timeout=20)]
+
+    threads = [threading.Thread(target=ask, args=(name,)) for name in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {name: [("did", (name, i)) for i in range(5)] for name in range(4)}
+
+
+def test_after_an_interrupt_no_late_result_is_taken_for_another(target, monkeypatch):
+    with WorkerPool(target) as pool:
+        pool.map([0], timeout=20)
+        monkeypatch.setattr(pool, "_hear", lambda worker: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            pool.map([1], timeout=20)
+        monkeypatch.undo()
+        assert pool.map([2], timeout=20)[0].value == ("did", 2)
+
+
+def test_no_items_start_no_process(target):
+    pool = WorkerPool(target)
+    assert pool.map([], timeout=1.0) == []
+    assert pool._workers == []
+
+
+def test_what_cannot_start_is_an_error_at_once(tmp_path):
+    broken = tmp_path / "broken.py"
+    broken.write_text("import a_module_that_is_not_there\n")
+    with WorkerPool((str(broken), "act")) as pool, pytest.raises(RuntimeError, match="could not load what it is to call"):
+        pool.map([1], timeout=20)
+
+
+def test_arguments_are_checked():
+    with pytest.raises(ValueError, match="workers is 0; expected at least 1"):
+        WorkerPool(len, workers=0)
+
+
+def test_a_script_without_a_main_guard_can_use_it_from_anywhere(tmp_path):
+    """Spawned workers of multiprocessing would run this script again, and fail; they end with it."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from grpo_fast.rewards.pool import WorkerPool\n"
+        "print('once', flush=True)\n"
+        "print([o.value for o in WorkerPool(len).map(['ab', 'c'], timeout=60)], flush=True)\n"
+    )
+    folder = os.path.dirname(os.path.dirname(importlib.util.find_spec("grpo_fast").origin))
+    run = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": folder}
+    )
+    assert run.stdout == "once\n[2, 1]\n", run.stderr
