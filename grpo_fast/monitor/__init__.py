@@ -1,0 +1,57 @@
+"""What a user sees of a run: a live progress bar, a table of completions, a metrics file, and curves drawn from it.
+
+    trainer = GRPOTrainer(...)
+    monitor.attach(trainer)            # progress and metrics.jsonl, in place of transformers' own progress bar
+
+``grpo-fast train`` does so by itself; ``grpo-fast plot RUN`` draws what was written.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from grpo_fast.monitor.records import METRICS_FILE, RunError, drop_after, read_run
+from grpo_fast.monitor.samples import completions_table, print_completions
+
+if TYPE_CHECKING:
+    from grpo_fast.monitor.journal import JournalCallback
+    from grpo_fast.monitor.progress import ProgressBarCallback
+
+__all__ = [
+    "METRICS_FILE",
+    "JournalCallback",
+    "ProgressBarCallback",
+    "RunError",
+    "attach",
+    "completions_table",
+    "drop_after",
+    "print_completions",
+    "read_run",
+]
+
+_CALLBACKS = {"JournalCallback": "grpo_fast.monitor.journal", "ProgressBarCallback": "grpo_fast.monitor.progress"}
+
+
+def attach(trainer: Any) -> None:
+    """Give a transformers Trainer these callbacks, and take away its own progress bar and printer. Twice is once.
+
+    ``disable_tqdm`` switches our progress off as it does transformers'; the metrics file is written in any case.
+    """
+    from transformers import PrinterCallback, ProgressCallback
+
+    from grpo_fast.monitor.journal import JournalCallback
+    from grpo_fast.monitor.progress import ProgressBarCallback
+
+    for callback in (ProgressCallback, PrinterCallback, ProgressBarCallback, JournalCallback):
+        trainer.remove_callback(callback)
+    if not trainer.args.disable_tqdm:
+        trainer.add_callback(ProgressBarCallback())
+    trainer.add_callback(JournalCallback())
+
+
+def __getattr__(name: str) -> Any:
+    """The callbacks need transformers, which takes seconds to import: only when asked for, so that plotting stays quick."""
+    if name in _CALLBACKS:
+        return getattr(importlib.import_module(_CALLBACKS[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,287 @@
+"""What a user sees of a run: the metrics file through crashes and resumption, the progress bar, the table of completions, the curves."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+pytest.importorskip("transformers", reason="the callbacks are transformers'")
+
+from transformers import TrainerState
+
+from grpo_fast import monitor
+from grpo_fast.monitor import JournalCallback, ProgressBarCallback, RunError, completions_table, print_completions, read_run
+from grpo_fast.monitor.plot import draw, series
+from grpo_fast.monitor.progress import headline
+
+LOGS = {
+    "reward": 0.512,
+    "reward_std": 0.31,
+    "entropy": 0.294,
+    "completions/repetition": 0.125,
+    "frac_reward_zero_std": 0.25,
+    "clip_ratio/region_mean": 0.01,
+    "kl": 0.0012,
+    "tokens_per_second": 1234.5,
+    "step_time/generate": 3.0,
+    "step_time/train": 1.0,
+    "loss": 0.1,
+}
+
+
+def state(step: int = 0, steps: int = 10, *, first: bool = True) -> TrainerState:
+    found = TrainerState()
+    found.global_step, found.max_steps, found.is_world_process_zero = step, steps, first
+    return found
+
+
+def log(callback: Any, folder: Path, step: int, logs: dict[str, Any], **more: Any) -> None:
+    callback.on_log(SimpleNamespace(output_dir=str(folder)), state(step, **more), None, logs=logs)
+
+
+def begin(callback: Any, folder: Path, step: int = 0, **more: Any) -> None:
+    callback.on_train_begin(SimpleNamespace(output_dir=str(folder)), state(step, **more), None)
+
+
+# --- the metrics file ------------------------------------------------------------------------------------------------------------
+
+
+def test_one_object_for_each_log(tmp_path: Path) -> None:
+    journal = JournalCallback()
+    begin(journal, tmp_path / "run")
+    log(journal, tmp_path / "run", 1, {"loss": 0.5, "reward": torch.tensor(0.25), "size": np.float32(2.0), "kl": math.nan, "up": math.inf})
+    log(journal, tmp_path / "run", 2, {"loss": 0.4, "note": "a\nb"})
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"step": 1, "loss": 0.5, "reward": 0.25, "size": 2.0, "kl": None, "up": None},
+        {"step": 2, "loss": 0.4, "note": "a\nb"},
+    ]
+    assert "NaN" not in lines[0]
+    log(journal, tmp_path / "run", 3, {"loss": 0.3}, first=False)  # another process
+    log(journal, tmp_path / "run", 3, {})
+    assert len(read_run(tmp_path / "run")) == 2
+
+
+def test_a_resumed_run_drops_what_it_will_make_again(tmp_path: Path) -> None:
+    journal = JournalCallback()
+    begin(journal, tmp_path)
+    for step in range(1, 6):
+        log(journal, tmp_path, step, {"loss": step})
+    path = tmp_path / "metrics.jsonl"
+    with path.open("a") as file:
+        file.write('{"step": 6, "lo')  # killed in the middle of a line
+    assert [record["step"] for record in read_run(path)] == [1, 2, 3, 4, 5]
+    begin(JournalCallback(), tmp_path, step=3, first=False)  # another process leaves the file alone
+    assert path.read_text().endswith('"lo')
+    path.chmod(0o640)
+    begin(JournalCallback(), tmp_path, step=3)
+    for step in (4, 5):
+        log(journal, tmp_path, step, {"loss": 10 * step})
+    assert [(record["step"], record["loss"]) for record in read_run(path)] == [(1, 1), (2, 2), (3, 3), (4, 40), (5, 50)]
+    assert path.stat().st_mode & 0o777 == 0o640
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+    begin(JournalCallback(), tmp_path)  # from the start
+    assert path.read_text() == ""
+
+
+def test_dropping_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n')
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        monitor.drop_after(path, 1)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_reading_says_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"there is no .*metrics\.jsonl; expected a run's folder"):
+        read_run(tmp_path)
+    (tmp_path / "good").mkdir()
+    (tmp_path / "good" / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(RunError, match="Runs beside it: good"):
+        read_run(tmp_path / "god")
+    empty = tmp_path / "metrics.jsonl"
+    empty.write_text("")
+    with pytest.raises(RunError, match="holds no metrics"):
+        read_run(tmp_path)
+    empty.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
+    with pytest.raises(RunError, match=r"line 2: 'nonsense' is no JSON object"):
+        read_run(tmp_path)
+
+
+# --- the progress bar ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_headline_has_the_numbers_that_are_there() -> None:
+    assert headline(LOGS) == (
+        "reward 0.512 ±0.31  entropy 0.294  repeats 12.5%  dead groups 25%  clipped 1.0%  kl 0.0012  tok/s 1,234  sampling 75% of 4.0 s"
+    )
+    assert headline({"reward": 1.0, "entropy": math.nan, "epoch": 0.1, "kl": "?"}) == "reward 1.000"
+    assert headline({"train_runtime": 3.0}) == ""
+
+
+def play(console: Console, folder: Path, **more: Any) -> None:
+    bar = ProgressBarCallback(console)
+    args = SimpleNamespace(output_dir=str(folder))
+    begin(bar, folder, **more)
+    for step in (1, 2):
+        log(bar, folder, step, LOGS, **more)
+        bar.on_step_end(args, state(step, **more), None)
+    bar.on_train_end(args, state(2, **more), None)
+    assert bar.progress is None
+
+
+def test_on_a_terminal_there_is_one_live_line(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=200)
+    play(console, tmp_path)
+    shown = console.file.getvalue()
+    assert "2/10" in shown and "reward 0.512" in shown and "\x1b[" in shown
+
+
+def test_elsewhere_there_are_plain_lines(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), force_terminal=False, width=40)
+    play(console, tmp_path)
+    lines = console.file.getvalue().splitlines()
+    assert len(lines) == 2 and lines[0].startswith("step 1/10  reward 0.512 ±0.31") and "\x1b" not in lines[0]
+    silent = Console(file=io.StringIO(), force_terminal=True)
+    play(silent, tmp_path, first=False)
+    assert silent.file.getvalue() == ""
+
+
+def test_dead_groups_are_explained_once(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), force_terminal=False, width=400)
+    bar = ProgressBarCallback(console)
+    for step in (1, 2):
+        log(bar, tmp_path, step, {"reward": 0.0, "frac_reward_zero_std": 0.9})
+    assert console.file.getvalue().count("in 90% of the groups all rewards are equal") == 1
+
+
+def test_attach_replaces_transformers_own(tmp_path: Path) -> None:
+    from transformers import ProgressCallback, Trainer, TrainingArguments
+
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    trainer = Trainer(torch.nn.Linear(1, 1), args)
+    for _ in range(2):
+        monitor.attach(trainer)
+    kinds = [type(callback) for callback in trainer.callback_handler.callbacks]
+    assert ProgressCallback not in kinds
+    assert kinds.count(ProgressBarCallback) == kinds.count(JournalCallback) == 1
+    args.disable_tqdm = True
+    monitor.attach(trainer)
+    assert ProgressBarCallback not in [type(callback) for callback in trainer.callback_handler.callbacks]
+
+
+def test_a_real_trainer_writes_and_resumes_its_file(tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    class Line(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"loss": (self.weight * x - labels).square().mean()}
+
+    data = [{"x": float(i), "labels": 2.0 * i} for i in range(8)]
+
+    def run(steps: int, resume: bool) -> None:
+        args = TrainingArguments(
+            str(tmp_path), max_steps=steps, logging_steps=1, save_steps=2, per_device_train_batch_size=2, use_cpu=True, report_to="none"
+        )
+        trainer = Trainer(Line(), args, train_dataset=data)
+        monitor.attach(trainer)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2") if resume else None)
+
+    run(4, resume=False)
+    first = [record for record in read_run(tmp_path) if "loss" in record]
+    run(4, resume=True)  # from step 2: 3 and 4 are made again
+    second = [record for record in read_run(tmp_path) if "loss" in record]
+    assert [record["step"] for record in second] == [1, 2, 3, 4]
+    assert [record["loss"] for record in second] == pytest.approx([record["loss"] for record in first])
+
+
+# --- completions -----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_completions() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=140, color_system=None)
+    loop = "start " + "again " * 400 + "end"
+    rewards = {"accuracy": [1.0, None], "format": [0.0, math.nan]}
+    prompts = [[{"role": "user", "content": "[bold]2+2?"}], "why"]
+    assert print_completions(prompts, [loop, "because"], rewards, [1.25, -0.5], step=3, console=console)
+    shown = console.file.getvalue()
+    assert "Step 3" in shown and "[bold]2+2?" in shown and "+1.25" in shown and "-0.50" in shown and "–" in shown
+    assert "start" in shown and "…" in shown and "end" in shown and len(shown) < 8000
+    assert completions_table(["a"] * 3, ["b"] * 3, {}, [0.0] * 3, limit=2).row_count == 2
+    quiet = Console(file=io.StringIO(), force_terminal=False)
+    assert not print_completions(["a"], ["b"], {}, [0.0], console=quiet)
+    assert quiet.file.getvalue() == ""
+    with pytest.raises(ValueError, match="expected as many of each"):
+        print_completions(["a"], ["b"], {"r": [1.0, 2.0]}, [0.0], console=quiet)
+
+
+# --- curves ----------------------------------------------------------------------------------------------------------------------
+
+
+def make_run(folder: Path, shift: float = 0.0, steps: int = 6) -> Path:
+    folder.mkdir(parents=True)
+    with (folder / "metrics.jsonl").open("w") as file:
+        for step in range(1, steps):
+            file.write(json.dumps({"step": step, "reward": shift + step / 10, "entropy": 1 / step, "kl": None}) + "\n")
+        file.write(json.dumps({"step": steps - 1, "eval_reward": 0.9}) + "\n")
+    return folder
+
+
+def test_series_leave_out_what_is_no_number() -> None:
+    records = [{"step": 1, "a": 1.0}, {"step": 2, "a": None}, {"step": 3, "a": 3}, {"step": 3, "a": 4.0}, {"step": 4, "b": 1}]
+    assert series(records, "a") == ([1.0, 3.0], [1.0, 4.0])
+
+
+@pytest.mark.parametrize("ending", ["png", "svg"])
+def test_curves_of_two_runs(tmp_path: Path, ending: str) -> None:
+    runs = [make_run(tmp_path / "one" / "out"), make_run(tmp_path / "two" / "out", 0.2)]
+    picture = tmp_path / "new" / f"curves.{ending}"
+    assert draw(runs, picture, smooth=3) == ["Reward", "Entropy of softmax(z/T)"]
+    assert picture.stat().st_size > 5000 and [file.name for file in picture.parent.iterdir()] == [picture.name]
+    if ending == "svg":
+        assert draw([runs[0]], picture) and picture.read_text() != ""
+
+
+def test_the_command(tmp_path: Path) -> None:
+    from grpo_fast.monitor.cli import app
+
+    run = make_run(tmp_path / "run")
+    result = CliRunner().invoke(app, [str(run)])
+    assert result.exit_code == 0 and "2 panels: Reward, Entropy" in result.output
+    assert (run / "curves.png").stat().st_size > 5000
+    for arguments, words in (
+        ([str(tmp_path / "missing")], "there is no"),
+        ([str(run), "-o", str(tmp_path / "curves.doc")], "expected a name that ends in .png"),
+        ([str(run), "--smooth", "0"], "smooth is 0"),
+    ):
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 2 and words in result.output
+    other = tmp_path / "other" / "metrics.jsonl"
+    other.parent.mkdir()
+    other.write_text('{"step": 1, "weather": 3}\n')
+    result = CliRunner().invoke(app, [str(other)])
+    assert result.exit_code == 2 and "none of the metrics to draw; the first line has weather" in result.output
+
+
+def test_plotting_does_not_import_transformers() -> None:
+    code = "import sys, grpo_fast.monitor.cli, grpo_fast.monitor.plot; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env=os.environ, check=False).returncode == 0
