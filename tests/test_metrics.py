@@ -1,9 +1,29 @@
-"""Text metrics against cases worked by hand."""
+"""Metrics of texts, groups and evaluations against cases worked by hand."""
+
+import itertools
+import math
+import random
+from statistics import fmean, pstdev
 
 import pytest
 import torch
 
-from grpo_fast.metrics import coherence, distinct_share, entropy_summary, is_truncated, loop_period, parse_sections, repeated_ngrams
+from grpo_fast.metrics import (
+    coherence,
+    consensus_at_k,
+    distinct_ngrams,
+    distinct_share,
+    entropy_summary,
+    is_truncated,
+    longest_certain_run,
+    loop_period,
+    parse_sections,
+    pass_at_1,
+    pass_at_k,
+    repeated_ngrams,
+    truncated_share,
+    zero_variance_share,
+)
 
 
 @pytest.mark.parametrize(
@@ -57,6 +77,13 @@ def test_truncated_means_no_end_token():
     assert is_truncated([], 9)
     assert is_truncated([1, 2], 9)
     assert not is_truncated([1, 9], 9)
+    assert not is_truncated([1, 8], (9, 8))  # several end tokens: any will do
+    assert is_truncated([1, 2], [9, 8])
+
+
+def test_truncated_share():
+    assert truncated_share([[1, 9], [1], [], [9]], 9) == 0.5
+    assert truncated_share([], 9) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -133,3 +160,124 @@ def test_entropy_summary_leaves_masked_tokens_out():
     assert entropy_summary(entropy, torch.zeros(2, 3)) == (0.0, 0.0, 0.0, 0)
     with pytest.raises(ValueError, match=r"mask has shape \(2, 2\); expected that of entropy, \(2, 3\)"):
         entropy_summary(entropy, torch.ones(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "expected"),
+    [
+        ([], 0),
+        ([0.5], 0),
+        ([0.999], 1),
+        ([0.99], 0),  # above, not at
+        ([1.0, 0.995, 0.98, 0.995, 0.995, 0.995], 3),
+        ([0.995, 0.995, 0.5, 0.995], 2),
+    ],
+)
+def test_longest_certain_run_by_hand(probabilities, expected):
+    assert longest_certain_run([math.log(p) for p in probabilities]) == expected
+
+
+def test_longest_certain_run_settings():
+    assert longest_certain_run([math.log(0.8)] * 3, threshold=0.7) == 3
+    assert longest_certain_run([math.nan, -math.inf]) == 0
+    with pytest.raises(ValueError, match="threshold is 1; expected a probability"):
+        longest_certain_run([0.0], threshold=1)
+
+
+@pytest.mark.parametrize(
+    ("group", "n", "expected"),
+    [
+        (["abc", "abc"], 2, 1 / 2),  # ab bc ab bc
+        (["abcd", "bcx"], 2, 4 / 5),  # ab bc cd bc cx
+        (["aaaa"], 2, 1 / 3),
+        (["abc", "def"], 3, 1.0),
+        (["ab", ""], 3, 1.0),  # none that long
+        ([], 3, 1.0),
+        ([[1, 2], [2, 1]], 1, 1 / 2),
+    ],
+)
+def test_distinct_ngrams_by_hand(group, n, expected):
+    assert distinct_ngrams(group, n) == pytest.approx(expected)
+
+
+def test_distinct_ngrams_refuses_an_empty_ngram():
+    with pytest.raises(ValueError, match="n is 0; expected at least 1"):
+        distinct_ngrams(["ab"], 0)
+
+
+def test_zero_variance_share():
+    nan = math.nan
+    rewards = torch.tensor([1.0, 1.0, 0.0, 1.0, nan, nan, 0.5, nan, 0.1 + 0.2, 0.3])
+    assert zero_variance_share(rewards, 2) == pytest.approx(4 / 5)  # in float32 the last two are equal
+    assert zero_variance_share(torch.tensor([0.0, 0.0, 0.0, 1.0]), 4) == 0.0
+    assert zero_variance_share(torch.empty(0), 4) == 0.0
+    with pytest.raises(ValueError, match=r"rewards has shape \(2, 2\); expected \[B\]"):
+        zero_variance_share(torch.zeros(2, 2), 2)
+
+
+def test_pass_at_1_by_hand():
+    result = pass_at_1([[1, 0, 0, 1], [1, 1, 1, 1], [0, 0, 0, 1]])
+    assert result.mean == pytest.approx(7 / 12)  # 1/2, 1, 1/4
+    # s_i^2 of four: 1/3, 0, 1/4
+    assert result.sampling_error == pytest.approx(math.sqrt((1 / 3 + 1 / 4) / 4) / 3)
+    # means 1/2, 1, 1/4 about 7/12: squares 1/144, 25/144, 16/144
+    assert result.prompt_error == pytest.approx(math.sqrt(42 / 144 / 2 / 3))
+    assert (result.prompts, result.rounds) == (3, 4)
+
+
+def test_pass_at_1_says_what_it_cannot_tell():
+    one_round = pass_at_1([[1], [0]])
+    assert one_round.mean == 0.5 and math.isnan(one_round.sampling_error) and one_round.prompt_error == pytest.approx(0.5)
+    one_prompt = pass_at_1([[1, 0]])
+    assert math.isnan(one_prompt.prompt_error) and one_prompt.sampling_error == pytest.approx(0.5)
+
+
+def test_the_sampling_error_is_the_spread_of_repeated_evaluations():
+    """400 evaluations of five prompts of known difficulty, eight rounds each: the mean error and the spread of the means agree."""
+    rng = random.Random(0)
+    chances = (0.05, 0.3, 0.5, 0.8, 0.95)
+    results = [pass_at_1([[float(rng.random() < p) for _ in range(8)] for p in chances]) for _ in range(400)]
+    spread = pstdev([result.mean for result in results])
+    truth = math.sqrt(sum(p * (1 - p) for p in chances) / 8) / 5
+    assert fmean(result.sampling_error for result in results) == pytest.approx(truth, rel=0.05)
+    assert spread == pytest.approx(truth, rel=0.12)
+
+
+@pytest.mark.parametrize(("k", "expected"), [(1, 2 / 4), (2, 5 / 6), (3, 1.0), (4, 1.0)])
+def test_pass_at_k_of_two_right_in_four(k, expected):
+    results = [1, 0, 0, 1]
+    assert pass_at_k([results], k) == pytest.approx(expected)
+    assert pass_at_k([results], k) == pytest.approx(fmean(any(chosen) for chosen in itertools.combinations(results, k)))
+    assert pass_at_k([results, [0] * 4], k) == pytest.approx(expected / 2)
+
+
+@pytest.mark.parametrize("k", [0, 5])
+def test_pass_at_k_refuses(k):
+    with pytest.raises(ValueError, match=f"k is {k}; expected 1 to 4"):
+        pass_at_k([[1, 0, 0, 1]], k)
+
+
+@pytest.mark.parametrize(
+    ("answers", "correct", "expected"),
+    [
+        ("aab", [1, 1, 0], 1.0),
+        ("abb", [1, 0, 0], 0.0),
+        ("ab", [1, 0], 0.5),  # a tie: by lot
+        ("abc", [0, 1, 0], 1 / 3),
+        (["a", None, None], [1, 0, 0], 1.0),  # no answer, no vote
+        ([None, None], [0, 0], 0.0),
+        ("a", [1], 1.0),
+    ],
+)
+def test_consensus_by_hand(answers, correct, expected):
+    assert consensus_at_k([answers], [correct]) == pytest.approx(expected)
+    assert consensus_at_k([answers] * 3, [correct] * 3) == pytest.approx(expected)
+
+
+def test_evaluations_refuse_ragged_tables():
+    with pytest.raises(ValueError, match=r"pass_at_1: correct has rows of \[1, 2\] results; expected one row per prompt, all of the same"):
+        pass_at_1([[1], [1, 0]])
+    with pytest.raises(ValueError, match=r"pass_at_k: correct has rows of \[\] results"):
+        pass_at_k([], 1)
+    with pytest.raises(ValueError, match=r"consensus_at_k: answers is not of the shape of correct, \[1\]\[2\]"):
+        consensus_at_k([["a"]], [[1, 0]])

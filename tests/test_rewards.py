@@ -1,12 +1,35 @@
-"""Rewards against cases worked by hand, and the errors of wrong lengths."""
+"""Rewards against cases worked by hand, the errors of wrong lengths, and the examples of every docstring."""
 
+import doctest
+import importlib
+import importlib.util
 import math
 import pickle
+import pkgutil
 
 import pytest
 import torch
 
-from grpo_fast.rewards import CoherenceReward, RepetitionPenalty, accuracy_reward, extract_answer, format_reward, reward_matrix
+import grpo_fast.rewards
+from grpo_fast.rewards import (
+    CertainRunPenalty,
+    CoherenceReward,
+    CosineLengthReward,
+    LanguageConsistencyReward,
+    LengthReward,
+    ReferenceFluencyReward,
+    RepetitionPenalty,
+    SentenceReward,
+    SoftOverlongPunishment,
+    accuracy_reward,
+    extract_answer,
+    format_reward,
+    reward_matrix,
+    tag_count_reward,
+)
+from grpo_fast.rewards.common import reasoning_of
+from grpo_fast.rewards.fluency import well_formed_sentence
+from grpo_fast.rewards.language import words_by_script
 
 GOOD = "<think>3 + 4\nso 7</think><answer>7</answer>"
 
@@ -119,9 +142,214 @@ def test_reward_matrix_names_the_reward_that_returned_too_few():
         reward_matrix([forgetful], ["q", "q"], ["", ""], [[], []])
 
 
-def test_rewards_with_settings_can_be_pickled_compared_and_named():
-    for reward in (CoherenceReward(key_pattern="x"), RepetitionPenalty(3)):
-        assert pickle.loads(pickle.dumps(reward)) == reward
-        assert hash(reward) == hash(pickle.loads(pickle.dumps(reward)))
-    assert CoherenceReward().__name__ == "coherence_reward"
-    assert RepetitionPenalty().__name__ == "repetition_penalty"
+REWARDS = (
+    CoherenceReward(key_pattern="x"),
+    RepetitionPenalty(3),
+    CertainRunPenalty(run=9),
+    SentenceReward(2),
+    ReferenceFluencyReward(0.5),
+    LengthReward(),
+    CosineLengthReward(8, right=[2.0, 1.0]),
+    SoftOverlongPunishment(8, 4),
+    LanguageConsistencyReward(["Han", "Hiragana"]),
+)
+
+
+@pytest.mark.parametrize("reward", REWARDS, ids=lambda reward: reward.__name__)
+def test_rewards_with_settings_can_be_pickled_compared_and_named(reward):
+    copy = pickle.loads(pickle.dumps(reward))
+    assert copy == reward and hash(copy) == hash(reward)
+    assert type(reward).__name__ == "".join(part.capitalize() for part in reward.__name__.split("_"))
+    with pytest.raises(AttributeError):
+        reward.ngram_size = 1
+
+
+@pytest.mark.parametrize("reward", REWARDS, ids=lambda reward: reward.__name__)
+def test_every_reward_takes_chat_messages_and_no_completions(reward):
+    assert reward(prompts=[], completions=[], completion_ids=[], answer=[], unknown=[]) == []
+    chat = [{"role": "assistant", "content": "A word more."}]
+    values = reward(prompts=[[{"role": "user", "content": "q"}]], completions=[chat], completion_ids=[[1, 2]], answer=["7"], x=[1])
+    assert len(values) == 1
+    with pytest.raises(ValueError, match=f"{reward.__name__}: .* items; expected 2"):
+        reward(prompts=["q", "q"], completions=["a"], completion_ids=[[1]], answer=["7", "7"])
+
+
+MODULES = ["grpo_fast.metrics"] + [f"grpo_fast.rewards.{module.name}" for module in pkgutil.iter_modules(grpo_fast.rewards.__path__)]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_examples_of_the_docstrings(name):
+    if name.rpartition(".")[2] in ("mathematics", "math_check"):
+        pytest.importorskip("math_verify", reason="needs the math-verify package: pip install 'grpo-fast[math]'")
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
+
+
+def test_every_public_reward_has_an_example():
+    for name in grpo_fast.rewards.__all__:
+        thing = getattr(grpo_fast.rewards, name)
+        if name.endswith(("Reward", "_reward", "Penalty", "Punishment")) and name not in ("Reward", "load_reward", "math_reward"):
+            assert ">>> " in thing.__doc__, name
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<think>a</think><answer>b</answer>", 1.0),
+        ("<think>a</think>", 0.5),
+        ("<think>a<answer>b</answer><answer>c</answer>", 0.25),  # repeated tags earn nothing
+        ("</answer></think><answer><think>", 1.0),  # order is format_reward's business
+        ("", 0.0),
+    ],
+)
+def test_tag_count_by_hand(text, expected):
+    assert tag_count_reward(["q"], [text]) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<think>a</think><answer>b</answer>", "a"),
+        ("<think>a, broken off", "a, broken off"),
+        ("a</think><answer>b</answer>", "a"),  # the chat template opened the tag
+        ("a <answer>b</answer> c", "a   c"),
+        ("a <answer>b", "a  "),
+    ],
+)
+def test_reasoning_by_hand(text, expected):
+    assert reasoning_of(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("sentence", "expected"),
+    [
+        ("We add three and four.", True),
+        ("we add three and four.", False),
+        ("We add three and", False),
+        ("- Then: we add them!", True),
+        ("2. Then we add them.", True),
+        ("“Seven” (or 7) it is.", True),
+        ("Seven (it is.", False),
+        ("Seven) it is.", False),
+        ("It is (seven].", False),
+        ("It is the the the number.", False),
+        ("It is what that that says.", True),  # twice can be right
+        ("3 + 4 makes seven.", True),
+        ("所以答案是七。", True),
+        ("He said so.”", False),  # the quote was never opened
+        ("The first step is this:", True),
+        ("", False),
+    ],
+)
+def test_well_formed_sentence_by_hand(sentence, expected):
+    assert well_formed_sentence(sentence) is expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", 0.0),
+        ("<think></think><answer>7</answer>", 0.0),
+        ("<think>3 + 4 = 7</think><answer>7</answer>", None),  # no sentence to judge
+        ("<think>We add them up. (It is easy.) So it is 3.5 in all.</think><answer>7</answer>", 1.0),
+        ("We add them up\nWe add them up.", 0.5),  # a line end ends a sentence too
+        ("We add them up. We add them up. we add", 1.0),  # two words: too few to judge
+        ("We add them up. We add them up and", 0.5),
+    ],
+)
+def test_sentences_by_hand(text, expected):
+    assert SentenceReward()(["q"], [text]) == [expected]
+
+
+def test_reference_fluency_by_hand():
+    reward = ReferenceFluencyReward(expected=1.0, limit=3.0)
+    ids = [[1], [1, 2], [1], [], [1]]
+    rows = [[-0.1], [-1.0, -3.0, math.nan], [-9.0], [], None]  # beyond a completion's length is padding
+    assert reward(["q"] * 5, [""] * 5, ids, ref_logprobs=rows) == [1.0, 0.5, 0.0, None, None]
+    assert reward(["q"], [""], [[1, 2]], ref_logprobs=torch.tensor([[-2.0, -2.0, 0.0]])) == [0.5]
+    assert reward(["q"], [""], [[1, 2]]) == [None]
+    with pytest.raises(ValueError, match=r"reference_fluency_reward: ref_logprobs\[0\] has 1 numbers; expected at least 2"):
+        reward(["q"], [""], [[1, 2]], ref_logprobs=[[-1.0]])
+    with pytest.raises(ValueError, match="ref_logprobs has 2 items; expected 1"):
+        reward(["q"], [""], [[1, 2]], ref_logprobs=[[-1.0, -1.0]] * 2)
+
+
+def test_certain_run_penalty_by_hand():
+    sure, unsure = math.log(0.995), math.log(0.9)
+    reward = CertainRunPenalty(run=3, penalty=0.5)
+    rows = [[sure, sure, sure], [sure, sure, unsure], [unsure, sure, sure]]
+    # the third is two tokens and padding, which must not complete its run
+    assert reward(["q"] * 4, [""] * 4, [[1, 2, 3], [1, 2, 3], [1, 2], []], logprobs=[*rows[:2], [sure] * 3, [sure] * 3]) == [-0.5, 0, 0, 0]
+    assert reward(["q"], [""], [[1, 2, 3]]) == [None]
+
+
+def test_length_reward_compares_within_a_prompt():
+    right, wrong = "<answer>7</answer>", "<answer>8</answer>"
+    prompts = ["p", "p", "p", "p", "q", "q", "r", "p"]
+    completions = [right, right, wrong, wrong, right, right, right, right]
+    ids = [[0] * n for n in (2, 6, 2, 6, 3, 3, 9, 4)]
+    answer = ["7"] * 6 + [None, "7"]
+    assert LengthReward()(prompts, completions, ids, answer=answer) == [0.5, -0.5, 0.0, -0.5, 0.0, 0.0, None, 0.0]
+
+
+def test_cosine_length_by_hand():
+    right, wrong = "<answer>7</answer>", "<answer>8</answer>"
+    reward = CosineLengthReward(12, right=(2.0, 1.0), wrong=(-10.0, 0.0), exceeded=-5.0)
+    ids = [[0] * n for n in (0, 4, 6, 12, 0, 4, 6, 13)]
+    completions = [right] * 4 + [wrong] * 4
+    expected = [2.0, 1.75, 1.5, -5.0, -10.0, -7.5, -5.0, -5.0]  # cos(pi/3) = 1/2
+    assert reward(["p"] * 8, completions, ids, answer=["7"] * 8) == pytest.approx(expected)
+    assert reward(["p"], [right], [[0]], answer=[None]) == [None]
+
+
+def test_soft_overlong_by_hand():
+    reward = SoftOverlongPunishment(max_length=20, margin=4)
+    assert reward(["p"] * 6, [""] * 6, [[0] * n for n in (0, 16, 17, 19, 20, 99)]) == [0.0, 0.0, -0.25, -0.75, -1.0, -1.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", {}),
+        ("3 + 4 = 7", {}),
+        ("it isn't naïve", {"Latin": 3}),
+        ("cafe\u0301 ok", {"Latin": 2}),  # a combining accent
+        ("答案是 seven", {"Han": 3, "Latin": 1}),
+        ("answer是seven", {"Latin": 2, "Han": 1}),
+        ("ひらカタ", {"Hiragana": 2, "Katakana": 2}),
+        ("привет мир", {"Cyrillic": 2}),
+        ("안녕 하세요", {"Hangul": 2}),
+        (r"так \frac{1}{2} $x + yes$ \(abc\) `code here` https://a.example/b", {"Cyrillic": 1}),
+        ("ＡＢＣ", {"Latin": 1}),
+        ("𝐱 µ", {}),  # mathematical letters, the micro sign: of no script
+    ],
+)
+def test_words_by_script_by_hand(text, expected):
+    assert words_by_script(text) == expected
+
+
+def test_language_consistency_looks_at_the_reasoning():
+    text = "<think>so 三 it is</think><answer>七七七七</answer>"
+    assert LanguageConsistencyReward("Latin")(["q"], [text]) == [0.75]
+    assert LanguageConsistencyReward(("Han", "Latin"))(["q"], [text]) == [1.0]
+    with pytest.raises(ValueError, match=r"script is 'English'; expected one or more of Arabic, .*Thai"):
+        LanguageConsistencyReward("English")
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: SentenceReward(0), ValueError, "SentenceReward: min_words is 0; expected"),
+        (lambda: ReferenceFluencyReward(2.0, 2.0), ValueError, "limit is 2.0; expected a finite number of above 2"),
+        (lambda: CertainRunPenalty(run=0), ValueError, "run is 0"),
+        (lambda: CertainRunPenalty(threshold=1.0), ValueError, "threshold is 1.0; expected a probability"),
+        (lambda: CosineLengthReward(0), ValueError, "max_length is 0"),
+        (lambda: CosineLengthReward(5, right=(1.0,)), ValueError, "right is .*; expected two numbers"),
+        (lambda: CosineLengthReward(5, wrong=(1.0, math.nan)), ValueError, "wrong is nan"),
+        (lambda: SoftOverlongPunishment(5, 6), ValueError, "margin is 6; expected a finite number of at least 1 and at most 5"),
+        (lambda: SoftOverlongPunishment("5", 1), TypeError, r"max_length is '5' \(str\); expected a number"),
+        (lambda: LanguageConsistencyReward(()), ValueError, "script is empty"),
+    ],
+)
+def test_settings_are_checked(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
