@@ -1,0 +1,174 @@
+"""Forward passes of a micro-batch: its loss, or its log-probabilities, by the fused head where the model has one it can take, else from
+the model's logits; packed or padded.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+import grpo_fast as gf
+from grpo_fast.generation.unwrap import eval_mode, inner_model, is_peft
+from grpo_fast.grpo_config import GRPOConfig
+from grpo_fast.head.models import head_of, hidden_states_of
+from grpo_fast.packing import FLASH, Packed, attention_of, choose_attention, pack, sees_across, takes_positions
+from grpo_fast.rollout import Rollout
+
+__all__ = ["Passes", "load_policy", "without_dropout"]
+
+LEAK = 1e-2  # logits of a packed sequence move by rounding alone, or by tenths if it sees its neighbours
+
+logger = logging.get_logger(__name__)
+
+
+class Passes:
+    """How rows are scored; the same for policy, old policy and reference.
+
+    Args:
+        args: the settings ``packing`` and ``fused_head``.
+        accelerator: of the trainer, for its device and its autocast.
+        pad_token_id: fills what is left of rows.
+    """
+
+    def __init__(self, args: GRPOConfig, accelerator: Any, pad_token_id: int) -> None:
+        self.args, self.accelerator, self.pad_token_id = args, accelerator, pad_token_id
+        self._how: str | None = None  # decided with the first rows
+        self._takes_head: bool | None = None
+
+    def loss(self, model: Any, rows: Rollout, **options: Any) -> gf.GRPOOutput:
+        """Loss of the rows, with the gradient; ``options`` of gf.grpo_loss."""
+        packed = self._pack(model, rows)
+        options |= {
+            "old_logprobs": rows.tokens.get("old"),
+            "ref_logprobs": rows.tokens.get("ref"),
+            "rollout_weights": rows.tokens.get("weights"),
+            "mask": packed.per_token(rows.counts),
+            "temperature": packed.per_token(rows.temperature),
+            "cu_seqlens": packed.cu_seqlens,
+        }
+        advantages = packed.per_token(rows.advantages)
+        return self._scored(
+            model,
+            packed,
+            from_hidden=lambda hidden, head: gf.linear_grpo_loss(
+                hidden, **head, token_ids=packed.token_ids, advantages=advantages, **options
+            ),
+            from_logits=lambda logits: gf.grpo_loss(logits, packed.token_ids, advantages, **options),
+        )
+
+    @torch.no_grad()
+    def logprobs(self, model: Any, rollout: Rollout, *, at_once: int) -> gf.TokenLogprobs:
+        """Log-probabilities and entropies of all tokens, [N], each at its own temperature, without gradient or dropout."""
+        found = []
+        with eval_mode(model):
+            for start in range(0, len(rollout), at_once):
+                rows = rollout.select(range(start, min(start + at_once, len(rollout))))
+                found.append(self._logprobs(model, rows, rows.temperature))
+        empty = torch.zeros(0, device=rollout.advantages.device)
+        return gf.TokenLogprobs(torch.cat([f.logprobs for f in found] or [empty]), torch.cat([f.entropy for f in found] or [empty]))
+
+    @torch.no_grad()
+    def logprobs_at(self, model: Any, rows: Rollout, temperature: Tensor) -> Tensor:  # [B]; [N]
+        """What the tokens' log-probabilities would be at other temperatures than their own."""
+        with eval_mode(model):
+            return self._logprobs(model, rows, temperature).logprobs
+
+    def _logprobs(self, model: Any, rows: Rollout, temperature: Tensor) -> gf.TokenLogprobs:
+        packed = self._pack(model, rows)
+        per_token = packed.per_token(temperature)
+        return self._scored(
+            model,
+            packed,
+            from_hidden=lambda hidden, head: gf.linear_token_logprobs(hidden, **head, token_ids=packed.token_ids, temperature=per_token),
+            from_logits=lambda logits: gf.token_logprobs(logits, packed.token_ids, temperature=per_token),
+        )
+
+    def _scored(
+        self, model: Any, packed: Packed, *, from_hidden: Callable[[Tensor, dict[str, Any]], Any], from_logits: Callable[[Tensor], Any]
+    ) -> Any:
+        inputs, scored_at = packed.inputs, packed.scored_at
+        if "logits_to_keep" in inspect.signature(inner_model(model).forward).parameters:  # nothing of the prompts' is needed
+            width = inputs["input_ids"].shape[1]
+            columns, index = torch.unique(scored_at % width, return_inverse=True)
+            inputs, scored_at = {**inputs, "logits_to_keep": columns}, scored_at // width * columns.shape[0] + index
+        with self.accelerator.autocast():
+            if self._fused(model):
+                hidden, head = hidden_states_of(model, inputs)
+                hidden = hidden.flatten(0, 1)[scored_at]
+                return from_hidden(hidden, head.arguments(hidden))
+            return from_logits(model(**inputs).logits.flatten(0, 1)[scored_at])
+
+    def _fused(self, model: Any) -> bool:
+        if self._takes_head is None:
+            self._takes_head = self.args.fused_head
+            try:
+                if self.args.fused_head and hasattr(head_of(model).weight, "ds_id"):
+                    raise ValueError("DeepSpeed's third stage keeps the head's weight in parts.")
+            except ValueError as error:
+                self._takes_head = False
+                logger.warning(f"The loss is computed from logits, which takes more memory: {error}")
+        return self._takes_head
+
+    def _pack(self, model: Any, rows: Rollout) -> Packed:
+        device = self.accelerator.device
+        if self._how is None:
+            self._how = self._choose(model, device)
+        return pack(rows, how=self._how, pad_token_id=self.pad_token_id, device=device)
+
+    def _choose(self, model: Any, device: torch.device) -> str:
+        inner = inner_model(model)
+        if not takes_positions(inner):
+            return "padded_without_positions"
+        flash = attention_of(inner) in FLASH
+        if self.args.packing is False or (self.args.packing == "auto" and not flash):
+            return "padded"
+        with eval_mode(model), self.accelerator.autocast():
+            leak = sees_across(model, self.pad_token_id, device)
+        if leak > LEAK:
+            message = f"packed sequences see each other with {type(inner).__name__}: logits change by {leak:.2g} with the neighbour"
+            if self.args.packing is True:
+                raise ValueError(f"packing is True, but {message}; expected no change. Cure: packing=False, or packing='auto'.")
+            logger.warning(f"{message}. They are padded instead.")
+            return "padded"
+        return "one_row" if flash else "rows"
+
+
+def load_policy(model: Any, args: GRPOConfig, tokenizer: Any, peft_config: Any = None) -> tuple[Any, Any]:
+    """Model and tokenizer ready to be trained, loaded where they are given by name."""
+    name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
+    if isinstance(model, str):
+        options = {"attn_implementation": choose_attention(args.attn_implementation), **(args.model_init_kwargs or {})}
+        model = AutoModelForCausalLM.from_pretrained(model, **options)
+    if tokenizer is None:
+        if not name:
+            raise ValueError("processing_class is None and the model has no name to find its tokenizer by; expected the tokenizer.")
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    if tokenizer.eos_token_id is None:
+        raise ValueError("processing_class has no eos_token_id; expected one: a completion ends with it.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if peft_config is not None:
+        from peft import get_peft_model
+
+        model = get_peft_model(model, peft_config)
+    if is_peft(model) and args.gradient_checkpointing:
+        model.enable_input_require_grads()
+    if args.disable_dropout:
+        without_dropout(model)
+    return model, tokenizer
+
+
+def without_dropout(model: nn.Module) -> None:
+    """Set every dropout to 0: of modules, and of attention, where transformers keeps it as a number."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)

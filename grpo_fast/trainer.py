@@ -1,0 +1,601 @@
+"""GRPOTrainer: group-relative policy optimisation on transformers' Trainer, in one page. Read it from top to bottom.
+
+    a rollout     get_batch_samples -> roll_out: prompts, temperatures, completions, rewards, advantages, old and reference log-probabilities
+    a step        compute_loss on each micro-batch of the rollout; backward, optimiser and the rest are transformers'
+    an evaluation evaluate: a few samples per prompt at the temperature of use, averaged
+
+A rollout is a function of the settings' seed, its number and the weights: prompts, temperatures and random numbers have no other state.
+So a run that was killed and is resumed draws what it would have drawn. A rollout that is not used up is part of a checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+import grpo_fast as gf
+from grpo_fast.checkpoints import STATE, CompleteCheckpoints, last_checkpoint, missing_from
+from grpo_fast.generation import Sampler, SamplingParams, make_sampler
+from grpo_fast.generation.unwrap import inner_model, is_sharded
+from grpo_fast.grpo_config import GRPOConfig
+from grpo_fast.meters import Meters
+from grpo_fast.metrics import repeated_ngrams
+from grpo_fast.passes import Passes, load_policy
+from grpo_fast.reference_policy import ReferencePolicy
+from grpo_fast.rewards import RewardRunner, SoftOverlongPunishment
+from grpo_fast.rollout import PromptSource, Rollout, derived_seed
+from grpo_fast.temperature import explain_mismatch
+from grpo_fast.watch import Answer, MicroBatch, measure_loss, measure_rewards, measure_rollout, sampler_gap, what_is_not_finite
+
+__all__ = ["GRPOTrainer"]
+
+TOLERANCES = {torch.float32: 0.02, torch.bfloat16: 0.1, torch.float16: 0.1}  # nats a token between sampler and trainer, in the mean
+
+logger = logging.get_logger(__name__)
+
+
+class GRPOTrainer(CompleteCheckpoints):
+    """Trains a causal language model by GRPO (arXiv:2402.03300) and its relatives. Constructor and reward functions are TRL's.
+
+    Args:
+        model: a causal language model of transformers, a PEFT model, or the name of one.
+        reward_funcs: one or several functions ``reward(prompts, completions, completion_ids, **columns) -> list[float | None]``, or
+            names of grpo_fast.rewards.
+        args: settings; None = GRPOConfig().
+        train_dataset: rows with a ``prompt``, a string or a list of chat messages; the other columns go to the rewards.
+        eval_dataset: the same, or a dictionary of several.
+        processing_class: the tokenizer; None = the model's own, by name.
+        callbacks, optimizers: as of transformers' Trainer.
+        peft_config: makes a PEFT model of the model. Its reference is the model without adapter, and costs no memory.
+        sampler: whoever draws completions, in place of the one that args name (grpo_fast.generation.Sampler).
+
+    Example:
+        >>> trainer = GRPOTrainer("Qwen/Qwen3-0.6B", accuracy_reward, GRPOConfig("out"), train_dataset=rows)  # doctest: +SKIP
+        >>> trainer.train()  # doctest: +SKIP
+    """
+
+    _tag_names = ("grpo_fast", "grpo")  # of the model card
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any,
+        args: GRPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        peft_config: Any = None,
+        *,
+        sampler: Sampler | None = None,
+    ) -> None:
+        args = GRPOConfig() if args is None else args
+        rewards, weights = _with_overlong(reward_funcs, args)
+        self.rewards = RewardRunner(rewards, weights=weights, timeout=args.reward_timeout)
+        self.prompts: PromptSource | None = None
+        if train_dataset is not None:
+            self.prompts = PromptSource(train_dataset, args.prompts_per_rollout, seed=_data_seed(args), shuffle=args.shuffle_dataset)
+        self.temperatures = args.schedule()
+        self.metrics_on = "all" if self.temperatures.steered else args.metrics_on  # it steers by what is measured
+        self.loss_config = args.loss_config()
+
+        model, tokenizer = load_policy(model, args, processing_class, peft_config)
+        self.reference = ReferencePolicy(model, args)
+
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=lambda rows: rows,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=[*(callbacks or ()), _Hooks(self)],
+            optimizers=optimizers,
+        )
+        self.model_accepts_loss_kwargs = True  # the loss is normalised over the whole step here, not by the number of micro-batches
+        self.passes = Passes(args, self.accelerator, tokenizer.pad_token_id)
+        options = args.sampler_options or {}
+        self.sampler = make_sampler(sampler if sampler is not None else args.sampler, self.model, tokenizer, **options)
+        self.meters, self.meters_to_log = Meters(), Meters()  # of this step; of those since the last log
+        self.rollout: Rollout | None = None
+        self.last_completions: list[dict[str, Any]] = []  # of the last rollout, in this process: for tables
+        self._step_tokens: list[int] = []  # of each optimiser step that the rollout feeds
+        self._losses: list[tuple[gf.GRPOOutput, MicroBatch]] = []  # of the current step
+        self._sampler_step = -1  # whose weights the sampler has
+        self._sampler_checked = False
+        self._logged_at, self._tokens_logged = time.perf_counter(), 0
+        self._grad_norm: Any = None
+
+    # Rollout ------------------------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        """A clock for transformers' loop: a tick per micro-batch. What is in the batches is decided in get_batch_samples."""
+        if self.prompts is None:
+            raise ValueError("train_dataset is None; expected one, to train on.")
+        ticks = self.prompts.per_epoch * self.args.steps_per_generation * self.args.num_iterations
+        return DataLoader(range(ticks), batch_size=1)  # type: ignore[arg-type]
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[MicroBatch], int]:
+        """The micro-batches of the next optimiser step, from the current rollout or a new one."""
+        for _ in range(num_batches):
+            next(epoch_iterator, None)
+        step, args = self.state.global_step, self.args
+        self.reference.follow(self.model_wrapped, self.accelerator.unwrap_model(self.model_wrapped), step)
+        number, position = divmod(step, args.updates_per_rollout)
+        if position == 0 or self.rollout is None:
+            if position != 0:
+                raise ValueError(f"the rollout of step {step} is missing; expected it in the checkpoint that was resumed from.")
+            self.rollout = self.roll_out(number)
+        part = position % args.minibatches
+        size = args.per_device_train_batch_size
+        first = part * args.gradient_accumulation_steps
+        tokens = self._step_tokens[part]
+        sequences = size * args.gradient_accumulation_steps * self.accelerator.num_processes
+        batches = []
+        for i in range(args.gradient_accumulation_steps):
+            rows = self.rollout.select(range((first + i) * size, (first + i + 1) * size))
+            batches.append(MicroBatch(rows, tokens, sequences, fresh=position == 0))
+        return batches, tokens
+
+    def roll_out(self, number: int) -> Rollout:
+        """Draw and score the completions of a rollout; this process's part of it."""
+        assert self.prompts is not None
+        args, group = self.args, self.args.num_generations
+        step, total = self.state.global_step, self.args.generation_batch_size
+        mine = self._share(total)
+        rows = self.prompts.rows(number)
+        temperatures = self.temperatures.temperatures(step, len(rows), group)
+        answers: list[Any] = [None] * len(mine)
+        rewards = torch.full((len(mine), len(self.rewards.names)), math.nan)
+        wanted = list(range(len(rows)))
+        for attempt in range(1 + args.dynamic_sampling_attempts):
+            if attempt:  # prompts whose completions are all as good as one another teach nothing: others in their place
+                for prompt, row in zip(wanted, self.prompts.others(number, attempt, len(wanted)), strict=True):
+                    rows[prompt] = row
+            drawn = [i for i in mine if i // group in wanted]
+            new = self._answers([rows[i // group] for i in drawn], [temperatures[i] for i in drawn], "rollout", number, attempt)
+            scores = self._scores([rows[i // group] for i in drawn], new)
+            for i, answer, score in zip(drawn, new, scores, strict=True):
+                answers[i - mine.start], rewards[i - mine.start] = answer, score
+            everyone = self.accelerator.gather(rewards.to(args.device))  # [B over all processes, R]
+            groups = gf.group_advantages(
+                everyone,
+                group_size=group,
+                scale=args.scale_rewards,
+                reward_weights=self.rewards.weights.to(everyone.device),
+                normalize=args.multi_objective_aggregation,
+            )
+            wanted = groups.degenerate.nonzero().flatten().tolist()
+            if not wanted or attempt == args.dynamic_sampling_attempts:
+                break
+        self.meters.mean("dynamic_sampling/attempts", attempt)
+
+        rollout = Rollout(
+            [answer.prompt_ids for answer in answers],
+            [answer.completion.token_ids for answer in answers],
+            torch.tensor([temperatures[i] for i in mine], dtype=torch.float32, device=args.device),
+            groups.advantages[mine.start : mine.stop].to(args.device),
+            torch.tensor([a.completion.finished or not args.mask_truncated_completions for a in answers], device=args.device),
+        )
+        if all(answer.completion.logprobs is not None for answer in answers):
+            values = [value for answer in answers for value in answer.completion.logprobs]
+            rollout.tokens["sampler"] = torch.tensor(values, dtype=torch.float32, device=args.device)
+        with self.meters.timed("step_time/logprobs"):
+            self._score_tokens(rollout)
+        self._count_tokens(rollout)
+        self._measure(rows, answers, everyone, groups, rollout)
+        return rollout
+
+    def _share(self, total: int) -> range:
+        """This process's part of as many rows, a multiple of the number of processes."""
+        each = total // self.accelerator.num_processes
+        return range(self.accelerator.process_index * each, (self.accelerator.process_index + 1) * each)
+
+    def _answers(self, rows: Sequence[dict[str, Any]], temperatures: Sequence[float], *seed: object, **cut: Any) -> list[Answer]:
+        """A completion for each row."""
+        if self._sampler_step != self.state.global_step:
+            self.sampler.update_weights(self.model_wrapped, self.state.global_step)
+            self._sampler_step = self.state.global_step
+        prompts, extra = [self._prompt_ids(row["prompt"]) for row in rows], 0
+        if not rows and is_sharded(self.model_wrapped):  # the others wait for this process in every forward pass
+            prompts, temperatures, extra = [[self.processing_class.eos_token_id]], [1.0], 1
+        params = SamplingParams(
+            self.args.max_completion_length,
+            list(temperatures),
+            seed=derived_seed(self.args.seed, *seed, self.accelerator.process_index),
+            eos_token_id=self._end_tokens(),
+            pad_token_id=self.processing_class.pad_token_id,
+            **(cut or {"top_p": self.args.top_p, "top_k": self.args.top_k, "min_p": self.args.min_p or 0.0}),
+        )
+        with self.meters.timed("step_time/generate"):
+            drawn = self.sampler.generate(prompts, params) if prompts else []
+        drawn = drawn[: len(drawn) - extra]
+        if len(drawn) != len(rows):
+            raise ValueError(f"the sampler returned {len(drawn)} completions for {len(rows)} prompts; expected one for each, in order.")
+        texts = self.processing_class.batch_decode([c.token_ids for c in drawn], skip_special_tokens=True) if drawn else []
+        return [Answer(*parts) for parts in zip(prompts, drawn, texts, strict=False)]
+
+    def _scores(self, rows: Sequence[dict[str, Any]], answers: Sequence[Answer]) -> Tensor:  # [B, R]
+        if not rows:
+            return torch.empty(0, len(self.rewards.names))
+        columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "completion", "completion_ids")}
+        texts: list[Any] = [
+            answer.text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": answer.text}]
+            for row, answer in zip(rows, answers, strict=True)
+        ]
+        extras = {"trainer_state": self.state, "log_metric": self.meters.mean}
+        with self.meters.timed("step_time/reward"):
+            table = self.rewards(
+                [row["prompt"] for row in rows], texts, [a.completion.token_ids for a in answers], extras=extras, **columns
+            )
+        for name, value in table.metrics.items():
+            if not name.endswith(("/mean", "/std")):  # those are taken over all processes
+                self.meters.mean(name, value)
+        return table.values
+
+    @torch.no_grad()
+    def _score_tokens(self, rollout: Rollout) -> None:
+        """Log-probabilities of the old policy and of the reference, and the weights made from them, where something asks for them."""
+        args = self.args
+        corrects = args.corrects_sampler and "sampler" in rollout.tokens
+        several = args.updates_per_rollout > 1
+        rows = self._that_matter(rollout)
+        part = rollout.select(rows)
+        if several or corrects or args.top_entropy_quantile < 1:
+            old = self.passes.logprobs(self.model_wrapped, part, at_once=args.per_device_train_batch_size)
+            if several:
+                rollout.tokens["old"] = rollout.scattered(old.logprobs, rows)
+            weights = self._weights(part, old, corrects)
+            if weights is not None:
+                rollout.tokens["weights"] = rollout.scattered(weights, rows)
+        if args.beta != 0:
+            with self.reference.of(self.model_wrapped, self.accelerator.unwrap_model(self.model_wrapped)) as reference:
+                ref = self.passes.logprobs(reference, part, at_once=args.per_device_train_batch_size)
+            rollout.tokens["ref"] = rollout.scattered(ref.logprobs, rows)
+
+    def _that_matter(self, rollout: Rollout) -> list[int]:
+        """Rows that can change the gradient (at least one: all processes must do a backward pass), or all if the metrics want them."""
+        if self.metrics_on == "all" or self.args.beta != 0 or self.args.entropy_coef != 0:
+            return list(range(len(rollout)))
+        return ((rollout.advantages != 0) & rollout.counts).nonzero().flatten().tolist() or [0]
+
+    def _weights(self, rows: Rollout, old: gf.TokenLogprobs, corrects: bool) -> Tensor | None:  # [n]
+        """What multiplies each token's surrogate: the correction of the sampler, and the mask of the tokens with the highest entropy."""
+        args = self.args
+        lengths = torch.tensor(rows.lengths, device=old.logprobs.device)
+        counts = rows.counts.repeat_interleave(lengths)
+        weights = None
+        if corrects:
+            level, mode = args.vllm_importance_sampling_mode.split("_")
+            bounds = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
+            weights = gf.rollout_weights(
+                old.logprobs,
+                rows.tokens["sampler"],
+                counts,
+                mode=mode,
+                level=level,
+                low=args.vllm_importance_sampling_clip_min,
+                high=args.vllm_importance_sampling_clip_max,
+                cu_seqlens=bounds,
+            )
+            self.meters.add("sampling/importance_sampling_ratio/mean", (weights * counts).sum(), counts.sum())
+            self.meters.largest("sampling/importance_sampling_ratio/max", (weights * counts).max())
+        if args.top_entropy_quantile < 1:
+            everyone = torch.cat([values.to(old.entropy.device) for values in _gathered(old.entropy[counts])])
+            threshold = torch.quantile(everyone, 1 - args.top_entropy_quantile)
+            highest = (old.entropy >= threshold).float()
+            weights = highest if weights is None else weights * highest
+        return weights
+
+    def _count_tokens(self, rollout: Rollout) -> None:
+        """Tokens that count in each optimiser step, over all processes: the denominator that makes the loss the same for any split."""
+        tokens = rollout.lengths_that_count()
+        steps = self.accelerator.gather(tokens).view(self.accelerator.num_processes, self.args.minibatches, -1)
+        self._step_tokens = steps.sum((0, 2)).tolist()
+
+    # Step ----------------------------------------------------------------------------------------------------------------------
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        return inputs  # they are where they belong
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Six per parameter and token, the usual estimate."""
+        if not isinstance(inputs, MicroBatch):
+            return 0
+        tokens = sum(inputs.rows.lengths) + sum(map(len, inputs.rows.prompt_ids))
+        return 6 * tokens * sum(p.numel() for p in inner_model(self.model).parameters())
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """transformers' own; here for its time."""
+        before = self.meters.total_seconds("step_time/loss")
+        started = time.perf_counter()
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        spent = time.perf_counter() - started - (self.meters.total_seconds("step_time/loss") - before)
+        self.meters.seconds("step_time/backward", spent)
+        return loss
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        """The loss of a micro-batch, as its share in the loss of the step.
+
+        Gradients are averaged over processes and summed over micro-batches. So sums are divided by what the whole step has, and multiplied
+        by the number of processes: any split of the step gives the same loss and gradient.
+        """
+        batch: MicroBatch = inputs
+        scale, num_items = float(self.accelerator.num_processes), None
+        rows = batch.rows.select(self._that_matter(batch.rows))
+        if self.loss_config.resolved_aggregation == "global_token_mean":
+            num_items = max(batch.step_tokens, 1)
+        else:
+            scale *= len(rows) / batch.step_sequences
+        with self.meters.timed("step_time/loss"):
+            out = self.passes.loss(
+                model,
+                rows,
+                config=self.loss_config,
+                num_items=num_items,
+                loss_scale=scale,
+                metrics_on=self.metrics_on,
+            )
+        self._losses.append((out._replace(loss=out.loss.detach()), batch._replace(rows=rows)))
+        measure_loss(self.meters, out, rows, batch, truncated=self.args.truncates)
+        return (out.loss, out) if return_outputs else out.loss
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        self._grad_norm = super()._clip_grad_norm(model)
+        return self._grad_norm
+
+    def before_optimizer(self) -> None:
+        """The last look before the weights change: are the numbers finite, and is the sampler's policy ours?"""
+        losses, self._losses = self._losses, []
+        finite = torch.stack([out.loss for out, _ in losses]).isfinite().all()
+        norm = self._grad_norm
+        if isinstance(norm, Tensor) and getattr(self.accelerator, "scaler", None) is None:  # a scaler meets infinities, and skips them
+            finite = finite & norm.isfinite().to(finite.device)
+        if self.accelerator.reduce(finite.float(), reduction="sum") < self.accelerator.num_processes:  # all processes stop, not some
+            where = f"step {self.state.global_step + 1}, process {self.accelerator.process_index}"
+            raise FloatingPointError(what_is_not_finite(losses, norm, self.model, where))
+        if not self._sampler_checked:
+            self._check_sampler(losses)
+            self._sampler_checked = True
+
+    def _check_sampler(self, losses: list[tuple[gf.GRPOOutput, MicroBatch]]) -> None:
+        """On the first step: the sampler's log-probabilities must be those of the loss, or it is another policy that is trained."""
+        args = self.args
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+        tolerance = args.sampler_tolerance or TOLERANCES[dtype]
+        if args.truncates or max(gather_object([sampler_gap(losses)])) <= tolerance:  # truncated ones are renormalised, and must differ
+            return
+        rows = losses[0][1].rows
+        assumed = float(rows.temperature.mean())
+        found = explain_mismatch(
+            lambda other: self.passes.logprobs_at(self.model_wrapped, rows, rows.temperature * (other / assumed)),
+            rows.tokens["sampler"],
+            temperature=assumed,
+        )
+        raise RuntimeError(f"{found.sentence(assumed)} Nothing was trained. (Allowed: sampler_tolerance = {tolerance:g} nats a token.)")
+
+    def after_step(self) -> None:
+        """When the weights have changed: steer the temperature, if a rollout was new in this step, and add the step to what is logged."""
+        self.meters.steps += 1
+        if self.temperatures.steered and (self.state.global_step - 1) % self.args.updates_per_rollout == 0:
+            self.temperatures.observe(self.meters.read())
+        self.meters_to_log.merge(self.meters)
+        self.meters = Meters()
+
+    # Evaluation ----------------------------------------------------------------------------------------------------------------
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Mean reward over ``eval_rounds`` samples per prompt at ``eval_temperature``, with the standard error over the rounds."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, str):
+            dataset = self.eval_dataset[dataset]
+        if isinstance(dataset, dict):
+            found: dict[str, float] = {}
+            for name, part in dataset.items():
+                found |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
+            return found
+        if dataset is None:
+            raise ValueError("eval_dataset is None; expected one, to evaluate on.")
+        started = time.perf_counter()
+        meters, self.meters = self.meters, Meters()  # an evaluation's time is not a step's
+        try:
+            rounds = [self._evaluation_round(dataset, number) for number in range(self.args.eval_rounds)]
+        finally:
+            self.meters = meters
+        metrics = {f"{metric_key_prefix}_{name}": _mean([r[name] for r in rounds]) for name in rounds[0]}
+        for name in [name for name in rounds[0] if name.startswith("reward")]:
+            metrics[f"{metric_key_prefix}_{name.removesuffix('/mean')}{'/se' if '/' in name else '_se'}"] = _standard_error(
+                [r[name] for r in rounds]
+            )
+        metrics[f"{metric_key_prefix}_temperature"] = self.args.eval_temperature
+        metrics[f"{metric_key_prefix}_rounds"] = float(self.args.eval_rounds)
+        metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - started
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _evaluation_round(self, dataset: Any, number: int) -> dict[str, float]:
+        world, size = self.accelerator.num_processes, self.args.per_device_eval_batch_size
+        each = -(-len(dataset) // world)
+        mine = [min(i, len(dataset) - 1) for i in range(self.accelerator.process_index * each, (self.accelerator.process_index + 1) * each)]
+        measured = []
+        for start in range(0, each, size):
+            rows = [dataset[i] for i in mine[start : start + size]]
+            temperatures = [self.args.eval_temperature] * len(rows)
+            answers = self._answers(rows, temperatures, "evaluation", number, start, top_p=self.args.eval_top_p)
+            for scores, answer in zip(self._scores(rows, answers).tolist(), answers, strict=True):
+                ids = answer.completion.token_ids
+                measured.append((scores, len(ids), not answer.completion.finished, repeated_ngrams(ids)))
+        everyone = gather_object(measured)[: len(dataset)]  # what was repeated to fill the last process's share is at the end
+        rewards = torch.tensor([scores for scores, *_ in everyone])
+        found = {"reward": _weighted(rewards, self.rewards.weights).nanmean().item()}
+        for name, column in zip(self.rewards.names, rewards.unbind(1), strict=True):
+            found[f"rewards/{name}/mean"] = column.nanmean().item()
+        for position, name in enumerate(("mean_length", "clipped_ratio", "repetition"), start=1):
+            found[f"completions/{name}"] = _mean([float(row[position]) for row in everyone])
+        return found
+
+    # Log -----------------------------------------------------------------------------------------------------------------------
+
+    def _measure(self, rows: Sequence[dict[str, Any]], answers: list[Answer], rewards: Tensor, groups: Any, rollout: Rollout) -> None:
+        mine = self._share(self.args.generation_batch_size)
+        of_group = [i // self.args.num_generations for i in mine]
+        measure_rewards(self.meters, self.rewards.names, rewards, _weighted(rewards, self.rewards.weights.to(rewards.device)), groups)
+        measure_rollout(self.meters, answers, of_group, rollout)
+        self.state.num_input_tokens_seen += sum(gather_object([sum(rollout.lengths) + sum(map(len, rollout.prompt_ids))]))
+        values = zip(rewards[mine.start : mine.stop].tolist(), rollout.advantages.tolist(), rollout.temperature.tolist(), strict=True)
+        self.last_completions = [
+            {
+                "step": self.state.global_step,
+                "prompt": rows[group]["prompt"],
+                "completion": answer.text,
+                "rewards": dict(zip(self.rewards.names, scores, strict=True)),
+                "advantage": advantage,
+                "temperature": temperature,
+            }
+            for group, answer, (scores, advantage, temperature) in zip(of_group, answers, values, strict=True)
+        ]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """transformers' own, with what the steps since the last time have measured."""
+        if "loss" in logs:
+            logs, self.meters_to_log = {**logs, **self.meters_to_log.read()}, Meters()
+            now, tokens = time.perf_counter(), self.state.num_input_tokens_seen
+            logs["num_tokens"] = tokens
+            logs["tokens_per_second"] = (tokens - self._tokens_logged) / max(now - self._logged_at, 1e-9)
+            self._logged_at, self._tokens_logged = now, tokens
+            if self.args.log_completions and self.accelerator.is_main_process:
+                folder = Path(self.args.output_dir) / "completions"
+                folder.mkdir(parents=True, exist_ok=True)
+                lines = [json.dumps(row) for row in self.last_completions[: self.args.num_completions_to_print]]
+                (folder / f"step-{self.state.global_step:06d}.jsonl").write_text("\n".join(lines) + "\n")
+        super().log(logs, start_time)
+
+    # State ---------------------------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own. ``resume_from_checkpoint=True`` takes the newest complete checkpoint of ``output_dir``."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"resume_from_checkpoint is True and {self.args.output_dir} holds no complete checkpoint; expected one.")
+        if resume_from_checkpoint:
+            lacking = missing_from(resume_from_checkpoint)
+            if lacking is not None:
+                raise ValueError(
+                    f"resume_from_checkpoint is {str(resume_from_checkpoint)!r}, which lacks {lacking}; expected a complete one."
+                )
+            self._load_extra_state(Path(resume_from_checkpoint))
+        self._logged_at = time.perf_counter()
+        return super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, *args, **kwargs)
+
+    def extra_state(self, folder: Path) -> None:
+        """Temperature, a reference that has moved, and a rollout that is not used up."""
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished = self.state.global_step % self.args.updates_per_rollout != 0
+        if unfinished and self.rollout is not None:
+            self.rollout.save(folder / f"rollout-{self.accelerator.process_index}.safetensors")
+        if not self.args.should_save:
+            return
+        self.reference.save(folder)
+        state = {
+            "version": 1,
+            "processes": self.accelerator.num_processes,
+            "temperature": self.temperatures.state_dict(),
+            "step_tokens": self._step_tokens if unfinished else [],
+        }
+        (folder / STATE).write_text(json.dumps(state, indent=2) + "\n")
+
+    def _load_extra_state(self, folder: Path) -> None:
+        state = json.loads((folder / STATE).read_text())
+        self.temperatures.load_state_dict(state["temperature"])
+        self._step_tokens = state["step_tokens"]
+        rollout = folder / f"rollout-{self.accelerator.process_index}.safetensors"
+        if self._step_tokens and state["processes"] != self.accelerator.num_processes:
+            raise ValueError(
+                f"{folder} was written by {state['processes']} processes in the middle of a rollout, and there are "
+                f"{self.accelerator.num_processes}; expected as many. Resume from a checkpoint at the end of a rollout."
+            )
+        self.rollout = Rollout.load(rollout, self.args.device) if rollout.exists() else None
+        self.reference.load(folder)
+
+    # Text ----------------------------------------------------------------------------------------------------------------------
+
+    def _prompt_ids(self, prompt: Any) -> list[int]:
+        if isinstance(prompt, str):
+            return list(self.processing_class(prompt)["input_ids"])
+        options = self.args.chat_template_kwargs or {}
+        return list(
+            self.processing_class.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False, **options)
+        )
+
+    def _end_tokens(self) -> list[int]:
+        """The tokenizer's, and those the model's own generation knows."""
+        known = getattr(getattr(inner_model(self.model), "generation_config", None), "eos_token_id", None)
+        more = known if isinstance(known, list) else [known]
+        return list(dict.fromkeys(token for token in [self.processing_class.eos_token_id, *more] if token is not None))
+
+
+class _Hooks(TrainerCallback):
+    """The places of transformers' loop where this trainer has something to do."""
+
+    def __init__(self, trainer: GRPOTrainer) -> None:
+        self.trainer = trainer
+        self.started = 0.0
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.before_optimizer()
+        self.started = time.perf_counter()
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.meters.seconds("step_time/optimizer", time.perf_counter() - self.started)
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.after_step()
+
+
+def _with_overlong(reward_funcs: Any, args: GRPOConfig) -> tuple[list[Any], list[float] | None]:
+    rewards = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
+    weights = None if args.reward_weights is None else list(args.reward_weights)
+    if args.soft_punish_cache is not None:
+        rewards.append(SoftOverlongPunishment(args.max_completion_length, args.soft_punish_cache))
+        weights = None if weights is None else [*weights, 1.0]
+    return rewards, weights
+
+
+def _data_seed(args: GRPOConfig) -> int:
+    return args.seed if args.data_seed is None else args.data_seed
+
+
+def _weighted(rewards: Tensor, weights: Tensor) -> Tensor:  # [B, R], [R] -> [B]
+    """The sum of the rewards that apply; NaN where none does."""
+    return (rewards.nan_to_num() @ weights).masked_fill(rewards.isnan().all(1), math.nan)
+
+
+def _gathered(values: Tensor) -> list[Tensor]:
+    """The values of every process, of any length."""
+    return gather_object([values.cpu()])
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _standard_error(values: Sequence[float]) -> float:
+    """Of the mean; 0 for one value."""
+    if len(values) < 2:
+        return 0.0
+    mean = _mean(values)
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))

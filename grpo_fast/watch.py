@@ -1,0 +1,129 @@
+"""What is looked at while training: the numbers of a rollout and of a loss, and what stops a run before it trains on something wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import grpo_fast as gf
+from grpo_fast.generation import Completion
+from grpo_fast.meters import Meters
+from grpo_fast.metrics import distinct_share, repeated_ngrams
+from grpo_fast.rollout import Rollout
+
+__all__ = ["Answer", "MicroBatch", "measure_loss", "measure_rewards", "measure_rollout", "sampler_gap", "what_is_not_finite"]
+
+_LOSS_METRICS = {
+    "entropy": "entropy",
+    "clip_low": "clip_ratio/low_mean",
+    "clip_high": "clip_ratio/high_mean",
+    "clip_region": "clip_ratio/region_mean",
+    "ratio_mean": "ratio/mean",
+    "kl": "kl",
+}
+
+
+class Answer(NamedTuple):
+    """A completion, its prompt's tokens before it and its text after."""
+
+    prompt_ids: list[int]
+    completion: Completion
+    text: str
+
+
+class MicroBatch(NamedTuple):
+    """Some rows of a rollout, and what is said of the whole optimiser step, over all processes: its tokens and its sequences."""
+
+    rows: Rollout
+    step_tokens: int
+    step_sequences: int
+    fresh: bool  # the policy is still the one that sampled
+
+
+def measure_rewards(meters: Meters, names: Sequence[str], rewards: Tensor, total: Tensor, groups: gf.GroupAdvantages) -> None:
+    """Of all processes' completions: ``rewards`` [B, R] and their weighted sum ``total`` [B]."""
+    meters.mean("reward", total.nanmean().nan_to_num())
+    meters.mean("reward_std", groups.std.mean())
+    meters.mean("frac_reward_zero_std", groups.degenerate.float().mean())
+    for name, column in zip(names, rewards.unbind(1), strict=True):
+        values = column[~column.isnan()]
+        if values.numel():
+            meters.mean(f"rewards/{name}/mean", values.mean())
+            meters.mean(f"rewards/{name}/std", values.std(correction=min(1, values.numel() - 1)))
+
+
+def measure_rollout(meters: Meters, answers: Sequence[Answer], groups: Sequence[int], rollout: Rollout) -> None:
+    """Of this process's completions; ``groups``: to which prompt each belongs."""
+    lengths, count = rollout.lengths, len(rollout)
+    finished = [answer.completion.finished for answer in answers]
+    terminated = [length for length, done in zip(lengths, finished, strict=True) if done]
+    together: dict[int, list[str]] = {}
+    for group, answer in zip(groups, answers, strict=True):
+        together.setdefault(group, []).append(answer.text)
+    meters.add("completions/mean_length", sum(lengths), count)
+    meters.add("completions/mean_terminated_length", sum(terminated), len(terminated))
+    meters.largest("completions/max_length", float(max(lengths)))
+    meters.add("completions/clipped_ratio", finished.count(False), count)
+    meters.add("completions/repetition", sum(repeated_ngrams(ids) for ids in rollout.completion_ids), count)
+    meters.add("completions/distinct", sum(distinct_share(texts) for texts in together.values()), len(together))
+    meters.add("temperature", rollout.temperature.sum(), count)
+
+
+@torch.no_grad()
+def measure_loss(meters: Meters, out: gf.GRPOOutput, rows: Rollout, batch: MicroBatch, *, truncated: bool) -> None:
+    """Means over the tokens that were computed, so that micro-batches count by their tokens.
+
+    rows: those of the batch that were run through the model; truncated: the sampler draws from a part of the vocabulary.
+    """
+    computed = out.active.sum()
+    for metric, name in _LOSS_METRICS.items():
+        if metric != "kl" or "ref" in rows.tokens:
+            meters.mean(name, out.metrics[metric], computed)
+    meters.largest("ratio/max", out.metrics["ratio_max"])
+    meters.add("active_fraction", out.metrics["active_fraction"] * rows.tokens_that_count(), batch.rows.tokens_that_count())
+    if batch.fresh and "sampler" in rows.tokens:
+        gap = torch.where(out.active, out.logprobs - rows.tokens["sampler"], 0.0).nan_to_num()
+        meters.add("sampling/sampling_logp_difference/mean", gap.abs().sum(), computed)
+        meters.largest("sampling/sampling_logp_difference/max", gap.abs().max())
+        if truncated:  # p over the whole vocabulary / p over what was kept = the mass that was kept
+            meters.add("sampling/kept_mass", (gap.exp() * out.active).sum(), computed)
+
+
+def sampler_gap(losses: Sequence[tuple[gf.GRPOOutput, MicroBatch]]) -> float:
+    """Mean absolute difference of a token's log-probability between sampler and loss, in nats; 0 where the sampler says none."""
+    gaps = [
+        (out.logprobs - batch.rows.tokens["sampler"])[out.active].abs()
+        for out, batch in losses
+        if batch.fresh and "sampler" in batch.rows.tokens
+    ]
+    together = torch.cat(gaps) if gaps else torch.zeros(0)
+    return float(together.mean()) if together.numel() else 0.0
+
+
+def what_is_not_finite(losses: Sequence[tuple[gf.GRPOOutput, MicroBatch]], norm: Any, model: nn.Module, where: str) -> str:
+    """Why a step was refused, in words: which micro-batch, which completion, which of the loss's inputs."""
+    said = f"The loss is not finite at {where}; the weights have not been changed by it."
+    for number, (out, batch) in enumerate(losses):
+        if bool(out.loss.isfinite()):
+            continue
+        wrong = (~out.logprobs.isfinite()).nonzero().flatten().tolist()
+        said += f" Micro-batch {number}: loss {float(out.loss)}; "
+        said += f"{len(wrong)} of {out.logprobs.numel()} log-probabilities are not finite"
+        if wrong:
+            ends = torch.tensor(batch.rows.lengths).cumsum(0).tolist()
+            row = next(r for r, end in enumerate(ends) if wrong[0] < end)
+            said += f", the first at token {wrong[0] - (ends[row - 1] if row else 0)} of completion {row}"
+        columns = {"advantages": batch.rows.advantages, "temperature": batch.rows.temperature, **batch.rows.tokens}
+        said += "".join(f"; {name} is not finite" for name, column in columns.items() if not bool(column.isfinite().all()))
+        break
+    else:
+        gradient = norm is not None and not bool(torch.as_tensor(norm).isfinite())
+        said = (
+            f"{'The gradient' if gradient else 'The loss of another process'} is not finite at {where}; the weights have not been changed."
+        )
+    wrong_parameters = [name for name, p in model.named_parameters() if not bool(p.detach().isfinite().all())]
+    said += f" Parameters: {'all finite' if not wrong_parameters else ', '.join(wrong_parameters[:3]) + ' not finite'}."
+    return said + " Cure: a lower learning rate or max_grad_norm, bf16 in place of fp16; resume from the last checkpoint."

@@ -1,0 +1,108 @@
+"""A model, a tokenizer, prompts, rewards and samplers as small as a test of the trainer can do with."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from grpo_fast.demo.task import make_tokenizer, question
+from grpo_fast.generation import Completion
+from grpo_fast.grpo_config import GRPOConfig
+from grpo_fast.trainer import GRPOTrainer
+
+TOKENIZER = make_tokenizer()
+ROWS = [question(f"{number:04d}") for number in random.Random(0).sample(range(10_000), 40)]
+
+
+def model(seed: int = 0, **settings: Any) -> Any:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(seed)
+    settings = {"attn_implementation": "eager", "tie_word_embeddings": False, "num_hidden_layers": 2} | settings
+    config = Qwen2Config(
+        vocab_size=len(TOKENIZER),
+        hidden_size=16,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=TOKENIZER.eos_token_id,
+        pad_token_id=TOKENIZER.pad_token_id,
+        **settings,
+    )
+    return Qwen2ForCausalLM(config)
+
+
+def odd_tokens(prompts: Any, completions: Any, completion_ids: list[list[int]], **columns: Any) -> list[float]:
+    """The share of odd tokens: varies within a group, and says the same wherever it is computed."""
+    return [sum(token % 2 for token in ids) / max(len(ids), 1) for ids in completion_ids]
+
+
+def short(prompts: Any, completions: Any, completion_ids: list[list[int]], **columns: Any) -> list[float]:
+    return [-0.1 * len(ids) for ids in completion_ids]
+
+
+class Scripted:
+    """Completions that depend on the prompt and on how often it was asked before in the same call, and on nothing else."""
+
+    def __init__(self, longest: int = 8, logprobs: Any = None) -> None:
+        self.longest, self.logprobs = longest, logprobs
+        self.calls: list[Any] = []
+
+    def generate(self, prompts: Any, params: Any) -> list[Completion]:
+        self.calls.append((prompts, params))
+        asked: Counter[str] = Counter()
+        found = []
+        for prompt in prompts:
+            rng = random.Random(f"{prompt} {asked[str(prompt)]}")
+            asked[str(prompt)] += 1
+            ids = [rng.randrange(3, len(TOKENIZER)) for _ in range(rng.randint(1, self.longest))]
+            finished = len(ids) < self.longest
+            ids = [*ids, params.eos_token_id[0]] if finished else ids
+            found.append(Completion(ids, finished, None))
+        return found if self.logprobs is None else self.logprobs(prompts, found, params)
+
+    def update_weights(self, model: Any, step: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def config(output: Path | str, **settings: Any) -> GRPOConfig:
+    settings = {
+        "per_device_train_batch_size": 16,
+        "num_generations": 4,
+        "max_completion_length": 8,
+        "learning_rate": 0.01,
+        "lr_scheduler_type": "constant",
+        "gradient_checkpointing": False,
+        "max_steps": 1,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    } | settings
+    return GRPOConfig(str(output), **settings)
+
+
+def trainer(output: Path | str, *, of: Any = None, rewards: Any = odd_tokens, rows: Any = ROWS, **settings: Any) -> GRPOTrainer:
+    """``sampler``, ``eval_dataset``, ``peft_config``, ``optimizers`` go to the trainer, the rest to its settings."""
+    own = {name: settings.pop(name) for name in ("sampler", "eval_dataset", "peft_config", "optimizers", "callbacks") if name in settings}
+    return GRPOTrainer(
+        model() if of is None else of, rewards, config(output, **settings), train_dataset=rows, processing_class=TOKENIZER, **own
+    )
+
+
+def logs(run: GRPOTrainer) -> list[dict[str, float]]:
+    """What each step logged."""
+    return [record for record in run.state.log_history if "loss" in record]
+
+
+def parameters(of: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in of.named_parameters()}
