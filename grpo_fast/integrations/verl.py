@@ -1,0 +1,175 @@
+"""verl 0.9: policy losses for its registry, and its fused ``linear_cross_entropy`` with a temperature per sample.
+
+Name one of them in verl's configuration. An installed grpo_fast is in verl's plugin group (``verl.plugins``), so verl finds them; else set
+``VERL_USE_EXTERNAL_MODULES=grpo_fast.integrations.verl_plugin``::
+
+    actor_rollout_ref.actor.policy_loss.loss_mode=grpo_fast_vanilla
+
+    grpo_fast_vanilla, grpo_fast_gspo, grpo_fast_sapo, grpo_fast_cispo, grpo_fast_gpg     as verl's own, from the same options
+    grpo_fast_vespo                                                                       which verl does not have
+
+KL and entropy are added by verl, as to its own losses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo_fast.config import LossConfig
+from grpo_fast.integrations.logprobs import logprob_loss
+from grpo_fast.linear import linear_token_logprobs
+
+__all__ = ["LOSS_MODES", "linear_cross_entropy", "policy_loss", "register"]
+
+LOSS_MODES = ("vanilla", "gspo", "sapo", "cispo", "gpg", "vespo")
+_OPTIONS = ("clip_ratio", "clip_ratio_low", "clip_ratio_high", "clip_ratio_c", "tau_pos", "tau_neg")
+
+
+def register() -> None:
+    """Put the losses into verl's registry, as ``grpo_fast_<mode>``.
+
+    Raises:
+        ImportError: verl is not installed, or has no such registry.
+    """
+    from verl.trainer.ppo.core_algos import register_policy_loss
+
+    for mode in LOSS_MODES:
+        register_policy_loss(f"grpo_fast_{mode}")(functools.partial(policy_loss, loss_mode=mode))
+
+
+def policy_loss(
+    old_log_prob: Tensor,  # [B, T]
+    log_prob: Tensor,  # [B, T]
+    advantages: Tensor,  # [B, T]
+    response_mask: Tensor,  # [B, T]
+    loss_agg_mode: str = "token-mean",
+    config: Any = None,
+    rollout_is_weights: Tensor | None = None,  # [B, T]
+    *,
+    loss_mode: str = "vanilla",
+) -> tuple[Tensor, dict[str, float]]:
+    """What verl's registry calls: the loss of a micro-batch, scaled as verl's ``agg_loss`` scales it, and verl's metrics, read at once.
+
+    Args:
+        config: verl's ActorConfig, of which the options of the loss and ``global_batch_info`` are read.
+        loss_mode: one of LOSS_MODES.
+
+    Raises:
+        ValueError: an option has no counterpart: names it and says what to do.
+    """
+    options = {name: getattr(config, name) for name in _OPTIONS if getattr(config, name, None) is not None}
+    weights = rollout_is_weights
+    if loss_mode == "vespo":
+        settings = LossConfig(loss_type="vespo")
+    elif loss_mode == "cispo":  # its lower bound is a factor, which a loss over log-probabilities can have beforehand
+        settings = LossConfig.like("verl", loss_mode=loss_mode, **{**options, "clip_ratio_low": 1.0})
+        ratio, bound = _ratio(log_prob, old_log_prob, response_mask), settings.epsilon_high
+        raised = ratio.clamp(1 - _low(options), bound) / ratio.clamp(max=bound)
+        weights = raised if weights is None else raised * weights
+    else:
+        settings = LossConfig.like("verl", loss_mode=loss_mode, **options)
+    aggregation, call = _scaling("seq-mean-token-mean" if loss_mode == "sapo" else loss_agg_mode, response_mask, config.global_batch_info)
+    settings = dataclasses.replace(settings, aggregation=aggregation)
+    loss, metrics = logprob_loss(
+        log_prob, advantages, config=settings, mask=response_mask, old_logprobs=old_log_prob, rollout_weights=weights, **call
+    )
+    if loss_mode == "gpg":
+        return loss, {}
+    return loss, _metrics(loss_mode, metrics["clip_region"], log_prob, old_log_prob, advantages, response_mask, options)
+
+
+def _scaling(mode: str, mask: Tensor, info: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """verl's aggregation as one of ours and arguments of the call, from the numbers of the whole batch where verl knows them."""
+    dp_size, tokens, sequences = info.get("dp_size") or 1, info.get("batch_num_tokens"), info.get("global_batch_size")
+    if mode == "token-mean":
+        _known("batch_num_tokens", tokens, dp_size)
+        return "global_token_mean", {"num_items": None if tokens is None else tokens / dp_size}
+    if mode == "token-sum":
+        return "global_token_mean", {"num_items": 1, "loss_scale": float(dp_size)}
+    _known("global_batch_size", sequences, dp_size)
+    if mode == "seq-mean-token-mean":
+        if sequences is None:
+            return "nonempty_sequence_mean", {}
+        return "sequence_mean", {"loss_scale": mask.shape[0] * dp_size / float(sequences)}
+    if mode not in ("seq-mean-token-sum", "seq-mean-token-sum-norm"):
+        raise ValueError(
+            f"loss_agg_mode is {mode!r}; expected token-mean, token-sum, seq-mean-token-mean, seq-mean-token-sum or "
+            "seq-mean-token-sum-norm."
+        )
+    norm = float(info.get("loss_scale_factor") or mask.shape[-1]) if mode.endswith("norm") else 1.0
+    if sequences is None:
+        return "nonempty_sequence_sum", {"loss_scale": 1 / norm}
+    return "global_token_mean", {"num_items": 1, "loss_scale": dp_size / (float(sequences) * norm)}
+
+
+def _known(name: str, value: Any, dp_size: int) -> None:
+    if value is None and dp_size > 1:
+        raise ValueError(f"global_batch_info[{name!r}] is None; expected a number with dp_size = {dp_size}.")
+
+
+def _low(options: dict[str, Any]) -> float:
+    return float(options.get("clip_ratio_low", options.get("clip_ratio", 0.2)))
+
+
+@torch.no_grad()
+def _ratio(log_prob: Tensor, old_log_prob: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask != 0, log_prob - old_log_prob, 0).clamp(-20.0, 20.0).exp()
+
+
+@torch.no_grad()
+def _metrics(
+    loss_mode: str,
+    clip_region: Tensor,
+    log_prob: Tensor,
+    old_log_prob: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    options: dict[str, Any],
+) -> dict[str, float]:
+    counts = mask != 0
+    ratio = _ratio(log_prob, old_log_prob, mask)
+
+    def mean(x: Tensor) -> Tensor:
+        return torch.where(counts, x, 0).sum(dtype=torch.float32) / counts.sum().clamp(min=1)
+
+    lower = torch.zeros_like(clip_region)
+    if loss_mode == "vanilla":
+        lower = mean((ratio > options.get("clip_ratio_c", 3.0)) & (advantages < 0))
+    elif loss_mode == "cispo":
+        high = float(options.get("clip_ratio_high", options.get("clip_ratio", 0.2)))
+        clip_region = mean((ratio < 1 - _low(options)) | (ratio > 1 + high))
+    values = torch.stack([clip_region, mean(-ratio.log()), lower]).tolist()  # one synchronisation where verl has three
+    return dict(zip(("actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower"), values, strict=True))
+
+
+def linear_cross_entropy(
+    hidden: Tensor,  # [B, T, D] or [N, D]
+    weight: Tensor,  # [V, D]
+    labels: Tensor,  # int64 [B, T] or [N]
+    temperature: float | Tensor = 1.0,  # number, [B], [B, T] or [N]
+    reduction: str = "none",
+    dist_process_group: Any = None,
+) -> tuple[Tensor, Tensor]:
+    """verl's ``verl.utils.kernel.linear_cross_entropy.linear_cross_entropy``: log-probability of each label, and the entropy; flat.
+
+    The temperature may differ from sample to sample or token to token, and hidden may have any width and lie on any device.
+
+    Args:
+        reduction: ``"none"``; verl's own callers know no other.
+        dist_process_group: over which the vocabulary is split, weight being this rank's part; None = not split.
+
+    Returns:
+        logprobs and entropy, float32 [N], differentiable.
+
+    Raises:
+        ValueError: reduction is another.
+    """
+    if reduction.lower() != "none":
+        raise ValueError(f"reduction is {reduction!r}; expected 'none'. Sum or average the result.")
+    out = linear_token_logprobs(hidden, weight, labels, temperature=temperature, process_group=dist_process_group)
+    return out.logprobs.flatten(), out.entropy.flatten()

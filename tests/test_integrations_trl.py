@@ -1,0 +1,425 @@
+"""Two training runs of TRL's, its own trainer and ours: losses, gradient norms and metrics are the same; and its LM head in our stead."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import random
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from grpo_fast import checks
+
+
+def installed() -> str | None:
+    try:
+        return importlib.metadata.version("trl")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+pytestmark = pytest.mark.skipif(installed() != "1.16.0", reason=f"the adapter is for trl 1.16.0, installed is {installed()}")
+
+STEPS, VOCABULARY = 20, 40
+TIMES = ("runtime", "per_second", "step_time", "total_flos")  # how the names of what is no result end
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of 2 layers and its tokenizer, as files: TRL loads its reference model from there."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+    words = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(VOCABULARY - 3))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    path = tmp_path_factory.mktemp("model")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>").save_pretrained(path)
+    torch.manual_seed(5)
+    config = Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=1,
+        initializer_range=0.4,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def reward(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """Of tokens by no rule that could be learnt in 20 steps; a group of a prompt's completions in five gets equal rewards."""
+    values = [sum(token * 7 % 13 for token in ids) / (12 * len(ids)) for ids in completion_ids]
+    return [0.5 if int(prompt.split()[0][1:]) % 5 == 0 else value for prompt, value in zip(prompts, values, strict=True)]
+
+
+def build(trainer_class: Any, model_path: Path, out: Path, *, peft_config: Any = None, **options: Any) -> Any:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerFast
+    from trl import GRPOConfig
+
+    random.seed(0)
+    torch.manual_seed(0)
+    settings = {
+        "optim": "sgd",  # Adam would blow up the last bit of a gradient that is almost 0
+        "learning_rate": 0.03,
+        "per_device_train_batch_size": 4,
+        "num_generations": 4,
+        "max_completion_length": 7,
+        "max_steps": STEPS,
+        "logging_steps": 1,
+        "temperature": 0.7,
+        "bf16": False,
+        **options,
+    }
+    args = GRPOConfig(
+        output_dir=str(out),
+        use_cpu=True,
+        gradient_checkpointing=False,
+        report_to="none",
+        save_strategy="no",
+        seed=3,
+        disable_tqdm=True,
+        log_level="error",
+        **settings,
+    )
+    prompts = [{"prompt": f"w{i % 30} w{i * 7 % 30}"} for i in range(64)]
+    return trainer_class(
+        str(model_path),
+        reward_funcs=reward,
+        args=args,
+        train_dataset=Dataset.from_list(prompts),
+        eval_dataset=Dataset.from_list(prompts[:4]),
+        processing_class=PreTrainedTokenizerFast.from_pretrained(model_path),
+        peft_config=peft_config,
+    )
+
+
+def train(trainer_class: Any, model_path: Path, out: Path, **options: Any) -> list[dict[str, float]]:
+    trainer = build(trainer_class, model_path, out, **options)
+    trainer.train()
+    return trainer.state.log_history
+
+
+def same_runs(ours: list[dict[str, float]], theirs: list[dict[str, float]], tolerance: float = 1e-5) -> None:
+    """Every number that was logged. Relative; what is a mean of cancelling terms is held to that of the largest of its kind."""
+    assert len(ours) == len(theirs)
+    keys = {key for entry in theirs for key in entry if not key.endswith(TIMES)}
+    assert {key for entry in ours for key in entry if not key.endswith(TIMES)} == keys
+    for key in sorted(keys):
+        mine, stock = [entry.get(key) for entry in ours], [entry.get(key) for entry in theirs]
+        scale = max(1e-3 if key == "kl" else 1e-2, *(abs(x) for x in stock if x is not None))
+        for step, (x, y) in enumerate(zip(mine, stock, strict=True)):
+            assert (x is None) == (y is None), f"{key} at {step}: {x} and {y}"
+            assert x is None or abs(x - y) <= tolerance * max(abs(y), scale), f"{key} at step {step}: {x}, TRL {y}"
+
+
+def compare(model_path: Path, tmp_path: Path, tolerance: float = 1e-5, **options: Any) -> list[dict[str, float]]:
+    import trl
+
+    from grpo_fast.integrations.trl import GRPOTrainer
+
+    theirs = train(trl.GRPOTrainer, model_path, tmp_path, **options)
+    ours = train(GRPOTrainer, model_path, tmp_path, **options)
+    same_runs(ours, theirs, tolerance)
+    assert sum(entry.get("grad_norm", 0) > 1e-2 for entry in ours) >= options.get("max_steps", STEPS) // 4, "steps must train"
+    return ours
+
+
+SMALL = {"per_device_train_batch_size": 2}
+REUSED = {**SMALL, "gradient_accumulation_steps": 2, "num_iterations": 2}  # so that the ratio leaves 1
+LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
+CASES: dict[str, dict[str, Any]] = {
+    "accumulation": {**SMALL, "gradient_accumulation_steps": 4},
+    "stale": {**SMALL, "gradient_accumulation_steps": 2, "steps_per_generation": 4},
+    "beta": {**REUSED, "beta": 0.1, "loss_type": "grpo"},
+    "beta-uncorrected": {**REUSED, "beta": 0.1, "use_bias_correction_kl": False},
+    "sequence": {**REUSED, "loss_type": "grpo", "importance_sampling_level": "sequence", "beta": 0.1, "epsilon": 0.02},
+    "luspo-sequence": {**REUSED, "loss_type": "luspo", "importance_sampling_level": "sequence"},
+    # The first tokens of a group's completions have the same entropy: where that is the quantile, roundings decide. So, few steps.
+    "sequence-per-token-masks": {**REUSED, "importance_sampling_level": "sequence", "top_entropy_quantile": 0.5, "max_steps": 8},
+    "top-entropy": {**REUSED, "top_entropy_quantile": 0.3, "beta": 0.1, "max_steps": 8},
+    "off-policy-mask": {**REUSED, "off_policy_mask_threshold": 0.001, "beta": 0.1},
+    "off-policy-mask-vespo": {**REUSED, "off_policy_mask_threshold": 0.001, "loss_type": "vespo"},
+    "delta": {**REUSED, "delta": 1.3, "loss_type": "bnpo"},
+    "entropy": {**REUSED, "entropy_coef": 0.05, "loss_type": "dapo"},
+    "entropy-grpo": {**SMALL, "entropy_coef": 0.05, "loss_type": "grpo", "gradient_accumulation_steps": 4},
+    "entropy-adaptive": {
+        **REUSED, "use_adaptive_entropy": True, "entropy_target": 1.9, "entropy_coef": 0.05, "entropy_coef_delta": 0.03,
+        "entropy_coef_min": 0.0, "entropy_coef_max": 0.2,
+    },
+    "truncated-masked": {**REUSED, "mask_truncated_completions": True, "loss_type": "grpo"},
+    "fp32-head": {**REUSED, "cast_lm_head_to_fp32": True},
+    "evaluation": {"eval_strategy": "steps", "eval_steps": 10, "per_device_eval_batch_size": 4, "loss_type": "dapo"},
+    **{f"{loss}-reused": {**REUSED, "loss_type": loss, **({"epsilon_high": 1.1} if loss == "cispo" else {})} for loss in LOSSES},
+    **{f"{loss}-beta": {**SMALL, "loss_type": loss, "beta": 0.1, "gradient_accumulation_steps": 4} for loss in LOSSES},
+}  # fmt: skip
+CORE = ("accumulation", "beta", "top-entropy", "entropy-adaptive", "vespo-reused")
+
+
+@pytest.mark.parametrize("name", [name if name in CORE else pytest.param(name, marks=pytest.mark.slow) for name in CASES])
+def test_the_same_run(name: str, model_path: Path, tmp_path: Path) -> None:
+    compare(model_path, tmp_path, **CASES[name])
+
+
+def test_the_same_step_in_bfloat16(model_path: Path, tmp_path: Path) -> None:
+    """Of which TRL rounds the logits on the way."""
+    compare(model_path, tmp_path, tolerance=0.02, bf16=True, max_steps=1, beta=0.1)
+
+
+def lora(*modules: str) -> Any:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    return peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(modules), init_lora_weights=False, lora_dropout=0.0)
+
+
+@pytest.mark.parametrize("beta", [0.0, pytest.param(0.1, marks=pytest.mark.slow)])
+def test_the_same_run_with_lora(beta: float, model_path: Path, tmp_path: Path) -> None:
+    compare(model_path, tmp_path, peft_config=lora("q_proj", "v_proj"), beta=beta, **REUSED)
+
+
+# One batch ------------------------------------------------------------------------------------------------------------------------------
+
+
+def batch(model_path: Path, **more: Tensor) -> dict[str, Tensor]:
+    """What TRL hands to _compute_loss, with a row that is masked as a whole, and ratios on both sides of the band."""
+    from transformers import AutoModelForCausalLM
+
+    generator = torch.Generator().manual_seed(7)
+    completion_mask = (torch.arange(6) < torch.tensor([6, 4, 5, 0]).unsqueeze(1)).long()
+    prompt_mask = torch.tensor([[1, 1, 1], [0, 1, 1], [0, 0, 1], [1, 1, 1]])
+    prompt_ids = torch.randint(3, VOCABULARY, (4, 3), generator=generator) * prompt_mask
+    completion_ids = torch.randint(3, VOCABULARY, (4, 6), generator=generator) * completion_mask
+    model = AutoModelForCausalLM.from_pretrained(model_path)
+    with torch.no_grad():
+        logits = model(torch.cat([prompt_ids, completion_ids], 1), torch.cat([prompt_mask, completion_mask], 1)).logits[:, -7:-1] / 0.7
+    logprobs = logits.log_softmax(-1).gather(-1, completion_ids.unsqueeze(-1)).squeeze(-1)
+    old = logprobs + 0.3 * torch.randn(4, 6, generator=generator)
+    return {
+        "prompt_ids": prompt_ids,
+        "prompt_mask": prompt_mask,
+        "completion_ids": completion_ids,
+        "completion_mask": completion_mask,
+        "advantages": torch.tensor([1.2, -0.7, 0.0, 0.4]),
+        "num_items_in_batch": torch.tensor(31),
+        "old_per_token_logps": old * completion_mask,
+        "ref_per_token_logps": (old - 0.1) * completion_mask,
+        **more,
+    }
+
+
+def loss_of(trainer: Any, inputs: dict[str, Tensor]) -> tuple[float, dict[str, Tensor], dict[str, float]]:
+    """Loss, gradients by parameter, and metrics."""
+    trainer.model.train()
+    trainer.model.zero_grad()
+    trainer.current_gradient_accumulation_steps = 2
+    loss = trainer._compute_loss(trainer.model, dict(inputs))
+    loss.backward()
+    logged: dict[str, float] = {}
+    trainer.log(logged)
+    gradients = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+    return loss.item(), gradients, {key: value for key, value in logged.items() if key not in ("epoch", "step")}
+
+
+def same_step(ours: Any, theirs: Any, tolerance: float = 1e-5) -> None:
+    assert ours[0] == pytest.approx(theirs[0], rel=tolerance, abs=1e-6)
+    assert ours[1].keys() == theirs[1].keys()
+    scale = max(x.abs().max().item() for x in theirs[1].values())
+    assert scale > 1e-2
+    for name, gradient in theirs[1].items():
+        assert (ours[1][name] - gradient).abs().max().item() <= tolerance * scale, name
+    assert ours[2].keys() == theirs[2].keys()
+    for name, value in theirs[2].items():
+        assert ours[2][name] == pytest.approx(value, rel=1e-4, abs=1e-6, nan_ok=True), name
+
+
+def both(model_path: Path, tmp_path: Path, inputs: dict[str, Tensor], change: dict[str, Any] | None = None, **options: Any) -> Any:
+    import trl
+
+    from grpo_fast.integrations.trl import GRPOTrainer
+
+    trainers = [build(trainer_class, model_path, tmp_path, **options) for trainer_class in (GRPOTrainer, trl.GRPOTrainer)]
+    for trainer in trainers:
+        for name, value in (change or {}).items():
+            setattr(trainer, name, value)
+    results = [loss_of(trainer, inputs) for trainer in trainers]
+    same_step(*results)
+    return trainers[0], results[0]
+
+
+VLLM = {"use_vllm": True}  # after the construction, which would look for a server
+
+
+@pytest.mark.parametrize(
+    ("weights", "options"),
+    [
+        ("token", {"loss_type": "grpo", "beta": 0.1}),
+        ("sequence", {"loss_type": "dapo"}),
+        ("token", {"loss_type": "vespo"}),
+        ("sequence", {"loss_type": "grpo", "importance_sampling_level": "sequence"}),
+    ],
+)
+def test_a_sampler_that_is_not_the_trainer(weights: str, options: dict[str, Any], model_path: Path, tmp_path: Path) -> None:
+    inputs = batch(model_path)
+    ratio = 1 + 0.3 * torch.randn(4, 6 if weights == "token" else 1, generator=torch.Generator().manual_seed(1)).clamp(-2, 2)
+    if weights == "token":
+        ratio = torch.where(inputs["completion_mask"] != 0, ratio, 1.0)  # as TRL makes them
+    both(model_path, tmp_path, {**inputs, "importance_sampling_ratio": ratio}, change=VLLM, **options)
+
+
+def test_off_policy_mask_by_the_samplers_logprobs(model_path: Path, tmp_path: Path) -> None:
+    """Some of which vLLM could not give."""
+    inputs = batch(model_path)
+    sampled = inputs["old_per_token_logps"] + 0.2
+    sampled[0, 1] = float("nan")
+    inputs["sampling_per_token_logps"] = sampled
+    trainer, (_, gradients, _) = both(model_path, tmp_path, inputs, off_policy_mask_threshold=0.05)
+    trainer.off_policy_mask_threshold = 10.0
+    other = loss_of(trainer, inputs)[1]
+    assert any((gradients[name] - other[name]).abs().max() > 1e-3 for name in gradients), "the mask must drop a sequence"
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
+def test_tool_mask_and_advantages_per_token(loss_type: str, model_path: Path, tmp_path: Path) -> None:
+    tool_mask = torch.ones(4, 6, dtype=torch.int64)
+    tool_mask[0, 2:4] = 0
+    advantages = torch.randn(4, 6, generator=torch.Generator().manual_seed(2))
+    both(model_path, tmp_path, batch(model_path, tool_mask=tool_mask, advantages=advantages), loss_type=loss_type)
+
+
+def test_the_temperature_may_change(model_path: Path, tmp_path: Path) -> None:
+    """TRL's own is that of the construction."""
+    import trl
+
+    from grpo_fast.integrations.trl import GRPOTrainer
+
+    ours = build(GRPOTrainer, model_path, tmp_path, temperature=1.0)
+    first = loss_of(ours, batch(model_path))
+    ours.temperature = 0.6
+    theirs = build(trl.GRPOTrainer, model_path, tmp_path, temperature=0.6)
+    second = loss_of(ours, batch(model_path))
+    same_step(second, loss_of(theirs, batch(model_path)))
+    assert max((first[1][name] - second[1][name]).abs().max() for name in second[1]) > 1e-2
+
+
+def test_only_active_tokens(model_path: Path, tmp_path: Path) -> None:
+    from grpo_fast.integrations.trl import GRPOTrainer
+
+    trainer = build(GRPOTrainer, model_path, tmp_path)
+    everything = loss_of(trainer, batch(model_path))
+    trainer.metrics_on = "active"
+    active = loss_of(trainer, batch(model_path))
+    same_step((*active[:2], {**active[2], "entropy": everything[2]["entropy"]}), everything)
+    assert active[2]["entropy"] != pytest.approx(everything[2]["entropy"], rel=1e-3), "a row without an advantage is left out"
+
+
+class _HostReads(TorchDispatchMode):
+    """Counts what would stall a GPU: reading a value, and shapes that depend on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function.name().split(".")[0] in ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal")
+        return function(*args, **(kwargs or {}))
+
+
+def test_fewer_host_synchronisations(model_path: Path, tmp_path: Path) -> None:
+    import trl
+
+    from grpo_fast.integrations.trl import GRPOTrainer
+
+    counts = {}
+    for trainer_class in (GRPOTrainer, trl.GRPOTrainer):
+        trainer = build(trainer_class, model_path, tmp_path, beta=0.1, loss_type="grpo")
+        inputs = batch(model_path)
+        with _HostReads() as reads, mock.patch.object(checks, "value_checks_wanted", lambda tensor: False):  # as on a GPU
+            trainer._compute_loss(trainer.model, inputs)
+        counts[trainer_class.__module__.split(".")[0]] = reads.count
+    in_the_model = 2  # transformers looks whether the attention mask is needed
+    assert counts["grpo_fast"] <= in_the_model + 1
+    assert counts["trl"] >= in_the_model + 7, counts
+
+
+# LoRA on the head -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_lora_on_the_head(beta: float, model_path: Path, tmp_path: Path) -> None:
+    """Which TRL refuses. The adapter's gradient is that of autograd through the model's own logits."""
+    import trl
+
+    from grpo_fast.integrations.trl import GRPOTrainer
+
+    with pytest.raises(ValueError, match="lm_head"):
+        build(trl.GRPOTrainer, model_path, tmp_path, peft_config=lora("q_proj", "lm_head"))
+    trainer = build(GRPOTrainer, model_path, tmp_path, peft_config=lora("q_proj", "lm_head"), loss_type="bnpo", beta=beta)
+    inputs = batch(model_path)
+    loss, gradients, _ = loss_of(trainer, inputs)
+    assert any("lm_head.lora_B" in name for name in gradients)
+
+    trainer.model.zero_grad()
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+    attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+    logits = trainer.model(input_ids=ids, attention_mask=attention).logits[:, -7:-1] / 0.7
+    logprobs = logits.log_softmax(-1).gather(-1, inputs["completion_ids"].unsqueeze(-1)).squeeze(-1)
+    mask, a = inputs["completion_mask"], inputs["advantages"].unsqueeze(1)
+    ratio = (logprobs - inputs["old_per_token_logps"]).exp()
+    token = -torch.min(ratio * a, ratio.clamp(0.8, 1.2) * a)
+    d = inputs["ref_per_token_logps"] - logprobs
+    token = token + beta * (d.exp() - d - 1) * ratio
+    expected = (token * mask).sum() / mask.sum() / 2
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    for name, p in trainer.model.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(gradients[name], p.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_run_with_lora_on_the_head_moves_it(model_path: Path, tmp_path: Path) -> None:
+    from grpo_fast.integrations.trl import GRPOTrainer
+
+    trainer = build(GRPOTrainer, model_path, tmp_path, peft_config=lora("lm_head"), beta=0.1, max_steps=5, **REUSED)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.train()
+    assert all("lm_head.lora_" in name for name in before)
+    assert any((p != before[name]).any() for name, p in trainer.model.named_parameters() if p.requires_grad)
+    assert max(abs(entry["kl"]) for entry in trainer.state.log_history if "kl" in entry) > 1e-4, "the reference is the model without it"
+
+
+# What is refused ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"top_entropy_quantile": 0.5, "entropy_coef": 0.1}, "top_entropy_quantile is 0.5 with an entropy bonus"),
+        ({"delta": 1.1}, "delta is 1.1"),
+        ({"loss_type": "vespo", "importance_sampling_level": "sequence"}, "importance_sampling_level"),
+    ],
+)
+def test_refused_by_name(options: dict[str, Any], message: str, model_path: Path, tmp_path: Path) -> None:
+    from grpo_fast.integrations.trl import GRPOTrainer
+
+    with pytest.raises(ValueError, match=message):
+        build(GRPOTrainer, model_path, tmp_path, **options)
+
+
+def test_another_version_is_refused() -> None:
+    from grpo_fast.integrations import trl as adapter
+
+    with mock.patch.object(importlib.metadata, "version", lambda name: "1.17.0"), pytest.raises(ImportError, match=r"1\.17\.0; .*1\.16\.0"):
+        adapter._refuse_other_versions()
