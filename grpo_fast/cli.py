@@ -1,4 +1,4 @@
-"""The command line: ``grpo-fast doctor | demo | bench``."""
+"""The command line: ``grpo-fast doctor | train | plot | demo | bench``."""
 
 from __future__ import annotations
 
@@ -8,8 +8,13 @@ import typer
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="grpo_fast: the GRPO core, fused.")
 
-# Commands with optional dependencies: a module with a typer app named ``app``, imported when the command runs.
-MOUNTED = {"demo": "grpo_fast.demo.cli", "bench": "grpo_fast.benchmark.cli"}
+# Commands with optional dependencies: a module with ``app(args=..., prog_name=...)``, imported when the command runs.
+MOUNTED = {
+    "train": "grpo_fast.commands.train",
+    "plot": "grpo_fast.monitor.cli",
+    "demo": "grpo_fast.demo.cli",
+    "bench": "grpo_fast.benchmark.cli",
+}
 
 # What a mounted command gets is handed through untouched, --help too: importing it for the list of commands would import transformers.
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
@@ -21,6 +26,18 @@ def doctor() -> None:
     from grpo_fast import doctor as report
 
     raise typer.Exit(report.run())
+
+
+@app.command(context_settings=_PASS_ON)
+def train(context: typer.Context) -> None:
+    """Train a language model by GRPO, from a settings file and the command line."""
+    _run_mounted("train", context.args)
+
+
+@app.command(context_settings=_PASS_ON)
+def plot(context: typer.Context) -> None:
+    """Draw the curves of one run or several."""
+    _run_mounted("plot", context.args)
 
 
 @app.command(context_settings=_PASS_ON)

@@ -23,6 +23,9 @@ def plot(
     target = output if output is not None else (runs[0] if runs[0].is_dir() else runs[0].parent) / "curves.png"
     try:
         panels = draw(runs, target, smooth=smooth)
+    except ModuleNotFoundError as error:
+        typer.echo(f"grpo-fast plot: it needs the package {error.name!r}, which is not installed. Cure: pip install {error.name}", err=True)
+        raise typer.Exit(2) from error
     except (ValueError, OSError) as error:
         typer.echo(f"grpo-fast plot: {error}", err=True)
         raise typer.Exit(2) from error

@@ -1,0 +1,113 @@
+"""Rows to train on: from the hub, a folder, a file, or a generator of tasks; always with a column ``prompt``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from grpo_fast.commands.gym import PREFIX, gym_rows
+from grpo_fast.commands.settings import SettingsError
+
+__all__ = ["check_columns", "load_rows", "shape_prompts"]
+
+FORMATS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet", ".csv": "csv"}
+GIVEN = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments", "self"}
+
+
+def load_rows(name: str, *, config: str | None = None, split: str = "train", size: int = 1000, seed: int = 0) -> Any:
+    """A `datasets.Dataset` of that name.
+
+    Args:
+        name: on the hub; a folder (saved by `save_to_disk`, or of data files); a .jsonl, .json, .parquet or .csv file; or
+            ``reasoning_gym:TASK(setting=1)``.
+        config: of a dataset on the hub.
+        split: with a slice, if wanted: ``train[:100]``. For a file only the slice counts.
+        size, seed: of generated rows.
+
+    Raises:
+        SettingsError: it cannot be had; the message has the reason and the cure.
+    """
+    import datasets
+
+    if name.startswith(PREFIX):
+        return datasets.Dataset.from_list(gym_rows(name.removeprefix(PREFIX), size, seed))
+    path = Path(name).expanduser()
+    try:
+        if path.is_file():
+            if path.suffix not in FORMATS:
+                raise SettingsError(f"dataset {name}: files that end in {path.suffix!r} are not read; expected {', '.join(FORMATS)}.")
+            whole = "train" + (f"[{split.partition('[')[2]}" if "[" in split else "")
+            return datasets.load_dataset(FORMATS[path.suffix], data_files=str(path), split=whole)
+        if path.is_dir() and any((path / file).exists() for file in ("dataset_info.json", "dataset_dict.json", "state.json")):
+            found = datasets.load_from_disk(str(path))
+            return found if isinstance(found, datasets.Dataset) else found[split]
+        if not path.is_dir() and (path.suffix in FORMATS or name.startswith((".", "/", "~"))):
+            raise SettingsError(f"dataset {name}: there is no such file or folder.")
+        return datasets.load_dataset(name, config, split=split)
+    except SettingsError:
+        raise
+    except Exception as error:  # whatever the readers raise: a typing error, a broken file, no network
+        reason = " ".join(str(error).split())[:400]
+        raise SettingsError(
+            f"dataset {name!r} (config {config!r}, split {split!r}) cannot be loaded: {type(error).__name__}: {reason}. "
+            "Expected a name on the hub, a folder, a file, or reasoning_gym:TASK."
+        ) from error
+
+
+def shape_prompts(rows: Any, *, column: str | None = None, template: str | None = None, system: str | None = None) -> Any:
+    """Rows with a column ``prompt``: renamed, made from a template, or made a chat.
+
+    Raises:
+        SettingsError: there are no rows, or no such column.
+    """
+    if len(rows) == 0:
+        raise SettingsError("the dataset has no rows; expected at least one. Look at its split.")
+    columns = ", ".join(rows.column_names)
+    if column is not None and template is not None:
+        raise SettingsError("prompt_column and prompt_template are both set; expected one of them.")
+    if template is not None:
+        try:
+            template.format(**rows[0])
+        except (KeyError, IndexError, ValueError) as error:
+            raise SettingsError(f"prompt_template is {template!r}; expected columns in braces ({error}). There are: {columns}.") from error
+        rows = rows.map(lambda row: {"prompt": template.format(**row)})
+    elif column is not None and column != "prompt":
+        if column not in rows.column_names:
+            raise SettingsError(f"prompt_column is {column!r}; expected one of {columns}.")
+        rows = rows.remove_columns("prompt") if "prompt" in rows.column_names else rows
+        rows = rows.rename_column(column, "prompt")
+    if "prompt" not in rows.column_names:
+        raise SettingsError(
+            f"the dataset has no column 'prompt', but {columns}. Cure: prompt_column: NAME, or prompt_template: '... {{NAME}}'."
+        )
+    if system is not None:
+        if not isinstance(rows[0]["prompt"], str):
+            raise SettingsError("system_prompt is set, and the prompts are chats already. Cure: leave it out.")
+        rows = rows.map(lambda row: {"prompt": [_message("system", system), _message("user", row["prompt"])]})
+    return rows
+
+
+def check_columns(rewards: Sequence[Any], columns: Sequence[str]) -> None:
+    """Every column that a reward insists on is there.
+
+    Raises:
+        SettingsError: names reward and column.
+    """
+    for reward in rewards:
+        if isinstance(reward, str):
+            continue
+        name = getattr(reward, "__name__", type(reward).__name__)
+        try:
+            parameters = inspect.signature(reward).parameters.values()
+        except (TypeError, ValueError):  # some callables do not say
+            continue
+        needed = [p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        for column in needed:
+            if column not in GIVEN and column not in columns:
+                raise SettingsError(f"reward {name} needs the column {column!r}; the dataset has {', '.join(columns)}.")
+
+
+def _message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}

@@ -1,0 +1,321 @@
+"""``grpo-fast train``: settings from file and command line, data, rewards, errors before the model loads; and the command line's mounts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+pytest.importorskip("transformers", reason="the trainer is transformers'")
+pytest.importorskip("datasets", reason="rows are a dataset")
+
+from grpo_fast.commands import train as command
+from grpo_fast.commands.data import load_rows, shape_prompts
+from grpo_fast.commands.gym import ReasoningGymReward
+from grpo_fast.commands.settings import SettingsError, TrainOptions, build_parser, parse
+from grpo_fast.grpo_config import GRPOConfig
+
+ROWS = [{"prompt": f"sort {i}=", "question": f"what is {i}?", "answer": str(i)} for i in range(8)]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to work in, with a data file and a settings file; datasets keeps its cache in it too."""
+    import datasets
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))  # a reward's file puts its folder there
+    monkeypatch.setitem(sys.modules, "mine", None)  # so that what is imported under this name is forgotten after the test ...
+    del sys.modules["mine"]
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    Path("mine.py").write_text("def short(completions, **columns):\n    return [-float(len(c)) for c in completions]\n")
+    Path("config.yaml").write_text(
+        """
+        model: some/model
+        dataset: rows.jsonl
+        rewards: [accuracy, "repetition(ngram_size=6)", "mine.py:short"]
+        output_dir: run
+        learning_rate: 1e-6          # YAML reads this as a text
+        max-steps: 3
+        per_device_train_batch_size: 4
+        num_generations: 4
+        use_cpu: true
+        report_to: none
+        scale_rewards: none
+        packing: false
+        sampler_options: {batch_size: 2}
+        reward_weights: [1, 0.5, 0.1]
+        """
+    )
+    return tmp_path
+
+
+class StubTrainer:
+    """Takes what GRPOTrainer takes, and writes down what is asked of it."""
+
+    made: list[StubTrainer] = []  # noqa: RUF012
+
+    def __init__(self, **arguments: Any) -> None:
+        self.arguments, self.args = arguments, arguments["args"]
+        self.callbacks: list[Any] = []
+        self.done: list[Any] = []
+        StubTrainer.made.append(self)
+
+    def remove_callback(self, kind: Any) -> None: ...
+
+    def add_callback(self, callback: Any) -> None:
+        self.callbacks.append(callback)
+
+    def is_world_process_zero(self) -> bool:
+        return True
+
+    def train(self, resume_from_checkpoint: Any) -> None:
+        self.done.append(("train", resume_from_checkpoint))
+
+    def save_model(self, folder: str) -> None:
+        self.done.append(("save", folder))
+
+
+def train(*args: str) -> StubTrainer:
+    command.app(list(args), trainer_class=StubTrainer)
+    return StubTrainer.made[-1]
+
+
+def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    """The one message of a command that ends with status 2 and makes no trainer."""
+    before = len(StubTrainer.made)
+    with pytest.raises(SystemExit) as ended:
+        train(*args)
+    assert ended.value.code == 2 and len(StubTrainer.made) == before
+    return " ".join(capsys.readouterr().err.split())
+
+
+def test_file_and_command_line_make_a_trainer(here: Path) -> None:
+    trainer = train("config.yaml", "--learning_rate", "2e-6", "--num-generations", "2", "--seed", "7")
+    config = trainer.args
+    assert isinstance(config, GRPOConfig)
+    assert (config.learning_rate, config.num_generations, config.max_steps, config.seed) == (2e-6, 2, 3, 7)
+    assert (config.scale_rewards, config.packing, config.use_cpu, config.sampler_options) == ("none", False, True, {"batch_size": 2})
+    assert config.reward_weights == [1.0, 0.5, 0.1]
+    assert trainer.arguments["model"] == "some/model" and trainer.arguments["peft_config"] is None
+    assert trainer.arguments["train_dataset"].column_names == ["prompt", "question", "answer"]
+    assert len(trainer.arguments["train_dataset"]) == 8 and trainer.arguments["eval_dataset"] is None
+    accuracy, repetition, short = trainer.arguments["reward_funcs"]
+    assert repetition.ngram_size == 6 and short(completions=["abc"]) == [-3.0]
+    assert accuracy([""], ["<answer>3</answer>"], answer=["3"]) == [1.0]
+    assert trainer.done == [("train", None), ("save", "run")]
+    assert [type(callback).__name__ for callback in trainer.callbacks] == ["ProgressBarCallback", "JournalCallback"]
+
+
+def test_the_settings_it_leaves_run_it_again(here: Path) -> None:
+    first = train("config.yaml", "--seed", "7")
+    second = train("run/settings.json")
+    ignore = {"logging_dir"}
+    one, two = (dataclasses.asdict(trainer.args) for trainer in (first, second))
+    assert {k: str(v) for k, v in one.items() if k not in ignore} == {k: str(v) for k, v in two.items() if k not in ignore}
+
+
+def test_everything_on_the_command_line(here: Path) -> None:
+    pytest.importorskip("peft", reason="LoRA options need peft")
+    trainer = train(
+        *("--model", "m", "--dataset", "rows.jsonl", "--rewards", "accuracy", "format", "--use_cpu", "--report_to", "none"),
+        *("--dataset_split", "train[:4]", "--eval_dataset", "rows.jsonl", "--eval_split", "x[4:6]", "--system_prompt", "Think."),
+        *("--prompt_template", "Q: {question}", "--temperature_schedule", '{"kind": "linear", "start": 0.8, "end": 1.2, "steps": 9}'),
+        *("--use_peft", "--lora_r", "3", "--lora_target_modules", "q_proj", "v_proj", "--packing", "true", "--delta", "none"),
+    )
+    assert trainer.args.temperature_schedule == {"kind": "linear", "start": 0.8, "end": 1.2, "steps": 9}
+    assert trainer.args.packing is True and trainer.args.delta is None
+    rows, evaluation = trainer.arguments["train_dataset"], trainer.arguments["eval_dataset"]
+    assert len(rows) == 4 and len(evaluation) == 2
+    assert rows[1]["prompt"] == [{"role": "system", "content": "Think."}, {"role": "user", "content": "Q: what is 1?"}]
+    lora = trainer.arguments["peft_config"]
+    assert lora.r == 3 and lora.target_modules == {"q_proj", "v_proj"}
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["nowhere.yaml"], "there is no settings file nowhere.yaml"),
+        (["config.yaml", "--learning_rat", "1"], "there is no --learning_rat. Did you mean learning_rate"),
+        (["config.yaml", "--learning_rate", "fast"], "learning_rate"),
+        (["config.yaml", "stray"], "there is no stray"),
+        (["config.yaml", "--num_generations", "1"], "GRPOConfig: num_generations is 1; expected at least 2"),
+        (["config.yaml", "--temperature", "0"], "greedy decoding"),
+        (["config.yaml", "--loss_type", "ppo"], "ppo"),
+        (["config.yaml", "--rewards", "acuracy"], "'acuracy' is none of the package's own rewards"),
+        (["config.yaml", "--rewards", "accuracy"], "reward_weights has 3 entries; expected 1"),
+        (["config.yaml", "--dataset", "gone.jsonl"], "dataset gone.jsonl: there is no such file"),
+        (["config.yaml", "--dataset", "mine.py"], "files that end in '.py' are not read"),
+        (["config.yaml", "--prompt_column", "text"], "prompt_column is 'text'; expected one of prompt, question, answer"),
+        (["config.yaml", "--prompt_template", "{text}"], "expected columns in braces"),
+        (["config.yaml", "--prompt_template", "{answer}", "--prompt_column", "answer"], "both set"),
+        (["config.yaml", "--model", "./gone"], "model is './gone'; there is no such folder"),
+        (["config.yaml", "--resume_from_checkpoint", "./gone"], "expected a checkpoint's folder"),
+        (["config.yaml", "--eval_strategy", "steps"], "there is no eval_dataset"),
+        (["config.yaml", "--sampler_options", "{batch_size: 4"], "expected JSON"),
+        (["--dataset", "rows.jsonl"], "model is not set"),
+    ],
+)
+def test_what_is_wrong_is_said_before_the_model_loads(here: Path, capsys: pytest.CaptureFixture[str], args: list[str], words: str) -> None:
+    message = refused(capsys, *args)
+    assert "grpo-fast train: " in message and words in message
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ("lerning_rate: 1", "there is no setting 'lerning_rate'. Did you mean learning_rate"),
+        ("max_steps: 1.5", "max_steps is 1.5; expected a whole number"),
+        ("max_steps: true", "max_steps is True; expected a whole number"),
+        ("learning_rate: [1]", "expected one value, not a list"),
+        ("use_cpu: maybe", "use_cpu is 'maybe'; expected true or false"),
+        ("eval_strategy: sometimes", "expected one of no, steps, epoch"),
+        ("beta: {a: 1}", "expected a number"),
+        ("- a", "holds a list"),
+        ("a: [", "is no YAML"),
+    ],
+)
+def test_a_settings_file_with_a_mistake(here: Path, capsys: pytest.CaptureFixture[str], lines: str, words: str) -> None:
+    Path("bad.yaml").write_text(lines)
+    assert words in refused(capsys, "bad.yaml")
+
+
+def test_a_reward_that_needs_a_column_the_rows_have_not(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("bare.jsonl").write_text('{"prompt": "a"}\n')
+    message = refused(capsys, "config.yaml", "--dataset", "bare.jsonl")
+    assert "reward accuracy_reward needs the column 'answer'; the dataset has prompt" in message
+    Path("bare.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    assert "no column 'prompt', but question, answer" in refused(capsys, "config.yaml", "--dataset", "bare.jsonl")
+    Path("bare.jsonl").write_text("nonsense\n")
+    assert "cannot be loaded" in refused(capsys, "config.yaml", "--dataset", "bare.jsonl")
+
+
+def test_resuming(here: Path) -> None:
+    assert train("config.yaml", "--resume_from_checkpoint", "auto").done[0] == ("train", None)
+    for step in (2, 10):
+        folder = Path(f"run/checkpoint-{step}")
+        folder.mkdir(parents=True)
+        (folder / "trainer_state.json").write_text("{}")
+    assert train("config.yaml", "--resume_from_checkpoint", "auto").done[0] == ("train", "run/checkpoint-10")
+    assert train("config.yaml", "--resume_from_checkpoint", "run/checkpoint-2").done[0] == ("train", "run/checkpoint-2")
+
+
+@pytest.mark.parametrize("ending", ["json", "parquet", "csv", "folder"])
+def test_rows_from_files(here: Path, ending: str) -> None:
+    import datasets
+
+    whole = datasets.Dataset.from_list(ROWS)
+    if ending == "folder":
+        whole.save_to_disk("saved")
+        name = "saved"
+    else:
+        name = f"rows.{ending}"
+        {"json": whole.to_json, "parquet": whole.to_parquet, "csv": whole.to_csv}[ending](name)
+    rows = load_rows(name)
+    assert rows[3]["prompt"] == "sort 3=" and len(rows) == 8
+    assert shape_prompts(rows, column="question")[3]["prompt"] == "what is 3?"
+
+
+def test_every_field_is_an_option_and_in_the_help(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    names = {each.name for kind in (TrainOptions, GRPOConfig) for each in dataclasses.fields(kind) if each.init}
+    _, actions = build_parser(GRPOConfig)
+    assert set(actions) == names and len(names) > 150
+    with pytest.raises(SystemExit) as ended:
+        command.app(["--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    lines = {line.split()[0]: line for line in shown.splitlines() if line.startswith("--")}
+    assert {f"--{name}" for name in names} == set(lines)
+    assert "completions per prompt" in lines["--num_generations"] and " 8 " in lines["--num_generations"]
+    assert "initial learning rate" in lines["--learning_rate"] and "1e-06" in lines["--learning_rate"]
+    assert sum(len(line.split()) > 2 for line in lines.values()) > 0.9 * len(names)  # nearly all are explained
+
+
+def test_the_parser_leaves_types_as_they_were_said() -> None:
+    for text, expected in (("true", True), ("False", False), ("batch", "batch")):
+        _, config, _ = parse(
+            ["--model", "m", "--dataset", "d", "--rewards", "format", "--scale_rewards", text, "--use_cpu", "--report_to", "none"],
+            GRPOConfig,
+        )
+        assert config.scale_rewards == {True: "group", False: "none"}.get(expected, expected)
+    with pytest.raises(SettingsError, match="rewards is not set"):
+        parse(["--model", "m", "--dataset", "d"], GRPOConfig)
+
+
+# --- reasoning-gym -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gym(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in with the functions of reasoning-gym 0.1.25 that are used; where the package is installed, the package itself."""
+    try:
+        import reasoning_gym  # noqa: F401
+    except ImportError:
+        stand_in = types.ModuleType("reasoning_gym")
+
+        def create_dataset(name: str, size: int, seed: int, min_terms: int = 2, max_terms: int = 2) -> list[dict[str, Any]]:
+            if name != "chain_sum":
+                raise ValueError(f"Dataset '{name}' not registered")
+            generator = torch.Generator().manual_seed(seed)
+            terms = torch.randint(10, 99, (size, max_terms), generator=generator).tolist()
+            return [
+                {"question": " + ".join(map(str, row)), "answer": str(sum(row)), "metadata": {"source_dataset": name, "source_index": i}}
+                for i, row in enumerate(terms)
+            ]
+
+        def score(answer: str | None, entry: dict[str, Any]) -> float:
+            if answer == "explode":
+                raise ValueError("invalid literal for int()")
+            return 1.0 if answer == entry["answer"] else 0.5 if answer and entry["answer"] in answer else 0.0
+
+        stand_in.create_dataset = create_dataset  # type: ignore[attr-defined]
+        stand_in.get_score_answer_fn = lambda name: score  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "reasoning_gym", stand_in)
+
+
+def test_reasoning_gym_makes_rows_and_scores_answers(gym: None, here: Path) -> None:
+    trainer = train(
+        *("config.yaml", "--dataset", "reasoning_gym:chain_sum(min_terms=2, max_terms=2)", "--dataset_size", "5"),
+        *("--rewards", "reasoning_gym", "--reward_weights", "1", "--eval_dataset", "reasoning_gym:chain_sum", "--eval_size", "3"),
+    )
+    rows = trainer.arguments["train_dataset"]
+    assert len(rows) == 5 and len(trainer.arguments["eval_dataset"]) == 3
+    (reward,) = trainer.arguments["reward_funcs"]
+    answer, entry = rows[0]["answer"], rows[0]["entry"]
+    texts = [f"<answer>{answer}</answer>", answer, f"x{answer}xxxx", "explode", "", [{"role": "assistant", "content": answer}]]
+    assert reward([""] * 6, texts, entry=[entry] * 6) == [1.0, 1.0, 0.0, 0.0, 0.0, 1.0]
+    partial = ReasoningGymReward(partial=True)([""] * 6, texts, entry=[entry] * 6)
+    assert partial[0] == 1.0 and 0 < partial[2] < 1 and partial[4] == 0.0  # type: ignore[operator]
+
+
+def test_reasoning_gym_errors(gym: None, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "not registered" in refused(capsys, "config.yaml", "--dataset", "reasoning_gym:alchemy")
+    assert "TypeError" in refused(capsys, "config.yaml", "--dataset", "reasoning_gym:chain_sum(colour=1)")
+    assert "needs the column 'entry'" in refused(capsys, "config.yaml", "--rewards", "reasoning_gym", "--reward_weights", "1")
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    assert "pip install reasoning-gym" in refused(capsys, "config.yaml", "--dataset", "reasoning_gym:chain_sum")
+
+
+# --- the command line's mounts -----------------------------------------------------------------------------------------------------
+
+
+def test_train_and_plot_are_mounted(monkeypatch: pytest.MonkeyPatch) -> None:
+    from grpo_fast import cli
+
+    shown = CliRunner().invoke(cli.app, ["--help"]).output
+    assert "train" in shown and "plot" in shown
+    seen: list[Any] = []
+    monkeypatch.setattr(command, "app", lambda **arguments: seen.append(arguments))
+    assert CliRunner().invoke(cli.app, ["train", "config.yaml", "--help", "--learning_rate=1"]).exit_code == 0
+    assert seen == [{"args": ["config.yaml", "--help", "--learning_rate=1"], "prog_name": "grpo-fast train"}]
+    result = CliRunner().invoke(cli.app, ["plot", "/nowhere/at/all"])
+    assert result.exit_code == 2 and "there is no /nowhere/at/all" in result.output
