@@ -17,14 +17,17 @@ from grpo_fast.corrections import off_policy_sequence_mask, rollout_weights, top
 from grpo_fast.head.models import head_of, linear_logprobs_from, linear_loss_from
 from grpo_fast.linear import linear_grpo_loss, linear_token_logprobs
 from grpo_fast.loss import GRPOOutput, TokenLogprobs, grpo_loss, token_logprobs
+from grpo_fast.modules import GRPOLoss, LinearGRPOLoss
 
 _extension.load_prebuilt()  # milliseconds; a missing or broken extension is a status (see backends()), never an error here
 
 __all__ = [
     "LOSS_TYPES",
     "BackendStatus",
+    "GRPOLoss",
     "GRPOOutput",
     "GroupAdvantages",
+    "LinearGRPOLoss",
     "LossConfig",
     "TokenLogprobs",
     "backends",

@@ -117,7 +117,7 @@ def _liger(o: _Options) -> LossConfig:
     length = o.take("max_completion_length", None)
     if loss_type == "dr_grpo" and length is None:
         o.refuse("max_completion_length", length, "expected an int with loss_type='dr_grpo': pass the generation limit of the run.")
-    use_ref_model = o.take("use_ref_model", True)
+    use_ref_model, beta = o.take("use_ref_model", True), o.take("beta", 0.04)
     for name, default in (("compiled", True), ("chunk_size", 1)):  # how it is computed, not what
         o.take(name, default)
     return LossConfig(
@@ -125,7 +125,7 @@ def _liger(o: _Options) -> LossConfig:
         epsilon_low=o.take("epsilon_low", 0.2),
         epsilon_high=o.take("epsilon_high", 0.2),
         delta=delta,
-        beta=o.take("beta", 0.04) if use_ref_model else 0.0,
+        beta=beta if use_ref_model else 0.0,
         bias_corrected_kl=o.take("use_bias_correction_kl", False),
         importance_sampling_level=level,
         sapo_temperature_pos=o.take("sapo_temperature_pos", 1.0),
@@ -144,8 +144,8 @@ def _swift(o: _Options) -> LossConfig:
     epsilon_high = o.take("epsilon_high", None)
     delta = o.take("delta", None)
     kl_in_reward = o.take("kl_in_reward", False)
-    beta = 0.0 if kl_in_reward else o.take("beta", 0.04)
-    o.take("beta", 0.04)
+    beta = o.take("beta", 0.04)
+    beta = 0.0 if kl_in_reward else beta
     if o.take("rollout_importance_sampling_mode", None) is not None and beta != 0:
         o.refuse(
             "rollout_importance_sampling_mode",
@@ -185,8 +185,8 @@ def _verl(o: _Options) -> LossConfig:
             "and this package do not. grpo_fast.integrations.verl.policy_loss has the bound, over log-probabilities.",
         )
     use_kl_loss, kl_type = o.take("use_kl_loss", False), o.take("kl_loss_type", "low_var_kl")
-    beta = o.take("kl_loss_coef", 0.001) if use_kl_loss else 0.0
-    o.take("kl_loss_coef", 0.001)
+    kl_coef = o.take("kl_loss_coef", 0.001)
+    beta = kl_coef if use_kl_loss else 0.0
     kl_estimator = {"kl": "k1", "k1": "k1", "mse": "k2", "k2": "k2", "low_var_kl": "k3", "k3": "k3"}.get(kl_type)
     if beta != 0 and kl_estimator is None:
         o.refuse("kl_loss_type", kl_type, "expected kl, mse or low_var_kl (k1, k2, k3): the others have no counterpart here.")

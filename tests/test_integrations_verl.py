@@ -1,0 +1,131 @@
+"""The losses of verl's registry, with verl's own denominators, and its linear_cross_entropy, against verl's own functions."""
+
+from __future__ import annotations
+
+import sys
+import types
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from peers import peer_module
+from policy_batch import assert_same, poisoned, policy_batch, value_and_gradient
+from torch import Tensor
+
+from grpo_fast.integrations import verl as adapter
+
+AGGREGATIONS = ("token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
+GLOBAL: dict[str, Any] = {"dp_size": 2, "batch_num_tokens": 67, "global_batch_size": 24, "loss_scale_factor": 11}
+
+
+@pytest.fixture
+def core() -> Any:
+    return peer_module("verl", "0.9.1", "trainer.ppo.core_algos", ("omegaconf", "tensordict", "verl.trainer.config", "verl.workers.config"))
+
+
+def actor_config(core: Any, info: dict[str, Any], **options: Any) -> Any:
+    class ActorConfig(core.ActorConfig):
+        def get(self, name: str, default: Any) -> Any:
+            return getattr(self, name, default)
+
+    config = ActorConfig()
+    defaults = {"clip_ratio": 0.2, "clip_ratio_low": None, "clip_ratio_high": None, "clip_ratio_c": 3.0, "tau_pos": 1.0, "tau_neg": 1.05}
+    for name, value in {**defaults, "global_batch_info": info, **options}.items():
+        setattr(config, name, value)
+    return config
+
+
+@pytest.mark.parametrize("info", [{}, GLOBAL], ids=["local", "global"])
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [
+        ("vanilla", {"clip_ratio_c": 1.25}),
+        ("gspo", {"clip_ratio": 0.05}),
+        ("sapo", {"tau_neg": 1.4}),
+        ("cispo", {"clip_ratio_low": 0.1, "clip_ratio_high": 0.2}),
+        ("gpg", {}),
+    ],
+)
+def test_as_verls_own(
+    mode: str, options: dict[str, Any], aggregation: str, info: dict[str, Any], core: Any, generator: torch.Generator
+) -> None:
+    batch = policy_batch(generator)
+    config = actor_config(core, info, **options)
+    advantages = batch["advantages"].unsqueeze(1).expand(6, 5)
+    metrics = {}
+
+    def run(loss: Any, given: dict[str, Tensor], name: str) -> Any:
+        def of(logprobs: Tensor) -> Tensor:
+            value, metrics[name] = loss(
+                old_log_prob=given["old"],
+                log_prob=logprobs,
+                advantages=advantages,
+                response_mask=batch["mask"],
+                loss_agg_mode=aggregation,
+                config=config,
+                rollout_is_weights=given["weights"],
+            )
+            return value
+
+        return value_and_gradient(of, given["logprobs"])
+
+    theirs = run(core.get_policy_loss_fn(mode), batch, "theirs")
+    ours = run(lambda **inputs: adapter.policy_loss(**inputs, loss_mode=mode), poisoned(batch), "ours")
+    assert_same(ours, theirs, batch["mask"], 1e-6)
+    assert metrics["ours"] == {name: pytest.approx(value, rel=1e-5, abs=1e-6) for name, value in metrics["theirs"].items()}
+
+
+def test_registered_by_importing_the_plugin(core: Any) -> None:
+    module = types.ModuleType("verl.trainer.ppo.core_algos")
+    module.register_policy_loss = core.register_policy_loss  # type: ignore[attr-defined]
+    names = ("verl", "verl.trainer", "verl.trainer.ppo")
+    with mock.patch.dict(sys.modules, {**{name: types.ModuleType(name) for name in names}, module.__name__: module}):
+        adapter.register()
+    assert {f"grpo_fast_{mode}" for mode in adapter.LOSS_MODES} <= set(core.POLICY_LOSS_REGISTRY)
+    loss = core.get_policy_loss_fn("grpo_fast_vespo")
+    value, metrics = loss(
+        torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2, 3), torch.ones(2, 3), config=actor_config(core, {}), rollout_is_weights=None
+    )
+    assert value.item() == 0.0
+    assert set(metrics) == {"actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower"}
+
+
+def test_a_missing_count_is_named(core: Any) -> None:
+    zeros = torch.zeros(2, 3)
+    for aggregation, name in (("token-mean", "batch_num_tokens"), ("seq-mean-token-sum", "global_batch_size")):
+        with pytest.raises(ValueError, match=name):
+            adapter.policy_loss(zeros, zeros, zeros, zeros + 1, aggregation, actor_config(core, {"dp_size": 2}))
+    with pytest.raises(ValueError, match="loss_agg_mode is 'mean'"):
+        adapter.policy_loss(zeros, zeros, zeros, zeros + 1, "mean", actor_config(core, {}))
+
+
+def test_linear_cross_entropy(generator: torch.Generator) -> None:
+    fused = peer_module("verl", "0.9.1", "utils.experimental.torch_functional").FusedLinearForPPO()
+    hidden = torch.randn(2, 5, 12, generator=generator)
+    weight = torch.randn(37, 12, generator=generator)
+    labels = torch.randint(37, (2, 5), generator=generator)
+    upstream = torch.randn(2, 10, generator=generator)
+    results = []
+    for function in (fused, adapter.linear_cross_entropy):
+        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        logprobs, entropy = function(*leaves, labels, 0.7)
+        assert logprobs.dtype == torch.float32
+        total = (logprobs.flatten() * upstream[0]).sum() + (entropy.flatten() * upstream[1]).sum()
+        results.append((logprobs.flatten(), entropy.flatten(), *torch.autograd.grad(total, leaves)))
+    for theirs, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_temperature_per_sample(generator: torch.Generator) -> None:
+    """Which verl's fused kernels refuse: a row at its own temperature is that row alone."""
+    hidden, weight = torch.randn(2, 5, 12, generator=generator), torch.randn(37, 12, generator=generator)
+    labels = torch.randint(37, (2, 5), generator=generator)
+    logprobs, entropy = adapter.linear_cross_entropy(hidden, weight, labels, torch.tensor([0.5, 1.3]))
+    for row, temperature in enumerate((0.5, 1.3)):
+        alone = adapter.linear_cross_entropy(hidden[row], weight, labels[row], temperature)
+        torch.testing.assert_close(logprobs.view(2, 5)[row], alone[0])
+        torch.testing.assert_close(entropy.view(2, 5)[row], alone[1])
+    with pytest.raises(ValueError, match="reduction is 'mean'"):
+        adapter.linear_cross_entropy(hidden, weight, labels, 1.0, "mean")
