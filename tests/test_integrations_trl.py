@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+from tiny_model import VOCABULARY, save_tiny_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,38 +26,13 @@ def installed() -> str | None:
 
 pytestmark = pytest.mark.skipif(installed() != "1.16.0", reason=f"the adapter is for trl 1.16.0, installed is {installed()}")
 
-STEPS, VOCABULARY = 20, 40
+STEPS = 20
 TIMES = ("runtime", "per_second", "step_time", "total_flos")  # how the names of what is no result end
 
 
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of 2 layers and its tokenizer, as files: TRL loads its reference model from there."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
-
-    words = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(VOCABULARY - 3))]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    path = tmp_path_factory.mktemp("model")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>").save_pretrained(path)
-    torch.manual_seed(5)
-    config = Qwen2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=1,
-        initializer_range=0.4,
-    )
-    Qwen2ForCausalLM(config).save_pretrained(path)
-    return path
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 def reward(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
@@ -187,6 +163,14 @@ def lora(*modules: str) -> Any:
 @pytest.mark.parametrize("beta", [0.0, pytest.param(0.1, marks=pytest.mark.slow)])
 def test_the_same_run_with_lora(beta: float, model_path: Path, tmp_path: Path) -> None:
     compare(model_path, tmp_path, peft_config=lora("q_proj", "v_proj"), beta=beta, **REUSED)
+
+
+@pytest.mark.slow
+def test_the_same_run_of_a_mixture_of_experts(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
+    """Whose load-balancing loss is added."""
+    runs = compare(save_tiny_model(tmp_path_factory.mktemp("mixture"), mixture=True), tmp_path, max_steps=8, **REUSED)
+    assert all(entry["aux_loss"] > 0.1 for entry in runs if "aux_loss" in entry)
+    assert any("aux_loss" in entry for entry in runs)
 
 
 # One batch ------------------------------------------------------------------------------------------------------------------------------

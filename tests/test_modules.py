@@ -42,7 +42,7 @@ def test_over_logits(given: dict[str, Tensor]) -> None:
 def test_over_hidden_states_it_is_the_same_loss(given: dict[str, Tensor]) -> None:
     head = nn.Linear(6, 19, bias=False)
     head.weight.data = given["weight"]
-    module = LinearGRPOLoss(temperature=0.7)
+    module = gf.LinearGRPOLoss(temperature=0.7)
     out = module(given["hidden"], head.weight, given["token_ids"], given["advantages"])
     out.loss.backward()
     logits = (given["hidden"] @ given["weight"].T).requires_grad_()
