@@ -16,7 +16,7 @@ from torch import Tensor
 from grpo_fast.benchmark.contestants import Result
 from grpo_fast.benchmark.data import Batch
 
-__all__ = ["cache_bytes", "keep_freed_memory", "private", "repetition", "resident_peak", "trim"]
+__all__ = ["cache_bytes", "keep_freed_memory", "private", "repetition", "reset_peak", "resident_peak", "trim"]
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 ASSUMED_CACHE = 64 << 20
@@ -66,7 +66,7 @@ def repetition(
     flush.add_(1)  # read and written: nothing of the logits is left in a cache
     gc.collect()
     gc.disable()
-    before = _reset_peak()
+    before = reset_peak()
     try:
         wall, cpu = time.perf_counter_ns(), time.thread_time_ns()
         result = step(batch)
@@ -100,7 +100,7 @@ def resident_peak() -> int:
     return _status_bytes("VmHWM")
 
 
-def _reset_peak() -> int | None:
+def reset_peak() -> int | None:
     """Let the high-water mark start again from what is resident now, which is returned; None where the system does not allow it."""
     try:
         _CLEAR.write_text("5")

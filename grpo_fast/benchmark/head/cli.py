@@ -1,0 +1,77 @@
+"""``grpo-fast bench-head``: the command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from grpo_fast.benchmark.head.run import Settings
+
+__all__ = ["app", "bench_head"]
+
+_DEFAULTS = Settings()
+
+
+def bench_head(
+    files: Annotated[list[Path] | None, typer.Argument(help="With --plot: results to draw.")] = None,
+    tokens: Annotated[list[int] | None, typer.Option(help=f"May be repeated. Default: {_DEFAULTS.tokens}.")] = None,
+    width: Annotated[int, typer.Option(help="Of the hidden states.")] = _DEFAULTS.width,
+    vocabulary: Annotated[int, typer.Option(help="Rows of the head's weight.")] = _DEFAULTS.vocabulary,
+    dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16; may be repeated. Default: float32.")] = None,
+    active: Annotated[list[float] | None, typer.Option(help=f"Share of sequences with an advantage. Default: {_DEFAULTS.active}.")] = None,
+    contestant: Annotated[list[str] | None, typer.Option(help=f"{', '.join(_DEFAULTS.contestants)}; may be repeated.")] = None,
+    rounds: Annotated[int, typer.Option(help="Repetitions of everything.")] = _DEFAULTS.rounds,
+    threads: Annotated[int, typer.Option(help="One thread is timed by its CPU time, several by the wall clock.")] = _DEFAULTS.threads,
+    output: Annotated[Path, typer.Option(help="The result as JSON; the figure goes beside it as PNG.")] = Path(
+        "bench/results/head_cpu.json"
+    ),
+    plot: Annotated[bool, typer.Option("--plot", help="Measure nothing: draw FILES, each as a PNG beside it.")] = False,
+) -> None:
+    """Time the loss from hidden states against what you would use instead, and against its bare matrix products. Half an hour."""
+    from rich.console import Console
+
+    from grpo_fast.benchmark.head.report import print_report, write_plot
+    from grpo_fast.benchmark.head.run import run
+    from grpo_fast.benchmark.report import write_atomically
+
+    if plot:
+        for path in files or []:
+            write_plot(json.loads(path.read_text()), path.with_suffix(".png"))
+            typer.echo(f"Drawn: {path.with_suffix('.png')}")
+        return
+    if output.suffix != ".json":
+        raise typer.BadParameter(f"output is {str(output)!r}; expected the name of a .json file. The figure takes the same name with .png.")
+    try:
+        settings = Settings(
+            tokens=tuple(tokens or _DEFAULTS.tokens),
+            width=width,
+            vocabulary=vocabulary,
+            dtypes=tuple(dtype or _DEFAULTS.dtypes),
+            active=tuple(active or _DEFAULTS.active),
+            contestants=tuple(contestant or _DEFAULTS.contestants),
+            rounds=rounds,
+            threads=threads,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    console = Console()
+    with console.status("starting") as status:
+        result = run(settings, status.update)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(output, lambda partial: Path(partial).write_text(json.dumps(result, indent=1) + "\n"))
+    print_report(result, console)
+    if result["results"]:
+        write_plot(result, output.with_suffix(".png"))
+    typer.echo(f"Every number: {output}")
+    if any(entry["contestant"] == "ours" for entry in result["skipped"]):
+        raise typer.Exit(1)
+
+
+app = typer.Typer(add_completion=False)
+app.command()(bench_head)
+
+if __name__ == "__main__":
+    app()
