@@ -15,6 +15,7 @@ from grpo_fast import checks
 
 __all__ = ["TokenInputs", "token_inputs"]
 
+ANY_VOCABULARY = 1 << 62  # where other processes hold a part of it, whose size is not known yet
 TEMPERATURE_CURE = "The temperature is the one that sampled the tokens; greedy decoding (0) has no policy to train."
 
 
@@ -77,7 +78,7 @@ def token_inputs(
 ) -> TokenInputs:
     """Check logits and what scores them, and bring them into one form.
 
-    name, vocabulary: for hidden states, what to call them and how many logits a head makes of them.
+    name, vocabulary: for hidden states, what to call them and how many logits a head makes of them; None: there are logits.
 
     Raises:
         TypeError, ValueError: names the argument, what it was, what was expected and the cure.

@@ -21,7 +21,7 @@ from grpo_fast.head.ops import compiled_logprobs, compiled_loss
 from grpo_fast.head.products import DenseHead, Head, HeadTensors, ModuleHead, Wants
 from grpo_fast.head.rows import Rows, Shard, all_vocabulary_parts
 from grpo_fast.head.weights import gathered
-from grpo_fast.inputs import TokenInputs, token_inputs
+from grpo_fast.inputs import ANY_VOCABULARY, TokenInputs, token_inputs
 from grpo_fast.loss import GRPOOutput, TokenLogprobs, by_reference, grpo_loss, scoring, token_logprobs
 from grpo_fast.policy import checked_policy
 
@@ -316,7 +316,7 @@ def _checked(
         softcap=softcap,
         logit_scale=logit_scale,
         name="hidden",
-        vocabulary=vocabulary if process_group is None else 1 << 62,  # the others' parts are not known yet
+        vocabulary=vocabulary if process_group is None else ANY_VOCABULARY,
     )
     _check_bytes("chunk_bytes", chunk_bytes, least=1)
     adapted, adapter_weight = (None, None) if adapter is None else adapter

@@ -6,10 +6,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from grpo_fast.backends import select
 from grpo_fast.config import LossConfig
-from grpo_fast.inputs import TokenInputs, token_inputs
+from grpo_fast.head.rows import Rows, ShardedLogprobsFunction, all_vocabulary_parts
+from grpo_fast.inputs import ANY_VOCABULARY, TokenInputs, token_inputs
 from grpo_fast.ops import METRICS, GrpoLossFunction, TokenLogprobsFunction, loss_settings
 from grpo_fast.policy import checked_policy
 from grpo_fast.reference import Policy, policy_loss, token_statistics
@@ -60,6 +62,7 @@ def grpo_loss(
     loss_scale: float = 1.0,
     metrics_on: str = "all",
     inplace: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> GRPOOutput:
     """The loss of Group Relative Policy Optimization (arXiv:2402.03300) and its relatives, from logits, in one pass.
 
@@ -88,6 +91,8 @@ def grpo_loss(
             can change the gradient. The loss is the same.
         inplace: allow the gradient to be written over the storage of the logits, which must not be used afterwards. A wish: a call that is
             traced by torch.compile, or computed by the reference, takes new memory.
+        process_group: each process holds a part of the vocabulary, logits [B, T, V of the part], one after the other in the order of
+            the ranks; everything else is the same in all of them, and so are the results.
 
     Returns:
         GRPOOutput(loss, logprobs, entropy, active, metrics).
@@ -101,7 +106,10 @@ def grpo_loss(
         >>> out = grpo_loss(logits, token_ids, advantages=torch.tensor([1.0, -1.0, 0.5, -0.5]), temperature=0.7)
         >>> out.loss.backward()
     """
-    inputs = token_inputs(logits, token_ids, mask=mask, temperature=temperature, softcap=softcap, logit_scale=logit_scale)
+    vocabulary = None if process_group is None else ANY_VOCABULARY
+    inputs = token_inputs(
+        logits, token_ids, mask=mask, temperature=temperature, softcap=softcap, logit_scale=logit_scale, vocabulary=vocabulary
+    )
     _check_inplace(inplace)
     policy = checked_policy(
         inputs,
@@ -117,12 +125,12 @@ def grpo_loss(
     )
     computed = inputs.mask if metrics_on == "all" else policy.active()
     inplace = inplace and _can_write_over(logits)
-    if by_reference(logits):
+    if process_group is None and by_reference(logits):
         loss, logprobs, entropy, metrics = _reference_loss(inputs, policy, computed)
-    elif config.level == "token" and config.surrogate != "vespo":
+    elif process_group is None and config.level == "token" and config.surrogate != "vespo":
         loss, logprobs, entropy, metrics = _one_pass_loss(inputs, policy, metrics_on == "active", inplace)
     else:  # the ratio needs the whole sequence first: a statistics pass here, the gradient pass in backward
-        logprobs, entropy = _statistics(inputs, computed, inplace)
+        logprobs, entropy = _statistics(inputs, computed, inplace, process_group)
         with torch.autocast(logits.device.type, enabled=False):
             loss, metrics = policy_loss(logprobs, entropy, policy, computed)
         logprobs, entropy = logprobs.detach(), entropy.detach()
@@ -143,6 +151,7 @@ def token_logprobs(
     temperature: float | Tensor = 1.0,  # number, [B], [B, T] or [N]
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    process_group: ProcessGroup | None = None,
 ) -> TokenLogprobs:
     """Log-probability of each token under ``softmax(f(logits) / temperature)``, and that policy's entropy; one pass, both differentiable.
 
@@ -156,11 +165,14 @@ def token_logprobs(
         >>> out.entropy.exp()
         tensor([[8., 8., 8.]])
     """
-    inputs = token_inputs(logits, token_ids, mask=mask, temperature=temperature, softcap=softcap, logit_scale=logit_scale)
-    if by_reference(logits):
+    vocabulary = None if process_group is None else ANY_VOCABULARY
+    inputs = token_inputs(
+        logits, token_ids, mask=mask, temperature=temperature, softcap=softcap, logit_scale=logit_scale, vocabulary=vocabulary
+    )
+    if process_group is None and by_reference(logits):
         logprobs, entropy = _reference_statistics(inputs, inputs.mask)
     else:
-        logprobs, entropy = _statistics(inputs, inputs.mask, inplace=False)
+        logprobs, entropy = _statistics(inputs, inputs.mask, inplace=False, group=process_group)
     return TokenLogprobs(inputs.like_given(logprobs), inputs.like_given(entropy))
 
 
@@ -233,7 +245,10 @@ def scoring(inputs: TokenInputs) -> tuple[Tensor | None, float, float, float]:
     return temperatures, temperature, inputs.softcap or 0.0, inputs.logit_scale
 
 
-def _statistics(inputs: TokenInputs, computed: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
+def _statistics(inputs: TokenInputs, computed: Tensor, inplace: bool, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    if group is not None:
+        shard = all_vocabulary_parts(inputs.scored.shape[-1], group, inputs.scored.device)
+        return ShardedLogprobsFunction.apply(inputs.scored, Rows(inputs.token_ids, computed, *scoring(inputs), shard))
     arguments = (inputs.scored, inputs.token_ids, computed, *scoring(inputs))
     if _wants_gradient(inputs.scored) and not torch.compiler.is_compiling():
         logprobs, entropy, _ = TokenLogprobsFunction.apply(inplace, *arguments)

@@ -51,13 +51,13 @@ def linear_token_logprobs_fwd(
         tokens = order.tokens(chunk.begin, chunk.end)
         some, keeps = rows.take(tokens), not want_slopes and len(kept) < order.kept_chunks(keep)
         logits = head.logits(tokens, keep=keeps)
-        found = some.statistics(logits)
+        found = some.statistics(logits.unsqueeze(0))
         for into, part in zip(statistics, found, strict=True):
             into[:, tokens] = part
         if keeps:
             kept.append(logits)
         elif want_slopes:
-            some.gradient_(logits, found, torch.ones_like(found.logprobs), torch.zeros_like(found.logprobs))
+            some.gradient_(logits.unsqueeze(0), found, torch.ones_like(found.logprobs), torch.zeros_like(found.logprobs))
             head.add_gradient(logits, tokens)
     return Forward(statistics, order, head.gradients() if want_slopes else None, kept)
 
@@ -74,7 +74,7 @@ def linear_token_logprobs_bwd(
         tokens = order.tokens(chunk.begin, chunk.end)
         logits = head.logits(tokens) if i >= len(kept) or keep_graph else kept[i]  # a graph that stays needs its logits again
         piece = RowStatistics(*(x[:, tokens] for x in statistics))
-        rows.take(tokens).gradient_(logits, piece, g[:, tokens], h[:, tokens])
+        rows.take(tokens).gradient_(logits.unsqueeze(0), piece, g[:, tokens], h[:, tokens])
         head.add_gradient(logits, tokens)
         if i < len(kept) and not keep_graph:
             kept[i] = logits.new_empty(0)  # its memory is free for the next chunk's products

@@ -55,7 +55,7 @@ def linear_loss(
     def logits_and_statistics(begin: int, end: int) -> Tensor:
         tokens = order.tokens(begin, end)
         logits = head.logits(tokens)
-        for into, part in zip(whole, rows.take(tokens).statistics(logits), strict=True):
+        for into, part in zip(whole, rows.take(tokens).statistics(logits.unsqueeze(0)), strict=True):
             into[:, tokens] = part
         return logits
 
@@ -80,7 +80,7 @@ def linear_loss(
             if end != chunk.end:
                 logits = head.logits(tokens)
             piece = RowStatistics(*(x[:, within] for x in found))
-            rows.take(tokens).gradient_(logits, piece, g[:, within], h[:, within])
+            rows.take(tokens).gradient_(logits.unsqueeze(0), piece, g[:, within], h[:, within])
             head.add_gradient(logits, tokens)
 
     for chunk in order.rest:

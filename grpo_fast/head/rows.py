@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ class Shard(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Tokens and how they are scored; tensors [1, n]."""
+    """Tokens and how they are scored; tensors [B, T], a chunk's [1, n]."""
 
     token_ids: Tensor
     mask: Tensor
@@ -58,20 +58,42 @@ class Rows(NamedTuple):
         ids = self.token_ids - self.shard.begin
         return torch.where((ids >= 0) & (ids < self.shard.size), ids, -1)
 
-    def statistics(self, logits: Tensor) -> RowStatistics:  # [n, V]
+    def statistics(self, logits: Tensor) -> RowStatistics:  # [B, T or T + 1, V]
         """Log-probability, entropy and log-sum-exp over the whole vocabulary."""
         ids = self.own_ids
         known = ids if self.shard is None else ids.clamp(min=0)  # any token will do where the true one is elsewhere
         operator = torch.ops.grpo_fast.token_logprobs.default
-        statistics = RowStatistics(*call_below_autograd(operator, logits.unsqueeze(0), known, self.mask, *self.scoring))
+        statistics = RowStatistics(*call_below_autograd(operator, logits, known, self.mask, *self.scoring))
         if self.shard is None:
             return statistics
         return _over_all_parts(statistics, ids >= 0, self.mask, self.shard.group)
 
     def gradient_(self, logits: Tensor, statistics: RowStatistics, g: Tensor, h: Tensor) -> None:
-        """Write d loss / d logits over the logits [n, V], from g = d loss / d logprob and h = d loss / d entropy, [1, n]."""
+        """Write d loss / d logits over the logits, from g = d loss / d logprob and h = d loss / d entropy of every token."""
         operator = torch.ops.grpo_fast.token_logprobs_backward_.default
-        call_below_autograd(operator, g, h, logits.unsqueeze(0), self.own_ids, self.mask, *self.scoring, *statistics)
+        call_below_autograd(operator, g, h, logits, self.own_ids, self.mask, *self.scoring, *statistics)
+
+    def gradient(self, logits: Tensor, statistics: RowStatistics, g: Tensor, h: Tensor) -> Tensor:
+        """The same in new memory."""
+        operator = torch.ops.grpo_fast.token_logprobs_backward.default
+        return call_below_autograd(operator, g, h, logits, self.own_ids, self.mask, *self.scoring, *statistics)
+
+
+class ShardedLogprobsFunction(torch.autograd.Function):
+    """Log-probability and entropy from logits of which each process holds a part of the vocabulary; the gradient is that of its part."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        statistics = rows.statistics(logits)
+        ctx.rows = rows
+        ctx.save_for_backward(logits, *statistics)
+        return statistics.logprobs, statistics.entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor, h: Tensor) -> tuple[Tensor, None]:
+        logits, *statistics = ctx.saved_tensors
+        return ctx.rows.gradient(logits, RowStatistics(*statistics), g, h), None
 
 
 def all_vocabulary_parts(size: int, group: ProcessGroup, device: torch.device) -> Shard:
@@ -103,10 +125,10 @@ def _over_all_parts(own: RowStatistics, has_target: Tensor, mask: Tensor, group:
     margins = torch.where(holds_target, margins_of_others, lses - s_target)
     logprob = torch.nn.functional.logsigmoid(-margins.logsumexp(0))
     # The chain rule of entropy: that within the parts, and that of which part.
-    own_logprob = targets - lses  # of the target within its part
-    log_share = logprob + torch.where(holds_target, -own_logprob, lses - s_target)
+    lse = lses.logsumexp(0)
+    exact = holds_target & s_target.isfinite()
+    log_share = torch.where(exact, logprob - (targets - lses), lses - lse)
     share = log_share.exp()
     within = torch.where(share > 0, share * (entropies - log_share), 0).sum(0)
-    within = torch.where(logprob.isnan(), logprob, within)
-    statistics = (logprob, within, s_target - logprob)
+    statistics = (logprob, torch.where(logprob.isnan(), logprob, within), torch.where(logprob.isnan(), logprob, lse))
     return RowStatistics(*(torch.where(mask, x, 0).float() for x in statistics))

@@ -82,8 +82,9 @@ def _truth(hidden: Tensor, weight: Tensor, token_ids: Tensor, advantages: Tensor
     return old_logprobs, Truth(loss.item(), tokens, slope(tokens, None) @ w, entries, slope(everything, entries).T @ flat)
 
 
-def errors(truth: Truth, loss: float, d_hidden: Tensor, d_weight: Tensor | None) -> dict[str, float]:
+def errors(truth: Truth, loss: float, d_hidden: Tensor | None, d_weight: Tensor | None) -> dict[str, float]:
     """How far a result is from the truth."""
+    assert d_hidden is not None, "backward gave the hidden states no gradient"
     out = {"loss": abs(loss - truth.loss), "d_hidden": _error(d_hidden.flatten(0, -2)[truth.tokens], truth.d_hidden)}
     if d_weight is not None:
         out["d_weight"] = _error(d_weight[truth.entries], truth.d_weight)
