@@ -5,23 +5,23 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-import types
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 pytest.importorskip("transformers", reason="the trainer is transformers'")
 pytest.importorskip("datasets", reason="rows are a dataset")
 
 from grpo_fast.commands import train as command
-from grpo_fast.commands.data import load_rows, shape_prompts
-from grpo_fast.commands.gym import ReasoningGymReward
+from grpo_fast.commands.data import load_rows, make_task, shape_prompts
 from grpo_fast.commands.settings import SettingsError, TrainOptions, build_parser, parse
+from grpo_fast.demo.task import make_tokenizer
 from grpo_fast.grpo_config import GRPOConfig
 
+TOKENIZER = make_tokenizer()
+TOKENIZER.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 ROWS = [{"prompt": f"sort {i}=", "question": f"what is {i}?", "answer": str(i)} for i in range(8)]
 
 
@@ -36,10 +36,11 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     del sys.modules["mine"]
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    TOKENIZER.save_pretrained("model")
     Path("mine.py").write_text("def short(completions, **columns):\n    return [-float(len(c)) for c in completions]\n")
     Path("config.yaml").write_text(
         """
-        model: some/model
+        model: ./model
         dataset: rows.jsonl
         rewards: [accuracy, "repetition(ngram_size=6)", "mine.py:short"]
         output_dir: run
@@ -104,8 +105,8 @@ def test_file_and_command_line_make_a_trainer(here: Path) -> None:
     assert isinstance(config, GRPOConfig)
     assert (config.learning_rate, config.num_generations, config.max_steps, config.seed) == (2e-6, 2, 3, 7)
     assert (config.scale_rewards, config.packing, config.use_cpu, config.sampler_options) == ("none", False, True, {"batch_size": 2})
-    assert config.reward_weights == [1.0, 0.5, 0.1]
-    assert trainer.arguments["model"] == "some/model" and trainer.arguments["peft_config"] is None
+    assert config.reward_weights == [1.0, 0.5, 0.1] and config.report_to == []
+    assert trainer.arguments["model"] == "./model" and trainer.arguments["peft_config"] is None
     assert trainer.arguments["train_dataset"].column_names == ["prompt", "question", "answer"]
     assert len(trainer.arguments["train_dataset"]) == 8 and trainer.arguments["eval_dataset"] is None
     accuracy, repetition, short = trainer.arguments["reward_funcs"]
@@ -126,7 +127,7 @@ def test_the_settings_it_leaves_run_it_again(here: Path) -> None:
 def test_everything_on_the_command_line(here: Path) -> None:
     pytest.importorskip("peft", reason="LoRA options need peft")
     trainer = train(
-        *("--model", "m", "--dataset", "rows.jsonl", "--rewards", "accuracy", "format", "--use_cpu", "--report_to", "none"),
+        *("--model", "model", "--dataset", "rows.jsonl", "--rewards", "accuracy", "format", "--use_cpu", "--report_to", "none"),
         *("--dataset_split", "train[:4]", "--eval_dataset", "rows.jsonl", "--eval_split", "x[4:6]", "--system_prompt", "Think."),
         *("--prompt_template", "Q: {question}", "--temperature_schedule", '{"kind": "linear", "start": 0.8, "end": 1.2, "steps": 9}'),
         *("--use_peft", "--lora_r", "3", "--lora_target_modules", "q_proj", "v_proj", "--packing", "true", "--delta", "none"),
@@ -162,6 +163,9 @@ def test_everything_on_the_command_line(here: Path) -> None:
         (["config.yaml", "--eval_strategy", "steps"], "there is no eval_dataset"),
         (["config.yaml", "--sampler_options", "{batch_size: 4"], "expected JSON"),
         (["--dataset", "rows.jsonl"], "model is not set"),
+        (["--dataset", "rows.jsonl", "--model", "model", "--use_cpu"], "rewards is not set"),
+        (["config.yaml", "--tokenizer", "nobody/nothing"], "the tokenizer of 'nobody/nothing' cannot be loaded"),
+        (["config.yaml", "--max_prompt_length", "2"], "max_prompt_length is 2, and every one of the 8 prompts is longer"),
     ],
 )
 def test_what_is_wrong_is_said_before_the_model_loads(here: Path, capsys: pytest.CaptureFixture[str], args: list[str], words: str) -> None:
@@ -247,62 +251,40 @@ def test_the_parser_leaves_types_as_they_were_said() -> None:
             GRPOConfig,
         )
         assert config.scale_rewards == {True: "group", False: "none"}.get(expected, expected)
-    with pytest.raises(SettingsError, match="rewards is not set"):
-        parse(["--model", "m", "--dataset", "d"], GRPOConfig)
+    with pytest.raises(SettingsError, match="dataset is not set"):
+        parse(["--model", "m"], GRPOConfig)
 
 
-# --- reasoning-gym -----------------------------------------------------------------------------------------------------------------
+# --- tasks -------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def gym(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in with the functions of reasoning-gym 0.1.25 that are used; where the package is installed, the package itself."""
-    try:
-        import reasoning_gym  # noqa: F401
-    except ImportError:
-        stand_in = types.ModuleType("reasoning_gym")
-
-        def create_dataset(name: str, size: int, seed: int, min_terms: int = 2, max_terms: int = 2) -> list[dict[str, Any]]:
-            if name != "chain_sum":
-                raise ValueError(f"Dataset '{name}' not registered")
-            generator = torch.Generator().manual_seed(seed)
-            terms = torch.randint(10, 99, (size, max_terms), generator=generator).tolist()
-            return [
-                {"question": " + ".join(map(str, row)), "answer": str(sum(row)), "metadata": {"source_dataset": name, "source_index": i}}
-                for i, row in enumerate(terms)
-            ]
-
-        def score(answer: str | None, entry: dict[str, Any]) -> float:
-            if answer == "explode":
-                raise ValueError("invalid literal for int()")
-            return 1.0 if answer == entry["answer"] else 0.5 if answer and entry["answer"] in answer else 0.0
-
-        stand_in.create_dataset = create_dataset  # type: ignore[attr-defined]
-        stand_in.get_score_answer_fn = lambda name: score  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, "reasoning_gym", stand_in)
-
-
-def test_reasoning_gym_makes_rows_and_scores_answers(gym: None, here: Path) -> None:
+def test_a_task_brings_rows_and_its_reward(here: Path) -> None:
+    own = ("--model", "model", "--use_cpu", "--report_to", "none")
     trainer = train(
-        *("config.yaml", "--dataset", "reasoning_gym:chain_sum(min_terms=2, max_terms=2)", "--dataset_size", "5"),
-        *("--rewards", "reasoning_gym", "--reward_weights", "1", "--eval_dataset", "reasoning_gym:chain_sum", "--eval_size", "3"),
+        *own, "--dataset", "sorting(digits=3)", "--dataset_size", "5", "--eval_dataset", "sorting(digits=3)", "--eval_size", "3"
     )
-    rows = trainer.arguments["train_dataset"]
-    assert len(rows) == 5 and len(trainer.arguments["eval_dataset"]) == 3
+    rows, evaluation = trainer.arguments["train_dataset"], trainer.arguments["eval_dataset"]
+    assert len(rows) == 5 and len(evaluation) == 3 and rows[0]["prompt"] != evaluation[0]["prompt"]
     (reward,) = trainer.arguments["reward_funcs"]
-    answer, entry = rows[0]["answer"], rows[0]["entry"]
-    texts = [f"<answer>{answer}</answer>", answer, f"x{answer}xxxx", "explode", "", [{"role": "assistant", "content": answer}]]
-    assert reward([""] * 6, texts, entry=[entry] * 6) == [1.0, 1.0, 0.0, 0.0, 0.0, 1.0]
-    partial = ReasoningGymReward(partial=True)([""] * 6, texts, entry=[entry] * 6)
-    assert partial[0] == 1.0 and 0 < partial[2] < 1 and partial[4] == 0.0  # type: ignore[operator]
+    assert reward([""], [f"<answer>{rows[0]['answer']}</answer>"], answer=[rows[0]["answer"]]) == [1.0]
+    both = train(*own, "--dataset", "arithmetic", "--rewards", "format", "task", "--dataset_size", "4", "--max_prompt_length", "900")
+    assert len(both.arguments["reward_funcs"]) == 2 and len(both.arguments["train_dataset"]) == 4
+    assert make_task("rows.jsonl") is None
 
 
-def test_reasoning_gym_errors(gym: None, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "not registered" in refused(capsys, "config.yaml", "--dataset", "reasoning_gym:alchemy")
-    assert "TypeError" in refused(capsys, "config.yaml", "--dataset", "reasoning_gym:chain_sum(colour=1)")
-    assert "needs the column 'entry'" in refused(capsys, "config.yaml", "--rewards", "reasoning_gym", "--reward_weights", "1")
+def test_task_errors(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "unexpected keyword argument 'colour'" in refused(capsys, "config.yaml", "--dataset", "sorting(colour=1)")
+    assert "digits is 0" in refused(capsys, "config.yaml", "--dataset", "sorting(digits=0)")
+    assert "Expected arithmetic, sorting or reasoning_gym:TASK" in refused(capsys, "config.yaml", "--dataset", "sorting(3)")
+    assert "the dataset is no task" in refused(capsys, "config.yaml", "--rewards", "task", "--reward_weights", "1")
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
-    assert "pip install reasoning-gym" in refused(capsys, "config.yaml", "--dataset", "reasoning_gym:chain_sum")
+    assert "reasoning-gym package, which is not installed" in refused(capsys, "config.yaml", "--dataset", "reasoning_gym:chain_sum")
+
+
+def test_reasoning_gym(here: Path) -> None:
+    pytest.importorskip("reasoning_gym", reason="its generators are the package's")
+    task = make_task("reasoning_gym:chain_sum(min_terms=2, max_terms=2)", size=4)
+    assert task is not None and len(task.rows) == 4
 
 
 # --- the command line's mounts -----------------------------------------------------------------------------------------------------

@@ -2,37 +2,63 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from grpo_fast.commands.gym import PREFIX, gym_rows
 from grpo_fast.commands.settings import SettingsError
+from grpo_fast.tasks import Task, arithmetic_task, reasoning_gym_task, sorting_task
 
-__all__ = ["check_columns", "load_rows", "shape_prompts"]
+__all__ = ["check_columns", "load_rows", "make_task", "shape_prompts"]
 
+TASKS: dict[str, Any] = {"arithmetic": arithmetic_task, "sorting": sorting_task}
+GYM = "reasoning_gym:"
 FORMATS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet", ".csv": "csv"}
 GIVEN = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments", "self"}
 
 
-def load_rows(name: str, *, config: str | None = None, split: str = "train", size: int = 1000, seed: int = 0) -> Any:
+def make_task(name: str, *, size: int = 1000, seed: int = 0) -> Task | None:
+    """Generated rows and their own reward, for ``arithmetic``, ``sorting`` or ``reasoning_gym:TASK``, each with settings or without, as in
+    ``reasoning_gym:chain_sum(min_terms=2)``; None if the name is not one of these.
+
+    Raises:
+        SettingsError: a task or a setting that there is not.
+    """
+    what, bracket, settings = name.partition("(")
+    what = what.strip()
+    if what not in TASKS and not what.startswith(GYM):
+        return None
+    try:
+        call = ast.parse(f"_({settings}" if bracket else "_()", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args:
+            raise SyntaxError("settings are keywords")
+        options = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+        if what in TASKS:
+            found: Task = TASKS[what](size, seed=seed, **options)
+        else:
+            found = reasoning_gym_task(what.removeprefix(GYM), size=size, seed=seed, **options)
+    except (SyntaxError, TypeError, ValueError) as error:
+        raise SettingsError(
+            f"dataset {name!r}: {error}. Expected {', '.join(TASKS)} or {GYM}TASK, with settings as in TASK(name=1)."
+        ) from error
+    return found
+
+
+def load_rows(name: str, *, config: str | None = None, split: str = "train") -> Any:
     """A `datasets.Dataset` of that name.
 
     Args:
-        name: on the hub; a folder (saved by `save_to_disk`, or of data files); a .jsonl, .json, .parquet or .csv file; or
-            ``reasoning_gym:TASK(setting=1)``.
+        name: on the hub; a folder (saved by `save_to_disk`, or of data files); a .jsonl, .json, .parquet or .csv file.
         config: of a dataset on the hub.
         split: with a slice, if wanted: ``train[:100]``. For a file only the slice counts.
-        size, seed: of generated rows.
 
     Raises:
         SettingsError: it cannot be had; the message has the reason and the cure.
     """
     import datasets
 
-    if name.startswith(PREFIX):
-        return datasets.Dataset.from_list(gym_rows(name.removeprefix(PREFIX), size, seed))
     path = Path(name).expanduser()
     try:
         if path.is_file():
@@ -52,7 +78,7 @@ def load_rows(name: str, *, config: str | None = None, split: str = "train", siz
         reason = " ".join(str(error).split())[:400]
         raise SettingsError(
             f"dataset {name!r} (config {config!r}, split {split!r}) cannot be loaded: {type(error).__name__}: {reason}. "
-            "Expected a name on the hub, a folder, a file, or reasoning_gym:TASK."
+            "Expected a name on the hub, a folder, a file, or a task (arithmetic, sorting, reasoning_gym:TASK)."
         ) from error
 
 

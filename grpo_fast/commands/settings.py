@@ -28,16 +28,17 @@ class TrainOptions:
 
     Args:
         model: name on the hub, or folder, of the causal language model.
-        dataset: name on the hub; a folder; a .jsonl, .json, .parquet or .csv file; or reasoning_gym:TASK, with settings as in
-            'reasoning_gym:chain_sum(min_terms=2, max_terms=3)'.
+        dataset: name on the hub; a folder; a .jsonl, .json, .parquet or .csv file; or a task that is generated: arithmetic, sorting or
+            reasoning_gym:TASK, with settings as in 'reasoning_gym:chain_sum(min_terms=2, max_terms=3)'.
         rewards: built-in ones by name, with settings or without, as in accuracy 'repetition(ngram_size=6)'; package.module:function;
-            path/to/file.py:function; reasoning_gym.
+            path/to/file.py:function; or task, the reward of a generated dataset, which is the default there.
         dataset_config: configuration of a dataset on the hub, such as 'main'.
         dataset_split: split to train on; slices as in 'train[:1000]'.
-        dataset_size: rows to generate, where the dataset is generated (reasoning_gym).
+        dataset_size: rows to generate, where the dataset is a task.
         eval_dataset: dataset to evaluate on, written like dataset; by default there is none.
         eval_split: its split.
-        eval_size: its rows, where it is generated (with another seed than the training rows).
+        eval_size: its rows, where it is a task; they are drawn with another seed than the training rows.
+        max_prompt_length: leave out rows whose prompt has more tokens than this; by default none.
         prompt_column: column that holds the prompt, if it is not called 'prompt'.
         prompt_template: makes the prompt from the columns, as in 'Question: {question} Answer: '.
         system_prompt: makes the prompt a chat that begins with this; the rest is the user's message.
@@ -59,6 +60,7 @@ class TrainOptions:
     eval_dataset: str | None = None
     eval_split: str = "test"
     eval_size: int = 100
+    max_prompt_length: int | None = None
     prompt_column: str | None = None
     prompt_template: str | None = None
     system_prompt: str | None = None
@@ -93,7 +95,7 @@ def parse(args: Sequence[str], config_class: Any) -> tuple[TrainOptions, Any, di
     given = {name: _from_json(name, value, actions[name]) for name, value in given.items()}
     own = {each.name for each in dataclasses.fields(TrainOptions)}
     options = TrainOptions(**{name: value for name, value in given.items() if name in own})
-    for name in ("model", "dataset", "rewards"):
+    for name in ("model", "dataset"):
         if not getattr(options, name):
             raise SettingsError(f"{name} is not set; expected it in the settings file or as --{name}. See grpo-fast train --help.")
     return options, config_class(**{name: value for name, value in given.items() if name not in own}), given
@@ -112,7 +114,7 @@ def build_parser(config_class: Any) -> tuple[_Parser, dict[str, argparse.Action]
         if isinstance(action, argparse._StoreAction):
             if bool in kinds and str in kinds:
                 action.type, action.nargs, action.const = _true_false_or_text, None, None
-            if type(None) in kinds and action.type is not None:
+            if type(None) in kinds and action.type in (int, float, bool):  # a text may well be "none": report_to, say
                 action.type = _or_none(action.type)
             if any((typing.get_origin(kind) or kind) is dict for kind in kinds):
                 action.type, action.metavar = str, "JSON"

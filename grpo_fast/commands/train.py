@@ -11,9 +11,9 @@ from typing import Any
 
 from rich.console import Console
 
-from grpo_fast.commands.data import check_columns, load_rows, shape_prompts
-from grpo_fast.commands.gym import ReasoningGymReward
+from grpo_fast.commands.data import check_columns, load_rows, make_task, shape_prompts
 from grpo_fast.commands.settings import SettingsError, TrainOptions, help_tables, parse
+from grpo_fast.tasks import Task
 
 __all__ = ["app", "prepare", "run"]
 
@@ -23,7 +23,7 @@ USAGE = """usage: grpo-fast train [FILE] [--name value ...]
 Train a causal language model by GRPO. FILE is YAML or JSON, of lines 'name: value'; what is said on the command line wins.
 
   grpo-fast train config.yaml --learning_rate 2e-6
-  grpo-fast train --model Qwen/Qwen3-0.6B --dataset 'reasoning_gym:chain_sum' --rewards reasoning_gym format --output_dir runs/sum
+  grpo-fast train --model Qwen/Qwen3-0.6B --dataset 'reasoning_gym:chain_sum' --rewards task format --output_dir runs/sum
 """
 
 
@@ -58,29 +58,37 @@ def prepare(args: Sequence[str], config_class: Any) -> dict[str, Any]:
     Raises:
         SettingsError, ValueError, TypeError: name the setting, what it was, what was expected and the cure.
     """
+    from datasets import Dataset
+
+    from grpo_fast.data import load_prompts
+
     options, config, given = parse(args, config_class)
-    assert options.model and options.dataset and options.rewards
-    if options.model.startswith((".", "/", "~")) and not Path(options.model).expanduser().is_dir():
-        raise SettingsError(f"model is {options.model!r}; there is no such folder.")
+    assert options.model and options.dataset
     resume = _checkpoint(config)
-    rewards = [_reward(name) for name in options.rewards]
+    seed = getattr(config, "data_seed", None)
+    seed = config.seed if seed is None else seed
+    task = make_task(options.dataset, size=options.dataset_size, seed=seed)
+    rewards = [_reward(name, task) for name in (options.rewards or (["task"] if task is not None else []))]
+    if not rewards:
+        raise SettingsError("rewards is not set; expected at least one, in the settings file or as --rewards. See grpo-fast train --help.")
     weights = getattr(config, "reward_weights", None)
     if weights is not None and len(weights) != len(rewards):
         raise SettingsError(f"reward_weights has {len(weights)} entries; expected {len(rewards)}, one for each reward.")
     peft_config = _peft(options)
-    seed = getattr(config, "data_seed", None)
-    seed = config.seed if seed is None else seed
-    shape = {"column": options.prompt_column, "template": options.prompt_template, "system": options.system_prompt}
-    rows = load_rows(options.dataset, config=options.dataset_config, split=options.dataset_split, size=options.dataset_size, seed=seed)
-    rows = shape_prompts(rows, **shape)
-    check_columns(rewards, rows.column_names)
-    evaluation = None
+    tokenizer = _tokenizer(options)
+
+    def rows_of(name: str, split: str, generated: Task | None) -> Any:
+        rows = generated.rows if generated is not None else load_rows(name, config=options.dataset_config, split=split)
+        rows = Dataset.from_list(rows) if isinstance(rows, list) else rows
+        rows = shape_prompts(rows, column=options.prompt_column, template=options.prompt_template, system=options.system_prompt)
+        check_columns(rewards, rows.column_names)
+        chat = getattr(config, "chat_template_kwargs", None)
+        return load_prompts(rows, tokenizer, max_prompt_length=options.max_prompt_length, chat_template_kwargs=chat).rows
+
+    rows, evaluation = rows_of(options.dataset, options.dataset_split, task), None
     if options.eval_dataset is not None:
-        evaluation = load_rows(
-            options.eval_dataset, config=options.dataset_config, split=options.eval_split, size=options.eval_size, seed=seed + 1
-        )
-        evaluation = shape_prompts(evaluation, **shape)
-        check_columns(rewards, evaluation.column_names)
+        eval_task = make_task(options.eval_dataset, size=options.eval_size, seed=seed + 1)
+        evaluation = rows_of(options.eval_dataset, options.eval_split, eval_task)
     elif (strategy := getattr(config.eval_strategy, "value", config.eval_strategy)) != "no":
         raise SettingsError(f"eval_strategy is {strategy!r}, and there is no eval_dataset; expected one, or eval_strategy 'no'.")
     trainer = {
@@ -89,9 +97,10 @@ def prepare(args: Sequence[str], config_class: Any) -> dict[str, Any]:
         "args": config,
         "train_dataset": rows,
         "eval_dataset": evaluation,
+        "processing_class": tokenizer,
         "peft_config": peft_config,
     }
-    return {"trainer": trainer, "tokenizer": options.tokenizer, "resume": resume, "given": given}
+    return {"trainer": trainer, "resume": resume, "given": given}
 
 
 def run(prepared: dict[str, Any], trainer_class: Any = None) -> Any:
@@ -100,12 +109,7 @@ def run(prepared: dict[str, Any], trainer_class: Any = None) -> Any:
 
     if trainer_class is None:
         from grpo_fast.trainer import GRPOTrainer as trainer_class  # noqa: N813
-    tokenizer = None
-    if prepared["tokenizer"] is not None:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(prepared["tokenizer"])
-    trainer = trainer_class(processing_class=tokenizer, **prepared["trainer"])
+    trainer = trainer_class(**prepared["trainer"])
     monitor.attach(trainer)
     output = Path(trainer.args.output_dir)
     if trainer.is_world_process_zero():
@@ -121,12 +125,28 @@ def run(prepared: dict[str, Any], trainer_class: Any = None) -> Any:
     return trainer
 
 
-def _reward(name: str) -> Any:
-    if name in ("reasoning_gym", "reasoning_gym(partial=True)"):
-        return ReasoningGymReward(partial="True" in name)
+def _reward(name: str, task: Task | None) -> Any:
+    if name == "task":
+        if task is None:
+            raise SettingsError("rewards has 'task', and the dataset is no task, which brings its own reward; expected other rewards.")
+        return task.reward
     from grpo_fast.rewards import load_reward
 
     return load_reward(name)
+
+
+def _tokenizer(options: TrainOptions) -> Any:
+    """Loaded before the model: it is quick, and shows that the name is right."""
+    from transformers import AutoTokenizer
+
+    name = options.tokenizer or options.model
+    if name is not None and name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise SettingsError(f"{'tokenizer' if options.tokenizer else 'model'} is {name!r}; there is no such folder.")
+    try:
+        return AutoTokenizer.from_pretrained(name, padding_side="left")
+    except Exception as error:  # no such name, no network, a broken file: each library raises its own
+        reason = " ".join(str(error).split())[:400]
+        raise SettingsError(f"the tokenizer of {name!r} cannot be loaded: {type(error).__name__}: {reason}. Is the name right?") from error
 
 
 def _peft(options: TrainOptions) -> Any:

@@ -90,6 +90,8 @@ def draw(runs: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str],
         extras = [key for key in keys[1:] if any(series(records, key)[0] for _, records in data)]
         panel.set(title=title + (f" (dotted: {', '.join(extras)})" if extras else ""), xlabel="step", ylabel=label)
         panel.title.set_fontsize(10)
+        if factor == 100:  # a share: from 0 on, and a flat line of zeros at the bottom
+            panel.set_ylim(0, max(panel.get_ylim()[1], 1))
         panel.grid(color="#dddddd", linewidth=0.6)
         panel.spines[["top", "right"]].set_visible(False)
     for panel in axes[len(panels) :]:
