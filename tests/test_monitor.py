@@ -23,7 +23,15 @@ pytest.importorskip("transformers", reason="the callbacks are transformers'")
 from transformers import TrainerState
 
 from grpo_fast import monitor
-from grpo_fast.monitor import JournalCallback, ProgressBarCallback, RunError, completions_table, print_completions, read_run
+from grpo_fast.monitor import (
+    CompletionsCallback,
+    JournalCallback,
+    ProgressBarCallback,
+    RunError,
+    completions_table,
+    print_completions,
+    read_run,
+)
 from grpo_fast.monitor.plot import draw, series
 from grpo_fast.monitor.progress import headline
 
@@ -232,6 +240,30 @@ def test_the_table_of_completions() -> None:
     assert quiet.file.getvalue() == ""
     with pytest.raises(ValueError, match="expected as many of each"):
         print_completions(["a"], ["b"], {"r": [1.0, 2.0]}, [0.0], console=quiet)
+
+
+def test_completions_of_a_logged_step_are_shown_on_a_terminal(tmp_path: Path) -> None:
+    (tmp_path / "completions").mkdir()
+    row = {
+        "step": 2,
+        "prompt": "2+2?",
+        "completion": "four",
+        "rewards": {"accuracy": 1.0, "math": None},
+        "advantage": 0.5,
+        "temperature": 1.0,
+    }
+    (tmp_path / "completions" / "step-000003.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row) + "\n")
+    args = SimpleNamespace(output_dir=str(tmp_path), log_completions=True)
+    for terminal, wanted, logs, shown in (
+        (True, True, LOGS, 2),
+        (False, True, LOGS, 0),
+        (True, False, LOGS, 0),
+        (True, True, {"loss": 1.0}, 0),
+    ):
+        console = Console(file=io.StringIO(), force_terminal=terminal, width=100, color_system=None)
+        args.log_completions = wanted
+        CompletionsCallback(console).on_log(args, state(3), None, logs=logs)
+        assert console.file.getvalue().count("four") == shown
 
 
 # --- curves ----------------------------------------------------------------------------------------------------------------------

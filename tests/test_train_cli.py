@@ -113,7 +113,7 @@ def test_file_and_command_line_make_a_trainer(here: Path) -> None:
     assert repetition.ngram_size == 6 and short(completions=["abc"]) == [-3.0]
     assert accuracy([""], ["<answer>3</answer>"], answer=["3"]) == [1.0]
     assert trainer.done == [("train", None), ("save", "run")]
-    assert [type(callback).__name__ for callback in trainer.callbacks] == ["ProgressBarCallback", "JournalCallback"]
+    assert [type(callback).__name__ for callback in trainer.callbacks] == ["ProgressBarCallback", "CompletionsCallback", "JournalCallback"]
 
 
 def test_the_settings_it_leaves_run_it_again(here: Path) -> None:
@@ -253,6 +253,30 @@ def test_the_parser_leaves_types_as_they_were_said() -> None:
         assert config.scale_rewards == {True: "group", False: "none"}.get(expected, expected)
     with pytest.raises(SettingsError, match="dataset is not set"):
         parse(["--model", "m"], GRPOConfig)
+
+
+@pytest.mark.slow
+def test_the_real_trainer(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two steps of a random model, and two more of the resumed run; metrics, completions, model and curves are there."""
+    from grpo_fast.demo.model import make_model
+    from grpo_fast.monitor import read_run
+    from grpo_fast.monitor.plot import draw
+
+    make_model(TOKENIZER).save_pretrained("model")
+    settings = (
+        *("--model", "model", "--dataset", "sorting(digits=2)", "--rewards", "task", "repetition", "--output_dir", "run", "--use_cpu"),
+        *("--per_device_train_batch_size", "8", "--num_generations", "4", "--max_completion_length", "6", "--report_to", "none"),
+        *("--logging_steps", "1", "--save_steps", "1", "--log_completions", "--temperature_schedule"),
+        '{"kind": "linear", "start": 0.8, "end": 1.2, "steps": 4}',
+    )
+    command.app([*settings, "--max_steps", "2"])
+    command.app([*settings, "--max_steps", "4", "--resume_from_checkpoint", "auto"])
+    records = [record for record in read_run("run") if "reward" in record]
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    assert [record["temperature"] for record in records] == pytest.approx([0.8, 0.9, 1.0, 1.1])
+    assert Path("run/model.safetensors").is_file() and Path("run/completions/step-000004.jsonl").is_file()
+    assert "Reward" in draw(["run"], "run/curves.png")
+    assert "step 4/4  reward" in capsys.readouterr().err
 
 
 # --- tasks -------------------------------------------------------------------------------------------------------------------------

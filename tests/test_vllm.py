@@ -283,3 +283,46 @@ def test_merged_lora_equals_the_adapted_model_and_leaves_it_alone() -> None:
     for name, value in reference.items():
         if name in after:
             assert torch.equal(after[name], value), name
+
+
+@pytest.mark.slow
+def test_a_training_run_draws_each_step_from_the_weights_of_that_step(tmp_path: Path) -> None:
+    """GRPOTrainer over the wire: whatever the sampler said about its tokens, the trainer's own log-probabilities agree, step after step."""
+    pytest.importorskip("datasets", reason="the trainer's rows are a dataset")
+    from grpo_fast.demo.model import make_model
+    from grpo_fast.demo.task import make_tokenizer
+    from grpo_fast.grpo_config import GRPOConfig
+    from grpo_fast.tasks import sorting_task
+    from grpo_fast.trainer import GRPOTrainer
+
+    tokenizer = make_tokenizer()
+    stand_in = StandIn(make_model(tokenizer).eval())  # other weights than the trainer's, which must not matter
+    with serving(stand_in) as address:
+        config = GRPOConfig(
+            str(tmp_path),
+            sampler="vllm",
+            sampler_options={"url": address, "weight_sync": "disk", "concurrency": 4},
+            per_device_train_batch_size=8,
+            num_generations=4,
+            max_completion_length=5,
+            learning_rate=0.05,
+            max_steps=3,
+            logging_steps=1,
+            temperature_schedule={"kind": "linear", "start": 0.8, "end": 1.4, "steps": 3},
+            use_cpu=True,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        torch.manual_seed(7)
+        model = make_model(tokenizer)
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        rewards = lambda completions, **_: [float(sum(map(ord, text)) % 7) for text in completions]  # noqa: E731  (all different: a gradient)
+        trainer = GRPOTrainer(model, rewards, config, train_dataset=sorting_task(8).rows, processing_class=tokenizer)
+        trainer.train()
+        trainer.sampler.close()
+    gaps = [record["sampling/sampling_logp_difference/max"] for record in trainer.state.log_history if "reward" in record]
+    assert len(gaps) == 3 and max(gaps) < 1e-4
+    assert stand_in.calls.count("/collective_rpc") == 3
+    moved = max((now.detach().cpu() - was.cpu()).abs().max().item() for now, was in zip(model.parameters(), before, strict=True))
+    assert moved > 0.01  # else older weights would have done as well

@@ -11,15 +11,18 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
+
 from grpo_fast.monitor.records import METRICS_FILE, RunError, drop_after, read_run
 from grpo_fast.monitor.samples import completions_table, print_completions
 
 if TYPE_CHECKING:
     from grpo_fast.monitor.journal import JournalCallback
-    from grpo_fast.monitor.progress import ProgressBarCallback
+    from grpo_fast.monitor.progress import CompletionsCallback, ProgressBarCallback
 
 __all__ = [
     "METRICS_FILE",
+    "CompletionsCallback",
     "JournalCallback",
     "ProgressBarCallback",
     "RunError",
@@ -30,7 +33,11 @@ __all__ = [
     "read_run",
 ]
 
-_CALLBACKS = {"JournalCallback": "grpo_fast.monitor.journal", "ProgressBarCallback": "grpo_fast.monitor.progress"}
+_CALLBACKS = {
+    "CompletionsCallback": "grpo_fast.monitor.progress",
+    "JournalCallback": "grpo_fast.monitor.journal",
+    "ProgressBarCallback": "grpo_fast.monitor.progress",
+}
 
 
 def attach(trainer: Any) -> None:
@@ -41,12 +48,14 @@ def attach(trainer: Any) -> None:
     from transformers import PrinterCallback, ProgressCallback
 
     from grpo_fast.monitor.journal import JournalCallback
-    from grpo_fast.monitor.progress import ProgressBarCallback
+    from grpo_fast.monitor.progress import CompletionsCallback, ProgressBarCallback
 
-    for callback in (ProgressCallback, PrinterCallback, ProgressBarCallback, JournalCallback):
+    for callback in (ProgressCallback, PrinterCallback, ProgressBarCallback, CompletionsCallback, JournalCallback):
         trainer.remove_callback(callback)
     if not trainer.args.disable_tqdm:
-        trainer.add_callback(ProgressBarCallback())
+        console = Console(stderr=True)
+        trainer.add_callback(ProgressBarCallback(console))
+        trainer.add_callback(CompletionsCallback(console))
     trainer.add_callback(JournalCallback())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -11,7 +12,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-__all__ = ["ProgressBarCallback", "headline"]
+from grpo_fast.monitor.samples import print_completions, read_completions
+
+__all__ = ["CompletionsCallback", "ProgressBarCallback", "headline"]
 
 # key of the log, name on the screen, how it is written
 _SHOWN = (
@@ -98,6 +101,28 @@ class ProgressBarCallback(TrainerCallback):
         if self.progress is not None:
             self.progress.stop()
             self.progress = None
+
+
+class CompletionsCallback(TrainerCallback):
+    """With ``log_completions``: the first completions of the step that was logged, as a table above the progress bar; on a terminal only.
+
+    Args:
+        console: the progress bar's, so that the two do not write over each other; None = standard error.
+        limit: completions shown; the files in ``output_dir/completions`` have them all.
+    """
+
+    def __init__(self, console: Console | None = None, limit: int = 4) -> None:
+        self.console = console if console is not None else Console(stderr=True)
+        self.limit = limit
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero or not self.console.is_terminal or "reward" not in (logs or {}):
+            return
+        file = Path(args.output_dir) / "completions" / f"step-{state.global_step:06d}.jsonl"
+        if getattr(args, "log_completions", False) and file.is_file():
+            print_completions(*read_completions(file), step=state.global_step, limit=self.limit, console=self.console)
 
 
 def headline(logs: Mapping[str, Any]) -> str:

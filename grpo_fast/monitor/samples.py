@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["completions_table", "print_completions"]
+__all__ = ["completions_table", "print_completions", "read_completions"]
 
 
 def completions_table(
@@ -63,6 +66,14 @@ def print_completions(*columns: Any, console: Console | None = None, **options: 
         return False
     console.print(table)
     return True
+
+
+def read_completions(file: str | os.PathLike[str]) -> tuple[list[str], list[str], dict[str, list[float | None]], list[float]]:
+    """What `completions_table` takes, of a file of ``output_dir/completions`` (GRPOConfig's log_completions)."""
+    rows = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+    names = list(rows[0]["rewards"]) if rows else []
+    rewards = {name: [row["rewards"].get(name) for row in rows] for name in names}
+    return [row["prompt"] for row in rows], [row["completion"] for row in rows], rewards, [row["advantage"] for row in rows]
 
 
 def _text(message: Any) -> str:
