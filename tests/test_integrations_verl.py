@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import types
 from typing import Any
@@ -82,7 +83,7 @@ def test_registered_by_importing_the_plugin(core: Any) -> None:
     module.register_policy_loss = core.register_policy_loss  # type: ignore[attr-defined]
     names = ("verl", "verl.trainer", "verl.trainer.ppo")
     with mock.patch.dict(sys.modules, {**{name: types.ModuleType(name) for name in names}, module.__name__: module}):
-        adapter.register()
+        importlib.import_module("grpo_fast.integrations.verl_plugin")
     assert {f"grpo_fast_{mode}" for mode in adapter.LOSS_MODES} <= set(core.POLICY_LOSS_REGISTRY)
     loss = core.get_policy_loss_fn("grpo_fast_vespo")
     value, metrics = loss(
