@@ -66,10 +66,10 @@ def parse_sections(text: str) -> Sections | None:
 
     None unless each of the four tags occurs exactly once, in this order, with nothing but white space outside them.
     """
-    match = _SECTIONS.fullmatch(text)
-    if match is None or len(_TAG.findall(text)) != 4:
+    if len(_TAG.findall(text)) != 4:  # first: with a tag repeated a thousand times the match takes quadratic time
         return None
-    return Sections(match["reasoning"], match["answer"])
+    match = _SECTIONS.fullmatch(text)
+    return None if match is None else Sections(match["reasoning"], match["answer"])
 
 
 def repeated_ngrams(tokens: Sequence[Hashable], n: int = 4) -> float:

@@ -6,6 +6,7 @@ import importlib.util
 import math
 import pickle
 import pkgutil
+import time
 
 import pytest
 import torch
@@ -46,6 +47,9 @@ GOOD = "<think>3 + 4\nso 7</think><answer>7</answer>"
         (r"\boxed{7", None),  # broken off
         (r"\boxed{6} <answer>7</answer>", "7"),
         ("<answer>7", None),
+        ("<answer>6<answer>7</answer>", "7"),
+        ("<answer>7</answer> or 6</answer>", "7"),
+        ("</answer><answer>", None),
     ],
 )
 def test_extract_answer(text, expected):
@@ -87,6 +91,13 @@ def test_an_empty_completion_earns_nothing_and_costs_nothing():
 def test_no_completions_at_all():
     assert accuracy_reward([], [], [], answer=[]) == []
     assert reward_matrix([format_reward], [], [], []).shape == (0, 1)
+
+
+def test_messages_in_parts_and_without_content():
+    parts = [
+        {"role": "assistant", "content": [{"type": "text", "text": "<answer>"}, {"type": "image"}, {"type": "text", "text": "7</answer>"}]}
+    ]
+    assert accuracy_reward(["q"] * 2, [parts, [{"role": "assistant", "content": None}]], answer=["7", "7"]) == [1.0, 0.0]
 
 
 def test_format_and_chat_messages():
@@ -189,6 +200,35 @@ def test_every_public_reward_has_an_example():
         thing = getattr(grpo_fast.rewards, name)
         if name.endswith(("Reward", "_reward", "Penalty", "Punishment")) and name not in ("Reward", "load_reward", "math_reward"):
             assert ">>> " in thing.__doc__, name
+
+
+LOOPS = (
+    "<think>",
+    "<answer>",
+    "</answer>",
+    "</think><answer>",
+    r"\\( ",
+    r"\\[",
+    "$",
+    "`",
+    "(",
+    ". ",
+    "the ",
+    "<a",
+    "\n",
+    ".'",
+    r"\\boxed{",
+)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("reward", [accuracy_reward, format_reward, tag_count_reward, *REWARDS], ids=lambda reward: reward.__name__)
+def test_an_endless_loop_is_scored_in_no_time(reward, loop):
+    """Half a megabyte of the same: regular expressions that take quadratic time would take minutes, and hold up the training."""
+    text = "<think>" + loop * (500_000 // len(loop))
+    began = time.process_time()
+    reward(prompts=["q"], completions=[text], completion_ids=[[1, 2]], answer=["7"])
+    assert time.process_time() - began < 5
 
 
 @pytest.mark.parametrize(

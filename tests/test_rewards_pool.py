@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 import subprocess
@@ -12,6 +11,7 @@ import time
 
 import pytest
 
+import grpo_fast.rewards.pool
 from grpo_fast.rewards import WorkerPool
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="worker processes need POSIX process groups and alarms")
@@ -182,16 +182,51 @@ def test_arguments_are_checked():
         WorkerPool(len, workers=0)
 
 
-def test_a_script_without_a_main_guard_can_use_it_from_anywhere(tmp_path):
-    """Spawned workers of multiprocessing would run this script again, and fail; they end with it."""
+BY_PATH = f"""
+import importlib.util, os, signal
+spec = importlib.util.spec_from_file_location("pool", {grpo_fast.rewards.pool.__file__!r})
+module = importlib.util.module_from_spec(spec)  # without torch, which takes seconds
+spec.loader.exec_module(module)
+print("once", flush=True)
+pool = module.WorkerPool(len)
+print([outcome.value for outcome in pool.map(["ab", "c"], timeout=60)], flush=True)
+"""
+
+
+def run_script(tmp_path, code: str) -> str:
     script = tmp_path / "script.py"
-    script.write_text(
-        "from grpo_fast.rewards.pool import WorkerPool\n"
-        "print('once', flush=True)\n"
-        "print([o.value for o in WorkerPool(len).map(['ab', 'c'], timeout=60)], flush=True)\n"
-    )
-    folder = os.path.dirname(os.path.dirname(importlib.util.find_spec("grpo_fast").origin))
-    run = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": folder}
-    )
-    assert run.stdout == "once\n[2, 1]\n", run.stderr
+    script.write_text(BY_PATH + code)
+    run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False, timeout=100)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_a_script_without_a_main_guard_can_use_it_and_its_workers_end_with_it(tmp_path):
+    """Spawned workers of multiprocessing would run the script again."""
+    first, second, pid = run_script(tmp_path, "print(pool._workers[0].process.pid)").splitlines()
+    assert (first, second) == ("once", "[2, 1]")
+    assert _gone(int(pid))
+
+
+def test_the_workers_end_with_a_program_that_is_killed(tmp_path):
+    code = "print(pool._workers[0].process.pid, flush=True)\nif os.fork() == 0: os.kill(os.getppid(), signal.SIGKILL)\nelse: signal.pause()"
+    script = tmp_path / "script.py"
+    script.write_text(BY_PATH + code)
+    run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False, timeout=100)
+    assert run.returncode == -signal.SIGKILL
+    assert _gone(int(run.stdout.split()[-1]))
+
+
+def test_a_forked_child_has_workers_of_its_own(tmp_path):
+    code = """
+mine = pool._workers[0].process.pid
+child = os.fork()
+if child == 0:
+    assert pool.map(["abc"], timeout=60)[0].value == 3 and pool._workers[0].process.pid != mine
+    pool.close()
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+assert pool.map(["abcd"], timeout=60)[0].value == 4 and pool._workers[0].process.pid == mine
+print("both")
+"""
+    assert run_script(tmp_path, code).endswith("both\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import sys
 import threading
 import time
 from collections import Counter
@@ -272,10 +273,13 @@ def test_an_async_function_that_blocks_the_loop_is_left_behind():
         release.wait(60)
 
     runner = RewardRunner([blocks, lengths], timeout=0.1, on_error="not_applicable")
-    values, metrics = runner(**BATCH)
+    for _ in range(4):
+        values, metrics = runner(**BATCH)
+        check(values, [[NAN, 1], [NAN, 2], [NAN, 3]])
+        assert metrics["rewards/blocks/timeouts"] == 1
+    with pytest.raises(RuntimeError, match="4 threads of reward 'blocks' hang"):
+        runner(**BATCH)
     release.set()
-    check(values, [[NAN, 1], [NAN, 2], [NAN, 3]])
-    assert metrics["rewards/blocks/timeouts"] == 1
 
 
 MODULE = """
@@ -337,6 +341,13 @@ def test_in_processes(my_rewards):
     finally:
         runner.close()
     assert not any(pool._workers for pool in runner._pools)
+
+
+def test_a_process_that_cannot_load_its_function_is_no_reward_of_nan(my_rewards, tmp_path, monkeypatch):
+    runner = RewardRunner(f"{my_rewards}:pids", isolation="process", on_error="not_applicable")
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry != str(tmp_path)])
+    with pytest.raises(RuntimeError, match=f"reward 'pids' cannot run in a process: (.|\n)*No module named '{my_rewards}'"):
+        runner(**BATCH)
 
 
 def test_the_counters_of_a_reward_are_reported_by_batch(my_rewards):

@@ -119,6 +119,31 @@ def test_how_a_task_is_scored_does_not_depend_on_its_seed(reasoning_gym):
     assert not reasoning_gym_task("chain_sum", size=2, floor=1.0).reward.exact  # all or nothing: no junk earns all
 
 
+@pytest.mark.sweep
+@pytest.mark.timeout(1800)
+def test_every_generator(reasoning_gym):
+    """Each is refused, or pays 1 for the truth and nothing for junk."""
+    from reasoning_gym.factory import DATASETS
+
+    refused = []
+    for name in sorted(DATASETS):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                task = reasoning_gym_task(name, size=3, seed=7)
+            except ValueError:
+                refused.append(name)
+                continue
+        if task.rows[0]["answer"] is not None:
+            assert answers(task, [row["answer"] for row in task.rows]) == [1.0] * 3, name
+        for junk in ("no", "-1234567.5", "(1, 2", "null", "x" * 500):
+            paid = answers(task, [junk] * 3)
+            if task.reward.exact:  # else a short text may share letters with a true answer, and earn a part
+                assert paid == [0.0] * 3, (name, junk)
+            assert max(paid) < 1, (name, junk)
+    assert refused == ["composite", "propositional_logic"]
+
+
 def test_a_generator_that_cannot_be_trusted_and_stores_no_answer_is_refused(reasoning_gym):
     with pytest.raises(ValueError, match=r"name is 'propositional_logic', whose score function gives 0.25 to .*stores no answers"):
         reasoning_gym_task("propositional_logic", size=4)

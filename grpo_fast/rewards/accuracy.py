@@ -11,7 +11,6 @@ from grpo_fast.rewards.common import Completion, check_same_length, text_of
 
 __all__ = ["accuracy_reward", "canonical_answer", "extract_answer"]
 
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _PLAIN_NUMBER = re.compile(r"[+-]?(?:0|[1-9]\d*|[1-9]\d{0,2}(?:,\d{3})+)(?:\.\d+)?")
 
 
@@ -41,9 +40,10 @@ def accuracy_reward(
 
 def extract_answer(text: str) -> str | None:
     r"""The content of the last ``<answer>…</answer>``, else of the last ``\boxed{…}`` (braces may nest), else None."""
-    tagged = _ANSWER.findall(text)
-    if tagged:
-        return str(tagged[-1]).strip()
+    # By searching from the end: a regular expression takes quadratic time on a model that repeats "<answer>" to the length limit.
+    start = text.rfind("<answer>", 0, max(text.rfind("</answer>"), 0))
+    if start >= 0:
+        return text[start + len("<answer>") : text.index("</answer>", start)].strip()
     _, box, rest = text.rpartition(r"\boxed{")
     depth = 1
     for position, character in enumerate(rest if box else ""):

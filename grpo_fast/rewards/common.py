@@ -22,7 +22,10 @@ def text_of(completion: Completion) -> str:
     """A string is itself; of chat messages the last one counts."""
     if isinstance(completion, str):
         return completion
-    return completion[-1]["content"] or "" if completion else ""
+    content: Any = completion[-1]["content"] if completion else ""
+    if isinstance(content, (list, tuple)):  # in parts, as models that see images have it
+        return "".join(part.get("text") or "" for part in content)
+    return content or ""
 
 
 def reasoning_of(text: str) -> str:

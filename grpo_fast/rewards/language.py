@@ -25,7 +25,8 @@ _SCRIPTS = {"CJK": "Han"} | {
 _UNSPACED = {"Han", "Hiragana", "Katakana", "Bopomofo", "Thai", "Lao", "Khmer", "Myanmar", "Tibetan"}  # no white space between words
 # No language: what stands between dollar signs or \( \), \[ \], LaTeX commands, code between backticks, links, tags.
 _NEUTRAL = re.compile(
-    r"\$\$.*?\$\$|\$[^$\n]*\$|\\\(.*?\\\)|\\\[.*?\\\]|```.*?(?:```|\Z)|`[^`\n]*`|\\[A-Za-z]+|https?://\S+|</?\w+>", re.DOTALL
+    r"\$\$.*?\$\$|\$[^$\n]*\$|\\\((?:(?!\\\().)*?\\\)|\\\[(?:(?!\\\[).)*?\\\]|```.*?(?:```|\Z)|`[^`\n]*`|\\[A-Za-z]+|https?://\S+|</?\w+>",
+    re.DOTALL,
 )
 
 

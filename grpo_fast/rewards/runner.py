@@ -176,6 +176,7 @@ class RewardRunner:
         outcomes: dict[int, Outcome] = {}
         is_async = [_is_async(reward) for reward in self.reward_funcs]
         concurrent = [i for i, found in enumerate(is_async) if found]
+        self._abandon(concurrent)
         background = _Background(lambda: asyncio.run(self._gather(concurrent, keywords))) if concurrent else None
         for i, reward in enumerate(self.reward_funcs):
             if not is_async[i]:
@@ -246,11 +247,11 @@ class RewardRunner:
 
         waiting = [_Background(partial(call, i)) for i in range(len(self._pools))]
         outcomes = []
-        for background in waiting:
+        for name, background in zip(self.names, waiting, strict=True):
             outcome = background.result(None)
             assert outcome is not None
             if not outcome.ok:  # the pool itself failed, its worker did not start, say: no completion's fault
-                raise outcome.value
+                raise RuntimeError(f"RewardRunner: reward {name!r} cannot run in a process: {outcome.value}") from outcome.value
             outcomes.append(outcome.value)
         return outcomes
 
