@@ -176,6 +176,12 @@ class GRPOConfig(TrainingArguments):
         self._check_training()
         self.loss_config()
 
+    @property
+    def device(self) -> torch.device:
+        """Of this process. Without the number that accelerate gives to a CPU, for which torch.load has no such place."""
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
+
     def loss_config(self) -> LossConfig:
         """Which member of the family is trained.
 

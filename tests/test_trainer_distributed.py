@@ -1,0 +1,84 @@
+"""Two processes: the same step as one makes alone, and a run that every process stops and resumes together."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from trainer_cases import Scripted, logs, model, parameters, trainer
+
+RUNS: dict[str, dict[str, Any]] = {
+    "dapo": {"max_steps": 2},
+    "grpo": {"loss_type": "grpo", "mask_truncated_completions": True, "beta": 0.1},
+    "groups cut apart": {"num_generations": 16, "scale_rewards": "batch", "top_entropy_quantile": 0.5},
+}
+
+
+def settings(name: str, processes: int) -> dict[str, Any]:
+    common = {"learning_rate": 1e-3, "per_device_train_batch_size": 8 // processes, "gradient_accumulation_steps": 2, "metrics_on": "all"}
+    return {**common, **RUNS[name]}
+
+
+class Known(Scripted):
+    """One completion per prompt whoever asks: a group's members differ by their seat, which two processes count differently."""
+
+    def __init__(self, first: int) -> None:
+        super().__init__()
+        self.first = first  # rows before this process's
+
+    def generate(self, prompts: Any, params: Any) -> Any:
+        return super().generate([*[prompts[0]] * self.first, *prompts], params)[self.first :]
+
+
+def measured(output: Path, name: str, processes: int) -> dict[str, Any]:
+    of = model()
+    rank = int(os.environ.get("RANK", 0))
+    sampler = Known(16 // processes * rank) if RUNS[name].get("num_generations") == 16 else Scripted()
+    run = trainer(output, of=of, sampler=sampler, **settings(name, processes))
+    run.train()
+    keys = ("loss", "grad_norm", "reward", "reward_std", "entropy", "completions/mean_length", "frac_reward_zero_std")
+    checksum = {key: value.double().sum().item() for key, value in parameters(of).items()}
+    return {"logs": [{key: log[key] for key in keys} for log in logs(run)], "checksum": checksum}
+
+
+def main(output: Path) -> None:
+    """In each of the processes."""
+    torch.set_num_threads(1)
+    found = {name: measured(output / name.replace(" ", "_"), name, 2) for name in RUNS}
+    # Half the rollout is used up at step 1: each process has its part in the checkpoint.
+    midway = {"steps_per_generation": 2, "per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 1, "max_steps": 4}
+    whole = trainer(output / "whole", **midway)
+    whole.train()
+    resumed = trainer(output / "whole", **midway)
+    resumed.train(resume_from_checkpoint=str(output / "whole" / "checkpoint-1"))
+    same = [log["loss"] for log in logs(whole)] == [log["loss"] for log in logs(resumed)]
+    if os.environ["RANK"] == "0":
+        (output / "found.json").write_text(json.dumps({**found, "resumed the same": same}))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_step_of_one(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found.pop("resumed the same")
+    for name in RUNS:
+        expected = measured(tmp_path / "alone", name, 1)
+        for theirs, ours in zip(found[name]["logs"], expected["logs"], strict=True):
+            for key, value in ours.items():
+                assert theirs[key] == pytest.approx(value, abs=1e-5), (name, key)
+        for key, value in expected["checksum"].items():
+            assert found[name]["checksum"][key] == pytest.approx(value, abs=2e-4), (name, key)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,356 @@
+"""Whole runs of the trainer: killed and resumed, with LoRA and references, stopped before they train on something wrong, evaluated."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from grpo_fast.checkpoints import UNFINISHED, last_checkpoint
+from grpo_fast.generation import Completion
+from grpo_fast.trainer import GRPOTrainer
+from trainer_cases import ROWS, TOKENIZER, Scripted, config, logs, model, odd_tokens, parameters, trainer
+from transformers import TrainerCallback
+
+import grpo_fast as gf
+
+STEPS = 12
+
+
+def run_of(output: Path, steps: int = STEPS, **settings: Any) -> GRPOTrainer:
+    """A run that draws its own completions, saves every step, and has every kind of state there is."""
+    settings = {
+        "per_device_train_batch_size": 8,
+        "temperature_schedule": {"kind": "entropy", "start": 1.0, "target": 0.1, "gain": 0.5},
+        "lr_scheduler_type": "cosine",
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "max_steps": steps,
+    } | settings
+    return trainer(output, **settings)
+
+
+# A rollout feeds four optimiser steps (two minibatches, two passes), so most checkpoints lie within one; and the reference moves.
+WITHIN = {"steps_per_generation": 2, "num_iterations": 2, "beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 3}
+
+
+@pytest.mark.parametrize("settings", [{}, WITHIN], ids=["one update a rollout", "four updates a rollout"])
+def test_killed_and_resumed_it_goes_on_as_if_nothing_had_been(tmp_path: Path, settings: dict[str, Any]) -> None:
+    undisturbed = run_of(tmp_path / "undisturbed", **settings)
+    undisturbed.train()
+    expected = {record["step"]: record for record in logs(undisturbed)}
+    assert len({record.get("temperature") for record in expected.values()}) > 2  # the temperature is steered, and its state matters
+    for step in random.Random(7).sample(range(1, STEPS), 5):
+        output = tmp_path / f"killed-{step}"
+        output.mkdir()
+        shutil.copytree(tmp_path / "undisturbed" / f"checkpoint-{step}", output / f"checkpoint-{step}")
+        torch.manual_seed(step)  # another process's random numbers
+        resumed = run_of(output, **settings, save_strategy="no")
+        resumed.train(resume_from_checkpoint=True)
+        found = {record["step"]: record for record in logs(resumed)}
+        assert set(found) == set(expected)
+        for later in range(step + 1, STEPS + 1):
+            for name in ("loss", "reward", "grad_norm", "entropy", "temperature", "learning_rate"):
+                assert found[later].get(name) == expected[later].get(name), (step, later, name)
+        for name, value in parameters(resumed.model).items():
+            assert torch.equal(value, parameters(undisturbed.model)[name]), name
+
+
+def test_killed_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_of(tmp_path, steps=3)
+    save = GRPOTrainer.extra_state
+
+    def killed(self: GRPOTrainer, folder: Path) -> None:
+        if self.state.global_step == 3:
+            raise KeyboardInterrupt
+        save(self, folder)
+
+    monkeypatch.setattr(GRPOTrainer, "extra_state", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [UNFINISHED, "checkpoint-1", "checkpoint-2"]
+    assert list((tmp_path / UNFINISHED).rglob("model.safetensors"))  # it was on its way
+    monkeypatch.undo()
+    resumed = run_of(tmp_path, steps=3)
+    resumed.train(resume_from_checkpoint=True)
+    assert [record["step"] for record in logs(resumed)] == [1, 2, 3]
+    assert not (tmp_path / UNFINISHED).exists() and last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
+
+
+def test_half_a_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    run_of(tmp_path, steps=2).train()
+    (tmp_path / "checkpoint-9").mkdir()
+    (tmp_path / "checkpoint-9" / "trainer_state.json").write_text('{"global_step": 9, "lo')
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    with pytest.raises(ValueError, match=r"lacks trainer_state.json"):
+        run_of(tmp_path, steps=2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        run_of(tmp_path / "empty", steps=2).train(resume_from_checkpoint=True)
+
+
+def test_limits_and_the_best_checkpoint(tmp_path: Path) -> None:
+    settings = {"save_total_limit": 1, "eval_strategy": "steps", "eval_steps": 1, "eval_rounds": 1, "eval_dataset": ROWS[:4]}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "reward"}
+    run = run_of(tmp_path, steps=4, **settings, **best)
+    run.train()
+    rewards = {record["step"]: record["eval_reward"] for record in run.state.log_history if "eval_reward" in record}
+    top = max(rewards, key=lambda step: rewards[step])
+    assert run.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{top}")
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {f"checkpoint-{top}"} | ({"checkpoint-4"} if top == 4 else set())
+
+
+def test_lora_trains_the_adapter_and_holds_on_to_the_model_without_it(tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    of = model()
+    before = parameters(of)
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.1)
+    run = trainer(tmp_path, of=of, peft_config=lora, beta=0.1, max_steps=3, learning_rate=0.1, gradient_checkpointing=True, save_strategy="steps")
+    run.train()
+    base = {name.replace(".base_layer", ""): p for name, p in run.model.get_base_model().named_parameters() if "lora" not in name}
+    assert all(torch.equal(base[name], value) for name, value in before.items())
+    kl = [record["kl"] for record in logs(run)]
+    assert kl[0] == pytest.approx(0, abs=1e-6) and kl[2] > 1e-4
+    assert (Path(last_checkpoint(tmp_path) or "") / "adapter_model.safetensors").exists()
+
+
+def test_kl_to_a_frozen_copy(tmp_path: Path) -> None:
+    run = trainer(tmp_path, beta=0.5, max_steps=3, learning_rate=0.05)
+    run.train()
+    kl = [record["kl"] for record in logs(run)]
+    assert kl[0] == pytest.approx(0, abs=1e-6) and min(kl[1:]) > 1e-4
+    assert all(torch.equal(p, value) for p, value in zip(run.reference.copy.parameters(), parameters(model()).values(), strict=True))
+
+
+def test_prompts_without_signal_are_replaced(tmp_path: Path) -> None:
+    def rewards(prompts: list[str], completion_ids: list[list[int]], **columns: Any) -> list[float]:
+        return [0.0 if int(p[5:9]) % 2 else len(ids) for p, ids in zip(prompts, completion_ids, strict=True)]
+
+    sampler = Scripted()
+    run = trainer(tmp_path, rewards=rewards, sampler=sampler, dynamic_sampling_attempts=8)
+    run.train()
+    assert logs(run)[0]["frac_reward_zero_std"] == 0 and 1 <= logs(run)[0]["dynamic_sampling/attempts"] <= 8
+    assert all(len(prompts) < 16 for prompts, _ in sampler.calls[1:])  # only those are drawn again
+    hopeless = trainer(tmp_path, rewards=lambda completions, **_: [1.0] * len(completions), sampler=Scripted(), dynamic_sampling_attempts=2)
+    hopeless.train()
+    assert logs(hopeless)[0]["dynamic_sampling/attempts"] == 2 and logs(hopeless)[0]["loss"] == 0
+
+
+def test_truncated_completions_are_left_out_and_overlong_ones_punished(tmp_path: Path) -> None:
+    run = trainer(tmp_path, sampler=Scripted(), mask_truncated_completions=True, soft_punish_cache=4)
+    run.train()
+    assert run.rollout is not None
+    cut = [len(ids) == 8 and ids[-1] != TOKENIZER.eos_token_id for ids in run.rollout.completion_ids]
+    assert any(cut) and run.rollout.counts.tolist() == [not was for was in cut]
+    assert run._step_tokens == [sum(len(ids) for ids, was in zip(run.rollout.completion_ids, cut, strict=True) if not was)]
+    punished = [-min(max((len(ids) - 4) / 4, 0.0), 1.0) for ids in run.rollout.completion_ids]
+    assert logs(run)[0]["rewards/soft_overlong_punishment/mean"] == pytest.approx(sum(punished) / 16)
+
+
+def test_each_reward_normalised_by_itself(tmp_path: Path) -> None:
+    def length(completion_ids: list[list[int]], **columns: Any) -> list[float]:
+        return [100.0 * len(ids) for ids in completion_ids]
+
+    settings = {"multi_objective_aggregation": "normalize_then_sum", "reward_weights": [1.0, 0.5]}
+    run = trainer(tmp_path, rewards=[odd_tokens, length], sampler=Scripted(), **settings)
+    run.train()
+    assert run.rollout is not None
+    ids = run.rollout.completion_ids
+    table = torch.tensor([odd_tokens(0, 0, ids), length(ids)]).T
+    expected = gf.group_advantages(table, group_size=4, reward_weights=[1.0, 0.5], normalize="normalize_then_sum").advantages
+    assert run.rollout.advantages.tolist() == pytest.approx(expected.tolist(), abs=1e-6)
+
+
+def test_evaluation_is_at_its_own_temperature_over_rounds(tmp_path: Path) -> None:
+    sampler = Scripted()
+    run = trainer(tmp_path, sampler=sampler, eval_dataset={"small": ROWS[:3]}, eval_rounds=3, per_device_eval_batch_size=2)
+    metrics = run.evaluate()
+    assert [len(prompts) for prompts, _ in sampler.calls] == [2, 1] * 3
+    assert {tuple(params.temperatures)[0] for _, params in sampler.calls} == {0.6}
+    assert {params.top_p for _, params in sampler.calls} == {0.95} and len({params.seed for _, params in sampler.calls}) == 6
+    assert metrics["eval_small_reward"] == metrics["eval_small_rewards/odd_tokens/mean"]
+    assert metrics["eval_small_reward_se"] == 0  # scripted: every round draws the same
+    drawn = trainer(tmp_path, eval_dataset=ROWS[:8], eval_rounds=4, eval_temperature=1.0, eval_top_p=1.0)
+    first, again = drawn.evaluate(), drawn.evaluate()
+    assert first["eval_reward_se"] > 0 and first["eval_reward"] == again["eval_reward"]  # the same random numbers each time
+    assert not drawn.meters.read()  # nothing of it in the training's log
+
+
+class Poison(torch.nn.Module):
+    """NaN for one token of one row from the second step on."""
+
+    def __init__(self, inner: torch.nn.Module, steps: int) -> None:
+        super().__init__()
+        self.inner, self.left = inner, steps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.left -= torch.is_grad_enabled()
+        return self.inner(x) * (float("nan") if self.left < 0 else 1.0)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_step(tmp_path: Path) -> None:
+    of = model()
+    of.model.norm = Poison(of.model.norm, 1)
+    run = trainer(tmp_path, of=of, max_steps=3, sampler=Scripted())
+    weights: dict[int, Any] = {}
+    run.add_callback(_Remember(weights, of))
+    with pytest.raises(FloatingPointError, match=r"step 2, process 0; .*Micro-batch 0: loss nan; .* of completion 0.*all finite") as error:
+        run.train()
+    assert "Cure" in str(error.value)
+    assert all(torch.equal(value, weights[1][name]) for name, value in parameters(of).items())
+
+
+class _Remember(TrainerCallback):
+    def __init__(self, weights: dict[int, Any], of: Any) -> None:
+        self.weights, self.of = weights, of
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.weights[state.global_step] = parameters(self.of)
+
+
+def at_temperature(factor: float) -> Any:
+    """Log-probabilities as a sampler reports them that draws at another temperature than it is told to."""
+    of = model().eval()
+
+    def logprobs(prompts: Any, found: list[Completion], params: Any) -> list[Completion]:
+        result = []
+        for prompt, completion, temperature in zip(prompts, found, params.temperatures, strict=True):
+            ids = torch.tensor([prompt + completion.token_ids])
+            with torch.no_grad():
+                scores = of(ids).logits[0, len(prompt) - 1 : -1].div(temperature * factor).log_softmax(-1)
+            values = scores.gather(-1, ids[0, len(prompt) :, None]).squeeze(-1).tolist()
+            result.append(Completion(completion.token_ids, completion.finished, values))
+        return result
+
+    return logprobs
+
+
+def test_a_sampler_at_another_temperature_is_found_out_before_anything_is_trained(tmp_path: Path) -> None:
+    of = model()
+    run = trainer(tmp_path, of=of, temperature=0.8, sampler=Scripted(logprobs=at_temperature(1 / 0.8)))
+    with pytest.raises(RuntimeError, match=r"at T = 0.8 by .*; at T = 1 by .*before the temperature is applied"):
+        run.train()
+    assert all(torch.equal(value, before) for value, before in zip(parameters(of).values(), parameters(model()).values(), strict=True))
+    fine = trainer(tmp_path, temperature=0.8, sampler=Scripted(logprobs=at_temperature(1.0)))
+    fine.train()
+    assert logs(fine)[0]["sampling/sampling_logp_difference/max"] < 1e-4
+
+
+def test_temperatures_that_differ_within_a_group_reach_the_loss(tmp_path: Path) -> None:
+    spread = {"kind": "constant", "value": 0.9, "spread": 0.4}
+    run = trainer(tmp_path, sampler=Scripted(logprobs=at_temperature(1.0)), temperature_schedule=spread)
+    run.train()
+    assert run.rollout is not None and run.rollout.temperature.tolist() == pytest.approx([0.9, 0.9, 1.3, 1.3] * 4)
+    assert logs(run)[0]["sampling/sampling_logp_difference/max"] < 1e-4  # each scored at its own
+
+
+def test_the_sampler_difference_becomes_weights(tmp_path: Path) -> None:
+    correction = {"vllm_importance_sampling_correction": True, "vllm_importance_sampling_mode": "sequence_truncate"}
+    run = trainer(tmp_path, sampler=Scripted(logprobs=at_temperature(1.1)), sampler_tolerance=10.0, metrics_on="all", **correction)
+    run.train()
+    rollout = run.rollout
+    assert rollout is not None
+    ours = torch.tensor([v for c in at_temperature(1.0)([*rollout.prompt_ids], _completions(rollout), _Ones(16)) for v in c.logprobs])
+    bounds = torch.tensor([0, *rollout.lengths]).cumsum(0).int()
+    expected = gf.rollout_weights(
+        ours, rollout.tokens["sampler"], torch.ones_like(ours), mode="truncate", level="sequence", cu_seqlens=bounds
+    )
+    assert torch.allclose(rollout.tokens["weights"], expected, rtol=1e-4)
+    assert 0.5 < logs(run)[0]["sampling/importance_sampling_ratio/mean"] != 1.0
+
+
+class _Ones:
+    def __init__(self, count: int) -> None:
+        self.temperatures = [1.0] * count
+
+
+def _completions(rollout: Any) -> list[Completion]:
+    return [Completion(ids, True) for ids in rollout.completion_ids]
+
+
+def test_truncated_sampling_logs_the_mass_it_kept(tmp_path: Path) -> None:
+    run = trainer(tmp_path, top_p=0.8, max_steps=2)
+    run.train()
+    assert 0.8 <= logs(run)[0]["sampling/kept_mass"] < 0.999
+
+
+def test_only_the_tokens_of_highest_entropy(tmp_path: Path) -> None:
+    run = trainer(tmp_path, top_entropy_quantile=0.25, metrics_on="all")
+    run.train()
+    assert run.rollout is not None
+    share = run.rollout.tokens["weights"].mean().item()
+    assert share == pytest.approx(0.25, abs=0.03) and set(run.rollout.tokens["weights"].tolist()) == {0.0, 1.0}
+
+
+def test_chat_prompts_extra_columns_and_logged_completions(tmp_path: Path) -> None:
+    seen: dict[str, Any] = {}
+
+    def reward(prompts: Any, completions: Any, answer: Any, trainer_state: Any, log_metric: Any, **columns: Any) -> list[float | None]:
+        seen.update(prompts=prompts, completions=completions, answer=answer, step=trainer_state.global_step)
+        log_metric("asked", float(len(prompts)))
+        return [None, *[float(i) for i in range(1, len(prompts))]]
+
+    tokenizer = TOKENIZER
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    rows = [{"prompt": [{"role": "user", "content": row["prompt"]}], "answer": row["answer"]} for row in ROWS]
+    try:
+        run = trainer(tmp_path, rows=rows, rewards=reward, log_completions=True, num_completions_to_print=3)
+        run.train()
+    finally:
+        tokenizer.chat_template = None
+    assert seen["prompts"][0][0]["role"] == "user" and seen["completions"][0][0]["role"] == "assistant"
+    assert seen["step"] == 0 and len(seen["answer"]) == 16
+    assert logs(run)[0]["asked"] == 16 and logs(run)[0]["rewards/reward/mean"] == pytest.approx(8.0)
+    lines = (tmp_path / "completions" / "step-000001.jsonl").read_text().splitlines()
+    assert len(lines) == 3 and json.loads(lines[1])["rewards"] == {"reward": 1.0}
+
+
+BAD = {
+    "temperature is 0; expected a finite number above 0": {"temperature": 0},
+    "num_generations is 1; expected at least 2": {"num_generations": 1},
+    "generation_batch_size is 16; expected a multiple of num_generations = 3": {"num_generations": 3},
+    "steps_per_generation is 3; expected a multiple of gradient_accumulation_steps": {
+        "steps_per_generation": 3,
+        "gradient_accumulation_steps": 2,
+    },
+    "generation_batch_size is 24; expected a multiple of 16": {"generation_batch_size": 24},
+    "epsilon_high is None; expected a number with loss_type='cispo'": {"loss_type": "cispo"},
+    "delta is 1.1; expected more than": {"delta": 1.1},
+    "scale_rewards is 'batch'; expected 'group'": {"scale_rewards": "batch", "multi_objective_aggregation": "normalize_then_sum"},
+    "sync_ref_model is True; expected False with beta=0": {"sync_ref_model": True},
+    "soft_punish_cache is 9; expected between": {"soft_punish_cache": 9},
+    "top_entropy_quantile is 0": {"top_entropy_quantile": 0.0},
+    "vllm_importance_sampling_clip_min is 4.0; expected less": {"vllm_importance_sampling_clip_min": 4.0},
+    "temperature is 0.8; expected 1.0, its default, with a temperature_schedule": {
+        "temperature": 0.8,
+        "temperature_schedule": {"kind": "constant", "value": 1.0},
+    },
+    "eval_rounds is 0": {"eval_rounds": 0},
+    "auto_find_batch_size is True": {"auto_find_batch_size": True},
+    "sampler is 'vllm'": {"sampler": "vllm", "use_transformers_continuous_batching": True},
+    "packing is 'yes'": {"packing": "yes"},
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_settings_are_refused_before_a_model_is_loaded(tmp_path: Path, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        config(tmp_path, **BAD[message])
+
+
+def test_other_refusals_and_a_warning(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"below 0.7"):
+        config(tmp_path, temperature=0.6)
+    with pytest.raises(ValueError, match="train_dataset has 3 rows; expected at least 4"):
+        trainer(tmp_path, rows=ROWS[:3])
+    with pytest.raises(ValueError, match="expected a column 'prompt'"):
+        trainer(tmp_path, rows=[{"question": "?"}] * 4)
+    with pytest.raises(TypeError, match="without a length"):
+        trainer(tmp_path, rows=iter(ROWS))
+    with pytest.raises(ValueError, match=r"weights has 2 numbers; expected 1"):
+        trainer(tmp_path, reward_weights=[1.0, 2.0])
