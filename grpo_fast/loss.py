@@ -127,8 +127,8 @@ def grpo_loss(
     inplace = inplace and _can_write_over(logits)
     if process_group is None and by_reference(logits):
         loss, logprobs, entropy, metrics = _reference_loss(inputs, policy, computed)
-    elif process_group is None and config.level == "token" and config.surrogate != "vespo":
-        loss, logprobs, entropy, metrics = _one_pass_loss(inputs, policy, metrics_on == "active", inplace)
+    elif process_group is None and (token_level := policy.token_level()) is not None:
+        loss, logprobs, entropy, metrics = _one_pass_loss(inputs, policy, token_level, computed, inplace)
     else:  # the ratio needs the whole sequence first: a statistics pass here, the gradient pass in backward
         logprobs, entropy = _statistics(inputs, computed, inplace, process_group)
         with torch.autocast(logits.device.type, enabled=False):
@@ -258,12 +258,13 @@ def _statistics(inputs: TokenInputs, computed: Tensor, inplace: bool, group: Pro
 
 
 def _one_pass_loss(
-    inputs: TokenInputs, policy: Policy, only_active: bool, inplace: bool
+    inputs: TokenInputs, policy: Policy, token_level: Policy, computed: Tensor, inplace: bool
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    logits = inputs.scored
+    """token_level: the policy itself, or what its gradient is on-policy."""
+    logits, original, policy = inputs.scored, policy, token_level
     arguments = (
         inputs.token_ids,
-        inputs.mask,
+        computed,
         policy.advantages.float(),
         policy.weights,
         policy.entropy_weights if policy.config.entropy_coef != 0 else None,
@@ -273,11 +274,13 @@ def _one_pass_loss(
         *scoring(inputs),
         policy.loss_scale,
         loss_settings(policy.config),
-        only_active,
+        False,
     )
     wants_gradient = _wants_gradient(logits)
     if wants_gradient and not torch.compiler.is_compiling():
         loss, logprobs, entropy, metrics = GrpoLossFunction.apply(logits, inplace, arguments)
     else:
         loss, logprobs, entropy, metrics, _ = torch.ops.grpo_fast.grpo_loss.default(logits, *arguments, wants_gradient)
-    return loss, logprobs, entropy, dict(zip(METRICS, metrics.unbind(), strict=True))
+    named = dict(zip(METRICS, metrics.unbind(), strict=True))
+    named["active_fraction"] = original.active_fraction()
+    return loss, logprobs, entropy, named

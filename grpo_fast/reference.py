@@ -378,6 +378,10 @@ class Policy:
             active = self.mask & (self.sequences.total(active.float()) > 0)
         return active
 
+    def active_fraction(self) -> Tensor:
+        """The share of the tokens that count which are active, 0-d float32."""
+        return self.active().sum() / self.mask.sum().clamp(min=1)
+
     def packed(self) -> Policy:
         """The same with every tensor [1, N], the sequences of a padded batch one after the other."""
         shape = self.mask.shape
@@ -397,8 +401,8 @@ class Policy:
         return replace(self, sequences=sequences, **changed)
 
     def token_level(self) -> Policy | None:
-        """A policy of ratios that belong to single tokens, for which loss and metrics may differ but the gradient is the same; None
-        where a token's gradient depends on the log-probabilities of other tokens.
+        """A policy of ratios that belong to single tokens with the same loss and gradient; None where a token's gradient depends on the
+        log-probabilities of other tokens.
 
         On-policy every ratio is 1 whatever its level, so that only its slope counts: that of exp(mean of lr) spreads the sequence's mean of
         the advantages over its tokens, and VESPO's weight is a constant.
@@ -414,6 +418,8 @@ class Policy:
             return replace(self, config=replace(config, loss_type="reinforce"), advantages=phi * self.advantages, rollout_weights=None)
         if config.level == "sequence_token" or config.surrogate == "cispo":  # the slope is the token's own
             return replace(self, config=replace(config, importance_sampling_level="token"))
+        if config.surrogate == "sapo":  # its value depends on the sign of each advantage
+            return None
         advantages = self.advantages if self.rollout_weights is None else self.advantages * self.rollout_weights
         mean = self.sequences.mean(torch.where(self.mask, advantages, 0), self.mask)
         return replace(self, config=replace(config, importance_sampling_level="token"), advantages=mean, rollout_weights=None)
@@ -491,5 +497,5 @@ def policy_metrics(ratio: Tensor, kl: Tensor, entropy: Tensor, advantages: Tenso
         "clip_low": mean(clip_low.float(), computed),
         "clip_high": mean(clip_high.float(), computed),
         "clip_region": mean((clip_low | clip_high).float(), computed),
-        "active_fraction": mean(policy.active().float(), policy.mask),
+        "active_fraction": policy.active_fraction(),
     }
