@@ -213,6 +213,7 @@ class _Call(NamedTuple):
     chunk_bytes: int | None
     group: ProcessGroup | None
     temperature: float | Tensor  # as given
+    autocast: torch.dtype | None  # in force when the call was made
 
     @property
     def row_bytes(self) -> int:
@@ -257,7 +258,7 @@ class _Call(NamedTuple):
         length = self.inputs.token_ids.shape[1]
         if self.module is not None:
             assert tensors.hidden is not None
-            return ModuleHead(self.module, tensors.hidden, wants, self.vocabulary, length)
+            return ModuleHead(self.module, tensors.hidden, wants, self.vocabulary, length, self.autocast)
         return DenseHead(tensors, wants, self.dtype, length, one_chunk=plan.one_piece, group=self.group)
 
     def full_logits(self) -> Tensor:
@@ -323,15 +324,15 @@ def _checked(
     if adapted is not None and inputs.packed:
         adapted = adapted.unsqueeze(0)
     tensors = HeadTensors(inputs.scored, matrix, bias, adapted, adapter_weight)
-    dtype = _product_dtype(hidden, matrix)
-    return _Call(inputs, tensors, module, vocabulary, dtype, chunk_bytes, process_group, temperature)
+    autocast = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else None
+    dtype = _product_dtype(hidden, matrix, autocast)
+    return _Call(inputs, tensors, module, vocabulary, dtype, chunk_bytes, process_group, temperature, autocast)
 
 
-def _product_dtype(hidden: Tensor, weight: Tensor | None) -> torch.dtype:
-    """The autocast's where one is in force, else that which holds both."""
-    if torch.is_autocast_enabled(hidden.device.type):
-        return torch.get_autocast_dtype(hidden.device.type)
-    return hidden.dtype if weight is None else torch.promote_types(hidden.dtype, weight.dtype)
+def _product_dtype(hidden: Tensor, weight: Tensor | None, autocast: torch.dtype | None) -> torch.dtype:
+    """That which holds both, or the autocast's where one is in force, which leaves float64 alone."""
+    together = hidden.dtype if weight is None else torch.promote_types(hidden.dtype, weight.dtype)
+    return together if autocast is None or together == torch.float64 else autocast
 
 
 def _check_weight(hidden: Tensor, weight: Tensor, bias: Tensor | None, adapter: tuple[Tensor, Tensor] | None) -> None:

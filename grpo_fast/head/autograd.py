@@ -65,6 +65,7 @@ class LinearLogprobsFunction(torch.autograd.Function):
             return *nothing, *HeadTensors(None, None)
         if left.slopes is not None and h is None:
             assert g is not None
+            g = torch.where(ctx.rows.mask, g, 0)  # under the mask's zeros the slopes are 0, which NaN and Inf would survive
             return *nothing, *(None if x is None else (x * _per_row(g, x)).to(x.dtype) for x in left.slopes)
         zero = torch.zeros_like(left.statistics.logprobs)
         tensors, wants = HeadTensors(*ctx.saved_tensors), Wants(*ctx.needs_input_grad[4:])
@@ -91,5 +92,5 @@ class LinearLogprobsFunction(torch.autograd.Function):
 
 
 def _per_row(g: Tensor, x: Tensor) -> Tensor:  # [1, B * T] for [B, T or T + 1, D] -> [B, T or T + 1, 1]
-    g = g.reshape(x.shape[0], -1, 1)
+    g = g.reshape(x.shape[0], g.numel() // max(x.shape[0], 1), 1)
     return torch.nn.functional.pad(g, (0, 0, 0, x.shape[1] - g.shape[1]))

@@ -162,8 +162,17 @@ class DenseHead:
 class ModuleHead:
     """A frozen head that offers nothing but its forward (a quantised one): autograd goes through it, chunk by chunk."""
 
-    def __init__(self, module: Callable[[Tensor], Tensor], hidden: Tensor, wants: Wants, vocabulary: int, length: int):
+    def __init__(
+        self,
+        module: Callable[[Tensor], Tensor],
+        hidden: Tensor,
+        wants: Wants,
+        vocabulary: int,
+        length: int,
+        autocast: torch.dtype | None,  # the caller's: the chunks around it run without
+    ):
         self.module, self.hidden, self.wants, self.vocabulary, self.length = module, hidden, wants, vocabulary, length
+        self.autocast = autocast
         self._made: tuple[Tensor, Tensor] | None = None
         self._gradient: Tensor | None = None
 
@@ -174,7 +183,8 @@ class ModuleHead:
         with torch.enable_grad():
             rows = self.hidden.flatten(0, 1)[source_rows(tokens, self.length, self.hidden)].detach()
             rows.requires_grad_(self.wants.hidden)
-            logits = self.module(rows)
+            with torch.autocast(rows.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+                logits = self.module(rows)
         self._made = (rows, logits)
         return logits.detach().clone()  # the module's backward may need its own
 
