@@ -169,7 +169,8 @@ class GRPOConfig(TrainingArguments):
             self.bf16 = not self.fp16 and not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         super().__post_init__()
         self._choose_sampler()
-        self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)  # type: ignore[call-overload]
+        if isinstance(self.scale_rewards, bool):
+            self.scale_rewards = "group" if self.scale_rewards else "none"
         self._check_batches()
         self._check_sampling()
         self._check_rewards()
@@ -286,7 +287,8 @@ class GRPOConfig(TrainingArguments):
             raise _bad("temperature", self.temperature, f"a finite number above 0: {cure}")
         if self.temperature_schedule is not None and self.temperature != 1.0:
             raise _bad("temperature", self.temperature, "1.0, its default, with a temperature_schedule, which says what it is")
-        self._schedule = TemperatureSchedule.from_config(self.temperature_schedule or self.temperature)  # warns of one below 0.7
+        schedule: Any = self.temperature if self.temperature_schedule is None else self.temperature_schedule
+        self._schedule = TemperatureSchedule.from_config(schedule)  # warns of one below 0.7
         if not 0 <= self.eval_temperature < math.inf:
             raise _bad("eval_temperature", self.eval_temperature, "a finite number of at least 0; DeepSeek-R1's is 0.6")
         for name in ("top_p", "eval_top_p"):

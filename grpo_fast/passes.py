@@ -143,7 +143,8 @@ def load_policy(model: Any, args: GRPOConfig, tokenizer: Any, peft_config: Any =
     """Model and tokenizer ready to be trained, loaded where they are given by name."""
     name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
     if isinstance(model, str):
-        options = {"attn_implementation": choose_attention(args.attn_implementation), **(args.model_init_kwargs or {})}
+        given: Any = args.model_init_kwargs or {}
+        options = {"attn_implementation": choose_attention(args.attn_implementation), **given}
         model = AutoModelForCausalLM.from_pretrained(model, **options)
     if tokenizer is None:
         if not name:

@@ -138,6 +138,6 @@ class Rollout:
         for name in ("prompt", "completion"):
             lengths = table.pop(f"{name}_lengths").tolist()
             ragged[name] = [ids.tolist() for ids in table.pop(f"{name}_ids").split(lengths)]
-        rows = [table.pop(name).to(device) for name in ("temperature", "advantages", "counts")]
+        temperature, advantages, counts = (table.pop(name).to(device) for name in ("temperature", "advantages", "counts"))
         tokens = {name.removeprefix("tokens."): column.to(device) for name, column in table.items()}
-        return cls(ragged["prompt"], ragged["completion"], *rows, tokens)
+        return cls(ragged["prompt"], ragged["completion"], temperature, advantages, counts, tokens)

@@ -106,7 +106,7 @@ class GRPOTrainer(CompleteCheckpoints):
         )
         self.model_accepts_loss_kwargs = True  # the loss is normalised over the whole step here, not by the number of micro-batches
         self.passes = Passes(args, self.accelerator, tokenizer.pad_token_id)
-        options = args.sampler_options or {}
+        options: Any = args.sampler_options or {}
         self.sampler = make_sampler(sampler if sampler is not None else args.sampler, self.model, tokenizer, **options)
         self.meters, self.meters_to_log = Meters(), Meters()  # of this step; of those since the last log
         self.rollout: Rollout | None = None
@@ -423,7 +423,8 @@ class GRPOTrainer(CompleteCheckpoints):
         metrics[f"{metric_key_prefix}_rounds"] = float(self.args.eval_rounds)
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - started
         self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: Any = control
         return metrics
 
     def _evaluation_round(self, dataset: Any, number: int) -> dict[str, float]:
@@ -536,7 +537,7 @@ class GRPOTrainer(CompleteCheckpoints):
     def _prompt_ids(self, prompt: Any) -> list[int]:
         if isinstance(prompt, str):
             return list(self.processing_class(prompt)["input_ids"])
-        options = self.args.chat_template_kwargs or {}
+        options: Any = self.args.chat_template_kwargs or {}
         return list(
             self.processing_class.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False, **options)
         )
