@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -142,10 +146,10 @@ CASES: dict[str, dict[str, Any]] = {
     **{f"{loss}-reused": {**REUSED, "loss_type": loss, **({"epsilon_high": 1.1} if loss == "cispo" else {})} for loss in LOSSES},
     **{f"{loss}-beta": {**SMALL, "loss_type": loss, "beta": 0.1, "gradient_accumulation_steps": 4} for loss in LOSSES},
 }  # fmt: skip
-CORE = ("accumulation", "beta", "top-entropy", "entropy-adaptive", "vespo-reused")
+CORE = ("accumulation", "beta", "top-entropy", "entropy-adaptive")
 
 
-@pytest.mark.parametrize("name", [name if name in CORE else pytest.param(name, marks=pytest.mark.slow) for name in CASES])
+@pytest.mark.parametrize("name", [name if name in CORE else pytest.param(name, marks=pytest.mark.sweep) for name in CASES])
 def test_the_same_run(name: str, model_path: Path, tmp_path: Path) -> None:
     compare(model_path, tmp_path, **CASES[name])
 
@@ -165,12 +169,29 @@ def test_the_same_run_with_lora(beta: float, model_path: Path, tmp_path: Path) -
     compare(model_path, tmp_path, peft_config=lora("q_proj", "v_proj"), beta=beta, **REUSED)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_the_same_run_of_a_mixture_of_experts(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
     """Whose load-balancing loss is added."""
     runs = compare(save_tiny_model(tmp_path_factory.mktemp("mixture"), mixture=True), tmp_path, max_steps=8, **REUSED)
     assert all(entry["aux_loss"] > 0.1 for entry in runs if "aux_loss" in entry)
     assert any("aux_loss" in entry for entry in runs)
+
+
+@pytest.mark.sweep
+def test_the_same_run_in_two_processes(model_path: Path, tmp_path: Path) -> None:
+    """Data-parallel: the metrics of both processes, token counts over both, thresholds over both."""
+    options = {**REUSED, "beta": 0.1, "loss_type": "dapo", "max_steps": 4, "top_entropy_quantile": 0.6}
+    runs = {}
+    for port, which in enumerate(("trl", "ours")):
+        out = tmp_path / f"{which}.json"
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={29731 + port}"]
+        command += [str(Path(__file__).parent / "trl_two_processes.py"), which, str(model_path), str(out), json.dumps(options)]
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        runs[which] = json.loads(out.read_text())
+    assert runs["ours"]["processes"] == 2
+    same_runs(runs["ours"]["logs"], runs["trl"]["logs"])
 
 
 # One batch ------------------------------------------------------------------------------------------------------------------------------

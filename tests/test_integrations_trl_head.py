@@ -119,7 +119,7 @@ def trainer_of(kind: str, model_path: Path, out: Path) -> Any:
     return trainer(str(model_path), reward_funcs=reward, args=config(**common, **online), train_dataset=data, processing_class=tokenizer)
 
 
-@pytest.mark.parametrize("kind", ["dpo", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("sft", "kto", "rloo", "grpo"))])
+@pytest.mark.parametrize("kind", ["dpo", *(pytest.param(kind, marks=pytest.mark.sweep) for kind in ("sft", "kto", "rloo", "grpo"))])
 def test_the_same_run(kind: str, model_path: Path, tmp_path: Path) -> None:
     from grpo_fast.integrations.trl import fused_lm_head
 
