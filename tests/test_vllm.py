@@ -259,6 +259,31 @@ def test_a_failed_reload_is_an_error_and_not_tried_again(stand_in: StandIn, url:
     sampler.close()
 
 
+def _one_of_two(rank: int, store: str, url: str, folder: str) -> None:
+    """One of two: both ask for an update, the first sends it; then one that fails, and both must know."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    try:
+        sampler = connect(url, weights_dir=folder)
+        sampler.update_weights(tiny(1), 1)
+        sampler.server.url = sampler.server.url + "/nowhere"
+        sampler.server._parts = sampler.server._parts._replace(path="/nowhere")
+        with pytest.raises(SamplerError, match="answers 404"):
+            sampler.update_weights(tiny(1), 2)
+        sampler.close()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_two_processes_update_once_and_fail_together(stand_in: StandIn, url: str, tmp_path: Path) -> None:
+    weights = tmp_path / "weights"
+    arguments = (str(tmp_path / "store"), url, str(weights))
+    # fork: a fresh interpreter would spend most of a minute on imports. It raises what a process raises.
+    torch.multiprocessing.start_processes(_one_of_two, arguments, nprocs=2, start_method="fork")
+    assert stand_in.calls.count("/collective_rpc") == 1
+    assert torch.equal(stand_in.model.lm_head.weight, tiny(1).lm_head.weight)
+
+
 def test_merged_lora_equals_the_adapted_model_and_leaves_it_alone() -> None:
     peft = pytest.importorskip("peft", reason="merging an adapter needs peft")
     base = tiny(2, tied=True)

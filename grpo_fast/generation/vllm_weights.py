@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -65,22 +66,24 @@ class DiskSync:
         self._last: Path | None = None
 
     def send(self, model: Any, step: int) -> None:
-        state = merged_state_dict(model)  # all processes: what is sharded is gathered here
-        if _rank() == 0:
-            folder = self._folder() / f"step-{step}"
-            try:
-                inner_model(model).save_pretrained(folder, state_dict=state, safe_serialization=True)
-            except OSError as error:
-                raise SamplerError(
-                    f"weights_dir {folder.parent}: the weights cannot be written ({error}). Cure: weights_dir elsewhere."
-                ) from error
-            body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
-            self.server.post("/collective_rpc", body, retry_busy=False)
-            self.server.post("/reset_prefix_cache?reset_running_requests=true", {}, retry_busy=False)  # keys and values of older weights
-            if self._last is not None and self._last != folder:
-                shutil.rmtree(self._last, ignore_errors=True)
-            self._last = folder
-        _barrier()
+        first = _rank() == 0
+        state = merged_state_dict(model) if first or is_sharded(model) else {}  # what is sharded is gathered with the others' help
+        _together(lambda: self._send(model, state, step) if first else None)
+
+    def _send(self, model: Any, state: dict[str, Tensor], step: int) -> None:
+        folder = self._folder() / f"step-{step}"
+        try:
+            inner_model(model).save_pretrained(folder, state_dict=state, safe_serialization=True)
+        except OSError as error:
+            raise SamplerError(
+                f"weights_dir {folder.parent}: the weights cannot be written ({error}). Cure: weights_dir elsewhere."
+            ) from error
+        body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+        self.server.post("/collective_rpc", body, retry_busy=False)
+        self.server.post("/reset_prefix_cache?reset_running_requests=true", {}, retry_busy=False)  # keys and values of older weights
+        if self._last is not None and self._last != folder:
+            shutil.rmtree(self._last, ignore_errors=True)
+        self._last = folder
 
     def close(self) -> None:
         if self._own and self._directory is not None:
@@ -114,9 +117,8 @@ class NCCLSync:
         if self._engine is None:
             self._engine = self._connect(inner_model(model))
         self._engine.send_weights()
-        if _rank() == 0:
-            self.server.post("/reset_prefix_cache?reset_running_requests=true", {}, retry_busy=False)
-        _barrier()
+        first = _rank() == 0
+        _together(lambda: self.server.post("/reset_prefix_cache?reset_running_requests=true", {}, retry_busy=False) if first else None)
 
     def close(self) -> None:
         self._engine = None
@@ -193,10 +195,25 @@ def _merge_adapter(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return merged
 
 
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def _rank() -> int:
-    return torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0
+    return torch.distributed.get_rank() if _distributed() else 0
 
 
-def _barrier() -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
+def _together(act: Callable[[], object]) -> None:
+    """Act, and wait until all processes have; if the first one fails, all raise, rather than that the others wait for it for ever."""
+    failure: SamplerError | None = None
+    try:
+        act()
+    except SamplerError as error:
+        failure = error
+    if _distributed():
+        words = [None if failure is None else str(failure)]
+        torch.distributed.broadcast_object_list(words, src=0)
+        if failure is None and words[0] is not None:
+            failure = SamplerError(f"process 0: {words[0]}")
+    if failure is not None:
+        raise failure
