@@ -16,9 +16,9 @@ from torch.distributed import ProcessGroup
 
 __all__ = ["DenseHead", "Head", "HeadTensors", "ModuleHead", "Wants"]
 
-# A bfloat16 product of a CPU's library comes out in bfloat16. To accumulate in float32, this many columns of the logits at a time are
+# Only NVIDIA's library gives the sum of a bfloat16 product in float32. For the others this many columns of the logits at a time are
 # converted.
-CPU_COLUMNS = 8192
+CONVERTED_COLUMNS = 8192
 
 
 class HeadTensors(NamedTuple):
@@ -150,12 +150,12 @@ class DenseHead:
         total = self._grads[name]
         if gradient.dtype == torch.float32:
             total.addmm_(gradient.t(), rows, beta=beta)
-        elif gradient.device.type != "cpu":
+        elif gradient.device.type == "cuda" and torch.version.hip is None:
             torch.addmm(total, gradient.t(), rows, beta=beta, out_dtype=torch.float32, out=total)
         else:
             rows = rows.float()
-            for begin in range(0, gradient.shape[1], CPU_COLUMNS):
-                columns = slice(begin, begin + CPU_COLUMNS)
+            for begin in range(0, gradient.shape[1], CONVERTED_COLUMNS):
+                columns = slice(begin, begin + CONVERTED_COLUMNS)
                 total[columns].addmm_(gradient[:, columns].t().float(), rows, beta=beta)
 
 
