@@ -155,7 +155,7 @@ class VLLMSampler:
         choice = choices[0]
         ids, echoed, reason = choice.get("token_ids"), choice.get("prompt_token_ids"), choice.get("finish_reason")
         if not isinstance(ids, list) or not isinstance(echoed, list):
-            raise wrong("the answer has no token_ids", "Cure: vLLM 0.10.2 or newer, which knows return_token_ids.")
+            raise wrong("the answer has no token_ids", "Cure: a newer vLLM, which knows return_token_ids.")
         if echoed != prompt:
             raise wrong(
                 f"the answer belongs to another prompt ({len(echoed)} tokens, {len(prompt)} were sent)",
