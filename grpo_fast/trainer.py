@@ -1,6 +1,6 @@
-"""GRPOTrainer: group-relative policy optimisation on transformers' Trainer, in one page. Read it from top to bottom.
+"""GRPOTrainer: group-relative policy optimisation on transformers' Trainer. Read it from top to bottom.
 
-    a rollout     get_batch_samples -> roll_out: prompts, temperatures, completions, rewards, advantages, old and reference log-probabilities
+    a rollout     get_batch_samples -> roll_out: prompts, temperatures, completions, rewards, advantages; old and reference policy
     a step        compute_loss on each micro-batch of the rollout; backward, optimiser and the rest are transformers'
     an evaluation evaluate: a few samples per prompt at the temperature of use, averaged
 

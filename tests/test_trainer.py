@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from grpo_fast.packing import pack, sees_across
-from grpo_fast.passes import LEAK
-from grpo_fast.rollout import Rollout
 from trainer_cases import ROWS, TOKENIZER, Scripted, logs, model, odd_tokens, parameters, short, trainer
 
 import grpo_fast as gf
+from grpo_fast.packing import pack, sees_across
+from grpo_fast.passes import LEAK
+from grpo_fast.rollout import Rollout
 
 
 def sgd(of: torch.nn.Module) -> tuple[Any, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from trainer_cases import Scripted, logs, model, parameters, trainer
 
+EXAMPLE = Path(__file__).parents[1] / "examples" / "two_processes.py"
 RUNS: dict[str, dict[str, Any]] = {
     "dapo": {"max_steps": 2},
     "grpo": {"loss_type": "grpo", "mask_truncated_completions": True, "beta": 0.1},
@@ -38,7 +40,7 @@ class Known(Scripted):
 
 def measured(output: Path, name: str, processes: int) -> dict[str, Any]:
     of = model()
-    rank = int(os.environ.get("RANK", 0))
+    rank = int(os.environ.get("RANK", "0"))
     sampler = Known(16 // processes * rank) if RUNS[name].get("num_generations") == 16 else Scripted()
     run = trainer(output, of=of, sampler=sampler, **settings(name, processes))
     run.train()
@@ -60,6 +62,9 @@ def main(output: Path) -> None:
     same = [log["loss"] for log in logs(whole)] == [log["loss"] for log in logs(resumed)]
     if os.environ["RANK"] == "0":
         (output / "found.json").write_text(json.dumps({**found, "resumed the same": same}))
+    sys.argv[1:] = ["--cpu", "--steps", "1", "--output", str(output / "example")]
+    sys.path.insert(0, str(EXAMPLE.parent))
+    runpy.run_path(str(EXAMPLE), run_name="__main__")  # here, where two processes have been started already
     torch.distributed.destroy_process_group()
 
 
@@ -69,6 +74,7 @@ def test_two_processes_make_the_step_of_one(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 processes, losses [" in done.stdout
     found = json.loads((tmp_path / "found.json").read_text())
     assert found.pop("resumed the same")
     for name in RUNS:

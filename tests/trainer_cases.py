@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from grpo_fast.demo.task import make_tokenizer, question
 from grpo_fast.generation import Completion
 from grpo_fast.grpo_config import GRPOConfig

@@ -1,0 +1,57 @@
+"""A task of the reasoning-gym package (pip install 'grpo-fast[tasks]'), which makes its questions and checks its answers by rule.
+
+python examples/reasoning_gym_task.py --task chain_sum --model Qwen/Qwen3-0.6B --steps 200
+python examples/reasoning_gym_task.py --steps 2     # a tiny model with random weights, no download
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from tiny import tiny_model, tiny_tokenizer
+
+from grpo_fast.grpo_config import GRPOConfig
+from grpo_fast.rewards import format_reward
+from grpo_fast.tasks import reasoning_gym_task
+from grpo_fast.trainer import GRPOTrainer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", default="chain_sum")
+    parser.add_argument("--model", help="a causal language model of the hub, or a folder; none: a tiny one")
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--output", default="runs/reasoning_gym")
+    options = parser.parse_args()
+
+    task = reasoning_gym_task(options.task, size=500)
+    held_out = reasoning_gym_task(options.task, size=8, seed=1)
+    tokenizer = None if options.model else tiny_tokenizer()
+    args = GRPOConfig(
+        options.output,
+        max_steps=options.steps,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=2,
+        num_generations=8,
+        max_completion_length=512 if options.model else 16,
+        dynamic_sampling_attempts=1,  # questions that all get right, or wrong, are exchanged once
+        reward_weights=[1.0, 0.2],
+        eval_rounds=2,
+        logging_steps=1,
+        log_completions=True,
+        use_cpu=not options.model,
+    )
+    trainer = GRPOTrainer(
+        options.model or tiny_model(tokenizer),
+        [task.reward, format_reward],
+        args,
+        train_dataset=task.rows,
+        eval_dataset=held_out.rows,
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    print(trainer.evaluate())
+
+
+if __name__ == "__main__":
+    main()
