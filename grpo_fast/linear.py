@@ -19,7 +19,7 @@ from grpo_fast.head.chunks import Plan, chunk_rows, free_bytes
 from grpo_fast.head.loss import LINEAR_METRICS, linear_loss
 from grpo_fast.head.ops import compiled_logprobs, compiled_loss
 from grpo_fast.head.products import DenseHead, Head, HeadTensors, ModuleHead, Wants
-from grpo_fast.head.rows import Rows, Shard, all_vocabulary_parts
+from grpo_fast.head.rows import Rows, Shard, all_vocabulary_parts, fewest
 from grpo_fast.head.weights import gathered
 from grpo_fast.inputs import ANY_VOCABULARY, TokenInputs, token_inputs
 from grpo_fast.loss import GRPOOutput, TokenLogprobs, by_reference, grpo_loss, scoring, token_logprobs
@@ -221,8 +221,9 @@ class _Call(NamedTuple):
 
     @property
     def limit(self) -> int:
-        """Tokens per chunk."""
-        return chunk_rows(self.chunk_bytes, self.row_bytes, self.inputs.scored.device)
+        """Tokens per chunk; processes that divide the vocabulary among them take the same chunks."""
+        rows = chunk_rows(self.chunk_bytes, self.row_bytes, self.inputs.scored.device)
+        return rows if self.group is None else fewest(rows, self.group, self.inputs.scored.device)
 
     @property
     def compiled(self) -> bool:
@@ -232,7 +233,7 @@ class _Call(NamedTuple):
     @property
     def by_reference(self) -> bool:
         assert self.tensors.hidden is not None
-        return self.dtype == torch.float64 or by_reference(self.tensors.hidden)
+        return self.group is None and (self.dtype == torch.float64 or by_reference(self.tensors.hidden))
 
     @property
     def wants_gradient(self) -> bool:
@@ -326,6 +327,11 @@ def _checked(
     tensors = HeadTensors(inputs.scored, matrix, bias, adapted, adapter_weight)
     autocast = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else None
     dtype = _product_dtype(hidden, matrix, autocast)
+    if process_group is not None and dtype == torch.float64:
+        raise ValueError(
+            "process_group was given with float64 hidden states or weight; expected float32, bfloat16 or float16, since float64 is computed "
+            "by the reference, which wants the whole vocabulary. Convert them: hidden.float(), weight.float()."
+        )
     return _Call(inputs, tensors, module, vocabulary, dtype, chunk_bytes, process_group, temperature, autocast)
 
 

@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 
 from grpo_fast.ops import call_below_autograd
 
-__all__ = ["RowStatistics", "Rows", "Shard", "all_vocabulary_parts"]
+__all__ = ["RowStatistics", "Rows", "Shard", "all_vocabulary_parts", "fewest"]
 
 
 class RowStatistics(NamedTuple):
@@ -103,6 +103,13 @@ def all_vocabulary_parts(size: int, group: ProcessGroup, device: torch.device) -
     torch.distributed.all_gather(sizes, mine, group=group)
     before = sum(int(s) for s in sizes[: torch.distributed.get_rank(group)])
     return Shard(before, size, group)
+
+
+def fewest(rows: int, group: ProcessGroup, device: torch.device) -> int:
+    """The smallest of the processes' numbers: parts and free memory differ, the exchanges of statistics must not."""
+    smallest = torch.tensor([rows], device=device)
+    torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN, group=group)
+    return int(smallest)
 
 
 def _over_all_parts(own: RowStatistics, has_target: Tensor, mask: Tensor, group: ProcessGroup) -> RowStatistics:

@@ -1,0 +1,84 @@
+"""A vocabulary divided among two and three processes: what one process computes with all of it, and the same bits in all of them."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from vocab_parallel_ranks import V, cases, measured
+
+CHILD = Path(__file__).with_name("vocab_parallel_ranks.py")
+SPLIT = ("weight", "bias", "adapter_weight")
+
+
+@functools.cache
+def ranks(processes: int) -> list[dict[str, Any]]:
+    """What each process of a group has found."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(CHILD)]
+        started = [
+            subprocess.Popen([*command, str(rank), str(processes), folder], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            for rank in range(processes)
+        ]
+        said = []
+        try:
+            said = [process.communicate(timeout=200)[0] for process in started]
+        finally:
+            for process in started:
+                process.kill()
+        assert all(process.returncode == 0 for process in started), "\n".join(said)
+        return [torch.load(Path(folder, f"{rank}.pt")) for rank in range(processes)]
+
+
+@functools.cache
+def single(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """In float64 and in float32, the vocabulary whole."""
+    of = cases()[name]
+    return measured(name, of, slice(None), None, torch.float64), measured(name, of, slice(None), None, torch.float32)
+
+
+@pytest.mark.parametrize("name", cases())
+@pytest.mark.parametrize("processes", [2, 3])
+def test_values_and_gradients(processes: int, name: str) -> None:
+    truth, alone = single(name)
+    found = [rank["results"][name] for rank in ranks(processes)]
+    assert all(results.keys() == truth.keys() for results in found)
+    for key, exact in truth.items():
+        if key == "m.recomputed_fraction":
+            continue
+        parts = [results[key] for results in found]
+        if key.rsplit(".", 1)[-1] in SPLIT:
+            actual = torch.cat(parts)
+        else:
+            actual = parts[0]
+            assert all(torch.equal(actual, other) for other in parts[1:]), f"{key} differs between the processes"
+        scale = max(exact.abs().max().item(), 1.0 if key.startswith("m.") else 0.0)
+        error, allowed = (actual.double() - exact).abs().max().item(), (alone[key].double() - exact).abs().max().item()
+        assert scale > 0 or key.startswith("m.") or "loss" in key, f"{key} has no signal"
+        assert error <= 2 * allowed + 2.0**-19 * scale + 1e-9, f"{key}: error {error:.3e} of {scale:.3e}; one process has {allowed:.3e}"
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_almost_certain_tokens_keep_their_digits(processes: int) -> None:
+    """1 - p to a relative accuracy, wherever the token's weight lies."""
+    truth, _ = single("token")
+    exact, actual = truth["trainable.logprobs"], ranks(processes)[0]["results"]["token"]["trainable.logprobs"].double()
+    sure = (exact < 0) & (exact > -1e-4)
+    assert sure.sum() >= 3
+    assert ((actual - exact)[sure] / exact[sure]).abs().max() < 1e-4  # of logits of some 30 in float32
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_bad_calls(processes: int) -> None:
+    for rank in ranks(processes):
+        said = rank["messages"]
+        assert "process_group was given with float64" in said["float64"] and "process_group was given with a callable" in said["callable"]
+        assert "is -1; expected 0 <= id" in said["negative"]
+        assert said["too large"] == "nan" or f"is {V}; expected 0 <= id < {V}" in said["too large"]
