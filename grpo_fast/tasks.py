@@ -13,10 +13,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from grpo_fast.rewards.accuracy import accuracy_reward, canonical_answer, extract_answer
 from grpo_fast.rewards.common import Completion, Reward, check_range, check_same_length, text_of
+from grpo_fast.rewards.pool import Outcome, WorkerPool
 
 __all__ = ["INSTRUCTION", "ReasoningGymReward", "Task", "arithmetic_task", "reasoning_gym_task", "sorting_task"]
 
@@ -87,25 +89,30 @@ def sorting_task(size: int = 1000, *, seed: int = 0, digits: int = 4, instructio
 class ReasoningGymReward:
     """From 0 to 1: what the reasoning-gym generator ``name`` gives for the stated answer (`extract_answer`), clamped; 0 if none is stated.
 
-    Two things that its scores would do to GRPO are undone. Credit below ``floor`` is 0: many generators give 0.01 to any wrong answer, and
-    divided by the group's standard deviation that is a full-sized advantage in a group where all are wrong. And a score function that
-    raises, as some do on junk, means 0; how often is in ``counters["scorer_raised"]``.
+    What these scores would do to training is undone. Credit below ``floor`` is 0: many generators give 0.01 to any wrong answer, and
+    divided by the group's standard deviation that is a full-sized advantage in a group where all are wrong. Some score functions raise on
+    junk: that means 0, and is counted in ``counters["scorer_raised"]``. Some can be made to work for minutes or to fill the memory
+    ("rubiks_cube" by a large number): they run in a worker process of limited memory, which is killed after ``timeout``. That is counted
+    in ``counters["timeouts"]``, and the reward does not apply (None).
 
     Args:
         name: of the generator.
         settings: its configuration, as JSON.
         exact: compare with the stored answer instead of asking the generator: 1 or 0.
         floor: the least credit that counts, above 0 and at most 1.
+        timeout: seconds for one score, above 0.
     """
 
     name: str
     settings: str = "{}"
     exact: bool = False
     floor: float = 0.1
+    timeout: float = 10.0
     counters: Counter[str] = field(default_factory=Counter, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_range("ReasoningGymReward", "floor", self.floor, 0, 1, above=True, what="the least credit that counts")
+        check_range("ReasoningGymReward", "timeout", self.timeout, 0, above=True, what="the seconds of one score")
 
     @property
     def __name__(self) -> str:
@@ -121,21 +128,31 @@ class ReasoningGymReward:
         **columns: Any,
     ) -> list[float | None]:
         check_same_length(self.__name__, prompts=prompts, completions=completions, entry=entry)
-        return [self.score(extract_answer(text_of(c)), json.loads(e)) for c, e in zip(completions, entry, strict=True)]
+        return self.scores([extract_answer(text_of(completion)) for completion in completions], entry)
 
-    def score(self, stated: str | None, entry: dict[str, Any]) -> float:
-        """The credit of one answer."""
-        if stated is None:
-            return 0.0
+    def scores(self, stated: Sequence[str | None], entries: Sequence[str]) -> list[float | None]:
+        """The credit of each stated answer to the question of its entry."""
+        pairs = list(zip(stated, entries, strict=True))
         if self.exact:
-            return float(canonical_answer(stated) == canonical_answer(entry["answer"]))
-        try:
-            credit = float(_generator(self.name, self.settings).score_answer(stated, entry))
-        except Exception:
+            return [float(text is not None and canonical_answer(text) == canonical_answer(json.loads(e)["answer"])) for text, e in pairs]
+        different = list(dict.fromkeys((self.name, self.settings, text, entry) for text, entry in pairs if text is not None))
+        outcomes = dict(zip(different, _scorer().map(different, timeout=self.timeout), strict=True))
+        return [0.0 if text is None else self._credit(outcomes[self.name, self.settings, text, entry]) for text, entry in pairs]
+
+    def _credit(self, outcome: Outcome) -> float | None:
+        if outcome.timed_out:
+            self.counters["timeouts"] += 1
+            return None
+        if not outcome.ok:
             self.counters["scorer_raised"] += 1
             return 0.0
-        credit = 0.0 if math.isnan(credit) else min(max(credit, 0.0), 1.0)
+        credit = 0.0 if math.isnan(outcome.value) else min(max(outcome.value, 0.0), 1.0)
         return credit if credit >= self.floor else 0.0
+
+
+@lru_cache(maxsize=1)
+def _scorer() -> WorkerPool:
+    return WorkerPool((str(Path(__file__).with_name("tasks_score.py")), "score"), memory_limit=4 << 30)
 
 
 def reasoning_gym_task(
@@ -197,18 +214,27 @@ def reasoning_gym_task(
 
 def _doubt(reward: ReasoningGymReward, entries: Sequence[dict[str, Any]]) -> str | None:
     """Why the generator's scores cannot be trusted, in words; None if they can."""
-    for entry in entries:
-        stored = json.loads(_as_json(entry))
-        truth = stored["answer"]
-        if truth is not None and reward.score(str(truth), stored) < 1:
+    stored = [_as_json(entry) for entry in entries]
+    truths = [json.loads(entry)["answer"] for entry in stored]
+    known = [(str(truth), entry) for truth, entry in zip(truths, stored, strict=True) if truth is not None]
+    for credit in reward.scores(*_columns(known)):
+        if credit != 1:
             return "score function does not give 1 to the true answer of a stored entry"
-        for junk in _JUNK:
-            if truth is None or canonical_answer(truth) != canonical_answer(junk):
-                credit = reward.score(junk, stored)
-                if credit > 0:
-                    return f"score function gives {credit:.2g} to {junk!r}"
+    tries = [
+        (junk, entry)
+        for truth, entry in zip(truths, stored, strict=True)
+        for junk in _JUNK
+        if truth is None or canonical_answer(truth) != canonical_answer(junk)
+    ]
+    for (junk, _), credit in zip(tries, reward.scores(*_columns(tries)), strict=True):
+        if credit:
+            return f"score function gives {credit:.2g} to {junk!r}"
     reward.counters.clear()
     return None
+
+
+def _columns(pairs: Sequence[tuple[str, str]]) -> tuple[list[str | None], list[str]]:
+    return [text for text, _ in pairs], [entry for _, entry in pairs]
 
 
 def _as_json(entry: dict[str, Any]) -> str:

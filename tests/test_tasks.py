@@ -99,6 +99,17 @@ def test_a_score_function_that_raises_means_wrong(reasoning_gym):
     assert task.reward.counters == {"scorer_raised": 1}
 
 
+def test_a_score_function_that_hangs_is_killed_and_counted(reasoning_gym):
+    task = reasoning_gym_task("rubiks_cube", size=1)
+    assert task.rows[0]["answer"] is None  # many solutions
+    hasty = ReasoningGymReward("rubiks_cube", timeout=0.2)
+    entry = task.rows[0]["entry"]
+    hasty(["q"], ["<answer>warm up</answer>"], entry=[entry])
+    hasty.counters.clear()
+    late = hasty(["q"] * 2, ["<answer>-98765432</answer>", "<answer>junk</answer>"], entry=[entry] * 2)  # taken for as many moves
+    assert late == [None, 0.0] and hasty.counters["timeouts"] == 1
+
+
 def test_a_generator_that_pays_for_junk_is_scored_exactly_with_a_warning(reasoning_gym):
     raw = reasoning_gym.create_dataset("game_of_life_halting", size=2, seed=0)
     assert raw.score_answer("junk", raw[0]) + raw.score_answer("junk", raw[1]) > 0
@@ -120,7 +131,6 @@ def test_how_a_task_is_scored_does_not_depend_on_its_seed(reasoning_gym):
 
 
 @pytest.mark.sweep
-@pytest.mark.timeout(1800)
 def test_every_generator(reasoning_gym):
     """Each is refused, or pays 1 for the truth and nothing for junk."""
     from reasoning_gym.factory import DATASETS
