@@ -62,12 +62,12 @@ def build(trainer_class: Any, model_path: Path, out: Path, *, peft_config: Any =
         "logging_steps": 1,
         "temperature": 0.7,
         "bf16": False,
+        "gradient_checkpointing": False,
         **options,
     }
     args = GRPOConfig(
         output_dir=str(out),
         use_cpu=True,
-        gradient_checkpointing=False,
         report_to="none",
         save_strategy="no",
         seed=3,
@@ -142,6 +142,8 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "truncated-masked": {**REUSED, "mask_truncated_completions": True, "loss_type": "grpo"},
     "fp32-head": {**REUSED, "cast_lm_head_to_fp32": True},
+    "checkpointing": {**REUSED, "gradient_checkpointing": True, "beta": 0.1},
+    "compiled": {**REUSED, "torch_compile": True, "torch_compile_backend": "eager", "max_steps": 4},
     "evaluation": {"eval_strategy": "steps", "eval_steps": 10, "per_device_eval_batch_size": 4, "loss_type": "dapo"},
     **{f"{loss}-reused": {**REUSED, "loss_type": loss, **({"epsilon_high": 1.1} if loss == "cispo" else {})} for loss in LOSSES},
     **{f"{loss}-beta": {**SMALL, "loss_type": loss, "beta": 0.1, "gradient_accumulation_steps": 4} for loss in LOSSES},

@@ -8,6 +8,7 @@ import types
 from typing import Any
 from unittest import mock
 
+import numpy
 import pytest
 import torch
 from peers import peer_module
@@ -80,11 +81,12 @@ def test_as_verls_own(
 
 def test_registered_by_importing_the_plugin(core: Any) -> None:
     module = types.ModuleType("verl.trainer.ppo.core_algos")
-    module.register_policy_loss = core.register_policy_loss  # type: ignore[attr-defined]
+    module.register_policy_loss, module.register_adv_est = core.register_policy_loss, core.register_adv_est  # type: ignore[attr-defined]
     names = ("verl", "verl.trainer", "verl.trainer.ppo")
     with mock.patch.dict(sys.modules, {**{name: types.ModuleType(name) for name in names}, module.__name__: module}):
         importlib.import_module("grpo_fast.integrations.verl_plugin")
     assert {f"grpo_fast_{mode}" for mode in adapter.LOSS_MODES} <= set(core.POLICY_LOSS_REGISTRY)
+    assert core.get_adv_estimator_fn("grpo_fast") is adapter.group_relative_advantages
     loss = core.get_policy_loss_fn("grpo_fast_vespo")
     value, metrics = loss(
         torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2, 3), torch.ones(2, 3), config=actor_config(core, {}), rollout_is_weights=None
@@ -100,6 +102,22 @@ def test_a_missing_count_is_named(core: Any) -> None:
             adapter.policy_loss(zeros, zeros, zeros, zeros + 1, aggregation, actor_config(core, {"dp_size": 2}))
     with pytest.raises(ValueError, match="loss_agg_mode is 'mean'"):
         adapter.policy_loss(zeros, zeros, zeros, zeros + 1, "mean", actor_config(core, {}))
+
+
+@pytest.mark.parametrize("by_std", [True, False])
+def test_advantages(by_std: bool, core: Any, generator: torch.Generator) -> None:
+    """Of groups whose responses are not side by side."""
+    index = numpy.array([f"prompt-{i * 5 % 3}" for i in range(12)], dtype=object)
+    rewards = torch.zeros(12, 4)
+    rewards[:, -1] = torch.rand(12, generator=generator)
+    mask = (torch.rand(12, 4, generator=generator) > 0.3).float()
+    config = types.SimpleNamespace(norm_adv_by_std_in_grpo=by_std)
+    theirs, _ = core.compute_grpo_outcome_advantage(rewards.clone(), mask, index, norm_adv_by_std_in_grpo=by_std, config=config)
+    ours, returns = adapter.group_relative_advantages(rewards, mask, index, config=config)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert returns is ours
+    equal = torch.full_like(rewards, 0.7 / 4)
+    assert (adapter.group_relative_advantages(equal, mask, index, config=config)[0] == 0).all()
 
 
 def test_linear_cross_entropy(generator: torch.Generator) -> None:

@@ -8,36 +8,39 @@ Name one of them in verl's configuration. An installed grpo_fast is in verl's pl
     grpo_fast_vanilla, grpo_fast_gspo, grpo_fast_sapo, grpo_fast_cispo, grpo_fast_gpg     as verl's own, from the same options
     grpo_fast_vespo                                                                       which verl does not have
 
-KL and entropy are added by verl, as to its own losses.
+KL and entropy are added by verl, as to its own losses. ``algorithm.adv_estimator=grpo_fast`` is verl's ``grpo`` by gf.group_advantages.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from grpo_fast.advantages import group_advantages
 from grpo_fast.config import LossConfig
 from grpo_fast.integrations.logprobs import logprob_loss
 from grpo_fast.linear import linear_token_logprobs
 
-__all__ = ["LOSS_MODES", "linear_cross_entropy", "policy_loss", "register"]
+__all__ = ["LOSS_MODES", "group_relative_advantages", "linear_cross_entropy", "policy_loss", "register"]
 
 LOSS_MODES = ("vanilla", "gspo", "sapo", "cispo", "gpg", "vespo")
 _OPTIONS = ("clip_ratio", "clip_ratio_low", "clip_ratio_high", "clip_ratio_c", "tau_pos", "tau_neg")
 
 
 def register() -> None:
-    """Put the losses into verl's registry, as ``grpo_fast_<mode>``.
+    """Put the losses and the advantages into verl's registries, as ``grpo_fast_<mode>`` and ``grpo_fast``.
 
     Raises:
-        ImportError: verl is not installed, or has no such registry.
+        ImportError: verl is not installed, or has no such registries.
     """
-    from verl.trainer.ppo.core_algos import register_policy_loss
+    from verl.trainer.ppo.core_algos import register_adv_est, register_policy_loss
 
+    register_adv_est("grpo_fast")(group_relative_advantages)
     for mode in LOSS_MODES:
         register_policy_loss(f"grpo_fast_{mode}")(functools.partial(policy_loss, loss_mode=mode))
 
@@ -145,6 +148,31 @@ def _metrics(
         clip_region = mean((ratio < 1 - _low(options)) | (ratio > 1 + high))
     values = torch.stack([clip_region, mean(-ratio.log()), lower]).tolist()  # one synchronisation where verl has three
     return dict(zip(("actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower"), values, strict=True))
+
+
+@torch.no_grad()
+def group_relative_advantages(
+    token_level_rewards: Tensor,  # [B, T]
+    response_mask: Tensor,  # [B, T]
+    index: Sequence[Any],  # [B], what the responses to one prompt have in common
+    epsilon: float = 1e-6,
+    config: Any = None,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:  # [B, T], [B, T]
+    """What verl's registry of advantages calls: its ``grpo``, and Dr. GRPO by ``norm_adv_by_std_in_grpo=False``.
+
+    Equal rewards give exactly 0, where verl's give a rounding error over epsilon. A prompt with one response gives 0, and in verl the
+    reward.
+    """
+    groups: dict[Any, int] = {}
+    group = torch.tensor([groups.setdefault(name, len(groups)) for name in index], device=token_level_rewards.device)
+    order = group.argsort(stable=True)  # a group's responses need not be side by side
+    offsets = torch.nn.functional.pad(group.bincount(minlength=len(groups)).cumsum(0), (1, 0))
+    scale = "group" if config is None or getattr(config, "norm_adv_by_std_in_grpo", True) else "none"
+    sorted_rewards = token_level_rewards.sum(-1)[order]
+    found = group_advantages(sorted_rewards, group_offsets=offsets, scale=scale, eps=epsilon).advantages
+    advantages = torch.empty_like(found).index_copy(0, order, found).unsqueeze(-1) * response_mask
+    return advantages, advantages
 
 
 def linear_cross_entropy(
