@@ -44,7 +44,8 @@ class GRPOConfig(TrainingArguments):
             as ``sampling/kept_mass``, and ``importance sampling`` below corrects for it.
         sampler: ``"transformers"``, ``"continuous_batching"`` or ``"vllm"``; or give the trainer an object.
         sampler_options: of its constructor.
-        use_vllm, use_transformers_continuous_batching: TRL's way to choose it.
+        use_vllm, vllm_mode, vllm_server_base_url, use_transformers_continuous_batching: TRL's way to choose it; the one mode is
+            ``"server"``.
 
         eval_temperature, eval_top_p: of evaluation; 0.6 and 0.95 are DeepSeek-R1's.
         eval_rounds: samples per prompt in an evaluation; their mean is reported, with its standard error over the rounds.
@@ -96,6 +97,7 @@ class GRPOConfig(TrainingArguments):
     gradient_checkpointing: bool = True
     bf16: bool | None = None  # None: where the GPU has it
     remove_unused_columns: bool | None = False  # rewards read the columns
+    logging_nan_inf_filter: bool = False  # a loss that is not finite ends the run; so there is nothing to filter, and to wait for
 
     model_init_kwargs: dict[str, Any] | str | None = None
     attn_implementation: str = "auto"
@@ -118,6 +120,8 @@ class GRPOConfig(TrainingArguments):
     sampler: str = "transformers"
     sampler_options: dict[str, Any] | str | None = None
     use_vllm: bool = False
+    vllm_mode: str = "server"
+    vllm_server_base_url: str | None = None
     use_transformers_continuous_batching: bool = False
 
     eval_temperature: float = 0.6
@@ -250,6 +254,11 @@ class GRPOConfig(TrainingArguments):
                 raise _bad("sampler", self.sampler, f"{name!r}, since TRL's switch for it is set. Drop one of the two")
             if wanted:
                 self.sampler = name
+        if self.use_vllm and self.vllm_mode != "server":
+            raise _bad("vllm_mode", self.vllm_mode, "'server': vLLM runs as a process of its own, see grpo_fast.generation.vllm")
+        if self.use_vllm and self.vllm_server_base_url is not None:
+            given: Any = self.sampler_options or {}
+            self.sampler_options = {"url": self.vllm_server_base_url, **given}
 
     def _check_batches(self) -> None:
         for name in ("num_generations", "max_completion_length", "num_iterations", "eval_rounds"):

@@ -31,11 +31,11 @@ class Packed:
     token_ids: Tensor  # int64 [N]
     scored_at: Tensor  # int64 [N]: in the flattened [R * L], the position whose output scores the token
     cu_seqlens: Tensor  # int32 [S + 1]: where sequences begin in N
-    lengths: Tensor  # int64 [S]: their tokens
+    lengths: Tensor  # int64 [S], on the CPU: their tokens
 
     def per_token(self, x: Tensor) -> Tensor:  # [S] -> [N]
-        """A number of each sequence for each of its tokens."""
-        return x.repeat_interleave(self.lengths, output_size=self.token_ids.shape[0])
+        """A number of each sequence, on the CPU, for each of its tokens."""
+        return x.repeat_interleave(self.lengths).to(self.token_ids.device)
 
 
 def pack(rollout: Rollout, *, how: str, pad_token_id: int, device: torch.device) -> Packed:
@@ -75,7 +75,7 @@ def pack(rollout: Rollout, *, how: str, pad_token_id: int, device: torch.device)
         torch.tensor([token for ids in rollout.completion_ids for token in ids], dtype=torch.long, device=device),
         torch.cat(scored_at).to(device),
         torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]).int().to(device),
-        lengths.to(device),
+        lengths,
     )
 
 
@@ -130,7 +130,7 @@ def sees_across(model: Any, pad_token_id: int, device: torch.device) -> float:
     found = []
     for first in (3, 23):
         other = [(first + token) % vocabulary for token in range(6)]
-        constant = torch.ones(2, device=device)
+        constant = torch.ones(2)
         rows = Rollout([other[:1], watched[:1]], [other[1:], watched[1:]], constant, constant, constant.bool())
         packed = pack(rows, how="one_row", pad_token_id=pad_token_id, device=device)
         logits = model(**packed.inputs).logits.flatten(0, 1)[packed.scored_at]

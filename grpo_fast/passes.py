@@ -70,7 +70,7 @@ class Passes:
             for start in range(0, len(rollout), at_once):
                 rows = rollout.select(range(start, min(start + at_once, len(rollout))))
                 found.append(self._logprobs(model, rows, rows.temperature))
-        empty = torch.zeros(0, device=rollout.advantages.device)
+        empty = torch.zeros(0, device=self.accelerator.device)
         return gf.TokenLogprobs(torch.cat([f.logprobs for f in found] or [empty]), torch.cat([f.entropy for f in found] or [empty]))
 
     @torch.no_grad()

@@ -67,6 +67,8 @@ class PromptSource:
 class Rollout:
     """Completions and all that the loss needs to know of them: B rows, whose completions hold N tokens together.
 
+    What there is one of per row lies on the CPU, where it decides what is computed; what there is one of per token lies on the device.
+
     Example:
         >>> rollout = Rollout([[1], [1]], [[5, 6], [7]], torch.ones(2), torch.zeros(2), torch.tensor([True, True]))
         >>> rollout.select([1]).completion_ids
@@ -90,15 +92,15 @@ class Rollout:
 
     def lengths_that_count(self) -> Tensor:
         """[B] int64: tokens of each completion, 0 where it is left out."""
-        return torch.tensor(self.lengths, device=self.counts.device) * self.counts
+        return torch.tensor(self.lengths) * self.counts
 
-    def tokens_that_count(self) -> Tensor:
-        return self.lengths_that_count().sum()
+    def tokens_that_count(self) -> int:
+        return int(self.lengths_that_count().sum())
 
     def select(self, rows: Sequence[int]) -> Rollout:
         """Some of the rows."""
         parts = {name: column.split(self.lengths) for name, column in self.tokens.items()}
-        index = torch.tensor(rows, dtype=torch.long, device=self.advantages.device)
+        index = torch.tensor(rows, dtype=torch.long)
         return Rollout(
             [self.prompt_ids[row] for row in rows],
             [self.completion_ids[row] for row in rows],
@@ -125,7 +127,7 @@ class Rollout:
             table[f"{name}_ids"] = torch.tensor([token for ids in ragged for token in ids], dtype=torch.long)
             table[f"{name}_lengths"] = torch.tensor([len(ids) for ids in ragged], dtype=torch.long)
         for name in ("temperature", "advantages", "counts"):
-            table[name] = getattr(self, name).cpu().contiguous()
+            table[name] = getattr(self, name).contiguous()
         save_file(table, path)
 
     @classmethod
@@ -138,6 +140,6 @@ class Rollout:
         for name in ("prompt", "completion"):
             lengths = table.pop(f"{name}_lengths").tolist()
             ragged[name] = [ids.tolist() for ids in table.pop(f"{name}_ids").split(lengths)]
-        temperature, advantages, counts = (table.pop(name).to(device) for name in ("temperature", "advantages", "counts"))
+        temperature, advantages, counts = (table.pop(name) for name in ("temperature", "advantages", "counts"))
         tokens = {name.removeprefix("tokens."): column.to(device) for name, column in table.items()}
         return cls(ragged["prompt"], ragged["completion"], temperature, advantages, counts, tokens)

@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -22,7 +23,6 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
-from transformers.utils import logging
 
 import grpo_fast as gf
 from grpo_fast.checkpoints import STATE, CompleteCheckpoints, last_checkpoint, missing_from
@@ -36,13 +36,20 @@ from grpo_fast.reference_policy import ReferencePolicy
 from grpo_fast.rewards import RewardRunner, SoftOverlongPunishment
 from grpo_fast.rollout import PromptSource, Rollout, derived_seed
 from grpo_fast.temperature import explain_mismatch
-from grpo_fast.watch import Answer, MicroBatch, measure_loss, measure_rewards, measure_rollout, sampler_gap, what_is_not_finite
+from grpo_fast.watch import (
+    Answer,
+    MicroBatch,
+    measure_loss,
+    measure_rewards,
+    measure_rollout,
+    sampler_gap,
+    summary_of_rounds,
+    what_is_not_finite,
+)
 
 __all__ = ["GRPOTrainer"]
 
 TOLERANCES = {torch.float32: 0.02, torch.bfloat16: 0.1, torch.float16: 0.1}  # nats a token between sampler and trainer, in the mean
-
-logger = logging.get_logger(__name__)
 
 
 class GRPOTrainer(CompleteCheckpoints):
@@ -64,8 +71,6 @@ class GRPOTrainer(CompleteCheckpoints):
         >>> trainer = GRPOTrainer("Qwen/Qwen3-0.6B", accuracy_reward, GRPOConfig("out"), train_dataset=rows)  # doctest: +SKIP
         >>> trainer.train()  # doctest: +SKIP
     """
-
-    _tag_names = ("grpo_fast", "grpo")  # of the model card
 
     def __init__(
         self,
@@ -115,7 +120,7 @@ class GRPOTrainer(CompleteCheckpoints):
         self._losses: list[tuple[gf.GRPOOutput, MicroBatch]] = []  # of the current step
         self._sampler_step = -1  # whose weights the sampler has
         self._sampler_checked = False
-        self._logged_at, self._tokens_logged = time.perf_counter(), 0
+        self._logged_at, self._tokens_logged = 0.0, 0
         self._grad_norm: Any = None
 
     # Rollout ------------------------------------------------------------------------------------------------------------------
@@ -185,9 +190,9 @@ class GRPOTrainer(CompleteCheckpoints):
         rollout = Rollout(
             [answer.prompt_ids for answer in answers],
             [answer.completion.token_ids for answer in answers],
-            torch.tensor([temperatures[i] for i in mine], dtype=torch.float32, device=args.device),
-            groups.advantages[mine.start : mine.stop].to(args.device),
-            torch.tensor([a.completion.finished or not args.mask_truncated_completions for a in answers], device=args.device),
+            torch.tensor([temperatures[i] for i in mine], dtype=torch.float32),
+            groups.advantages[mine.start : mine.stop].cpu(),
+            torch.tensor([a.completion.finished or not args.mask_truncated_completions for a in answers]),
         )
         if all(answer.completion.logprobs is not None for answer in answers):
             values = [value for answer in answers for value in answer.completion.logprobs]
@@ -274,12 +279,12 @@ class GRPOTrainer(CompleteCheckpoints):
     def _weights(self, rows: Rollout, old: gf.TokenLogprobs, corrects: bool) -> Tensor | None:  # [n]
         """What multiplies each token's surrogate: the correction of the sampler, and the mask of the tokens with the highest entropy."""
         args = self.args
-        lengths = torch.tensor(rows.lengths, device=old.logprobs.device)
-        counts = rows.counts.repeat_interleave(lengths)
+        lengths = torch.tensor(rows.lengths)
+        counts = rows.counts.repeat_interleave(lengths).to(old.logprobs.device)
         weights = None
         if corrects:
             level, mode = args.vllm_importance_sampling_mode.split("_")
-            bounds = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
+            bounds = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int().to(counts.device)
             weights = gf.rollout_weights(
                 old.logprobs,
                 rows.tokens["sampler"],
@@ -301,7 +306,7 @@ class GRPOTrainer(CompleteCheckpoints):
 
     def _count_tokens(self, rollout: Rollout) -> None:
         """Tokens that count in each optimiser step, over all processes: the denominator that makes the loss the same for any split."""
-        tokens = rollout.lengths_that_count()
+        tokens = rollout.lengths_that_count().to(self.args.device)
         steps = self.accelerator.gather(tokens).view(self.accelerator.num_processes, self.args.minibatches, -1)
         self._step_tokens = steps.sum((0, 2)).tolist()
 
@@ -316,6 +321,9 @@ class GRPOTrainer(CompleteCheckpoints):
             return 0
         tokens = sum(inputs.rows.lengths) + sum(map(len, inputs.rows.prompt_ids))
         return 6 * tokens * sum(p.numel() for p in inner_model(self.model).parameters())
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        """They are counted when they are drawn."""
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """transformers' own; here for its time."""
@@ -414,13 +422,8 @@ class GRPOTrainer(CompleteCheckpoints):
             rounds = [self._evaluation_round(dataset, number) for number in range(self.args.eval_rounds)]
         finally:
             self.meters = meters
-        metrics = {f"{metric_key_prefix}_{name}": _mean([r[name] for r in rounds]) for name in rounds[0]}
-        for name in [name for name in rounds[0] if name.startswith("reward")]:
-            metrics[f"{metric_key_prefix}_{name.removesuffix('/mean')}{'/se' if '/' in name else '_se'}"] = _standard_error(
-                [r[name] for r in rounds]
-            )
+        metrics = summary_of_rounds(rounds, metric_key_prefix)
         metrics[f"{metric_key_prefix}_temperature"] = self.args.eval_temperature
-        metrics[f"{metric_key_prefix}_rounds"] = float(self.args.eval_rounds)
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - started
         self.log(dict(metrics))
         control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -445,7 +448,7 @@ class GRPOTrainer(CompleteCheckpoints):
         for name, column in zip(self.rewards.names, rewards.unbind(1), strict=True):
             found[f"rewards/{name}/mean"] = column.nanmean().item()
         for position, name in enumerate(("mean_length", "clipped_ratio", "repetition"), start=1):
-            found[f"completions/{name}"] = _mean([float(row[position]) for row in everyone])
+            found[f"completions/{name}"] = fmean(row[position] for row in everyone)
         return found
 
     # Log -----------------------------------------------------------------------------------------------------------------------
@@ -499,7 +502,7 @@ class GRPOTrainer(CompleteCheckpoints):
                     f"resume_from_checkpoint is {str(resume_from_checkpoint)!r}, which lacks {lacking}; expected a complete one."
                 )
             self._load_extra_state(Path(resume_from_checkpoint))
-        self._logged_at = time.perf_counter()
+        self._sampler_step = -1
         return super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, *args, **kwargs)
 
     def extra_state(self, folder: Path) -> None:
@@ -556,6 +559,9 @@ class _Hooks(TrainerCallback):
         self.trainer = trainer
         self.started = 0.0
 
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer._logged_at, self.trainer._tokens_logged = time.perf_counter(), self.trainer.state.num_input_tokens_seen
+
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.before_optimizer()
         self.started = time.perf_counter()
@@ -588,15 +594,3 @@ def _weighted(rewards: Tensor, weights: Tensor) -> Tensor:  # [B, R], [R] -> [B]
 def _gathered(values: Tensor) -> list[Tensor]:
     """The values of every process, of any length."""
     return gather_object([values.cpu()])
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _standard_error(values: Sequence[float]) -> float:
-    """Of the mean; 0 for one value."""
-    if len(values) < 2:
-        return 0.0
-    mean = _mean(values)
-    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))

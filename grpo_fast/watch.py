@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +16,16 @@ from grpo_fast.meters import Meters
 from grpo_fast.metrics import distinct_share, repeated_ngrams
 from grpo_fast.rollout import Rollout
 
-__all__ = ["Answer", "MicroBatch", "measure_loss", "measure_rewards", "measure_rollout", "sampler_gap", "what_is_not_finite"]
+__all__ = [
+    "Answer",
+    "MicroBatch",
+    "measure_loss",
+    "measure_rewards",
+    "measure_rollout",
+    "sampler_gap",
+    "summary_of_rounds",
+    "what_is_not_finite",
+]
 
 _LOSS_METRICS = {
     "entropy": "entropy",
@@ -127,3 +138,17 @@ def what_is_not_finite(losses: Sequence[tuple[gf.GRPOOutput, MicroBatch]], norm:
     wrong_parameters = [name for name, p in model.named_parameters() if not bool(p.detach().isfinite().all())]
     said += f" Parameters: {'all finite' if not wrong_parameters else ', '.join(wrong_parameters[:3]) + ' not finite'}."
     return said + " Cure: a lower learning rate or max_grad_norm, bf16 in place of fp16; resume from the last checkpoint."
+
+
+def summary_of_rounds(rounds: Sequence[dict[str, float]], prefix: str) -> dict[str, float]:
+    """The mean of each measure over the rounds of an evaluation and, for the rewards, its standard error: 0 for a single round.
+
+    Example:
+        >>> summary_of_rounds([{"reward": 1.0}, {"reward": 3.0}], "eval")
+        {'eval_reward': 2.0, 'eval_reward_se': 1.0, 'eval_rounds': 2.0}
+    """
+    found = {f"{prefix}_{name}": fmean(measured[name] for measured in rounds) for name in rounds[0]}
+    for name in [name for name in rounds[0] if name.startswith("reward")]:
+        error = stdev(measured[name] for measured in rounds) / math.sqrt(len(rounds)) if len(rounds) > 1 else 0.0
+        found[f"{prefix}_{name.removesuffix('/mean')}{'/se' if '/' in name else '_se'}"] = error
+    return found | {f"{prefix}_rounds": float(len(rounds))}

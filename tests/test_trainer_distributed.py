@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from trainer_cases import Scripted, logs, model, parameters, trainer
+from trainer_cases import ROWS, Scripted, logs, model, parameters, trainer
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "two_processes.py"
 RUNS: dict[str, dict[str, Any]] = {
@@ -46,7 +46,9 @@ def measured(output: Path, name: str, processes: int) -> dict[str, Any]:
     run.train()
     keys = ("loss", "grad_norm", "reward", "reward_std", "entropy", "completions/mean_length", "frac_reward_zero_std")
     checksum = {key: value.double().sum().item() for key, value in parameters(of).items()}
-    return {"logs": [{key: log[key] for key in keys} for log in logs(run)], "checksum": checksum}
+    evaluated = run.evaluate(ROWS[:5]) if name == "dapo" else {}  # five rows on two processes
+    found = {key: value for key, value in evaluated.items() if "reward" in key or "completions" in key}
+    return {"evaluated": found, "logs": [{key: log[key] for key in keys} for log in logs(run)], "checksum": checksum}
 
 
 def main(output: Path) -> None:
@@ -82,6 +84,7 @@ def test_two_processes_make_the_step_of_one(tmp_path: Path) -> None:
         for theirs, ours in zip(found[name]["logs"], expected["logs"], strict=True):
             for key, value in ours.items():
                 assert theirs[key] == pytest.approx(value, abs=1e-5), (name, key)
+        assert found[name]["evaluated"] == pytest.approx(expected["evaluated"], abs=1e-6)
         for key, value in expected["checksum"].items():
             assert found[name]["checksum"][key] == pytest.approx(value, abs=2e-4), (name, key)
 
