@@ -329,8 +329,8 @@ def _checked(
     dtype = _product_dtype(hidden, matrix, autocast)
     if process_group is not None and dtype == torch.float64:
         raise ValueError(
-            "process_group was given with float64 hidden states or weight; expected float32, bfloat16 or float16, since float64 is computed "
-            "by the reference, which wants the whole vocabulary. Convert them: hidden.float(), weight.float()."
+            "process_group was given with float64 hidden states or weight; expected float32, bfloat16 or float16: float64 is computed by "
+            "the reference, which wants the whole vocabulary. Convert them: hidden.float(), weight.float()."
         )
     return _Call(inputs, tensors, module, vocabulary, dtype, chunk_bytes, process_group, temperature, autocast)
 

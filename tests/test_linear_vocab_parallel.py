@@ -62,7 +62,7 @@ def test_values_and_gradients(processes: int, name: str) -> None:
         scale = max(exact.abs().max().item(), 1.0 if key.startswith("m.") else 0.0)
         error, allowed = (actual.double() - exact).abs().max().item(), (alone[key].double() - exact).abs().max().item()
         assert scale > 0 or key.startswith("m.") or "loss" in key, f"{key} has no signal"
-        assert error <= 2 * allowed + 2.0**-19 * scale + 1e-9, f"{key}: error {error:.3e} of {scale:.3e}; one process has {allowed:.3e}"
+        assert error <= 2 * allowed + 2.0**-18 * scale + 1e-9, f"{key}: error {error:.3e} of {scale:.3e}; one process has {allowed:.3e}"
 
 
 @pytest.mark.parametrize("processes", [2, 3])

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grpo_fast.head.weights import gathered
 from grpo_fast.linear import linear_grpo_loss, linear_token_logprobs
 from grpo_fast.loss import GRPOOutput, TokenLogprobs
 
@@ -100,7 +101,7 @@ def hidden_states_of(model: nn.Module, model_inputs: dict[str, Any]) -> tuple[Te
         )
     hidden, last = caught[0]
     if head.module not in _verified:
-        _verify(model, head, last, output.logits)
+        _verify(model, head, hidden[:, -1:], last, output.logits)
         _verified.add(head.module)
     return hidden, head
 
@@ -191,7 +192,7 @@ def _unwrapped(model: nn.Module) -> Any:
 def _passing_out(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """Inside the ``with``, calling the module collects its input and its output for the last position, which is all it computes."""
     caught: list[tuple[Tensor, Tensor]] = []
-    forward = module.forward
+    forward, of_instance = module.forward, vars(module).get("forward")  # accelerate's hooks put one there
 
     def collect(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         last = forward(hidden[:, -1:], *args, **kwargs)
@@ -203,21 +204,34 @@ def _passing_out(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
         yield caught
     finally:
         del module.forward
+        if of_instance is not None:
+            module.forward = of_instance
 
 
 @torch.no_grad()
-def _verify(model: nn.Module, head: ModelHead, last: Tensor, logits: Tensor) -> None:
-    """last: what the head made of the last position; logits: what the model made of that."""
-    ours, logits = last.float() * head.logit_scale, logits.float()
+def _verify(model: nn.Module, head: ModelHead, hidden: Tensor, last: Tensor, logits: Tensor) -> None:
+    """hidden: at the last position; last: what the head made of it; logits: what the model made of that."""
+    ours, logits = _plain_logits(head, hidden, last).float() * head.logit_scale, logits.float()
     if head.softcap is not None:
         ours = head.softcap * torch.tanh(ours / head.softcap)
     difference, size = (ours - logits).abs().max().item(), logits.abs().max().item()
-    if not difference <= _TOLERANCE.get(last.dtype, 1e-3) * size:
+    if not difference <= _TOLERANCE.get(last.dtype, 1e-3) * size < float("inf"):  # inf <= inf, where some logits are suppressed
         raise ValueError(
             f"the logits of {type(_unwrapped(model)).__name__} differ from f(hidden @ weight.T + bias) with softcap={head.softcap} and "
             f"logit_scale={head.logit_scale:g} by up to {difference:.3g} of {size:.3g}; expected the same. Its head does something that "
             "is not known here: pass its logits to grpo_loss, or hidden states, weight, softcap and logit_scale to linear_grpo_loss."
         )
+
+
+def _plain_logits(head: ModelHead, hidden: Tensor, last: Tensor) -> Tensor:
+    """``hidden @ weight.T + bias`` with LoRA; what the module itself made of it where it is all there is, or where dropout is random."""
+    if not isinstance(head.weight, Tensor) or any(dropout.training and getattr(dropout, "p", 0) > 0 for dropout, *_ in head.adapters):
+        return last
+    bias = None if head.bias is None else gathered(head.bias).to(last.dtype)
+    out = nn.functional.linear(hidden.to(last.dtype), gathered(head.weight).to(last.dtype), bias)
+    for _, a, b, scale in head.adapters:
+        out = out + hidden.to(a.dtype) @ a.T @ b.T * scale
+    return out
 
 
 def _softcap_and_scale(config: Any) -> tuple[float | None, float]:
