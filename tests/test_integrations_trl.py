@@ -425,6 +425,17 @@ def test_refused_by_name(options: dict[str, Any], message: str, model_path: Path
         build(GRPOTrainer, model_path, tmp_path, **options)
 
 
+def test_what_is_no_plain_lora_is_refused(model_path: Path, tmp_path: Path) -> None:
+    from grpo_fast.integrations.trl import GRPOTrainer
+
+    adapter = lora("lm_head")
+    adapter.use_dora = True
+    with pytest.raises(ValueError, match="DoRA"):
+        build(GRPOTrainer, model_path, tmp_path, peft_config=adapter)
+    with pytest.raises(ValueError, match="cast_lm_head_to_fp32 is True with LoRA"):
+        build(GRPOTrainer, model_path, tmp_path, peft_config=lora("lm_head"), cast_lm_head_to_fp32=True)
+
+
 def test_another_version_is_refused() -> None:
     from grpo_fast.integrations import trl as adapter
 

@@ -173,7 +173,8 @@ class GRPOTrainer(trl.GRPOTrainer):
                 f"GRPOTrainer: top_entropy_quantile is {self.top_entropy_quantile} with an entropy bonus (entropy_coef or "
                 "use_adaptive_entropy); expected one of the two: the bonus acts on all tokens here."
             )
-        if self.args.cast_lm_head_to_fp32 and head_of(model).adapters:
+        head = head_of(model)  # or it says why the head is not known
+        if self.args.cast_lm_head_to_fp32 and head.adapters:
             raise ValueError("GRPOTrainer: cast_lm_head_to_fp32 is True with LoRA on 'lm_head'; expected one of the two.")
         self._loss_config(0.0)
 
