@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,6 +27,29 @@ def test_example_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     said = {"train_demo.py": "after: ", "lora.py": "trainable params", "reasoning_gym_task.py": "eval_reward"}[name]
     assert said in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_code_of_the_page_on_training_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a model of a folder in place of the hub's, and one step."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    from tiny import tiny_model, tiny_tokenizer
+
+    tokenizer = tiny_tokenizer()
+    tiny_model(tokenizer).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    code = re.findall(r"```python\n(.*?)```", (EXAMPLES.parent / "docs" / "training.md").read_text(), re.S)[0]
+    for old, new in {
+        "Qwen/Qwen3-0.6B": str(tmp_path / "model"),
+        '"runs/arithmetic"': f"{str(tmp_path / 'out')!r}, max_steps=1, per_device_train_batch_size=8, use_cpu=True",
+        "max_completion_length=256": "max_completion_length=8",
+    }.items():
+        assert old in code
+        code = code.replace(old, new)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["trainer"].state.global_step == 1
+    assert names["trainer"].model.config._attn_implementation == "sdpa"
 
 
 def test_every_example_is_tested() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import re
@@ -17,6 +18,7 @@ from transformers import TrainerCallback
 import grpo_fast as gf
 from grpo_fast.checkpoints import UNFINISHED, last_checkpoint
 from grpo_fast.generation import Completion
+from grpo_fast.grpo_config import GRPOConfig
 from grpo_fast.trainer import GRPOTrainer
 
 STEPS = 12
@@ -359,3 +361,21 @@ def test_other_refusals_and_a_warning(tmp_path: Path) -> None:
         trainer(tmp_path, rows=iter(ROWS))
     with pytest.raises(ValueError, match=r"weights has 2 numbers; expected 1"):
         trainer(tmp_path, reward_weights=[1.0, 2.0])
+
+
+def test_settings_that_trl_has_too_mean_the_same_unless_the_page_says_so(tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl", reason="the defaults compared with are TRL's")
+    theirs = {field.name: field.default for field in dataclasses.fields(trl.GRPOConfig)}
+    ours = {field.name: field.default for field in dataclasses.fields(GRPOConfig)}
+    explained = {
+        *("disable_dropout", "importance_sampling_level"),  # on; None: the loss type's own, which is "token" for all but LUSPO and GSPO
+        *("vllm_mode", "vllm_importance_sampling_correction", "logging_nan_inf_filter"),
+    }
+    differ = {
+        name for name in set(theirs) & set(ours) if ours[name] != theirs[name] and not isinstance(ours[name], type(dataclasses.MISSING))
+    }
+    assert differ == explained
+    moved = config(tmp_path, use_vllm=True, vllm_mode="server", vllm_server_base_url="http://there:8000", scale_rewards=False)
+    assert moved.sampler == "vllm" and moved.sampler_options == {"url": "http://there:8000"} and moved.scale_rewards == "none"
+    with pytest.raises(ValueError, match="vllm_mode is 'colocate'"):
+        config(tmp_path, use_vllm=True, vllm_mode="colocate")
