@@ -1,4 +1,4 @@
-"""The command line: ``grpo-fast doctor | train | plot | demo | bench``."""
+"""The command line: ``grpo-fast doctor | train | plot | demo | bench | bench-head``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ MOUNTED = {
     "plot": "grpo_fast.monitor.cli",
     "demo": "grpo_fast.demo.cli",
     "bench": "grpo_fast.benchmark.cli",
+    "bench-head": "grpo_fast.benchmark.head.cli",
 }
 
 # What a mounted command gets is handed through untouched, --help too: importing it for the list of commands would import transformers.
@@ -52,6 +53,12 @@ def bench(context: typer.Context) -> None:
     _run_mounted("bench", context.args)
 
 
+@app.command("bench-head", context_settings=_PASS_ON)
+def bench_head(context: typer.Context) -> None:
+    """Time the fused head against what you would use instead."""
+    _run_mounted("bench-head", context.args)
+
+
 def _run_mounted(command: str, args: list[str]) -> None:
     module_name = MOUNTED[command]
     try:
@@ -63,7 +70,7 @@ def _run_mounted(command: str, args: list[str]) -> None:
         elif missing.startswith("grpo_fast."):
             raise  # a mistake of ours, not a missing dependency
         else:
-            cure = f"it needs the package {missing!r}, which is not installed. Cure: pip install 'grpo_fast[{command}]'"
+            cure = f"it needs the package {missing!r}, which is not installed. Cure: pip install 'grpo_fast[{command.partition('-')[0]}]'"
         typer.echo(f"grpo-fast {command}: {cure}", err=True)
         raise typer.Exit(2) from error
     module.app(args=args, prog_name=f"grpo-fast {command}")

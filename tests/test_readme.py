@@ -7,9 +7,12 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+
+import grpo_fast as gf
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -24,31 +27,94 @@ RUN_ELSEWHERE = {
     "make demo": "tests/test_demo.py runs the command behind it",
     "make test": "is what runs this",
     "make bench": "tests/test_benchmark.py runs the command behind it",
+    "grpo-fast bench-head": "tests/test_benchmark_head.py runs it at toy size",
+    "grpo-fast train --model Qwen/Qwen3-0.6B --dataset 'reasoning_gym:chain_sum' --rewards task format --output_dir runs/sums": (
+        "tests/test_train_cli.py runs such commands with a model that lies on the disk"
+    ),
+    "grpo-fast plot runs/sums": "tests/test_monitor.py draws runs",
 }
 RUN_HERE = ("grpo-fast doctor",)
 
 
-def test_the_python_blocks_run_one_after_the_other_and_agree() -> None:
-    before, after = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+def python_block(beginning: str) -> str:
+    """The block that has this line in it."""
+    (block,) = (block for block in re.findall(r"```python\n(.*?)```", TEXT, re.S) if beginning in block)
+    return block
+
+
+def the_loss_of(block: str, names: dict[str, Any]) -> torch.Tensor:
+    exec(block, names)
+    return names.pop("out").loss if "out" in names else names["loss"]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
     torch.manual_seed(0)
-    names = {
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    return Qwen2ForCausalLM(Qwen2Config(vocab_size=50, initializer_range=0.5, **sizes))
+
+
+def test_every_python_block_is_run() -> None:
+    known = ("log_softmax(-1)", "gf.grpo_loss(", "gf.linear_loss_from(", "GRPOTrainer(")
+    blocks = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+    assert [sum(beginning in block for beginning in known) for block in blocks] == [1] * len(known)
+
+
+def test_before_after_and_without_logits_agree(model: Any) -> None:
+    ids = torch.randint(50, (16, 9))
+    names: dict[str, Any] = {
         "torch": torch,
-        "logits": torch.randn(16, 6, 50, requires_grad=True),
-        "completion_ids": torch.randint(50, (16, 5)),
+        "model": model,
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "completion_ids": ids[:, -5:],
         "completion_mask": (torch.rand(16, 5) > 0.2).long(),
         "rewards": torch.rand(16),
         "temperature": 0.7,
     }
-    names["old_logprobs"] = torch.randn(16, 5) * 0.3 - 4
+    logits = model(ids).logits[:, -6:].detach()
+    names["old_logprobs"] = gf.token_logprobs(logits, names["completion_ids"], temperature=0.7).logprobs + torch.randn(16, 5) * 0.2
     results = []
-    for block in (before, after):
-        exec(block, names)
-        loss = names["loss"] if block is before else names["out"].loss
+    for beginning in ("log_softmax(-1)", "gf.grpo_loss("):
+        names["logits"] = logits.clone().requires_grad_()
+        loss = the_loss_of(python_block(beginning), names)
         results.append((loss.detach(), names["logits"].grad))
-        names["logits"].grad = None
-    torch.testing.assert_close(results[0][0], results[1][0])
-    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-7)
     assert results[1][1].abs().max() > 1e-3
+
+    block, weight = python_block("gf.linear_loss_from("), model.get_output_embeddings().weight
+    gradients = []
+    for fused in (True, False):  # on-policy, as the block has it
+        model.zero_grad()
+        if fused:
+            loss = the_loss_of(block, names)
+        else:
+            options = {"mask": names["completion_mask"], "temperature": 0.7}
+            loss = gf.grpo_loss(model(ids).logits[:, -6:], names["completion_ids"], names["advantages"], **options).loss
+            loss.backward()
+        gradients.append((loss.detach(), weight.grad.clone()))
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_the_trainer_trains(tmp_path: Path, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    from grpo_fast.demo.task import make_tokenizer
+
+    tokenizer: PreTrainedTokenizerFast = make_tokenizer()
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    block = python_block("GRPOTrainer(").replace(
+        "max_completion_length=512", "max_completion_length=4, max_steps=1, use_cpu=True, bf16=False"
+    )
+    names = {"model_name": str(tmp_path / "model"), "dataset": [{"prompt": "1", "answer": "1"}, {"prompt": "2", "answer": "2"}]}
+    exec(block, names)
+    assert names["trainer"].state.global_step == 1
 
 
 def test_every_command_is_run_somewhere() -> None:

@@ -6,6 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 what=${1:-test}
 torch_pin=torch==2.13.0
+peers="verl==0.9.1 openrlhf==0.11.2"
 triton_pin=triton==3.7.1  # beside a CPU build of torch, which names none; a CUDA build brings its own
 
 fail() { echo "grpo_fast: $*" >&2; exit 1; }
@@ -57,6 +58,16 @@ install_packages() {
   say "installing grpo_fast[$extras]${group:+ and the test group}"
   # The extension is built below, in place, where ninja compiles only what has changed.
   GRPO_FAST_BUILD=none $pip -c .venv/constraints.txt --no-build-isolation -e ".[$extras]" $group
+  [ "$what" = demo ] || install_peers
+}
+
+# Libraries that cannot live beside the pinned ones, for comparison with single functions of theirs: tests/peers.py says how.
+install_peers() {
+  rm -rf .venv/peers
+  local peer
+  for peer in $peers; do
+    $python -m pip install -qq --no-compile --no-deps --target .venv/peers "$peer" || say "$peer cannot be had here: the tests that compare with it are skipped"
+  done
 }
 
 [ -x $python ] && $python -c '' 2>/dev/null || make_venv
