@@ -23,12 +23,12 @@ __all__ = ["compiled_logprobs", "compiled_loss"]
 # The head's tensors, and the tokens as in rows.py: [1, N] each. chunk_bytes 0: chosen by the free memory.
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? adapted, Tensor? adapter_weight, "
 _ROWS = "Tensor token_ids, Tensor mask, Tensor? temperatures, float temperature, float softcap, float logit_scale, "
-_HOW = "ScalarType dtype, int length, int chunk_bytes, bool[] wants"
+_HOW = "ScalarType dtype, SymInt length, SymInt chunk_bytes, bool[] wants"
 _GRADIENTS = "Tensor d_hidden, Tensor d_weight, Tensor d_bias, Tensor d_adapted, Tensor d_adapter_weight"
 
 LIBRARY.define(
     f"linear_grpo_loss({_HEAD}{_ROWS}Tensor advantages, Tensor weights, Tensor entropy_weights, Tensor? old_logprobs, "
-    "Tensor? ref_logprobs, Tensor? rollout_weights, Tensor segment, int sequences, bool rollout_per_sequence, float loss_scale, "
+    "Tensor? ref_logprobs, Tensor? rollout_weights, Tensor segment, SymInt sequences, bool rollout_per_sequence, float loss_scale, "
     f"float[] config, bool only_active, {_HOW}) -> (Tensor loss, Tensor logprobs, Tensor entropy, Tensor metrics, {_GRADIENTS})",
     tags=torch.Tag.pt2_compliant_tag,
 )
