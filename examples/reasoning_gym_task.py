@@ -10,10 +10,9 @@ import argparse
 
 from tiny import tiny_model, tiny_tokenizer
 
-from grpo_fast.grpo_config import GRPOConfig
 from grpo_fast.rewards import format_reward
 from grpo_fast.tasks import reasoning_gym_task
-from grpo_fast.trainer import GRPOTrainer
+from grpo_fast.trainer import GRPOConfig, GRPOTrainer
 
 
 def main() -> None:

@@ -12,8 +12,7 @@ import torch
 from grpo_fast.demo.model import imitate, make_model
 from grpo_fast.demo.run import MAX_NEW_TOKENS, REWARDS
 from grpo_fast.demo.task import Teacher, make_tokenizer, question, split_questions
-from grpo_fast.grpo_config import GRPOConfig
-from grpo_fast.trainer import GRPOTrainer
+from grpo_fast.trainer import GRPOConfig, GRPOTrainer
 
 
 def main() -> None:

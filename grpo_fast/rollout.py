@@ -48,14 +48,17 @@ class PromptSource:
             raise ValueError(f"train_dataset has rows with {', '.join(dataset[0])}; expected a column 'prompt'. Rename yours to it.")
         self.dataset, self.count, self.seed, self.shuffle = dataset, count, seed, shuffle
         self.per_epoch = len(dataset) // count  # rollouts
+        self._order: tuple[int, list[int]] = (-1, [])  # of the last epoch asked for
 
     def rows(self, rollout: int) -> list[dict[str, Any]]:
         """The prompts of a rollout, counted from 0 over all epochs."""
         epoch, position = divmod(rollout, self.per_epoch)
-        order = list(range(len(self.dataset)))
-        if self.shuffle:
-            random.Random(derived_seed(self.seed, "epoch", epoch)).shuffle(order)
-        return [self.dataset[index] for index in order[position * self.count : (position + 1) * self.count]]
+        if self._order[0] != epoch:
+            order = list(range(len(self.dataset)))
+            if self.shuffle:
+                random.Random(derived_seed(self.seed, "epoch", epoch)).shuffle(order)
+            self._order = epoch, order
+        return [self.dataset[index] for index in self._order[1][position * self.count : (position + 1) * self.count]]
 
     def others(self, rollout: int, attempt: int, count: int) -> list[dict[str, Any]]:
         """Prompts to put in the place of those without signal."""

@@ -47,7 +47,7 @@ from grpo_fast.watch import (
     what_is_not_finite,
 )
 
-__all__ = ["GRPOTrainer"]
+__all__ = ["GRPOConfig", "GRPOTrainer"]
 
 TOLERANCES = {torch.float32: 0.02, torch.bfloat16: 0.1, torch.float16: 0.1}  # nats a token between sampler and trainer, in the mean
 
@@ -169,7 +169,8 @@ class GRPOTrainer(CompleteCheckpoints):
             if attempt:  # prompts whose completions are all as good as one another teach nothing: others in their place
                 for prompt, row in zip(wanted, self.prompts.others(number, attempt, len(wanted)), strict=True):
                     rows[prompt] = row
-            drawn = [i for i in mine if i // group in wanted]
+            again = set(wanted)
+            drawn = [i for i in mine if i // group in again]
             new = self._answers([rows[i // group] for i in drawn], [temperatures[i] for i in drawn], "rollout", number, attempt)
             scores = self._scores([rows[i // group] for i in drawn], new)
             for i, answer, score in zip(drawn, new, scores, strict=True):
@@ -256,7 +257,8 @@ class GRPOTrainer(CompleteCheckpoints):
         args = self.args
         corrects = args.corrects_sampler and "sampler" in rollout.tokens
         several = args.updates_per_rollout > 1
-        rows = self._that_matter(rollout)
+        # Sharded, every process must make as many forward passes as the others.
+        rows = list(range(len(rollout))) if is_sharded(self.model_wrapped) else self._that_matter(rollout)
         part = rollout.select(rows)
         if several or corrects or args.top_entropy_quantile < 1:
             old = self.passes.logprobs(self.model_wrapped, part, at_once=args.per_device_train_batch_size)

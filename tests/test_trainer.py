@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +150,9 @@ def test_layouts_score_each_token_by_the_one_before_it(how: str) -> None:
     assert ids[packed.scored_at].tolist() == [3, 4, 8, 9, 6, 11]
     assert positions[packed.scored_at].tolist() == [2, 0, 1, 2, 1, 2]
     assert packed.cu_seqlens.tolist() == [0, 1, 4, 6]
+    if how == "one_row":  # what flash attention wants said
+        assert packed.inputs["cu_seq_lens_q"].tolist() == packed.inputs["cu_seq_lens_k"].tolist() == [0, 4, 8, 12]
+        assert packed.inputs["max_length_q"] == packed.inputs["max_length_k"] == 4
     assert packed.inputs["input_ids"].shape == {"one_row": (1, 12), "rows": (3, 4), "padded": (3, 4)}[how]
 
 
@@ -192,3 +197,9 @@ def test_prompts_of_an_epoch_come_once_each_and_in_an_order_of_the_seed(tmp_path
     assert sorted(first) == sorted(row["prompt"] for row in ROWS)
     assert first == again != other
     assert asked(shuffle_dataset=False) == [row["prompt"] for row in ROWS]
+
+
+@pytest.mark.parametrize("name", ["meters", "rollout", "watch", "grpo_config"])
+def test_examples_in_docstrings(name: str) -> None:
+    found = doctest.testmod(importlib.import_module(f"grpo_fast.{name}"))
+    assert found.attempted > 0 and found.failed == 0
