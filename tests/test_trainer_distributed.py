@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import runpy
 import subprocess
 import sys
@@ -12,7 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from trainer_cases import ROWS, Scripted, logs, model, parameters, trainer
+from accelerate import Accelerator
+from trainer_cases import ROWS, Scripted, config, logs, model, parameters, trainer
+
+import grpo_fast as gf
+from grpo_fast.passes import Passes
+from grpo_fast.rollout import Rollout
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "two_processes.py"
 RUNS: dict[str, dict[str, Any]] = {
@@ -51,6 +57,38 @@ def measured(output: Path, name: str, processes: int) -> dict[str, Any]:
     return {"evaluated": found, "logs": [{key: log[key] for key in keys} for log in logs(run)], "checksum": checksum}
 
 
+def sharded_is_the_same() -> float:
+    """Loss, log-probabilities and gradient of a model under FSDP2, against the same model whole: the largest difference."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    rng = random.Random(0)
+    completions = [[rng.randrange(3, 20) for _ in range(length)] for length in (3, 5, 2, 4)]
+    rows = Rollout([[3, 4, 5]] * 4, completions, torch.ones(4), torch.tensor([1.0, -1.0, 0.5, -0.5]), torch.ones(4).bool())
+    whole, sharded, mesh = model(), model(), init_device_mesh("cpu", (2,))
+    for layer in (*sharded.model.layers, sharded):
+        fully_shard(layer, mesh=mesh)
+    gaps = []
+    for fused in (True, False):
+        passes = Passes(config("unused", fused_head=fused), Accelerator(cpu=True), 0)
+        expected, found = (passes.loss(of, rows, config=gf.LossConfig(), num_items=14) for of in (whole, sharded))
+        expected.loss.backward()
+        found.loss.backward()
+        gaps += [(found.loss - expected.loss).abs(), *_gradient_gaps(whole, sharded)]
+        whole.zero_grad()
+        sharded.zero_grad()
+        gaps.append((passes.logprobs(sharded, rows, at_once=2).logprobs - expected.logprobs).abs().max())
+    return float(torch.stack(gaps).max())
+
+
+def _gradient_gaps(whole: Any, sharded: Any) -> list[torch.Tensor]:
+    gaps = []
+    for theirs, ours in zip(whole.parameters(), sharded.parameters(), strict=True):
+        assert theirs.grad is not None and ours.grad is not None
+        gaps.append((ours.grad.full_tensor() - theirs.grad).abs().max())
+    return gaps
+
+
 def main(output: Path) -> None:
     """In each of the processes."""
     torch.set_num_threads(1)
@@ -62,8 +100,9 @@ def main(output: Path) -> None:
     resumed = trainer(output / "whole", **midway)
     resumed.train(resume_from_checkpoint=str(output / "whole" / "checkpoint-1"))
     same = [log["loss"] for log in logs(whole)] == [log["loss"] for log in logs(resumed)]
+    gap = sharded_is_the_same()
     if os.environ["RANK"] == "0":
-        (output / "found.json").write_text(json.dumps({**found, "resumed the same": same}))
+        (output / "found.json").write_text(json.dumps({**found, "resumed the same": same, "sharded": gap}))
     sys.argv[1:] = ["--cpu", "--steps", "1", "--output", str(output / "example")]
     sys.path.insert(0, str(EXAMPLE.parent))
     runpy.run_path(str(EXAMPLE), run_name="__main__")  # here, where two processes have been started already
@@ -79,6 +118,7 @@ def test_two_processes_make_the_step_of_one(tmp_path: Path) -> None:
     assert "2 processes, losses [" in done.stdout
     found = json.loads((tmp_path / "found.json").read_text())
     assert found.pop("resumed the same")
+    assert found.pop("sharded") < 1e-6
     for name in RUNS:
         expected = measured(tmp_path / "alone", name, 1)
         for theirs, ours in zip(found[name]["logs"], expected["logs"], strict=True):
