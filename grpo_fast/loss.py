@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from grpo_fast.backends import select
+from grpo_fast.cluster import check_impl
 from grpo_fast.config import LossConfig
 from grpo_fast.head.rows import Rows, ShardedLogprobsFunction, all_vocabulary_parts
 from grpo_fast.inputs import ANY_VOCABULARY, TokenInputs, token_inputs
@@ -63,6 +64,7 @@ def grpo_loss(
     metrics_on: str = "all",
     inplace: bool = False,
     process_group: ProcessGroup | None = None,
+    impl: str | None = None,
 ) -> GRPOOutput:
     """The loss of Group Relative Policy Optimization (arXiv:2402.03300) and its relatives, from logits, in one pass.
 
@@ -93,6 +95,9 @@ def grpo_loss(
             traced by torch.compile, or computed by the reference, takes new memory.
         process_group: each process holds a part of the vocabulary, logits [B, T, V of the part], one after the other in the order of
             the ranks; everything else is the same in all of them, and so are the results.
+        impl: which GPU kernels compute: ``"triton"``, or ``"cluster"``: CUDA kernels that read the logits once and write the gradient once
+            (compute capability 9.0 or newer, losses of token-level ratios, rows of up to 456,704 logits in bfloat16 on an H200). They are
+            not taken unasked until they have been timed. None = what is best here.
 
     Returns:
         GRPOOutput(loss, logprobs, entropy, active, metrics).
@@ -123,12 +128,14 @@ def grpo_loss(
         loss_scale=loss_scale,
         metrics_on=metrics_on,
     )
+    if impl is not None:
+        check_impl(impl, logits, select(logits.device), one_pass=process_group is None and policy.token_level() is not None)
     computed = inputs.mask if metrics_on == "all" else policy.active()
     inplace = inplace and _can_write_over(logits)
     if process_group is None and by_reference(logits):
         loss, logprobs, entropy, metrics = _reference_loss(inputs, policy, computed)
     elif process_group is None and (token_level := policy.token_level()) is not None:
-        loss, logprobs, entropy, metrics = _one_pass_loss(inputs, policy, token_level, computed, inplace)
+        loss, logprobs, entropy, metrics = _one_pass_loss(inputs, policy, token_level, computed, inplace, cluster=impl == "cluster")
     else:  # the ratio needs the whole sequence first: a statistics pass here, the gradient pass in backward
         logprobs, entropy = _statistics(inputs, computed, inplace, process_group)
         with torch.autocast(logits.device.type, enabled=False):
@@ -258,7 +265,7 @@ def _statistics(inputs: TokenInputs, computed: Tensor, inplace: bool, group: Pro
 
 
 def _one_pass_loss(
-    inputs: TokenInputs, policy: Policy, token_level: Policy, computed: Tensor, inplace: bool
+    inputs: TokenInputs, policy: Policy, token_level: Policy, computed: Tensor, inplace: bool, *, cluster: bool
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
     """token_level: the policy itself, or what its gradient is on-policy."""
     logits, original, policy = inputs.scored, policy, token_level
@@ -278,9 +285,10 @@ def _one_pass_loss(
     )
     wants_gradient = _wants_gradient(logits)
     if wants_gradient and not torch.compiler.is_compiling():
-        loss, logprobs, entropy, metrics = GrpoLossFunction.apply(logits, inplace, arguments)
+        loss, logprobs, entropy, metrics = GrpoLossFunction.apply(logits, inplace, arguments, cluster)
     else:
-        loss, logprobs, entropy, metrics, _ = torch.ops.grpo_fast.grpo_loss.default(logits, *arguments, wants_gradient)
+        operator = torch.ops.grpo_fast.grpo_loss_cluster if cluster else torch.ops.grpo_fast.grpo_loss
+        loss, logprobs, entropy, metrics, _ = operator.default(logits, *arguments, wants_gradient)
     named = dict(zip(METRICS, metrics.unbind(), strict=True))
     named["active_fraction"] = original.active_fraction()
     return loss, logprobs, entropy, named

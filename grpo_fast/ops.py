@@ -67,6 +67,13 @@ LIBRARY.define(
     tags=torch.Tag.pt2_compliant_tag,
 )
 LIBRARY.define("grpo_loss_" + _LOSS.format(logits="Tensor(a!) logits", last="", gradient=""), tags=torch.Tag.pt2_compliant_tag)
+# The same by thread-block clusters (csrc/cuda/grpo_loss_cluster.cu), and the longest row, in bytes, that a device's clusters hold.
+LIBRARY.define(
+    "grpo_loss_cluster" + _LOSS.format(logits="Tensor logits", last=", bool want_gradient", gradient=", Tensor gradient"),
+    tags=torch.Tag.pt2_compliant_tag,
+)
+LIBRARY.define("grpo_loss_cluster_" + _LOSS.format(logits="Tensor(a!) logits", last="", gradient=""), tags=torch.Tag.pt2_compliant_tag)
+LIBRARY.define("cluster_row_bytes(int device) -> int")
 LIBRARY.define("cpu_isa() -> int")
 
 METRICS = ("kl", "entropy", "ratio_mean", "ratio_max", "clip_low", "clip_high", "clip_region", "active_fraction")
@@ -109,6 +116,7 @@ def scaled(gradient: Tensor, upstream: Tensor, *, inplace: bool) -> Tensor:
 
 
 @torch.library.register_fake("grpo_fast::grpo_loss", lib=LIBRARY)
+@torch.library.register_fake("grpo_fast::grpo_loss_cluster", lib=LIBRARY)
 def _grpo_loss_fake(logits: Tensor, token_ids: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     gradient = torch.empty_like(logits, memory_format=torch.contiguous_format) if rest[-1] else logits.new_empty(0)
     loss, logprobs, entropy, metrics = _grpo_loss_inplace_fake(logits, token_ids, *rest[:-1])
@@ -116,6 +124,7 @@ def _grpo_loss_fake(logits: Tensor, token_ids: Tensor, *rest: Any) -> tuple[Tens
 
 
 @torch.library.register_fake("grpo_fast::grpo_loss_", lib=LIBRARY)
+@torch.library.register_fake("grpo_fast::grpo_loss_cluster_", lib=LIBRARY)
 def _grpo_loss_inplace_fake(logits: Tensor, token_ids: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     logprobs = torch.empty_like(token_ids, dtype=torch.float32, memory_format=torch.contiguous_format)
     scalar = logits.new_empty((), dtype=torch.float32)
@@ -134,7 +143,8 @@ def _grpo_loss_backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -
     return (None if grad_loss is None else scaled(gradient, grad_loss, inplace=False), *[None] * 16)
 
 
-torch.library.register_autograd("grpo_fast::grpo_loss", _grpo_loss_backward, setup_context=_grpo_loss_setup_context, lib=LIBRARY)
+for _name in ("grpo_fast::grpo_loss", "grpo_fast::grpo_loss_cluster"):
+    torch.library.register_autograd(_name, _grpo_loss_backward, setup_context=_grpo_loss_setup_context, lib=LIBRARY)
 
 
 def call_below_autograd(operator: Any, *arguments: Any) -> Any:
@@ -147,12 +157,15 @@ class GrpoLossFunction(torch.autograd.Function):
     """grpo_loss or grpo_loss_ outside of torch.compile, by the same formulas as above. What needs no gradient comes as one tuple."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, inplace: bool, rest: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, logits: Tensor, inplace: bool, rest: tuple[Any, ...], cluster: bool = False) -> tuple[Tensor, ...]:
+        operators = torch.ops.grpo_fast
         if inplace:
-            out, gradient = call_below_autograd(torch.ops.grpo_fast.grpo_loss_.default, logits, *rest), logits.detach()
+            operator = operators.grpo_loss_cluster_ if cluster else operators.grpo_loss_
+            out, gradient = call_below_autograd(operator.default, logits, *rest), logits.detach()
             torch.autograd.graph.increment_version(logits)  # whoever else had saved these logits for backward is told
         else:
-            *out, gradient = call_below_autograd(torch.ops.grpo_fast.grpo_loss.default, logits, *rest, True)
+            operator = operators.grpo_loss_cluster if cluster else operators.grpo_loss
+            *out, gradient = call_below_autograd(operator.default, logits, *rest, True)
         ctx.inplace = inplace
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*out[1:])
@@ -161,9 +174,9 @@ class GrpoLossFunction(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return None if grad_loss is None else scaled(gradient, grad_loss, inplace=ctx.inplace), None, None
+        return None if grad_loss is None else scaled(gradient, grad_loss, inplace=ctx.inplace), None, None, None
 
 
 # token_logprobs -----------------------------------------------------------------------------------------------------------------

@@ -1,13 +1,15 @@
 """Compiles every CUDA file for the GPUs we support, without a GPU and without torch, and prints registers and spills of each kernel.
 
-    python tools/nvcc_check.py
+    python tools/nvcc_check.py [--json FILE]
 
 Skipped, with the reason printed, where there is no nvcc. A report is kept under build/nvcc and printed again while the sources stand still.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
+import json
 import re
 import runpy
 import shutil
@@ -61,7 +63,18 @@ def readable(mangled: str) -> str:
     return re.sub(r"[A-Za-z_0-9]*::", "", name)
 
 
+def as_records(report: str) -> list[dict[str, object]]:
+    """The lines of a report as dictionaries: arch, kernel, registers, spilled (bytes)."""
+    pattern = r"\s*(\w+)\s+(.*?)\s+(\d+) registers, (\d+) bytes spilled"
+    found = [re.match(pattern, line) for line in report.splitlines()]
+    return [{"arch": m[1], "kernel": m[2], "registers": int(m[3]), "spilled": int(m[4])} for m in found if m]
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the kernels' registers and spills to this file as well")
+    output = parser.parse_args().json
+    records: list[dict[str, object]] = []
     files = sorted((ROOT / "csrc").rglob("*.cu"))
     nvcc = BUILD.nvcc()
     if nvcc is None:
@@ -70,6 +83,9 @@ def main() -> None:
     for source in files:
         report = compile_report(nvcc, source)
         print(f"nvcc: {source.relative_to(ROOT)} compiles for sm_{', sm_'.join(ARCHS)}\n{report}", end="")
+        records += as_records(report)
+    if output:
+        output.write_text(json.dumps(records, indent=1))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 #include <tuple>
 #include <vector>
 
+#include "../loss_settings.h"
 #include "../ops.h"
-#include "../policy_loss.h"
 #include "token_rows.h"
 
 namespace grpo_fast {
@@ -38,23 +38,6 @@ double sum_up(const std::vector<RowRecord>& records, float* metrics) {
   for (int m = 0; m < kMetrics; m++) metrics[m] = static_cast<float>(sum[m] / std::max(m == kActiveFraction ? counted : computed, 1.0));
   metrics[kRatioMax] = static_cast<float>(ratio_max);
   return loss;
-}
-
-PolicyLossConfig config_of(const std::vector<double>& settings) {  // in the order of loss_settings() in grpo_fast/ops.py
-  STD_TORCH_CHECK(settings.size() == 12, "grpo_loss: 12 settings expected, got ", settings.size());
-  const double* s = settings.data();
-  return {Surrogate(static_cast<int64_t>(s[0])),
-          KlEstimator(static_cast<int64_t>(s[1])),
-          s[2] != 0,
-          s[3],
-          s[4],
-          s[5],
-          s[6],
-          s[7],
-          s[8],
-          s[9],
-          s[10],
-          s[11]};
 }
 
 struct PolicyInputs {

@@ -1,17 +1,24 @@
 // Stands in for <cuda_runtime.h>, so that g++ compiles a .cu file and its kernels run on the CPU: the logic of a kernel without a GPU.
 //
-// A block's threads are fibers of one OS thread, which change places only at __syncthreads and at shuffles. A warp runs until __syncthreads
-// stops it before another gets its turn, first warp first or, with CUDA_ON_HOST_REVERSED set, last warp first: warps are as far apart as
-// the barriers let them be, so a missing one shows. A barrier that not all threads reach ends the process. Blocks run one after another, so
-// __shared__ is a static variable. Only what our kernels use is here; a launch `kernel<<<grid, block, shared, stream>>>(arguments)` must
-// have been rewritten to cuda_on_host::launch(kernel, grid, ..., arguments).
+// A cluster's threads are fibers of one OS thread, which change places only where they wait: at barriers and at shuffles. A warp runs until
+// one stops it before another gets its turn, first warp first or, with CUDA_ON_HOST_REVERSED set, last warp first, or, with
+// CUDA_ON_HOST_SEED set to other than 0, in a random order that the seed makes: warps are as far apart as the barriers let them be, so a
+// missing one shows. A barrier that not all threads reach ends the process. Clusters run one after another, a block alone is a cluster of
+// one, so __shared__ is a static variable, for kernels without clusters. Only what our kernels use is here; a launch `kernel<<<grid, block,
+// shared, stream>>>(arguments)` must have been rewritten to cuda_on_host::launch(kernel, grid, ..., arguments).
 #pragma once
+#include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <functional>
 #include <memory>
+#include <random>
 #include <vector>
 
 #define __host__
@@ -28,31 +35,81 @@ constexpr cudaError_t cudaSuccess = 0;
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
 
-struct Dim {
-  unsigned x;
+struct float2 {
+  float x, y;
 };
-inline Dim threadIdx, blockIdx, blockDim, gridDim;
+struct float4 {
+  float x, y, z, w;
+};
+struct uint4 {
+  uint32_t x, y, z, w;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace cuda_on_host {
 
 struct Fiber {
   ucontext_t context;
+  jmp_buf place;
   std::unique_ptr<char[]> stack;
-  bool done;
+  bool started, done;
+  unsigned stores = 0;  // bulk stores under way
 };
 
 struct Barrier {
   unsigned size = 0, arrived = 0, generation = 0;
 };
 
+struct Block {
+  Barrier barrier, warps[32];
+  double shuffled[32][32];
+  std::vector<char> memory;  // dynamic shared
+  char* shared = nullptr;
+};
+
+struct Copy {  // by the copy engine: some time after it was asked for
+  std::function<void()> run;
+};
+
 inline std::vector<Fiber> fibers;
-inline ucontext_t scheduler;
+inline std::vector<std::unique_ptr<Block>> blocks;
+inline std::vector<Copy> copies;
+inline Barrier cluster_barrier;
+inline jmp_buf scheduler;
+inline ucontext_t scheduler_context;
 inline std::function<void()> body;
-inline unsigned current;
+inline unsigned current, threads_per_block;
 inline bool progress;
-inline Barrier block_barrier, warp_barriers[32];
-inline double shuffled[32][32];
 inline int launches = 0;
+inline std::mt19937 dice;
+inline unsigned seed = 0;
+
+inline bool chance(unsigned percent) { return seed != 0 && dice() % 100 < percent; }
+
+[[noreturn]] inline void fail(const char* what) {
+  std::fprintf(stderr, "cuda_on_host: %s (thread %u)\n", what, current);
+  std::abort();
+}
+
+inline unsigned block_index() { return current / threads_per_block; }
+inline Block& block() { return *blocks[block_index()]; }
+inline bool block_left(unsigned index) {  // whether any of its threads has returned
+  for (unsigned i = 0; i < threads_per_block; ++i)
+    if (fibers[index * threads_per_block + i].done) return true;
+  return false;
+}
+
+inline void yield() {
+  if (_setjmp(fibers[current].place) == 0) _longjmp(scheduler, 1);
+}
 
 inline void wait(Barrier& barrier) {
   const unsigned generation = barrier.generation;
@@ -61,79 +118,168 @@ inline void wait(Barrier& barrier) {
     ++barrier.generation;
     progress = true;
   } else {
-    while (barrier.generation == generation) swapcontext(&fibers[current].context, &scheduler);
+    while (barrier.generation == generation) yield();
   }
 }
 
 inline void run_fiber() {
   body();
   fibers[current].done = progress = true;
+  _longjmp(scheduler, 1);
 }
 
-inline void run_block(unsigned threads) {
+inline void resume(Fiber& fiber) {  // _setjmp and not swapcontext, which makes a system call each time
+  if (_setjmp(scheduler) != 0) return;
+  if (fiber.started) _longjmp(fiber.place, 1);
+  fiber.started = true;
+  setcontext(&fiber.context);
+}
+
+// A random copy of those under way; in the first two orders all of them, last first.
+inline bool run_copies() {
+  bool any = false;
+  while (!copies.empty() && (seed == 0 || !any || chance(50))) {
+    const size_t which = seed == 0 ? copies.size() - 1 : dice() % copies.size();
+    std::swap(copies[which], copies.back());
+    const Copy copy = std::move(copies.back());
+    copies.pop_back();
+    copy.run();
+    any = true;
+  }
+  return any;
+}
+
+inline void run_cluster(unsigned first_block, unsigned size, unsigned threads, size_t shared) {
   constexpr size_t kStack = 64 * 1024;
-  block_barrier = {threads};
-  for (unsigned warp = 0; warp < 32; ++warp) warp_barriers[warp] = {32};
-  if (fibers.size() < threads) fibers.resize(threads);
-  for (unsigned thread = 0; thread < threads; ++thread) {
+  threads_per_block = threads;
+  while (blocks.size() < size) blocks.push_back(std::make_unique<Block>());
+  for (unsigned b = 0; b < size; ++b) {
+    Block& block = *blocks[b];
+    block.barrier = {threads};
+    for (Barrier& warp : block.warps) warp = {32};
+    block.memory.assign(shared + 128, static_cast<char>(0xff));  // NaN until it is written
+    block.shared = block.memory.data() + (128 - reinterpret_cast<uintptr_t>(block.memory.data()) % 128) % 128;
+  }
+  const unsigned all = size * threads;
+  cluster_barrier = {all};
+  if (fibers.size() < all) fibers.resize(all);
+  for (unsigned thread = 0; thread < all; ++thread) {
     Fiber& fiber = fibers[thread];
     if (!fiber.stack) fiber.stack = std::make_unique<char[]>(kStack);
-    fiber.done = false;
+    fiber.started = fiber.done = false;
+    fiber.stores = 0;
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = kStack;
-    fiber.context.uc_link = &scheduler;
+    fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, run_fiber, 0);
   }
   const bool reversed = std::getenv("CUDA_ON_HOST_REVERSED") != nullptr;
-  const unsigned warps = threads / 32;
-  for (unsigned done = 0; done < threads;) {
+  const char* seed_text = std::getenv("CUDA_ON_HOST_SEED");
+  seed = seed_text ? static_cast<unsigned>(std::atoi(seed_text)) : 0;
+  if (seed != 0) dice.seed(seed);
+  std::vector<unsigned> order(all / 32);
+  for (unsigned i = 0; i < order.size(); ++i) order[i] = reversed ? static_cast<unsigned>(order.size()) - 1 - i : i;
+  for (unsigned done = 0; done < all;) {
     bool stuck = true;
-    for (unsigned i = 0; i < warps; ++i) {
-      const unsigned warp = reversed ? warps - 1 - i : i;
+    if (seed != 0) std::shuffle(order.begin(), order.end(), dice);
+    for (const unsigned warp : order) {
       do {
         progress = false;
         for (unsigned lane = 0; lane < 32; ++lane) {
           current = warp * 32 + (reversed ? 31 - lane : lane);
           if (fibers[current].done) continue;
-          threadIdx.x = current;
-          swapcontext(&scheduler, &fibers[current].context);
+          threadIdx.x = current % threads;
+          blockIdx.x = first_block + current / threads;
+          resume(fibers[current]);
           done += fibers[current].done;
         }
         stuck = stuck && !progress;
-      } while (progress);
+      } while (progress && !chance(30));
+      if (chance(30) && run_copies()) stuck = false;
     }
-    if (done < threads && stuck) {
-      std::fprintf(stderr, "cuda_on_host: deadlock: threads of one block wait at different barriers\n");
-      std::abort();
-    }
+    if ((seed == 0 || stuck) && run_copies()) stuck = false;
+    if (done < all && stuck) fail("deadlock: threads wait at different barriers");
   }
+  if (!copies.empty()) fail("the kernel returned before its copies were done");
 }
 
 template <typename Kernel, typename... Arguments>
-void launch(Kernel kernel, int64_t blocks, unsigned threads, size_t, cudaStream_t, Arguments... arguments) {
+void launch_clusters(Kernel kernel, int64_t count, unsigned size, unsigned threads, size_t shared, const Arguments&... arguments) {
   ++launches;
   body = [&] { kernel(arguments...); };
   blockDim.x = threads;
-  gridDim.x = static_cast<unsigned>(blocks);
-  for (int64_t block = 0; block < blocks; ++block) {
-    blockIdx.x = static_cast<unsigned>(block);
-    run_block(threads);
-  }
+  gridDim.x = static_cast<unsigned>(count);
+  for (int64_t first = 0; first < count; first += size) run_cluster(static_cast<unsigned>(first), size, threads, shared);
+}
+
+template <typename Kernel, typename... Arguments>
+void launch(Kernel kernel, int64_t count, unsigned threads, size_t shared, cudaStream_t, Arguments... arguments) {
+  launch_clusters(kernel, count, 1, threads, shared, arguments...);
 }
 
 }  // namespace cuda_on_host
 
-inline void __syncthreads() { cuda_on_host::wait(cuda_on_host::block_barrier); }
+inline void __syncthreads() { cuda_on_host::wait(cuda_on_host::block().barrier); }
 
 inline double __shfl_xor_sync(unsigned, double x, int distance) {
   using namespace cuda_on_host;
+  Block& here = block();
   const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  shuffled[warp][lane] = x;
-  wait(warp_barriers[warp]);
-  const double other = shuffled[warp][lane ^ distance];
-  wait(warp_barriers[warp]);
+  here.shuffled[warp][lane] = x;
+  wait(here.warps[warp]);
+  const double other = here.shuffled[warp][lane ^ static_cast<unsigned>(distance)];
+  wait(here.warps[warp]);
   return other;
 }
 
 extern "C" int cuda_on_host_launches() { return cuda_on_host::launches; }
+
+// What a launcher of clusters asks and says. CUDA_ON_HOST_CLUSTERS (default 3) are resident at once.
+enum { cudaDevAttrComputeCapabilityMajor, cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum { cudaLaunchAttributeClusterDimension };
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+struct cudaLaunchAttribute {
+  int id;
+  struct {
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int) {
+  *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9 : 232448;
+  return cudaSuccess;
+}
+template <typename Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel) {
+  attributes->ptxVersion = 90;
+  return cudaSuccess;
+}
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, int, int) {
+  return cudaSuccess;
+}
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel, const cudaLaunchConfig_t*) {
+  const char* text = std::getenv("CUDA_ON_HOST_CLUSTERS");
+  *clusters = text ? std::atoi(text) : 3;
+  return cudaSuccess;
+}
+template <typename... Parameters, typename... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), const Arguments&... arguments) {
+  const unsigned size = config->numAttrs > 0 ? config->attrs[0].val.clusterDim.x : 1;
+  cuda_on_host::launch_clusters(kernel, config->gridDim.x, size, config->blockDim.x, config->dynamicSmemBytes, arguments...);
+  return cudaSuccess;
+}

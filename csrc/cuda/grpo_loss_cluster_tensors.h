@@ -1,0 +1,77 @@
+// From tensors to the plain arguments of the cluster kernel, for whoever launches it: the CUDA binding, or the tests on a CPU.
+#pragma once
+#include <cmath>
+#include <tuple>
+#include <vector>
+
+#include "../cpu/token_rows.h"
+#include "../loss_settings.h"
+#include "grpo_loss_cluster.h"
+
+namespace grpo_fast {
+
+struct ClusterLossTensors {  // the operator's arguments behind the logits; for their meaning see grpo_fast/ops.py
+  const Tensor &token_ids, &mask, &advantages, &weights;
+  const std::optional<Tensor>&entropy_weights, &old_logprobs, &ref_logprobs, &rollout_weights, &temperatures;
+  double temperature, softcap, logit_scale, loss_scale;
+  const std::vector<double>& settings;
+  bool only_active;
+};
+
+using ClusterLossOutput = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // loss, logprobs, entropy, metrics
+
+// Calls launch(args), which says in words what went wrong, or null. gradient: null where none is wanted.
+template <typename Launch>
+ClusterLossOutput cluster_loss(const Tensor& logits, const Tensor* gradient, const ClusterLossTensors& given, const Launch& launch) {
+  const ScalarType type = logits.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
+                  "logits: float32, bfloat16 or float16 expected by the cluster kernel");
+  STD_TORCH_CHECK(logits.stride(2) == 1 || logits.size(2) == 1, "the cluster kernel needs logits that are contiguous over the vocabulary");
+  STD_TORCH_CHECK(logits.size(2) < (int64_t(1) << 31), "the cluster kernel needs a vocabulary below 2^31");
+  ClusterLossArgs args{};
+  args.logits = static_cast<const char*>(logits.const_data_ptr());
+  args.gradient = gradient ? static_cast<char*>(const_cast<void*>(gradient->const_data_ptr())) : nullptr;
+  for (int i = 0; i < 2; ++i) {
+    args.logits_strides[i] = logits.stride(i);
+    args.gradient_strides[i] = gradient ? gradient->stride(i) : 0;
+  }
+  args.sequences = logits.size(0), args.positions = logits.size(1), args.vocabulary = logits.size(2);
+  args.length = given.token_ids.size(1);
+  args.type = type == ScalarType::Float ? LogitType::kFloat32 : type == ScalarType::BFloat16 ? LogitType::kBFloat16 : LogitType::kFloat16;
+
+  const auto view = [](const auto& x) { return TokenView<std::decay_t<decltype(*x.data)>>{x.data, x.sequence_stride, x.token_stride}; };
+  args.token_ids = view(PerToken<int64_t>(given.token_ids));
+  args.mask = view(PerToken<bool>(given.mask));
+  args.temperatures = view(PerToken<float>(given.temperatures));
+  args.advantages = view(PerToken<float>(given.advantages));
+  args.weights = view(PerToken<float>(given.weights));
+  args.entropy_weights = view(PerToken<float>(given.entropy_weights));
+  args.old_logprobs = view(PerToken<float>(given.old_logprobs));
+  args.ref_logprobs = view(PerToken<float>(given.ref_logprobs));
+  args.rollout_weights = view(PerToken<float>(given.rollout_weights));
+
+  const double log2_e = 1.4426950408889634074,
+               slope = given.temperatures.has_value() ? given.logit_scale : given.logit_scale / given.temperature;
+  args.softcap = given.softcap > 0;
+  const double cap_scale = args.softcap ? given.logit_scale / given.softcap : 1;
+  args.k = static_cast<float>(log2_e * slope / cap_scale), args.slope = static_cast<float>(slope);
+  args.cap_scale = static_cast<float>(cap_scale);
+  args.config = config_of(given.settings);
+  args.loss_scale = given.loss_scale;
+  args.only_active = given.only_active;
+  args.all_active = args.config.beta != 0 || args.config.entropy_coef != 0;
+
+  const Tensor& like = given.token_ids;
+  Tensor loss = torch::stable::new_empty(like, {}, ScalarType::Float),
+         metrics = torch::stable::new_empty(like, {kTokenMetrics}, ScalarType::Float);
+  Tensor logprobs = like_tokens(like), entropy = like_tokens(like);
+  Tensor records = torch::stable::new_empty(like, {like.numel(), static_cast<int64_t>(sizeof(TokenRecord) / 4)}, ScalarType::Float);
+  args.loss = loss.mutable_data_ptr<float>(), args.metrics = metrics.mutable_data_ptr<float>();
+  args.logprobs = logprobs.mutable_data_ptr<float>(), args.entropy = entropy.mutable_data_ptr<float>();
+  args.records = static_cast<TokenRecord*>(records.mutable_data_ptr());
+  const char* error = launch(args);
+  STD_TORCH_CHECK(error == nullptr, "grpo_fast::grpo_loss_cluster: ", error);
+  return {loss, logprobs, entropy, metrics};
+}
+
+}  // namespace grpo_fast

@@ -1,0 +1,416 @@
+"""The CUDA cluster kernel: its source compiled for the CPU on the stand-in of tests/cuda_on_host, against the float64 truth; what nvcc
+makes of it; and, on a GPU that has clusters, the kernel itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import test_grpo_loss
+import torch
+from cases import Case, random_case
+from torch import Tensor
+from torch.utils import cpp_extension
+
+import grpo_fast as gf
+from grpo_fast import _build, ops
+from grpo_fast.cluster import why_no_clusters
+
+HERE = Path(__file__).parent
+CSRC = HERE.parent / "csrc"
+
+needs_compiler = pytest.mark.skipif(
+    _build.cxx_compiler() is None or sys.platform != "linux", reason="needs a C++ compiler, and Linux for the fibers"
+)
+
+
+# ---- the kernel on the CPU
+
+
+@pytest.fixture(scope="session")
+def on_host(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """csrc/cuda/grpo_loss_cluster.cu, compiled by the C++ compiler with two consumer warps: torch.ops.grpo_fast_cluster_on_host."""
+    build = tmp_path_factory.mktemp("cluster_on_host")
+    source = (CSRC / "cuda" / "grpo_loss_cluster.cu").read_text()
+    (build / "kernel.cpp").write_text(source.replace('"grpo_loss_cluster.h"', '"cuda/grpo_loss_cluster.h"'))
+    compiler, library = _build.cxx_compiler(), build / "cluster_on_host.so"
+    flags = ["-O1", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE", f"-I{HERE / 'cuda_on_host'}", f"-I{CSRC}"]
+    small = ["-DGF_CONSUMER_WARPS=2", "-DGF_TOTAL_THREADS=64"]
+    subprocess.run([compiler, *flags, *small, "-c", "kernel.cpp"], cwd=build, check=True)
+    torch_flags = [_build.TARGET_TORCH, *(f"-I{folder}" for folder in cpp_extension.include_paths())]
+    libraries = [*(f"-L{folder}" for folder in cpp_extension.library_paths()), "-lc10", "-ltorch", "-ltorch_cpu"]
+    operator = HERE / "cuda_on_host" / "grpo_loss_cluster_op.cpp"
+    subprocess.run([compiler, *flags, "-shared", *torch_flags, operator, "kernel.o", "-o", library, *libraries], cwd=build, check=True)
+    torch.ops.load_library(library)
+    return torch.ops.grpo_fast_cluster_on_host
+
+
+@pytest.fixture
+def cluster(on_host: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """impl="cluster" computes CPU tensors by the kernel on the stand-in. Yields a function that sets how it runs."""
+    library = torch.library.Library("grpo_fast", "IMPL")
+    library.impl("grpo_loss_cluster", on_host.loss, "CPU")
+    library.impl("grpo_loss_cluster_", lambda logits, *rest: on_host.loss_to(logits, logits, *rest), "CPU")
+    monkeypatch.setattr("grpo_fast.cluster.why_no_clusters", lambda logits: "")
+
+    def run_with(**settings: int) -> None:
+        for name, value in settings.items():
+            monkeypatch.setenv(f"CUDA_ON_HOST_{name.upper()}", str(value))
+
+    yield run_with
+    library._destroy()
+
+
+def one_pass_case(seed: int, dtype: torch.dtype) -> Case | None:
+    """The common random case, by the cluster kernel; None where its loss needs whole sequences."""
+    case = random_case(seed, dtype)
+    config = case.options["config"]
+    if config.level != "token" or config.surrogate == "vespo":
+        return None
+    return case
+
+
+def check(seed: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """The comparison of test_grpo_loss with the kernel's answers; False where the case is not for it."""
+    if one_pass_case(seed, dtype) is None:
+        return False
+    run = Case.run
+
+    def run_by_cluster(self: Case, logits: Tensor | None = None, **changed: Any) -> Any:
+        # test_grpo_loss gives `inplace` or logits to the reference's runs only
+        return run(self, logits, **changed) if changed else run(self, logits, impl="cluster")
+
+    monkeypatch.setattr(Case, "run", run_by_cluster)
+    test_grpo_loss.check(seed, dtype)
+    monkeypatch.setattr(Case, "run", run)
+    return True
+
+
+# One token of [1, 1, 1025] with log p = -18 at T = 0.6: half an ulp in log2(e) / T moves the entropy by twice the allowance.
+TEMPERATURE_SENSITIVE = {37}
+
+# (cluster, stages, resident clusters, seed of the threads' order): 0: by the row's length; the order: warp by warp.
+SHAPES = [(1, 2, 1, 0), (2, 3, 2, 0), (4, 2, 1, 1), (4, 3, 1, 2), (8, 3, 3, 3), (0, 0, 2, 4)]
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", test_grpo_loss.DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_float64_truth(
+    shape: tuple[int, ...], dtype: torch.dtype, cluster: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster(cluster=shape[0], stages=shape[1], clusters=shape[2], seed=shape[3])
+    first = SHAPES.index(shape) * 20
+    seeds = [seed for seed in range(first, first + 20) if seed not in TEMPERATURE_SENSITIVE]
+    assert sum(check(seed, dtype, monkeypatch) for seed in seeds) >= 5  # the others need whole sequences
+
+
+@needs_compiler
+@pytest.mark.sweep
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("dtype", test_grpo_loss.DTYPES, ids=str)
+def test_the_float64_truth_at_length(dtype: torch.dtype, cluster: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in range(1000, 1600):
+        cluster(cluster=2 ** (seed % 4), stages=2 + seed % 3, clusters=1 + seed % 3, seed=seed)
+        check(seed, dtype, monkeypatch)
+
+
+# ---- rows of every kind, on the CPU, against the C++ kernels
+
+
+def call(rows: int, vocabulary: int, dtype: torch.dtype, **changed: Any) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = (torch.randn(1, rows, vocabulary, generator=generator) * 2.5).to(dtype)
+    ids = torch.randint(vocabulary, (1, rows), generator=generator)
+    ids[0, :2] = torch.tensor([0, vocabulary - 1])  # the edges' columns
+    given = {"logits": logits, "token_ids": ids, "advantages": torch.randn(1, rows, generator=generator), "temperature": 0.8}
+    given["config"] = gf.LossConfig(entropy_coef=0.1)
+    return {**given, **changed}
+
+
+def both(given: dict[str, Any], **options: Any) -> tuple[Any, Any]:
+    """((out, gradient) by the cluster kernel, the same by the C++ kernels); the logits are a view of memory that is not a leaf."""
+    results = []
+    for impl in ("cluster", None):
+        leaf = given["logits"].detach().clone().requires_grad_()
+        view = options.get("view", lambda x: x)(leaf * 1)
+        out = gf.grpo_loss(**{**given, "logits": view}, impl=impl, inplace=options.get("inplace", False))
+        out.loss.backward()
+        results.append((out, leaf.grad))
+    return results[0], results[1]
+
+
+def assert_same(given: dict[str, Any], **options: Any) -> None:
+    (out, gradient), (expected, true_gradient) = both(given, **options)
+    torch.testing.assert_close(out.logprobs, expected.logprobs, rtol=1e-6, atol=5e-6, equal_nan=True)
+    torch.testing.assert_close(out.entropy, expected.entropy, rtol=1e-6, atol=5e-6, equal_nan=True)
+    torch.testing.assert_close(out.loss, expected.loss, rtol=1e-5, atol=1e-6, equal_nan=True)
+    eps = torch.finfo(gradient.dtype).eps
+    scale = true_gradient[~true_gradient.isnan()].abs().max().item()
+    torch.testing.assert_close(gradient, true_gradient, rtol=2 * eps, atol=1e-5 * scale, equal_nan=True)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", test_grpo_loss.DTYPES, ids=str)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_rows_on_every_offset(inplace: bool, dtype: torch.dtype, cluster: Callable[..., None]) -> None:
+    """Odd vocabularies put each row on another 16-byte offset; slices that are short or empty; one vector more or less."""
+    cluster(cluster=4, stages=3, clusters=2, seed=5)
+    for vocabulary in (2, 7, 9, 255, 263, 1031, 2049):
+        assert_same(call(9, vocabulary, dtype), inplace=inplace)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", test_grpo_loss.DTYPES, ids=str)
+def test_gradient_on_another_offset_than_the_logits(dtype: torch.dtype, cluster: Callable[..., None]) -> None:
+    """Padded logits and a contiguous gradient: bulk copies cannot carry it."""
+    cluster(cluster=2, stages=3, clusters=1, seed=6)
+    assert_same(call(5, 1001, dtype), view=lambda x: torch.nn.functional.pad(x, (1, 2))[..., 1:-2])
+
+
+@needs_compiler
+def test_nothing_beside_the_rows_is_touched(cluster: Callable[..., None], on_host: Any) -> None:
+    cluster(cluster=2, stages=2, clusters=2, seed=7)
+    given = call(6, 523, torch.bfloat16)
+    wide = torch.full((1, 6, 540), 7.0, dtype=torch.bfloat16)
+    wide[..., 5:528] = given["logits"]
+    leaf = given["logits"].clone().requires_grad_()
+    storage = wide.clone()
+    ones = torch.ones(1, 6)
+    settings = ops.loss_settings(given["config"])
+    rest = (given["token_ids"], ones.bool(), given["advantages"], ones, ones, None, None, None, None, 0.8, 0.0, 1.0, 1.0, settings, False)
+    on_host.loss_to(storage[..., 5:528], storage[..., 5:528], *rest)
+    gradient = torch.ops.grpo_fast.grpo_loss(leaf.detach(), *rest, True)[-1]
+    torch.testing.assert_close(storage[..., 5:528], gradient, rtol=2.0**-7, atol=1e-6)
+    storage[..., 5:528] = 7.0
+    assert (storage == 7).all()
+
+
+@needs_compiler
+def test_extreme_rows(cluster: Callable[..., None]) -> None:
+    """A peak that the guess does not see, a target far above and far below the rest, -inf columns, a constant offset."""
+    cluster(cluster=4, stages=3, clusters=1, seed=8)
+    given = call(8, 2100, torch.float32)
+    z, ids = given["logits"][0], given["token_ids"][0]
+    z[0, 1999] = 90.0
+    z[1, 3] = 400.0
+    z[2, ids[2]] = 300.0
+    z[3, ids[3]] = -300.0
+    z[4, ::2] = float("-inf")
+    z[4, ids[4]] = 1.0
+    z[5] += 1000.0
+    z[6] = float("-inf")
+    z[6, ids[6]] = 0.5
+    assert_same(given)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", test_grpo_loss.DTYPES, ids=str)
+def test_an_id_outside_the_vocabulary(dtype: torch.dtype, on_host: Any) -> None:
+    """NaN in its row and nowhere else; the check in front of the kernel reads CPU tensors only."""
+    given, ones = call(4, 515, dtype), torch.ones(1, 4)
+    settings = ops.loss_settings(gf.LossConfig())
+    for outside in (-1, 515, 2**40):
+        given["token_ids"][0, 3] = outside
+        rest = (
+            given["token_ids"],
+            ones.bool(),
+            given["advantages"],
+            ones,
+            None,
+            None,
+            None,
+            None,
+            None,
+            0.8,
+            0.0,
+            1.0,
+            1.0,
+            settings,
+            False,
+        )
+        found, expected = on_host.loss(given["logits"], *rest, True), torch.ops.grpo_fast.grpo_loss(given["logits"], *rest, True)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-5, equal_nan=True)
+        assert found[0].isnan() and found[4][0, 3].isnan().all() and not found[4][0, :3].isnan().any()
+
+
+@needs_compiler
+def test_the_same_bits_in_every_order(cluster: Callable[..., None]) -> None:
+    """Whatever the order in which warps run and copies land, and however many clusters there are."""
+    given = call(10, 1999, torch.bfloat16, config=gf.LossConfig(entropy_coef=0.1, loss_type="cispo", epsilon_high=1.05))
+    results = []
+    for seed in range(1, 7):
+        cluster(cluster=4, stages=3, clusters=1 + seed % 3, seed=seed)
+        out, gradient = both(given)[0]
+        results.append((out.loss, out.logprobs, out.entropy, gradient, *out.metrics.values()))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@needs_compiler
+def test_without_a_gradient(cluster: Callable[..., None]) -> None:
+    cluster(cluster=2, stages=2, clusters=1, seed=9)
+    given = call(5, 600, torch.bfloat16)
+    before = given["logits"].clone()
+    out, expected = gf.grpo_loss(**given, impl="cluster"), gf.grpo_loss(**given)
+    torch.testing.assert_close(out.logprobs, expected.logprobs, rtol=1e-6, atol=5e-6)
+    assert torch.equal(before, given["logits"])
+
+
+@needs_compiler
+def test_real_vocabularies(cluster: Callable[..., None]) -> None:
+    """The cluster that the launcher chooses for them: 1, 4, 4 and 8 blocks."""
+    cluster(clusters=1)
+    for vocabulary in (32000, 128256, 151643, 262144):
+        assert_same(call(2, vocabulary, torch.bfloat16))
+
+
+# ---- the choice
+
+
+def test_impl_is_refused_where_it_cannot_be() -> None:
+    given = call(3, 20, torch.float32)
+    with pytest.raises(ValueError, match="impl is 'cuda'; expected None or one of"):
+        gf.grpo_loss(**given, impl="cuda")
+    with pytest.raises(RuntimeError, match="the logits are on cpu; expected an NVIDIA GPU of compute capability"):
+        gf.grpo_loss(**given, impl="cluster")
+    with gf.use_backend("reference"), pytest.raises(RuntimeError, match="computed by the backend 'reference'"):
+        gf.grpo_loss(**given, impl="triton")
+    with pytest.raises(ValueError, match="float64"):
+        gf.grpo_loss(**{**given, "logits": given["logits"].double()}, impl="cluster")
+    old = torch.zeros(1, 3)
+    with pytest.raises(ValueError, match="single tokens"):
+        gf.grpo_loss(**{**given, "config": gf.LossConfig(loss_type="gspo")}, old_logprobs=old, impl="cluster")
+
+
+# ---- what nvcc makes of it
+
+
+@pytest.mark.skipif(_build.find_cuda_home() is None, reason="no CUDA toolkit")
+def test_no_spills_and_few_instructions(tmp_path: Path) -> None:
+    """The bytes of a pass leave 27 instructions for each logit on an H200; a soft cap, which is bound by arithmetic, may take more."""
+    file = tmp_path / "cluster.json"
+    subprocess.run([sys.executable, HERE.parent / "tools" / "nvcc_check.py", "--json", file], check=True)
+    found = {(k["kernel"], k["arch"]): k for k in json.loads(file.read_text())}
+    clusters = {name: k for name, k in found.items() if "_cluster_kernel" in name[0] and name[1] == "sm_90"}
+    assert len(clusters) == 6
+    for k in clusters.values():
+        assert k["spilled"] == 0 and k["registers"] <= 104, k
+
+
+# ---- on a GPU with clusters
+
+
+@pytest.fixture
+def gpu() -> None:
+    logits = torch.zeros(1, 1, 32, device="cuda", dtype=torch.bfloat16)
+    if why := why_no_clusters(logits):
+        pytest.skip(why)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", test_grpo_loss.DTYPES, ids=str)
+def test_gpu_the_float64_truth(dtype: torch.dtype, gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from test_triton import gpu_case
+
+    monkeypatch.setattr(test_grpo_loss, "random_case", gpu_case)
+    assert sum(check(seed, dtype, monkeypatch) for seed in range(200)) > 60
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocabulary", [32000, 50257, 128256, 151643, 152064, 262144])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_gpu_real_vocabularies(inplace: bool, vocabulary: int, gpu: None) -> None:
+    from test_triton import big
+
+    given = {**big(700, vocabulary), "temperature": 0.6, "config": gf.LossConfig(entropy_coef=0.1)}
+    leaf = given["logits"]
+    results = []
+    for _ in range(5):
+        out = gf.grpo_loss(**{**given, "logits": leaf * 1}, impl="cluster", inplace=inplace)
+        results.append((*torch.autograd.grad(out.loss, leaf), out.loss, out.entropy, out.logprobs))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    expected = gf.grpo_loss(**given, impl="triton")
+    (gradient,) = torch.autograd.grad(expected.loss, leaf)
+    assert (results[0][3] - expected.logprobs).abs().max() < 1e-5 and (results[0][2] - expected.entropy).abs().max() < 1e-5
+    assert ((results[0][0] - gradient).abs() <= 2.0**-7 * gradient.abs() + 1e-5 * gradient.abs().max()).all()
+
+
+@pytest.mark.gpu
+def test_gpu_offsets_beyond_two_to_the_31(gpu: None) -> None:
+    from test_triton import big
+
+    vocabulary = 2**18
+    rows = 2**31 // vocabulary + 3
+    if torch.cuda.mem_get_info()[0] < 3 * rows * vocabulary * 2:
+        pytest.skip("needs 13 GB of free GPU memory")
+    given = big(rows, vocabulary)
+    out = gf.grpo_loss(**given, impl="cluster")
+    out.loss.backward()
+    last = {name: value[-2:].detach() for name, value in given.items()}
+    few = gf.grpo_loss(**last, num_items=rows)
+    torch.testing.assert_close(out.logprobs[-2:], few.logprobs, rtol=1e-5, atol=1e-6)
+    assert (given["logits"].grad[-2:].abs().sum(1) > 0).all()
+
+
+@pytest.mark.gpu
+def test_gpu_graphs_streams_and_no_synchronisation(gpu: None) -> None:
+    from test_triton import big
+
+    given = {**big(64, 32000), "impl": "cluster"}
+    expected = torch.autograd.grad(gf.grpo_loss(**given).loss, given["logits"])[0]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        gf.grpo_loss(**given).loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)
+        late = given["logits"].detach().clone().requires_grad_()
+        found = torch.autograd.grad(gf.grpo_loss(**{**given, "logits": late}).loss, late)[0]
+    stream.synchronize()
+    assert torch.equal(found, expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        (captured,) = torch.autograd.grad(gf.grpo_loss(**given).loss, given["logits"])
+    graph.replay()
+    assert torch.equal(captured, expected)
+
+
+SANITIZED = """
+import torch, grpo_fast as gf
+for dtype in (torch.float32, torch.bfloat16):
+    for vocabulary in (1031, 40009):
+        z = torch.randn(5, vocabulary, device="cuda", dtype=dtype, requires_grad=True)
+        ids = torch.randint(vocabulary, (5,), device="cuda")
+        gf.grpo_loss(z, ids, torch.ones(5, device="cuda"), impl="cluster").loss.backward()
+torch.cuda.synchronize()
+print("computed")
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
+def test_gpu_compute_sanitizer(tool: str, gpu: None) -> None:
+    if shutil.which("compute-sanitizer") is None:
+        pytest.skip("compute-sanitizer is not installed")
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SANITIZED]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=300, env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    )
+    if "not supported" in done.stdout + done.stderr:
+        pytest.skip("compute-sanitizer does not work on this machine")
+    assert done.returncode == 0 and "computed" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
