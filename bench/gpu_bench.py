@@ -83,13 +83,13 @@ def clocks() -> str | None:
 
 def eager(logits: Tensor, ids: Tensor, advantages: Tensor, old: Tensor) -> Tensor:
     """The loss as one writes it by hand: float32, ratio, clip, mean."""
-    logprobs = (logits.float() / TEMPERATURE).log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    logprobs = (logits[:, :-1].float() / TEMPERATURE).log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
     ratio = (logprobs - old).exp()
     return -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).mean()
 
 
 def contestants(device: str) -> dict[str, Callable[..., Tensor]]:
-    """name -> loss(logits [1, N, V], ids, advantages, old); what is not installed is not there."""
+    """name -> loss(logits [1, N + 1, V], ids, advantages, old); what is not installed is not there."""
 
     def ours(impl: str | None) -> Callable[..., Tensor]:
         config = gf.LossConfig(loss_type="bnpo")
@@ -102,8 +102,7 @@ def contestants(device: str) -> dict[str, Callable[..., Tensor]]:
             from liger_kernel.ops.grpo_loss import GrpoLossFunction
 
             def liger(z: Tensor, ids: Tensor, a: Tensor, old: Tensor) -> Tensor:
-                padded = torch.cat([z, z[:, :1]], 1) if z.shape[1] == ids.shape[1] else z
-                out = GrpoLossFunction.apply(padded, old, None, ids, a[:, 0], None, TEMPERATURE, 0.0, 0.2, 0.2, True)
+                out = GrpoLossFunction.apply(z, old, None, ids, a[:, 0], None, TEMPERATURE, 0.0, 0.2, 0.2, False)
                 return out[0].mean()
 
             found["liger"] = liger
@@ -114,17 +113,17 @@ def contestants(device: str) -> dict[str, Callable[..., Tensor]]:
 
 def case(rows: int, vocabulary: int, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator(device).manual_seed(0)
-    logits = torch.randn(1, rows, vocabulary, device=device, generator=generator, dtype=torch.bfloat16)
+    logits = torch.randn(1, rows + 1, vocabulary, device=device, generator=generator, dtype=torch.bfloat16)
     ids = torch.randint(vocabulary, (1, rows), device=device, generator=generator)
     advantages = torch.full((1, rows), 0.7, device=device)  # one sequence: Liger takes one advantage for each
-    picked = logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1).float() / TEMPERATURE
-    chunks = [(part.float() / TEMPERATURE).logsumexp(-1) for part in logits[0].split(512)]
+    picked = logits[:, :-1].gather(-1, ids.unsqueeze(-1)).squeeze(-1).float() / TEMPERATURE
+    chunks = [(part.float() / TEMPERATURE).logsumexp(-1) for part in logits[0, :-1].split(512)]
     return logits.requires_grad_(), ids, advantages, picked - torch.cat(chunks).unsqueeze(0) + 0.01
 
 
 def gate(loss: Callable[..., Tensor], given: tuple[Tensor, ...]) -> float:
     """The gradient's error on the first rows, relative to the float64 truth's length."""
-    few = tuple(x[:, :GATE_ROWS].detach() for x in given)
+    few = tuple(x[:, : GATE_ROWS + (x is given[0])].detach() for x in given)  # logits have one position more
     z = few[0].clone().requires_grad_()
     loss(z, *few[1:]).backward()
     exact = few[0].double().requires_grad_()
@@ -134,7 +133,7 @@ def gate(loss: Callable[..., Tensor], given: tuple[Tensor, ...]) -> float:
 
 
 def eager64(logits: Tensor, ids: Tensor, advantages: Tensor, old: Tensor) -> Tensor:
-    logprobs = (logits / TEMPERATURE).log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    logprobs = (logits[:, :-1] / TEMPERATURE).log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
     ratio = (logprobs - old.double()).exp()
     return -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).mean()
 
