@@ -103,6 +103,8 @@ def hidden_states_of(model: nn.Module, model_inputs: dict[str, Any]) -> tuple[Te
     if head.module not in _verified:
         _verify(model, head, hidden[:, -1:], last, output.logits)
         _verified.add(head.module)
+    if any(_is_fsdp(x) for x in (model, _unwrapped(model))):
+        hidden = _BackwardByOutput.apply(hidden, output.logits)
     return hidden, head
 
 
@@ -206,6 +208,25 @@ def _passing_out(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
         del module.forward
         if of_instance is not None:
             module.forward = of_instance
+
+
+class _BackwardByOutput(torch.autograd.Function):
+    """The hidden states as they are. Their gradient comes with a 0 for the model's output, from which FSDP2 learns that backward begins:
+    what it has freed after forward would else be read as it is, which is no memory at all."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, output: Tensor) -> Tensor:
+        ctx.output = output.shape, output.dtype, output.device
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        shape, dtype, device = ctx.output
+        return gradient, torch.zeros(shape, dtype=dtype, device=device)
+
+
+def _is_fsdp(module: object) -> bool:
+    return hasattr(module, "set_requires_gradient_sync") and hasattr(module, "unshard")  # FSDPModule, without a second of imports
 
 
 @torch.no_grad()
