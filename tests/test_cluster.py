@@ -408,9 +408,7 @@ def test_gpu_compute_sanitizer(tool: str, gpu: None) -> None:
         pytest.skip("compute-sanitizer is not installed")
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SANITIZED]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=300, env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    )
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
     if "not supported" in done.stdout + done.stderr:
         pytest.skip("compute-sanitizer does not work on this machine")
     assert done.returncode == 0 and "computed" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
