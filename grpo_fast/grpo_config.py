@@ -220,6 +220,11 @@ class GRPOConfig(TrainingArguments):
         return TemperatureSchedule(self._schedule.spec)
 
     @property
+    def prompt_seed(self) -> int:
+        """Of the order in which prompts come."""
+        return self.seed if self.data_seed is None else self.data_seed
+
+    @property
     def prompts_per_rollout(self) -> int:
         """Over all processes."""
         assert self.generation_batch_size is not None

@@ -91,7 +91,7 @@ class GRPOTrainer(CompleteCheckpoints):
         self.rewards = RewardRunner(rewards, weights=weights, timeout=args.reward_timeout)
         self.prompts: PromptSource | None = None
         if train_dataset is not None:
-            self.prompts = PromptSource(train_dataset, args.prompts_per_rollout, seed=_data_seed(args), shuffle=args.shuffle_dataset)
+            self.prompts = PromptSource(train_dataset, args.prompts_per_rollout, seed=args.prompt_seed, shuffle=args.shuffle_dataset)
         self.temperatures = args.schedule()
         self.metrics_on = "all" if self.temperatures.steered else args.metrics_on  # it steers by what is measured
         self.loss_config = args.loss_config()
@@ -467,7 +467,7 @@ class GRPOTrainer(CompleteCheckpoints):
                 "step": self.state.global_step,
                 "prompt": rows[group]["prompt"],
                 "completion": answer.text,
-                "rewards": dict(zip(self.rewards.names, scores, strict=True)),
+                "rewards": {name: None if math.isnan(x) else x for name, x in zip(self.rewards.names, scores, strict=True)},
                 "advantage": advantage,
                 "temperature": temperature,
             }
@@ -518,21 +518,25 @@ class GRPOTrainer(CompleteCheckpoints):
         self.reference.save(folder)
         state = {
             "version": 1,
-            "processes": self.accelerator.num_processes,
+            "batches": self._batches(),
             "temperature": self.temperatures.state_dict(),
             "step_tokens": self._step_tokens if unfinished else [],
         }
         (folder / STATE).write_text(json.dumps(state, indent=2) + "\n")
+
+    def _batches(self) -> dict[str, int]:
+        names = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "num_iterations")
+        return {"processes": self.accelerator.num_processes} | {name: getattr(self.args, name) for name in names}
 
     def _load_extra_state(self, folder: Path) -> None:
         state = json.loads((folder / STATE).read_text())
         self.temperatures.load_state_dict(state["temperature"])
         self._step_tokens = state["step_tokens"]
         rollout = folder / f"rollout-{self.accelerator.process_index}.safetensors"
-        if self._step_tokens and state["processes"] != self.accelerator.num_processes:
+        if self._step_tokens and state["batches"] != self._batches():
             raise ValueError(
-                f"{folder} was written by {state['processes']} processes in the middle of a rollout, and there are "
-                f"{self.accelerator.num_processes}; expected as many. Resume from a checkpoint at the end of a rollout."
+                f"{folder} was written in the middle of a rollout, with {state['batches']}, and now it is {self._batches()}; expected the "
+                "same. Resume from a checkpoint at the end of a rollout."
             )
         self.rollout = Rollout.load(rollout, self.args.device) if rollout.exists() else None
         self.reference.load(folder)
@@ -582,10 +586,6 @@ def _with_overlong(reward_funcs: Any, args: GRPOConfig) -> tuple[list[Any], list
         rewards.append(SoftOverlongPunishment(args.max_completion_length, args.soft_punish_cache))
         weights = None if weights is None else [*weights, 1.0]
     return rewards, weights
-
-
-def _data_seed(args: GRPOConfig) -> int:
-    return args.seed if args.data_seed is None else args.data_seed
 
 
 def _weighted(rewards: Tensor, weights: Tensor) -> Tensor:  # [B, R], [R] -> [B]

@@ -94,6 +94,9 @@ def test_half_a_checkpoint_is_passed_over(tmp_path: Path) -> None:
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
     with pytest.raises(ValueError, match=r"lacks trainer_state.json"):
         run_of(tmp_path, steps=2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
+    run_of(tmp_path / "within", steps=1, **WITHIN).train()
+    with pytest.raises(ValueError, match=r"in the middle of a rollout, with .*'num_iterations': 2.* now .*'num_iterations': 3"):
+        run_of(tmp_path / "within", steps=2, **{**WITHIN, "num_iterations": 3}).train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="no complete checkpoint"):
         run_of(tmp_path / "empty", steps=2).train(resume_from_checkpoint=True)
 
