@@ -220,7 +220,7 @@ class _BackwardByOutput(torch.autograd.Function):
         return hidden.view_as(hidden)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         shape, dtype, device = ctx.output
         return gradient, torch.zeros(shape, dtype=dtype, device=device)
 
