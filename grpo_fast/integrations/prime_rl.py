@@ -1,0 +1,57 @@
+"""prime-rl: a custom loss, every member of this package's family. Written for commit 6deea6385bf07cd86017a34ae1729e49902ddef1 (2026)::
+
+[trainer.loss]
+type = "custom"
+import_path = "grpo_fast.integrations.prime_rl.policy_loss"
+kwargs = { loss_type = "cispo", epsilon_high = 5.0 }
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from grpo_fast.config import LossConfig
+from grpo_fast.integrations.logprobs import logprob_loss
+
+__all__ = ["policy_loss"]
+
+
+def policy_loss(inputs: Any, **options: Any) -> Any:
+    """What prime-rl calls for each sequence: the sum over its tokens, which prime-rl adds up and divides by its own scale.
+
+    The ratio is to the sampler's log-probabilities, the only ones prime-rl has.
+
+    Args:
+        inputs: prime-rl's LossInputs, all [T]; ``loss_weights`` of later versions multiplies each token.
+        options: of LossConfig. ``aggregation="sequence_mean"`` divides each sequence by its length first.
+
+    Returns:
+        prime-rl's LossOutputs, with metrics that are 0-d tensors.
+
+    Raises:
+        ValueError: names the option, what it was and what was expected.
+    """
+    from prime_rl.trainer.rl.loss import LossOutputs
+
+    config = LossConfig(**{"aggregation": "global_token_mean", **options})
+    weights = getattr(inputs, "loss_weights", None)
+    reference = getattr(inputs, "ref_logprobs", None)
+    if config.entropy_coef != 0:
+        raise ValueError(f"entropy_coef is {config.entropy_coef:g}; expected 0: prime-rl hands over no entropies with a gradient.")
+    if weights is not None and (config.beta != 0 or config.surrogate == "vespo"):
+        raise ValueError(
+            f"beta is {config.beta:g} and loss_type {config.loss_type!r} with loss_weights; expected 0 and another than 'vespo': the "
+            "weights multiply the policy's term alone here, and are the sampler's in VESPO's."
+        )
+    loss, metrics = logprob_loss(
+        inputs.trainer_logprobs[None],
+        inputs.advantages[None],
+        config=config,
+        mask=inputs.loss_mask[None],
+        old_logprobs=inputs.inference_logprobs[None],
+        ref_logprobs=None if reference is None or config.beta == 0 else reference[None],
+        rollout_weights=None if weights is None else weights[None],
+        num_items=1,
+    )
+    names = ("ratio_mean", "ratio_max", "clip_low", "clip_high", "clip_region")
+    return LossOutputs(loss=loss, metrics={name: metrics[name] for name in names})
