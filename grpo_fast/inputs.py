@@ -148,7 +148,7 @@ def _per_token_temperature(inputs: TokenInputs, temperature: Tensor) -> Tensor:
 
 def _check_values(inputs: TokenInputs, given_mask: Tensor | None, vocabulary: int) -> None:
     """The checks that must read values; a few microseconds on the CPU, a synchronisation on a GPU."""
-    mask, ids, of = inputs.mask, inputs.token_ids, "logits" if inputs.name == "logits" else "the head"
+    mask = inputs.mask
     if given_mask is not None and given_mask.dtype != torch.bool:
         bad = (given_mask != 0) & (given_mask != 1)  # NaN is neither
         if bool(bad.any()):
@@ -156,21 +156,29 @@ def _check_values(inputs: TokenInputs, given_mask: Tensor | None, vocabulary: in
             raise ValueError(
                 f"mask{where} is {given_mask[tuple(where)].item()}; expected bool, or numbers 0 and 1. Compare first: mask > 0."
             )
-    if ids.numel() == 0:
-        return
-    lowest, highest = torch.aminmax(ids if given_mask is None else torch.where(mask, ids, 0))
-    if lowest.item() < 0 or highest.item() >= vocabulary:
-        where = checks.first_index(mask & ((ids < 0) | (ids >= vocabulary)))
-        raise ValueError(
-            f"token_ids{_given(inputs, where)} is {ids[tuple(where)].item()}; expected 0 <= id < {vocabulary}, the vocabulary of "
-            f"{of}, on every token that counts. Set the mask to 0 on padding."
-        )
+    check_ids(inputs, vocabulary)
     if inputs.temperatures is not None:
         bad = mask & ~((inputs.temperatures > 0) & (inputs.temperatures < float("inf")))
         if bool(bad.any()):
             where = checks.first_index(bad)
             value = inputs.temperatures.expand_as(mask)[tuple(where)].item()
             raise ValueError(f"temperature of token {_given(inputs, where)} is {value}; expected a finite number > 0. {TEMPERATURE_CURE}")
+
+
+def check_ids(inputs: TokenInputs, vocabulary: int) -> None:
+    """Every token that counts is in the vocabulary; looked at where values may be read."""
+    if not checks.value_checks_wanted(inputs.token_ids):
+        return
+    mask, ids, of = inputs.mask, inputs.token_ids, "logits" if inputs.name == "logits" else "the head"
+    if ids.numel() == 0:
+        return
+    lowest, highest = torch.aminmax(torch.where(mask, ids, 0))
+    if lowest.item() < 0 or highest.item() >= vocabulary:
+        where = checks.first_index(mask & ((ids < 0) | (ids >= vocabulary)))
+        raise ValueError(
+            f"token_ids{_given(inputs, where)} is {ids[tuple(where)].item()}; expected 0 <= id < {vocabulary}, the vocabulary of "
+            f"{of}, on every token that counts. Set the mask to 0 on padding."
+        )
 
 
 def _given(inputs: TokenInputs, index: list[int]) -> list[int]:

@@ -21,7 +21,7 @@ from grpo_fast.head.ops import compiled_logprobs, compiled_loss
 from grpo_fast.head.products import DenseHead, Head, HeadTensors, ModuleHead, Wants
 from grpo_fast.head.rows import Rows, Shard, all_vocabulary_parts, fewest
 from grpo_fast.head.weights import gathered
-from grpo_fast.inputs import ANY_VOCABULARY, TokenInputs, token_inputs
+from grpo_fast.inputs import ANY_VOCABULARY, TokenInputs, check_ids, token_inputs
 from grpo_fast.loss import GRPOOutput, TokenLogprobs, by_reference, grpo_loss, scoring, token_logprobs
 from grpo_fast.policy import checked_policy
 
@@ -252,6 +252,7 @@ class _Call(NamedTuple):
         shard: Shard | None = None
         if self.group is not None:
             shard = all_vocabulary_parts(self.vocabulary, self.group, inputs.scored.device)
+            check_ids(inputs, shard.total)
         return Rows(inputs.token_ids.reshape(1, -1), inputs.mask.reshape(1, -1), temperatures, temperature, softcap, logit_scale, shard)
 
     def head(self, tensors: HeadTensors, wants: Wants, plan: Plan) -> Head:
@@ -260,7 +261,7 @@ class _Call(NamedTuple):
         if self.module is not None:
             assert tensors.hidden is not None
             return ModuleHead(self.module, tensors.hidden, wants, self.vocabulary, length, self.autocast)
-        return DenseHead(tensors, wants, self.dtype, length, one_chunk=plan.one_piece, group=self.group)
+        return DenseHead(tensors, wants, self.dtype, length, plan, group=self.group)
 
     def full_logits(self) -> Tensor:
         """All of them, recorded by autograd, shaped like the hidden states as given."""

@@ -12,7 +12,7 @@ from grpo_fast.backends import select
 from grpo_fast.cluster import check_impl
 from grpo_fast.config import LossConfig
 from grpo_fast.head.rows import Rows, ShardedLogprobsFunction, all_vocabulary_parts
-from grpo_fast.inputs import ANY_VOCABULARY, TokenInputs, token_inputs
+from grpo_fast.inputs import ANY_VOCABULARY, TokenInputs, check_ids, token_inputs
 from grpo_fast.ops import METRICS, GrpoLossFunction, TokenLogprobsFunction, loss_settings
 from grpo_fast.policy import checked_policy
 from grpo_fast.reference import Policy, policy_loss, token_statistics
@@ -255,6 +255,7 @@ def scoring(inputs: TokenInputs) -> tuple[Tensor | None, float, float, float]:
 def _statistics(inputs: TokenInputs, computed: Tensor, inplace: bool, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
     if group is not None:
         shard = all_vocabulary_parts(inputs.scored.shape[-1], group, inputs.scored.device)
+        check_ids(inputs, shard.total)
         return ShardedLogprobsFunction.apply(inputs.scored, Rows(inputs.token_ids, computed, *scoring(inputs), shard))
     arguments = (inputs.scored, inputs.token_ids, computed, *scoring(inputs))
     if _wants_gradient(inputs.scored) and not torch.compiler.is_compiling():

@@ -456,7 +456,7 @@ def test_the_right_arguments_are_right(packed: bool, backend: str) -> None:
 def test_every_argument_has_its_cases() -> None:
     named = {argument_of(case) for case in CASES + LOSS_CASES}
     arguments = gf.grpo_loss.__kwdefaults__.keys() | {"logits", "token_ids", "advantages"}
-    named.add("process_group")  # torch.distributed checks it
+    named |= {"process_group", "impl"}  # torch.distributed checks the one, tests/test_cluster.py the other
     assert named == arguments
     assert {*gf.token_logprobs.__kwdefaults__, "logits", "token_ids"} == {*SCORING, "process_group"}
     assert [name for name, count in Counter(case.name for case in CASES + LOSS_CASES).items() if count > 1] == [], "each has its own name"

@@ -20,6 +20,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 import compare
 import test_grpo_loss
+import test_linear
 from cases import random_case
 
 import grpo_fast as gf
@@ -67,6 +68,12 @@ def split(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_random_options(seed: int, split: Any) -> None:
     split(1 + seed // 3 % 3)
     test_grpo_loss.check(seed, DTYPES[seed % 3])
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_head(seed: int) -> None:
+    """Chunks of logits from hidden states, in one pass and in two."""
+    test_linear.check(seed, DTYPES[seed % 2])
 
 
 def test_the_random_options_are_all_there() -> None:

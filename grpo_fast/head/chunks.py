@@ -38,6 +38,7 @@ class Plan(NamedTuple):
     order: Tensor | None  # int64 [n], tokens; None: all of them as they stand
     chunks: list[Chunk]  # with their gradient
     rest: list[Chunk]  # statistics alone
+    only: Tensor | None = None  # bool [N]: of tokens that had to be put into the chunks, those that count
 
     @property
     def one_piece(self) -> bool:
@@ -69,7 +70,14 @@ def chunk_rows(chunk_bytes: int | None, row_bytes: int, device: torch.device) ->
     if chunk_bytes is not None:
         return max(1, chunk_bytes // row_bytes)
     wanted = ROWS.get(device.type, ROWS["otherwise"])
+    if capturing(device):
+        return wanted
     return max(1, min(wanted, free_bytes(device) // (FREE_SHARE * row_bytes)))
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is captured, so that nothing may be read from the device."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def free_bytes(device: torch.device) -> int:
@@ -95,8 +103,8 @@ def plan_of(
     """Decide what is computed. Reads how many tokens there are: the one synchronisation of a head on a GPU. While a CUDA graph is
     captured nothing may be read, and all tokens are computed as they stand (the mask still makes their gradient 0)."""
     total = computed.shape[0]
-    if computed.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return Plan(None, _even(0, total, limit) if sequences is None else [Chunk(_pieces(0, total, limit))], [])
+    if capturing(computed.device):
+        return Plan(None, _even(0, total, limit) if sequences is None else [Chunk(_pieces(0, total, limit))], [], computed)
     counts = torch.stack([active.sum(), computed.sum()])
     if sequences is not None:
         counts = torch.cat([counts, per_sequence(active, sequences)])

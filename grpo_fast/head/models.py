@@ -41,10 +41,13 @@ class ModelHead:
 
     def arguments(self, hidden: Tensor) -> dict[str, Any]:
         """Of linear_grpo_loss and linear_token_logprobs, for these hidden states."""
-        out: dict[str, Any] = {"weight": self.weight, "bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
+        weight = self.weight
+        if isinstance(weight, Tensor) and type(weight) not in (Tensor, nn.Parameter):  # sharded: FSDP computes in the type of the states
+            weight = weight.to(hidden.dtype)
+        out: dict[str, Any] = {"weight": weight, "bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
         if self.adapters:
-            adapted = [dropout(hidden.to(a.dtype)) @ a.T * scale for dropout, a, _, scale in self.adapters]
-            out["adapter"] = (torch.cat(adapted, -1), torch.cat([b for _, _, b, _ in self.adapters], -1))
+            adapted = [dropout(hidden.to(a.dtype)) @ gathered(a).T * scale for dropout, a, _, scale in self.adapters]
+            out["adapter"] = (torch.cat(adapted, -1), torch.cat([gathered(b) for _, _, b, _ in self.adapters], -1))
         return out
 
 

@@ -135,7 +135,7 @@ def _limit(tensors: HeadTensors, dtype: torch.dtype, chunk_bytes: int) -> int:
 
 
 def _head(tensors: HeadTensors, wants: list[bool], dtype: torch.dtype, length: int, plan: Plan) -> DenseHead:
-    return DenseHead(tensors, Wants(*wants), dtype, length, one_chunk=plan.one_piece)
+    return DenseHead(tensors, Wants(*wants), dtype, length, plan)
 
 
 def _given(gradients: HeadTensors, like: Tensor) -> list[Tensor]:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from grpo_fast.head.chunks import Plan
+
 __all__ = ["DenseHead", "Head", "HeadTensors", "ModuleHead", "Wants"]
 
 # Only NVIDIA's library gives the sum of a bfloat16 product in float32. For the others this many columns of the logits at a time are
@@ -65,11 +67,11 @@ class DenseHead:
     its product is rounded once, as it comes."""
 
     def __init__(
-        self, tensors: HeadTensors, wants: Wants, dtype: torch.dtype, length: int, *, one_chunk: bool, group: ProcessGroup | None = None
+        self, tensors: HeadTensors, wants: Wants, dtype: torch.dtype, length: int, plan: Plan, *, group: ProcessGroup | None = None
     ):
         hidden, weight = tensors.hidden, tensors.weight
         assert hidden is not None and weight is not None
-        self.tensors, self.wants, self.group, self.one_chunk = tensors, wants, group, one_chunk
+        self.tensors, self.wants, self.plan, self.group = tensors, wants, plan, group
         self.length, self.positions = length, hidden.shape[1]
         self.dtype = dtype
         self.weight = weight.to(dtype)
@@ -124,7 +126,10 @@ class DenseHead:
 
     def _rows(self, name: str, tokens: Tensor | slice) -> Tensor:
         x: Tensor = getattr(self.tensors, name)
-        return x.flatten(0, 1)[source_rows(tokens, self.length, x)].to(self.dtype)
+        rows = x.flatten(0, 1)[source_rows(tokens, self.length, x)].to(self.dtype)
+        if self.plan.only is not None:  # what is under the mask may be NaN, and 0 * NaN would be the weight's gradient
+            rows = torch.where(self.plan.only[tokens].unsqueeze(-1), rows, 0)
+        return rows
 
     def _set_rows(self, name: str, gradient: Tensor, weight: Tensor, tokens: Tensor | slice) -> None:
         x: Tensor = getattr(self.tensors, name)
@@ -141,7 +146,7 @@ class DenseHead:
     def _accumulate(self, name: str, gradient: Tensor, rows: Tensor) -> None:
         """Adds gradient.T @ rows."""
         x: Tensor = getattr(self.tensors, name)
-        if self.one_chunk and x.dtype == self.dtype:
+        if self.plan.one_piece and x.dtype == self.dtype:
             self._grads[name] = torch.mm(gradient.t(), rows)
             return
         beta = 1

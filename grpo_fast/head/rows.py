@@ -26,6 +26,7 @@ class Shard(NamedTuple):
 
     begin: int
     size: int
+    total: int  # of all processes' parts
     group: ProcessGroup
 
 
@@ -101,8 +102,8 @@ def all_vocabulary_parts(size: int, group: ProcessGroup, device: torch.device) -
     mine = torch.tensor([size], device=device)
     sizes = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size(group))]
     torch.distributed.all_gather(sizes, mine, group=group)
-    before = sum(int(s) for s in sizes[: torch.distributed.get_rank(group)])
-    return Shard(before, size, group)
+    every, rank = torch.cat(sizes).tolist(), torch.distributed.get_rank(group)
+    return Shard(sum(every[:rank]), size, sum(every), group)
 
 
 def fewest(rows: int, group: ProcessGroup, device: torch.device) -> int:

@@ -1,0 +1,80 @@
+"""The most memory alive at once, beside the arguments: a chunk of logits, the gradient of the weight in float32, that of the states."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import grpo_fast as gf
+
+B, T, D, V = 4, 256, 96, 4003
+ROWS = 128  # tokens per chunk
+
+
+class Peak(TorchDispatchMode):
+    """Counts the bytes of all storages that operators hand out while it is in force, for as long as they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor):
+                storage = x.untyped_storage()
+                key = storage._cdata
+                if key not in known and key not in self.alive:
+                    self.alive[key] = storage.nbytes()
+                    weakref.finalize(storage, self.alive.pop, key, None)
+        self.peak = max(self.peak, sum(self.alive.values()))
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("trainable", [True, False], ids=["trainable", "frozen"])
+def test_the_loss_holds_a_chunk_and_the_gradients(trainable: bool, dtype: torch.dtype, generator: torch.Generator) -> None:
+    hidden = torch.randn(B, T, D, generator=generator).to(dtype).requires_grad_()
+    weight = (torch.randn(V, D, generator=generator) * 0.2).to(dtype).requires_grad_(trainable)
+    token_ids = torch.randint(V, (B, T), generator=generator)
+    gc.collect()
+    with Peak() as memory:
+        out = gf.linear_grpo_loss(hidden, weight, token_ids, torch.randn(B), chunk_bytes=ROWS * V * dtype.itemsize)
+        out.loss.backward()
+    chunk, of_hidden = ROWS * V * dtype.itemsize, hidden.numel() * dtype.itemsize
+    of_weight = (4 * V * D if trainable else 0) + (0 if dtype == torch.float32 or not trainable else V * D * dtype.itemsize)
+    slices = 0 if dtype == torch.float32 or not trainable else 4 * (ROWS * V + ROWS * D)  # what a bfloat16 product is added up from
+    assert chunk < memory.peak < 1.1 * (chunk + of_weight + of_hidden) + slices, memory.peak / (chunk + of_weight + of_hidden)
+
+
+def test_without_gradient_nothing_stays(generator: torch.Generator) -> None:
+    hidden, weight = torch.randn(B, T, D, generator=generator), torch.randn(V, D, generator=generator).requires_grad_()
+    token_ids = torch.randint(V, (B, T), generator=generator)
+    gc.collect()
+    with torch.no_grad(), Peak() as memory:
+        out = gf.linear_token_logprobs(hidden, weight, token_ids, chunk_bytes=ROWS * V * 4)
+        gc.collect()
+        left = sum(memory.alive.values())
+    assert memory.peak < 1.1 * ROWS * V * 4
+    assert left < 20 * out.logprobs.numel() * 4
+
+
+def test_what_is_kept_for_backward_fits_into_keep_bytes(generator: torch.Generator) -> None:
+    hidden, weight = (torch.randn(*shape, generator=generator).requires_grad_() for shape in ((B, T, D), (V, D)))
+    token_ids = torch.randint(V, (B, T), generator=generator)
+    for chunks in (0, 3, B * T // ROWS):
+        gc.collect()
+        with Peak() as memory:
+            out = gf.linear_token_logprobs(hidden, weight, token_ids, chunk_bytes=ROWS * V * 4, keep_bytes=chunks * ROWS * V * 4)
+            gc.collect()
+            kept = sum(memory.alive.values())
+        assert chunks * ROWS * V * 4 <= kept < (chunks + 0.2) * ROWS * V * 4
+        del out
