@@ -1,0 +1,107 @@
+"""The comparison of TRL's loss stage with ours at toy size: it runs, and its gate refuses what differs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from grpo_fast.benchmark import trl_stage
+from grpo_fast.benchmark.trl_stage import CONTESTANTS, Settings, disagreement, make_batch, make_trainer, repetition
+
+
+def installed() -> str | None:
+    try:
+        return importlib.metadata.version("trl")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+pytestmark = pytest.mark.skipif(installed() != "1.16.0", reason=f"the adapter is for trl 1.16.0, installed is {installed()}")
+
+TOY = Settings(tokens=6, width=16, vocabulary=101, rounds=1)
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, float], dict[str, Any]]:
+    batch = make_batch(TOY)
+    trainers = {name: make_trainer(name, TOY, str(tmp_path_factory.mktemp(name))) for name in CONTESTANTS}
+    return {(name, active): repetition(trainer, batch, active, 1) for name, trainer in trainers.items() for active in TOY.active}
+
+
+def test_the_batch_straddles_the_clip_band() -> None:
+    batch = make_batch(TOY)
+    model = trl_stage.make_model(TOY)
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    with torch.no_grad():
+        logprobs = model(ids[:, :-1]).logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+    ratio = (logprobs - batch["old_per_token_logps"]).exp()
+    assert (ratio < 0.8).any() and (ratio > 1.2).any(), ratio
+    assert batch["advantages"].view(-1, TOY.group).std(1).min() > 0.5
+
+
+@pytest.mark.parametrize("active", TOY.active)
+@pytest.mark.parametrize("name", CONTESTANTS)
+def test_the_trainers_agree(name: str, active: float, answers: dict[tuple[str, float], dict[str, Any]]) -> None:
+    stock, answer = answers["stock", active], answers[name, active]
+    assert disagreement(answer, stock) <= trl_stage.TOLERANCE
+    assert answer["seconds"] > 0 and max(answer["norms"].values()) > 1e-3
+    assert abs(stock["loss"] - answers["stock", 1.5 - active]["loss"]) > 1e-3, "a degenerate group must show in the loss"
+
+
+@pytest.mark.parametrize("factor", [0.0, 1.001, 2.0, float("nan")])
+def test_the_gate_refuses_another_gradient_and_another_loss(factor: float, answers: dict[tuple[str, float], dict[str, Any]]) -> None:
+    stock = answers["stock", 1.0]
+    name = max(stock["norms"], key=stock["norms"].get)
+    assert not disagreement({**stock, "norms": {**stock["norms"], name: stock["norms"][name] * factor}}, stock) <= trl_stage.TOLERANCE
+    assert not disagreement({**stock, "loss": stock["loss"] * factor}, stock) <= trl_stage.TOLERANCE
+    assert not disagreement({**stock, "norms": {}}, stock) <= trl_stage.TOLERANCE
+
+
+class Child:
+    """Answers at once, as a process of its own would."""
+
+    def __init__(self, name: str, *_: Any):
+        self.name, self.asked = name, 0
+
+    def ask(self, active: float) -> dict[str, Any]:
+        seconds = {"stock": 3.0, "ours": 1.5, "ours_active": 1.0}[self.name] + 0.1 * self.asked
+        self.asked += 1
+        return {"seconds": seconds, "peak_bytes": 2**20, "loss": 0.5, "norms": {"w": 2.0 if self.name == "stock" else self.norm}}
+
+    norm = 2.0
+
+
+def test_the_command_writes_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "trl.json"
+    small = ["--tokens", "6", "--width", "16", "--vocabulary", "101", "--rounds", "1", "--output", str(output)]
+    monkeypatch.setattr(trl_stage, "_Child", Child)
+    done = CliRunner().invoke(trl_stage.app, small)
+    assert done.exit_code == 0, done.output
+    result = json.loads(output.read_text())
+    ours = next(entry for entry in result["results"] if (entry["contestant"], entry["active"]) == ("ours", 0.5))
+    assert ours["faster_than_stock"] == pytest.approx(3.3 / 1.8) and len(ours["seconds"]) == 1
+    output.unlink()
+
+    monkeypatch.setattr(Child, "norm", 2.001)
+    done = CliRunner().invoke(trl_stage.app, small)
+    assert isinstance(done.exception, RuntimeError) and "No times are reported" in str(done.exception)
+    assert not output.exists(), "no file on a red gate"
+
+
+@pytest.mark.slow
+def test_each_trainer_in_its_own_process() -> None:
+    result = trl_stage.run(TOY, lambda line: None)
+    assert {(entry["contestant"], entry["active"]) for entry in result["results"]} == {(n, a) for n in CONTESTANTS for a in TOY.active}
+    assert max(result["gate"]["largest_relative_difference"].values()) <= trl_stage.TOLERANCE
+
+
+def test_bad_settings_are_refused() -> None:
+    for wrong in ({"sequences": 6}, {"active": (0.3,)}, {"active": (0.0,)}, {"rounds": 0}, {"threads": 0}):
+        with pytest.raises(ValueError, match="expected"):
+            Settings(**wrong)
