@@ -21,18 +21,23 @@ FILE = "reference.safetensors"
 class ReferencePolicy:
     """As ``args`` want it, of the model that training starts from.
 
+    for_rewards: a reward reads its log-probabilities, so that there is one whatever ``beta`` is.
+
     Raises:
         ValueError: settings that this model cannot be trained with.
     """
 
-    def __init__(self, model: Any, args: GRPOConfig) -> None:
-        self.args = args
+    def __init__(self, model: Any, args: GRPOConfig, *, for_rewards: bool = False) -> None:
+        self.args, self.for_rewards = args, for_rewards
         self.copy: Any = None
         if args.sync_ref_model and is_peft(model):
             raise ValueError("sync_ref_model is True with a PEFT model, whose reference is the model without adapter; expected False.")
-        if args.beta != 0 and not is_peft(model):
+        if (args.beta != 0 or for_rewards) and not is_peft(model):
             if any(hasattr(p, "ds_id") for p in model.parameters()):
-                raise ValueError("beta is not 0 with DeepSpeed's third stage; expected LoRA, whose reference needs no copy, or beta=0.")
+                raise ValueError(
+                    "beta is not 0, or a reward reads ref_logprobs, with DeepSpeed's third stage; expected LoRA, whose reference needs no "
+                    "copy, or neither."
+                )
             self.copy = copy.deepcopy(model).eval().requires_grad_(False).to(args.device)
 
     @contextmanager

@@ -25,7 +25,9 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 import grpo_fast as gf
+from grpo_fast import monitor
 from grpo_fast.checkpoints import STATE, CompleteCheckpoints, last_checkpoint, missing_from
+from grpo_fast.data import encode_prompt
 from grpo_fast.generation import Sampler, SamplingParams, make_sampler
 from grpo_fast.generation.unwrap import inner_model, is_sharded
 from grpo_fast.grpo_config import GRPOConfig
@@ -97,7 +99,7 @@ class GRPOTrainer(CompleteCheckpoints):
         self.loss_config = args.loss_config()
 
         model, tokenizer = load_policy(model, args, processing_class, peft_config)
-        self.reference = ReferencePolicy(model, args)
+        self.reference = ReferencePolicy(model, args, for_rewards=self.rewards.reads("ref_logprobs"))
 
         super().__init__(
             model=model,
@@ -118,10 +120,10 @@ class GRPOTrainer(CompleteCheckpoints):
         self.last_completions: list[dict[str, Any]] = []  # of the last rollout, in this process: for tables
         self._step_tokens: list[int] = []  # of each optimiser step that the rollout feeds
         self._losses: list[tuple[gf.GRPOOutput, MicroBatch]] = []  # of the current step
-        self._sampler_step = -1  # whose weights the sampler has
-        self._sampler_checked = False
+        self._sampler_step, self._sampler_checked = -1, False  # whose weights the sampler has
         self._logged_at, self._tokens_logged = 0.0, 0
         self._grad_norm: Any = None
+        monitor.attach(self)
 
     # Rollout ------------------------------------------------------------------------------------------------------------------
 
@@ -172,7 +174,7 @@ class GRPOTrainer(CompleteCheckpoints):
             again = set(wanted)
             drawn = [i for i in mine if i // group in again]
             new = self._answers([rows[i // group] for i in drawn], [temperatures[i] for i in drawn], "rollout", number, attempt)
-            scores = self._scores([rows[i // group] for i in drawn], new)
+            scores = self._scores([rows[i // group] for i in drawn], new, [temperatures[i] for i in drawn])
             for i, answer, score in zip(drawn, new, scores, strict=True):
                 answers[i - mine.start], rewards[i - mine.start] = answer, score
             everyone = self.accelerator.gather(rewards.to(args.device))  # [B over all processes, R]
@@ -214,7 +216,8 @@ class GRPOTrainer(CompleteCheckpoints):
         if self._sampler_step != self.state.global_step:
             self.sampler.update_weights(self.model_wrapped, self.state.global_step)
             self._sampler_step = self.state.global_step
-        prompts, extra = [self._prompt_ids(row["prompt"]) for row in rows], 0
+        extra = 0
+        prompts = [encode_prompt(row["prompt"], self.processing_class, self.args.chat_template_kwargs) for row in rows]
         if not rows and is_sharded(self.model_wrapped):  # the others wait for this process in every forward pass
             prompts, temperatures, extra = [[self.processing_class.eos_token_id]], [1.0], 1
         params = SamplingParams(
@@ -233,7 +236,7 @@ class GRPOTrainer(CompleteCheckpoints):
         texts = self.processing_class.batch_decode([c.token_ids for c in drawn], skip_special_tokens=True) if drawn else []
         return [Answer(*parts) for parts in zip(prompts, drawn, texts, strict=False)]
 
-    def _scores(self, rows: Sequence[dict[str, Any]], answers: Sequence[Answer]) -> Tensor:  # [B, R]
+    def _scores(self, rows: Sequence[dict[str, Any]], answers: Sequence[Answer], temperatures: Sequence[float]) -> Tensor:  # [B, R]
         if not rows:
             return torch.empty(0, len(self.rewards.names))
         columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "completion", "completion_ids")}
@@ -241,7 +244,10 @@ class GRPOTrainer(CompleteCheckpoints):
             answer.text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": answer.text}]
             for row, answer in zip(rows, answers, strict=True)
         ]
-        extras = {"trainer_state": self.state, "log_metric": self.meters.mean}
+        extras = {"trainer_state": self.state, "log_metric": self.meters.mean, "logprobs": [a.completion.logprobs for a in answers]}
+        if self.reference.for_rewards:
+            with self.meters.timed("step_time/logprobs"):
+                extras["ref_logprobs"] = self._reference_logprobs(answers, temperatures)
         with self.meters.timed("step_time/reward"):
             table = self.rewards(
                 [row["prompt"] for row in rows], texts, [a.completion.token_ids for a in answers], extras=extras, **columns
@@ -252,6 +258,14 @@ class GRPOTrainer(CompleteCheckpoints):
         return table.values
 
     @torch.no_grad()
+    def _reference_logprobs(self, answers: Sequence[Answer], temperatures: Sequence[float]) -> list[list[float]]:
+        """Of each completion's tokens, for rewards that read them."""
+        ids, flat = [answer.completion.token_ids for answer in answers], torch.zeros(len(answers))
+        rollout = Rollout([answer.prompt_ids for answer in answers], ids, flat + torch.tensor(temperatures), flat, flat == 0)
+        with self.reference.of(self.model_wrapped, self.accelerator.unwrap_model(self.model_wrapped)) as reference:
+            found = self.passes.logprobs(reference, rollout, at_once=self.args.per_device_train_batch_size).logprobs
+        return [part.tolist() for part in found.cpu().split(rollout.lengths)]
+
     def _score_tokens(self, rollout: Rollout) -> None:
         """Log-probabilities of the old policy and of the reference, and the weights made from them, where something asks for them."""
         args = self.args
@@ -300,7 +314,7 @@ class GRPOTrainer(CompleteCheckpoints):
             self.meters.add("sampling/importance_sampling_ratio/mean", (weights * counts).sum(), counts.sum())
             self.meters.largest("sampling/importance_sampling_ratio/max", (weights * counts).max())
         if args.top_entropy_quantile < 1:
-            everyone = torch.cat([values.to(old.entropy.device) for values in _gathered(old.entropy[counts])])
+            everyone = torch.cat([values.to(old.entropy.device) for values in gather_object([old.entropy[counts].cpu()])])
             threshold = torch.quantile(everyone, 1 - args.top_entropy_quantile)
             highest = (old.entropy >= threshold).float()
             weights = highest if weights is None else weights * highest
@@ -441,7 +455,7 @@ class GRPOTrainer(CompleteCheckpoints):
             rows = [dataset[i] for i in mine[start : start + size]]
             temperatures = [self.args.eval_temperature] * len(rows)
             answers = self._answers(rows, temperatures, "evaluation", number, start, top_p=self.args.eval_top_p)
-            for scores, answer in zip(self._scores(rows, answers).tolist(), answers, strict=True):
+            for scores, answer in zip(self._scores(rows, answers, temperatures).tolist(), answers, strict=True):
                 ids = answer.completion.token_ids
                 measured.append((scores, len(ids), not answer.completion.finished, repeated_ngrams(ids)))
         everyone = gather_object(measured)[: len(dataset)]  # what was repeated to fill the last process's share is at the end
@@ -543,14 +557,6 @@ class GRPOTrainer(CompleteCheckpoints):
 
     # Text ----------------------------------------------------------------------------------------------------------------------
 
-    def _prompt_ids(self, prompt: Any) -> list[int]:
-        if isinstance(prompt, str):
-            return list(self.processing_class(prompt)["input_ids"])
-        options: Any = self.args.chat_template_kwargs or {}
-        return list(
-            self.processing_class.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False, **options)
-        )
-
     def _end_tokens(self) -> list[int]:
         """The tokenizer's, and those the model's own generation knows."""
         known = getattr(getattr(inner_model(self.model), "generation_config", None), "eos_token_id", None)
@@ -591,8 +597,3 @@ def _with_overlong(reward_funcs: Any, args: GRPOConfig) -> tuple[list[Any], list
 def _weighted(rewards: Tensor, weights: Tensor) -> Tensor:  # [B, R], [R] -> [B]
     """The sum of the rewards that apply; NaN where none does."""
     return (rewards.nan_to_num() @ weights).masked_fill(rewards.isnan().all(1), math.nan)
-
-
-def _gathered(values: Tensor) -> list[Tensor]:
-    """The values of every process, of any length."""
-    return gather_object([values.cpu()])

@@ -36,7 +36,11 @@ def changed(name: str, change: Callable[[Any], Any]) -> dict[str, Any]:
 
 CASES: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = {
     "hidden-none": (changed("hidden", lambda x: None), TypeError, ("hidden is a NoneType", "what a model feeds to its head")),
-    "hidden-1d": ({**changed("hidden", lambda x: x[0, 0]), "adapter": None}, ValueError, ("hidden has shape [4]", "[B, T, D]", "packed [N, D]")),
+    "hidden-1d": (
+        {**changed("hidden", lambda x: x[0, 0]), "adapter": None},
+        ValueError,
+        ("hidden has shape [4]", "[B, T, D]", "packed [N, D]"),
+    ),
     "hidden-int": (changed("hidden", lambda x: x.detach().int()), TypeError, ("hidden has dtype torch.int32", "hidden.float()")),
     "hidden-too-long": (
         {**changed("hidden", lambda x: torch.randn(B, T + 2, D)), "adapter": None},

@@ -78,7 +78,7 @@ def test_killed_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(GRPOTrainer, "extra_state", killed)
     with pytest.raises(KeyboardInterrupt):
         run.train()
-    assert sorted(path.name for path in tmp_path.iterdir()) == [UNFINISHED, "checkpoint-1", "checkpoint-2"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [UNFINISHED, "checkpoint-1", "checkpoint-2", "metrics.jsonl"]
     assert list((tmp_path / UNFINISHED).rglob("model.safetensors"))  # it was on its way
     monkeypatch.undo()
     resumed = run_of(tmp_path, steps=3)
@@ -382,3 +382,26 @@ def test_settings_that_trl_has_too_mean_the_same_unless_the_page_says_so(tmp_pat
     assert moved.sampler == "vllm" and moved.sampler_options == {"url": "http://there:8000"} and moved.scale_rewards == "none"
     with pytest.raises(ValueError, match="vllm_mode is 'colocate'"):
         config(tmp_path, use_vllm=True, vllm_mode="colocate")
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_rewards_read_what_sampler_and_reference_think_of_the_tokens(tmp_path: Path, beta: float) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def watcher(
+        prompts: Any, completions: Any, completion_ids: Any, logprobs: Any = None, ref_logprobs: Any = None, **columns: Any
+    ) -> list[float]:
+        seen.append({"ids": completion_ids, "sampler": logprobs, "reference": ref_logprobs})
+        return [float(len(ids) % 3) for ids in completion_ids]
+
+    run = trainer(tmp_path, rewards=watcher, beta=beta, max_steps=1, temperature=0.9)
+    run.train()
+    for ids, sampler, reference in zip(*seen[0].values(), strict=True):  # before the first step they are the same model
+        assert len(ids) == len(sampler) == len(reference)
+        torch.testing.assert_close(torch.tensor(sampler), torch.tensor(reference), rtol=1e-4, atol=1e-4)
+
+
+def test_progress_and_the_metrics_file_come_by_themselves(tmp_path: Path) -> None:
+    trainer(tmp_path, max_steps=2).train()
+    lines = [json.loads(line) for line in next(tmp_path.rglob("metrics.jsonl")).read_text().splitlines()]
+    assert [line["step"] for line in lines if "reward" in line] == [1, 2]

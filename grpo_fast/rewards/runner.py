@@ -158,6 +158,10 @@ class RewardRunner:
                 metrics[f"rewards/{name}/seconds"] = outcome.value.seconds
         return RewardTable(table, metrics)
 
+    def reads(self, name: str) -> bool:
+        """Whether a reward function has a parameter of this name."""
+        return any(name in _parameters(reward).names for reward in self.reward_funcs)
+
     def _keywords(self, i: int, given: dict[str, Any], extras: dict[str, Any]) -> dict[str, Any]:
         takes = self._takes[i]
         missing = [name for name in takes.required if name not in given and name not in extras]
