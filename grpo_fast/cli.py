@@ -1,4 +1,4 @@
-"""The command line: ``grpo-fast doctor | train | plot | demo | bench | bench-head``."""
+"""The command line: ``grpo-fast doctor | train | plot | demo | bench | bench-head | bench-trl``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ MOUNTED = {
     "demo": "grpo_fast.demo.cli",
     "bench": "grpo_fast.benchmark.cli",
     "bench-head": "grpo_fast.benchmark.head.cli",
+    "bench-trl": "grpo_fast.benchmark.trl_stage",
 }
 
 # What a mounted command gets is handed through untouched, --help too: importing it for the list of commands would import transformers.
@@ -57,6 +58,12 @@ def bench(context: typer.Context) -> None:
 def bench_head(context: typer.Context) -> None:
     """Time the fused head against what you would use instead."""
     _run_mounted("bench-head", context.args)
+
+
+@app.command("bench-trl", context_settings=_PASS_ON)
+def bench_trl(context: typer.Context) -> None:
+    """Time the loss stage of TRL's trainer, stock and with this loss."""
+    _run_mounted("bench-trl", context.args)
 
 
 def _run_mounted(command: str, args: list[str]) -> None:
