@@ -3,6 +3,7 @@ makes of it; and, on a GPU that has clusters, the kernel itself."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -24,7 +25,7 @@ from grpo_fast import _build, ops
 from grpo_fast.cluster import why_no_clusters
 
 HERE = Path(__file__).parent
-CSRC = HERE.parent / "csrc"
+CSRC, TOOLS = HERE.parent / "csrc", HERE.parent / "tools"
 
 needs_compiler = pytest.mark.skipif(
     _build.cxx_compiler() is None or sys.platform != "linux", reason="needs a C++ compiler, and Linux for the fibers"
@@ -93,9 +94,6 @@ def check(seed: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> boo
     return True
 
 
-# One token of [1, 1, 1025] with log p = -18 at T = 0.6: half an ulp in log2(e) / T moves the entropy by twice the allowance.
-TEMPERATURE_SENSITIVE = {37}
-
 # (cluster, stages, resident clusters, seed of the threads' order): 0: by the row's length; the order: warp by warp.
 SHAPES = [(1, 2, 1, 0), (2, 3, 2, 0), (4, 2, 1, 1), (4, 3, 1, 2), (8, 3, 3, 3), (0, 0, 2, 4)]
 
@@ -108,8 +106,7 @@ def test_the_float64_truth(
 ) -> None:
     cluster(cluster=shape[0], stages=shape[1], clusters=shape[2], seed=shape[3])
     first = SHAPES.index(shape) * 20
-    seeds = [seed for seed in range(first, first + 20) if seed not in TEMPERATURE_SENSITIVE]
-    assert sum(check(seed, dtype, monkeypatch) for seed in seeds) >= 5  # the others need whole sequences
+    assert sum(check(seed, dtype, monkeypatch) for seed in range(first, first + 20)) >= 5  # the others need whole sequences
 
 
 @needs_compiler
@@ -266,6 +263,31 @@ def test_without_a_gradient(cluster: Callable[..., None]) -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("impl", ["cluster", None])
+def test_a_nan_ratio_shows(impl: str | None, cluster: Callable[..., None]) -> None:
+    """Also where finite ratios come after it; the sums' and the maximum's metrics alike."""
+    given = call(6, 130, torch.float32)
+    old = gf.token_logprobs(given["logits"], given["token_ids"], temperature=0.8).logprobs - 0.1
+    old[0, 2] = float("nan")
+    metrics = gf.grpo_loss(**given, old_logprobs=old, impl=impl).metrics
+    assert metrics["ratio_max"].isnan() and metrics["ratio_mean"].isnan() and metrics["entropy"].isfinite()
+
+
+@needs_compiler
+def test_a_peak_that_comes_late(cluster: Callable[..., None]) -> None:
+    """Entropies of a row whose peak stands apart from the target, wherever it stands: references that were guessed lost 1e-6 here."""
+    cluster(cluster=2, stages=2, clusters=1, seed=10)
+    given = call(8, 3001, torch.float32, temperature=0.6)
+    given["logits"] *= 0.6
+    for row, column in enumerate((1, 300, 700, 1200, 1600, 2100, 2900, 2999)):
+        given["logits"][0, row, column] = 11.0
+    out = gf.grpo_loss(**given, impl="cluster")
+    with gf.use_backend("reference"):
+        truth = gf.grpo_loss(**{**given, "logits": given["logits"].double()})
+    assert ((out.entropy - truth.entropy).abs() <= 2.0**-21 * (1 + truth.entropy)).all()
+
+
+@needs_compiler
 def test_real_vocabularies(cluster: Callable[..., None]) -> None:
     """The cluster that the launcher chooses for them: 1, 4, 4 and 8 blocks."""
     cluster(clusters=1)
@@ -294,16 +316,36 @@ def test_impl_is_refused_where_it_cannot_be() -> None:
 # ---- what nvcc makes of it
 
 
-@pytest.mark.skipif(_build.find_cuda_home() is None, reason="no CUDA toolkit")
-def test_no_spills_and_few_instructions(tmp_path: Path) -> None:
-    """The bytes of a pass leave 27 instructions for each logit on an H200; a soft cap, which is bound by arithmetic, may take more."""
+needs_nvcc = pytest.mark.skipif(_build.find_cuda_home() is None, reason="no CUDA toolkit")
+
+
+@needs_nvcc
+def test_no_spills(tmp_path: Path) -> None:
+    """608 threads leave 104 registers for each."""
     file = tmp_path / "cluster.json"
-    subprocess.run([sys.executable, HERE.parent / "tools" / "nvcc_check.py", "--json", file], check=True)
+    subprocess.run([sys.executable, TOOLS / "nvcc_check.py", "--json", file], check=True)
     found = {(k["kernel"], k["arch"]): k for k in json.loads(file.read_text())}
     clusters = {name: k for name, k in found.items() if "_cluster_kernel" in name[0] and name[1] == "sm_90"}
     assert len(clusters) == 6
     for k in clusters.values():
         assert k["spilled"] == 0 and k["registers"] <= 104, k
+
+
+@needs_nvcc
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton, which brings the disassembler, is not installed")
+def test_few_instructions(tmp_path: Path) -> None:
+    """Per logit, all passes together, in the machine code for sm_90: the bytes of 16-bit logits leave time for 27.6 on an H200.
+
+    A soft cap is bound by arithmetic: two tanh for each logit.
+    """
+    file = tmp_path / "passes.json"
+    subprocess.run([sys.executable, TOOLS / "sass.py", CSRC / "cuda" / "grpo_loss_cluster.cu", "--json", file], check=True)
+    passes = json.loads(file.read_text())
+    bounds = {"bf16": 12.5, "fp16": 12.5, "fp32": 12.0, "bf16+softcap": 52.0, "fp16+softcap": 52.0, "fp32+softcap": 52.0}
+    assert set(passes) == set(bounds)
+    for name, each in passes.items():
+        assert each["maximum"] + each["sums"] + each["gradient"] <= bounds[name], (name, each)
+        assert each["gradient+entropy"] <= each["gradient"] + 2, (name, each)
 
 
 # ---- on a GPU with clusters

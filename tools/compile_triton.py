@@ -24,6 +24,7 @@ from typing import Any
 os.environ["TRITON_INTERPRET"] = "0"  # a kernel is interpreted or compiled from its decoration on
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
+import sass
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -161,8 +162,7 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
         file.write(cubin)
         file.flush()
         usage = subprocess.run([tools / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-        code = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True)
-    return usage.stdout, code.stdout
+    return usage.stdout, sass.disassembled(cubin)
 
 
 def _plain_loop(code: str, lanes: int, element: int) -> tuple[float, bool] | None:
@@ -171,27 +171,11 @@ def _plain_loop(code: str, lanes: int, element: int) -> tuple[float, bool] | Non
     It is the cheapest innermost loop that loads at least a whole block and has an exponential for each logit it loads. lanes:
     logits per thread and block.
     """
-    instructions: list[str] = []
-    labels: dict[str, int] = {}
-    for line in code.splitlines():
-        if label := re.match(r"\s*(\.L_x_\d+):", line):
-            labels[label.group(1)] = len(instructions)
-        elif code_line := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
-            instructions.append(code_line.group(1))
-    loops = []
-    for end, instruction in enumerate(instructions):
-        jump = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", instruction)
-        if jump and labels.get(jump.group(1), end + 1) <= end:
-            loops.append((labels[jump.group(1)], end))
     found = []
-    for start, end in loops:
-        if any(start <= other_start and other_end <= end and (start, end) != (other_start, other_end) for other_start, other_end in loops):
-            continue
-        body = instructions[start : end + 1]
-        loads = re.findall(r"LDG\.\S*", "\n".join(body))
-        loaded = sum(16 if ".128" in i else 8 if ".64" in i else 2 if ".U16" in i else 4 for i in loads) // element
-        if loaded >= lanes and sum("MUFU.EX2" in i for i in body) >= loaded:
-            found.append((len(body) / loaded, all(".128" in i for i in loads)))
+    for loop in sass.loops(code):
+        logits = loop.bytes("LDG") // element
+        if logits >= lanes and loop.count(r"MUFU\.EX2") >= logits:
+            found.append((len(loop.instructions) / logits, loop.count(r"\bLDG\b") == loop.count(r"\bLDG\b.*\.128")))
     return min(found, default=None)
 
 

@@ -33,7 +33,7 @@ double sum_up(const std::vector<RowRecord>& records, float* metrics) {
     sum[kClipLow] += r.clip_low;
     sum[kClipHigh] += r.clip_high;
     sum[kClipRegion] += r.clip_low || r.clip_high;
-    if (!(r.ratio <= ratio_max)) ratio_max = r.ratio;  // so that NaN shows
+    if (r.ratio > ratio_max || r.ratio != r.ratio) ratio_max = r.ratio;  // NaN, once there, is larger than nothing and stays
   }
   for (int m = 0; m < kMetrics; m++) metrics[m] = static_cast<float>(sum[m] / std::max(m == kActiveFraction ? counted : computed, 1.0));
   metrics[kRatioMax] = static_cast<float>(ratio_max);

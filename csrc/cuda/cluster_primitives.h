@@ -148,6 +148,21 @@ __device__ __forceinline__ uint32_t pack<Half>(float low, float high) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
   return word;
 }
+// The larger of each of the two; steps over NaN.
+template <typename T>
+__device__ __forceinline__ uint32_t max_two(uint32_t a, uint32_t b);
+template <>
+__device__ __forceinline__ uint32_t max_two<BFloat>(uint32_t a, uint32_t b) {
+  uint32_t larger;
+  asm("max.bf16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+  return larger;
+}
+template <>
+__device__ __forceinline__ uint32_t max_two<Half>(uint32_t a, uint32_t b) {
+  uint32_t larger;
+  asm("max.f16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+  return larger;
+}
 __device__ __forceinline__ uint32_t float_bits(float x) { return __float_as_uint(x); }
 __device__ __forceinline__ float bits_float(uint32_t x) { return __uint_as_float(x); }
 #endif

@@ -11,9 +11,10 @@
 // Consumers sum row i + 1 before they write the gradient of row i, so nobody waits for the exchange. Nothing of a row is written before
 // every block has sent its sums, and a block reads all it needs of the row in global memory before it sends: in place is safe.
 //
-// The reference of a sum is guessed, as in kernels/fused/rowwise.py; a warp whose sum shows that it was far off makes it again. The
-// target's column becomes -inf on chip, which leaves it out of sums and gradient at no cost; its own gradient is stored once. What a row
-// has before its first and after its last 16-byte boundary (its edges) goes by single elements through block 0.
+// Each warp takes its own maximum first, from shared memory and for 16-bit logits two at a time: half an instruction per logit. A guess, as
+// in kernels/fused/rowwise.py, would save it, but t = k * f - reference is rounded at its own size: with the peak at t = 12, entropies
+// were off by 1e-6. The target's column becomes -inf on chip, which leaves it out of sums and gradient at no cost; its own gradient is
+// stored once. What a row has before its first and after its last 16-byte boundary (its edges) goes by single elements through block 0.
 //
 // The same bits from run to run: no atomics, fixed orders, and a row's result does not depend on which cluster computes it.
 #include <cuda_runtime.h>
@@ -52,8 +53,6 @@ using namespace gpu;
 constexpr int kMaxEdges = 16;
 constexpr uint32_t kCopyBytes = 32768;  // of one bulk copy
 constexpr double kLog2E = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
-// A sum relative to a guess is kept between these bounds: nothing has underflowed, and no exponent has lost more than four binary digits.
-constexpr float kGuessMargin = 60.0f, kSumFloor = 7.888609052210118e-31f, kSumCeiling = 65536.0f;  // 2^-100, 2^16
 constexpr float kExponentFloor = -1000.0f;  // in t * 2^t: a logit of -inf would make it 0 * inf
 
 enum Fill : int32_t { kCompute, kZeros, kNaNs };
@@ -137,6 +136,15 @@ struct Vector {
   static __device__ __forceinline__ uint4 pack_all(const float (&x)[kWidth]) {
     return make_uint4(pack<T>(x[0], x[1]), pack<T>(x[2], x[3]), pack<T>(x[4], x[5]), pack<T>(x[6], x[7]));
   }
+  using Largest = uint32_t;  // two running maxima, which step over NaN
+  static __device__ __forceinline__ Largest least() { return pack<T>(-INFINITY, -INFINITY); }
+  static __device__ __forceinline__ Largest larger(Largest top, uint4 words) {
+    return max_two<T>(top, max_two<T>(max_two<T>(words.x, words.y), max_two<T>(words.z, words.w)));
+  }
+  static __device__ __forceinline__ float in_float(Largest top) {
+    const float2 two = unpack<T>(top);
+    return fmaxf(two.x, two.y);
+  }
 };
 template <>
 struct Vector<float> {
@@ -147,6 +155,12 @@ struct Vector<float> {
   static __device__ __forceinline__ uint4 pack_all(const float (&x)[kWidth]) {
     return make_uint4(float_bits(x[0]), float_bits(x[1]), float_bits(x[2]), float_bits(x[3]));
   }
+  using Largest = float;
+  static __device__ __forceinline__ Largest least() { return -INFINITY; }
+  static __device__ __forceinline__ Largest larger(Largest top, uint4 words) {
+    return fmaxf(top, fmaxf(fmaxf(bits_float(words.x), bits_float(words.y)), fmaxf(bits_float(words.z), bits_float(words.w))));
+  }
+  static __device__ __forceinline__ float in_float(Largest top) { return top; }
 };
 
 // Loader ---------------------------------------------------------------------------------------------------------------------------
@@ -254,11 +268,9 @@ __device__ void load_rows(const ClusterLossArgs& args, Shared& shared, char* sli
 
 // Consumers ------------------------------------------------------------------------------------------------------------------------
 
-// Element of the edges in this lane: f, or -inf where it is the target's or there is none.
-template <bool kCapped>
-__device__ __forceinline__ float edge_value(const RowSlot& slot, int thread, float cap_scale) {
-  const bool there = thread < slot.edge_count && thread != slot.target_edge;
-  return there ? scored<kCapped>(slot.edges[thread], cap_scale) : -INFINITY;
+// Whether this lane has an element of the edges that is not the target's.
+__device__ __forceinline__ bool has_edge(const RowSlot& slot, int thread) {
+  return thread < slot.edge_count && thread != slot.target_edge;
 }
 
 __device__ __forceinline__ void add(float f, float k, float reference, float& e_sum, float& et_sum) {
@@ -280,48 +292,33 @@ __device__ __forceinline__ void others(const RowSlot& slot, const uint4* slice, 
   }
 }
 
-template <typename T, bool kCapped>
-__device__ float largest(const RowSlot& slot, const uint4* slice, int thread, int stride, float cap_scale) {
-  constexpr int kWidth = Vector<T>::kWidth;
-  float top = edge_value<kCapped>(slot, thread, cap_scale);
-  for (int v = thread; v < slot.vectors; v += stride) {
-    float f[kWidth];
-    others<T, kCapped>(slot, slice, v, cap_scale, f);
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) top = fmaxf(top, f[i]);
-  }
-  return warp_max(top);
-}
-
-// This warp's (reference, sum 2^t, sum t * 2^t), t = k * f - reference, in every lane.
+// This warp's (reference, sum 2^t, sum t * 2^t), t = k * f - reference, in every lane; the reference is its largest k * f.
 template <typename T, bool kCapped>
 __device__ float4 sums(const RowSlot& slot, uint4* slice, int thread, float cap_scale) {
   constexpr int kWidth = Vector<T>::kWidth;
-  if (!kCapped && slot.target >= 0 && slot.target / kWidth % kConsumers == thread)
-    from_float(-INFINITY, reinterpret_cast<T*>(slice) + slot.target);
-  const float k = slot.k, floor = static_cast<float>(slot.f_target) * k;
-  // The first vector of each thread is a sample of the row; the target, having been sampled itself, bounds it from below.
-  float reference = fmaxf(largest<T, kCapped>(slot, slice, thread, 1 << 30, cap_scale) * k, floor - kGuessMargin);
-  if (!(fabsf(reference) < INFINITY)) reference = 0;
-  for (bool guessed = true;; guessed = false) {
-    float e_sum = 0, et_sum = 0;
+  if (slot.target >= 0 && slot.target / kWidth % kConsumers == thread) from_float(-INFINITY, reinterpret_cast<T*>(slice) + slot.target);
+  const int vectors = slot.vectors;
+  auto tops = Vector<T>::least();
+#pragma unroll 4
+  for (int v = thread; v < vectors; v += kConsumers) tops = Vector<T>::larger(tops, slice[v]);
+  const bool edge = has_edge(slot, thread);
+  float top = Vector<T>::in_float(tops);
+  if (edge) top = fmaxf(top, slot.edges[thread]);
+  const float k = slot.k;
+  float reference = scored<kCapped>(warp_max(top), cap_scale) * k;  // f rises with z
+  if (reference == -INFINITY) reference = 0;                        // nothing but -inf: every term is 0
+  float e_sum = 0, et_sum = 0;
 #pragma unroll 2
-    for (int v = thread; v < slot.vectors; v += kConsumers) {
-      float f[kWidth], e_vector = 0, et_vector = 0;
-      others<T, kCapped>(slot, slice, v, cap_scale, f);
+  for (int v = thread; v < vectors; v += kConsumers) {
+    float f[kWidth], e_vector = 0, et_vector = 0;
+    others<T, kCapped>(slot, slice, v, cap_scale, f);
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) add(f[i], k, reference, e_vector, et_vector);
-      e_sum += e_vector;
-      et_sum += et_vector;
-    }
-    add(edge_value<kCapped>(slot, thread, cap_scale), k, reference, e_sum, et_sum);
-    e_sum = warp_sum(e_sum);
-    et_sum = warp_sum(et_sum);
-    if (!guessed || !(e_sum < kSumFloor || e_sum > kSumCeiling)) return make_float4(reference, e_sum, et_sum, 0);
-    const float top = largest<T, kCapped>(slot, slice, thread, kConsumers, cap_scale) * k;
-    if (top == -INFINITY) return make_float4(reference, 0, 0, 0);  // nothing but -inf
-    reference = top;
+    for (int i = 0; i < kWidth; ++i) add(f[i], k, reference, e_vector, et_vector);
+    e_sum += e_vector;
+    et_sum += et_vector;
   }
+  add(edge ? scored<kCapped>(slot.edges[thread], cap_scale) : -INFINITY, k, reference, e_sum, et_sum);
+  return make_float4(reference, warp_sum(e_sum), warp_sum(et_sum), 0);
 }
 
 template <typename T, bool kCapped, bool kEntropy>
@@ -332,29 +329,27 @@ __device__ __forceinline__ float derivative(float z, const RowSlot& slot, float 
   return d;
 }
 
-template <typename T, bool kCapped, bool kEntropy>
+template <typename T, bool kCapped, bool kEntropy, bool kDirect>
 __device__ void write_gradient(const RowSlot& shared_slot, uint4* slice, int64_t vocabulary, int thread, float cap_scale) {
   constexpr int kWidth = Vector<T>::kWidth;
   RowSlot slot;  // what the loop needs, in registers: nothing that is stored to the slice can change it
   slot.k = shared_slot.k, slot.pivot = shared_slot.pivot, slot.constant = shared_slot.constant, slot.linear = shared_slot.linear;
   const int vectors = shared_slot.vectors, target = shared_slot.target;
-  T* const direct = shared_slot.direct ? reinterpret_cast<T*>(shared_slot.out_slice) : nullptr;
+  T* const out = kDirect ? reinterpret_cast<T*>(shared_slot.out_slice) : reinterpret_cast<T*>(slice);
 #pragma unroll 2
   for (int v = thread; v < vectors; v += kConsumers) {
     float d[kWidth];
     Vector<T>::unpack_all(slice[v], d);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) d[i] = derivative<T, kCapped, kEntropy>(d[i], slot, cap_scale);
-    if (!direct) {
+    if (!kDirect) {
       slice[v] = Vector<T>::pack_all(d);
     } else {
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) from_float(d[i], direct + static_cast<int64_t>(v) * kWidth + i);
+      for (int i = 0; i < kWidth; ++i) from_float(d[i], out + static_cast<int64_t>(v) * kWidth + i);
     }
   }
-  if (target >= 0 && target / kWidth % kConsumers == thread) {
-    from_float(shared_slot.at_target, (direct ? direct : reinterpret_cast<T*>(slice)) + target);
-  }
+  if (target >= 0 && target / kWidth % kConsumers == thread) from_float(shared_slot.at_target, out + target);
   if (thread < shared_slot.edge_count) {
     const int64_t column = thread < shared_slot.head ? thread : vocabulary - shared_slot.edge_count + thread;
     const float d = derivative<T, kCapped, kEntropy>(shared_slot.edges[thread], slot, cap_scale);
@@ -414,9 +409,15 @@ __device__ void consume_rows(const ClusterLossArgs& args, Shared& shared, char* 
       if (slot.fill != kCompute) {
         fill_gradient<T>(slot, slice, args.vocabulary, thread);
       } else if (slot.linear != 0) {
-        write_gradient<T, kCapped, true>(slot, slice, args.vocabulary, thread, args.cap_scale);
+        if (slot.direct) {
+          write_gradient<T, kCapped, true, true>(slot, slice, args.vocabulary, thread, args.cap_scale);
+        } else {
+          write_gradient<T, kCapped, true, false>(slot, slice, args.vocabulary, thread, args.cap_scale);
+        }
+      } else if (slot.direct) {
+        write_gradient<T, kCapped, false, true>(slot, slice, args.vocabulary, thread, args.cap_scale);
       } else {
-        write_gradient<T, kCapped, false>(slot, slice, args.vocabulary, thread, args.cap_scale);
+        write_gradient<T, kCapped, false, false>(slot, slice, args.vocabulary, thread, args.cap_scale);
       }
     }
     fence_async();

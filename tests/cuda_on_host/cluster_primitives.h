@@ -175,6 +175,11 @@ uint32_t pack(float low, float high) {
   from_float(high, &b);
   return a.bits | static_cast<uint32_t>(b.bits) << 16;
 }
+template <typename T>
+uint32_t max_two(uint32_t a, uint32_t b) {
+  const float2 x = unpack<T>(a), y = unpack<T>(b);
+  return pack<T>(std::fmax(x.x, y.x), std::fmax(x.y, y.y));
+}
 
 }  // namespace gpu
 }  // namespace grpo_fast
