@@ -1,8 +1,8 @@
-"""Times the loss and the fused head on a GPU; every part catches its failure and records it.
+"""Times the loss, log-probabilities and the fused head on a GPU; what a part has measured stands in the JSON before the next case begins.
 
     python bench/gpu_bench.py bench|head --output gpu.json [--device cpu --shape 8x100 --repetitions 3]
 
-Read bench/README.md. The JSON is merged: each part replaces its own entry.
+Read bench/README.md. The JSON is merged: each part replaces its own entries.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import math
 import os
 import statistics
 import subprocess
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,44 +25,57 @@ import torch
 from torch import Tensor
 
 import grpo_fast as gf
+from grpo_fast.benchmark.report import write_atomically
 
-VOCABULARIES, ROWS = (32000, 128256, 152064, 262144), (4096, 32768, 256)
+KIND = "gpu"  # of the JSON: `grpo-fast bench --plot` draws it by this
+VOCABULARIES, ROWS = (128256, 152064, 32000, 262144), (4096, 16384, 1024, 32768, 256)  # what is quoted first comes first
 HEADS = ((8192, 3584, 152064), (8192, 4096, 128256))  # rows, width, vocabulary
+COMPILED_ROWS = 4096  # torch.compile takes seconds for each shape
 TEMPERATURE, GATE_ROWS = 0.9, 16
+SHARE_OF_MEMORY = 0.9  # of what is free, that a case may be expected to take
+FLOAT32_TERMS = 2.0**-18
+LENIENT = 16  # other libraries may compute in bfloat16: they are timed, and marked as less precise, up to so many times what is allowed
 
 
 class Timer:
     """Median and spread of a call in milliseconds, caches flushed before each."""
 
-    def __init__(self, device: str, repetitions: int):
-        self.device, self.repetitions = device, repetitions
+    def __init__(self, device: str, repetitions: int, seconds: float = 1.5):
+        self.device, self.repetitions, self.seconds = device, repetitions, seconds
         self.flush = torch.empty(256 << 20 if device == "cuda" else 1 << 20, dtype=torch.uint8, device=device)
 
-    def once(self, call: Callable[[], Any]) -> float:
+    def once(self, call: Callable[..., Any], prepare: Callable[[], Any]) -> float:
+        given = prepare()
         self.flush.zero_()
         if self.device != "cuda":
             start = time.perf_counter()
-            call()
+            call(given)
             return (time.perf_counter() - start) * 1e3
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
-        call()
+        call(given)
         end.record()
         end.synchronize()
         return float(begin.elapsed_time(end))
 
-    def __call__(self, call: Callable[[], Any]) -> dict[str, Any]:
-        for _ in range(3):
-            call()
+    def __call__(self, call: Callable[..., Any], prepare: Callable[[], Any] = lambda: None) -> dict[str, Any]:
+        """call(prepare()), of which only the call is timed."""
+        for _ in range(2):
+            call(prepare())
         peak = None
         if self.device == "cuda":
+            given = prepare()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            call()
+            call(given)
             peak = torch.cuda.max_memory_allocated() - before
-        times = sorted(self.once(call) for _ in range(self.repetitions))
+            del given
+        first = self.once(call, prepare)
+        count = max(5, min(self.repetitions, int(self.seconds * 1e3 / max(first, 1e-3)))) if self.repetitions > 5 else self.repetitions
+        times = sorted(self.once(call, prepare) for _ in range(count))
         quarter = len(times) // 4
-        return {"ms": statistics.median(times), "quartiles": [times[quarter], times[-1 - quarter]], "least": times[0], "peak_bytes": peak}
+        spread = {"quartiles": [times[quarter], times[-1 - quarter]], "least": times[0], "repetitions": count}
+        return {"ms": statistics.median(times), **spread, "peak_bytes": peak}
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -70,7 +85,7 @@ def machine(device: str) -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
-    return {"device": torch.cuda.get_device_name() if device == "cuda" else device, "versions": versions, "clocks": clocks()}
+    return {"device": torch.cuda.get_device_name() if device == "cuda" else device, "versions": versions}
 
 
 def clocks() -> str | None:
@@ -81,129 +96,398 @@ def clocks() -> str | None:
         return None
 
 
-def eager(logits: Tensor, ids: Tensor, advantages: Tensor, old: Tensor) -> Tensor:
-    """The loss as one writes it by hand: float32, ratio, clip, mean."""
-    logprobs = (logits[:, :-1].float() / TEMPERATURE).log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+# ---- what is written
+
+
+class Results:
+    """The entries of one part, in the file as soon as they are there: a lost machine loses one case."""
+
+    def __init__(self, output: Path, part: str, device: str):
+        self.output, self.part = output, part
+        found = json.loads(output.read_text()) if output.exists() else {}
+        self.whole = found | {"kind": KIND, "machine": machine(device), part: []}
+
+    def add(self, entry: dict[str, Any]) -> dict[str, Any]:
+        self.whole[self.part].append(entry)
+        write_atomically(self.output, lambda partial: partial.write_text(json.dumps(self.whole, indent=1)))
+        hidden = ("trace", "quartiles", "clocks", "work")
+        print(*(f"{k}={v:.3f}" if isinstance(v, float) else f"{k}={v}" for k, v in entry.items() if k not in hidden))
+        return entry
+
+
+def recorded(entry: dict[str, Any], work: Callable[[], dict[str, Any]], needed: float, device: str, deadline: float) -> dict[str, Any]:
+    """entry with the work's results, or with why there are none. needed: bytes that it takes beside what is allocated."""
+    if time.monotonic() > deadline:
+        return {**entry, "skipped": "the time budget is spent"}
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info()[0] * SHARE_OF_MEMORY
+        if needed > free:
+            return {**entry, "skipped": f"takes about {needed / 2**30:.0f} GiB of the {free / 2**30:.0f} GiB that are free"}
+    before = clocks() if device == "cuda" else None
+    try:
+        found = work()
+    except Exception as error:  # one failure must not lose the rest
+        found = {"error": f"{type(error).__name__}: {str(error)[:500]}", "trace": traceback.format_exc()[-1500:]}
+    return {**entry, **found, "clocks": [before, clocks() if device == "cuda" else None]}
+
+
+# ---- the gate
+
+
+def ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The distance between neighbours of the type at |x|."""
+    return torch.finfo(dtype).eps * 2.0 ** x.abs().clamp_min(torch.finfo(dtype).tiny).log2().floor()
+
+
+def check_gradient(found: Tensor, truth: Tensor, ids: Tensor) -> float:
+    """The largest error in units of what is allowed.
+
+    The target's column and the others are held each to their own size, which differ by orders of magnitude: a gradient without the
+    others' part would pass otherwise. Allowed: an ulp of the gradient's type, at the largest of the row, and float32's terms.
+
+    Args:
+        found: [n, V], of the gradient's type. truth: [n, V], float64. ids: [n].
+    """
+    columns = ids.unsqueeze(-1)
+    error = (found.double() - truth).abs()
+    worst = 0.0
+    for part, size in (
+        (error.gather(-1, columns), truth.gather(-1, columns)),
+        (error.scatter(-1, columns, 0.0), truth.scatter(-1, columns, 0.0)),
+    ):
+        largest = size.abs().amax(-1, keepdim=True)
+        ratio = (part / (ulp(largest, found.dtype) + FLOAT32_TERMS * largest)).amax().item()
+        worst = max(worst, ratio if ratio == ratio else math.inf)
+    return worst
+
+
+def check_values(found: Tensor, truth: Tensor) -> float:
+    """The same for log-probabilities or entropies, by their own type."""
+    allowed = (torch.finfo(found.dtype).eps + FLOAT32_TERMS) * truth.abs().clamp_min(1.0)
+    worst = ((found.double() - truth).abs() / allowed).amax().item()
+    return worst if worst == worst else math.inf
+
+
+def judged(worst: float, name: str) -> dict[str, Any]:
+    """For the entry; raises where no time may be told."""
+    if not worst <= (1 if name.startswith("ours") else LENIENT):
+        raise ValueError(f"wrong: off by {worst:.1f} times what is allowed")
+    return {"error_of_allowed": worst, **({"less_precise": True} if worst > 1 else {})}
+
+
+# ---- loss and log-probabilities
+
+
+@dataclass(frozen=True)
+class Given:
+    """One case. Logits are [1, N, V], the first rows of [1, N + 1, V], which Liger needs: nothing is copied."""
+
+    whole: Tensor
+    ids: Tensor  # [1, N]
+    advantages: Tensor
+    old: Tensor
+
+    @property
+    def logits(self) -> Tensor:
+        return self.whole[:, :-1]
+
+    def sample(self) -> Tensor:
+        """Rows that the gate looks at, the first and the last among them."""
+        rows = self.ids.shape[1]
+        return torch.linspace(0, rows - 1, min(GATE_ROWS, rows), device=self.ids.device).round().long()
+
+    def truth(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(gradient [n, V], logprobs [n], entropy [n]) of the sampled rows in float64."""
+        rows = self.sample()
+        z = (self.logits[0, rows].double()).requires_grad_()
+        logprobs = (z / TEMPERATURE).log_softmax(-1)
+        picked = logprobs.gather(-1, self.ids[0, rows].unsqueeze(-1)).squeeze(-1)
+        share = len(rows) / self.ids.shape[1]
+        loss = clipped(picked, self.old[0, rows].double(), self.advantages[0, rows].double()) * share
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+        return torch.autograd.grad(loss, z)[0], picked.detach(), entropy.detach()
+
+
+@dataclass(frozen=True)
+class Contestant:
+    name: str
+    call: Callable[..., Any]  # loss(logits, ids, advantages, old), or (logprobs, entropy or None) of (logits, ids)
+    times_logits: float  # what it takes beside the logits, in multiples of them, in the worst case
+    work: str = ""  # where it is not the others'
+    whole: bool = False  # takes [1, N + 1, V]
+    inplace: bool = False  # may write over its logits
+
+
+def clipped(logprobs: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
     ratio = (logprobs - old).exp()
     return -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).mean()
 
 
-def contestants(device: str) -> dict[str, Callable[..., Tensor]]:
-    """name -> loss(logits [1, N + 1, V], ids, advantages, old); what is not installed is not there."""
+def eager_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
+    return (logits.float() / TEMPERATURE).log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
 
-    def ours(impl: str | None) -> Callable[..., Tensor]:
-        config = gf.LossConfig(loss_type="bnpo")
-        return lambda z, ids, a, old: gf.grpo_loss(z, ids, a, old_logprobs=old, temperature=TEMPERATURE, config=config, impl=impl).loss
 
-    found: dict[str, Callable[..., Tensor]] = {"ours": ours(None), "eager": eager}
-    if device == "cuda":
-        found = {"ours": ours("triton"), "ours_cluster": ours("cluster"), "eager": eager, "compile": torch.compile(eager, dynamic=False)}
-        try:
-            from liger_kernel.ops.grpo_loss import GrpoLossFunction
+def eager(logits: Tensor, ids: Tensor, advantages: Tensor, old: Tensor) -> Tensor:
+    """The loss as one writes it by hand: float32, ratio, clip, mean."""
+    return clipped(eager_logprobs(logits, ids), old, advantages)
 
-            def liger(z: Tensor, ids: Tensor, a: Tensor, old: Tensor) -> Tensor:
-                out = GrpoLossFunction.apply(z, old, None, ids, a[:, 0], None, TEMPERATURE, 0.0, 0.2, 0.2, False)
-                return out[0].mean()
 
-            found["liger"] = liger
-        except ImportError:
-            pass
+def eager_entropy(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    logprobs = (logits.float() / TEMPERATURE).log_softmax(-1)
+    return logprobs.gather(-1, ids.unsqueeze(-1)).squeeze(-1), -(logprobs.exp() * logprobs).sum(-1)
+
+
+def imported(module: str, name: str) -> Any:
+    """The function, or None where it cannot be had, for whatever reason."""
+    try:
+        return getattr(__import__(module, fromlist=[name]), name, None)
+    except Exception:
+        return None
+
+
+def libraries() -> dict[str, Contestant]:
+    """Log-probabilities by other libraries, under the same clipped loss; what is not installed is not there."""
+    found = {}
+    if function := imported("trl.trainer.utils", "selective_log_softmax"):
+        found["trl"] = Contestant("trl", lambda z, ids, f=function: f(z, ids, temperature=TEMPERATURE), 5)
+    if function := imported("verl.utils.torch_functional", "logprobs_from_logits"):
+        divided = "divides the logits by T in a pass of its own, as its actor does"
+        found["verl"] = Contestant("verl", lambda z, ids, f=function: f(z / TEMPERATURE, ids), 6, divided)
+    if function := imported("quack.cross_entropy", "cross_entropy"):
+
+        def quack(z: Tensor, ids: Tensor, f: Any = function) -> Tensor:
+            return -f((z / TEMPERATURE).view(-1, z.shape[-1]), ids.view(-1), reduction="none").view(ids.shape)
+
+        found["quack"] = Contestant("quack", quack, 5, "knows no temperature: a pass of its own divides the logits")
     return found
 
 
-def case(rows: int, vocabulary: int, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def loss_contestants(device: str, rows: int) -> list[Contestant]:
+    """Loss and gradient. Ours computes entropy and metrics besides, always."""
+
+    def ours(impl: str | None, inplace: bool = False) -> Callable[..., Tensor]:
+        options: dict[str, Any] = {"temperature": TEMPERATURE, "config": gf.LossConfig(loss_type="bnpo"), "impl": impl, "inplace": inplace}
+        return lambda z, ids, a, old: gf.grpo_loss(z, ids, a, old_logprobs=old, **options).loss
+
+    found = [Contestant("eager", eager, 10)]
+    for name, other in libraries().items():
+        call = other.call
+        found.append(
+            Contestant(name, lambda z, ids, a, old, f=call: clipped(f(z, ids).float(), old, a), other.times_logits + 1, other.work)
+        )
+    if function := imported("trl.trainer.utils", "selective_log_softmax_and_entropy"):
+
+        def trl_entropy(z: Tensor, ids: Tensor, a: Tensor, old: Tensor) -> Tensor:
+            return clipped(function(z, ids, entropy_requires_grad=False, temperature=TEMPERATURE)[0].float(), old, a)
+
+        found.append(Contestant("trl_entropy", trl_entropy, 8, "the entropy too, as a metric: the work that ours does"))
+    if device != "cuda":
+        return [Contestant("ours", ours(None), 1), Contestant("ours_inplace", ours(None, True), 1, inplace=True), *found]
+    found = [
+        *(Contestant("ours" + end, ours("triton", bool(end)), 1, inplace=bool(end)) for end in ("", "_inplace")),
+        *(Contestant("ours_cluster" + end, ours("cluster", bool(end)), 1, inplace=bool(end)) for end in ("", "_inplace")),
+        *found,
+    ]
+    if rows == COMPILED_ROWS:
+        torch.compiler.reset()
+        found.append(Contestant("compile", torch.compile(eager, dynamic=False), 6))
+    if liger_loss := imported("liger_kernel.ops.grpo_loss", "GrpoLossFunction"):
+
+        def liger(z: Tensor, ids: Tensor, a: Tensor, old: Tensor) -> Tensor:
+            return liger_loss.apply(z, old, None, ids, a[:, 0].contiguous(), None, TEMPERATURE, 0.0, 0.2, 0.2, False)[0].mean()
+
+        found.append(Contestant("liger", liger, 2, "no entropy, no metrics but KL and clipping", whole=True))
+    return found
+
+
+def forward_contestants(device: str) -> dict[str, list[Contestant]]:
+    """Log-probabilities alone, and with the entropy; without a gradient."""
+    without = [Contestant("eager", eager_logprobs, 7), *libraries().values()]
+    with_entropy = [
+        Contestant("ours", lambda z, ids: tuple(gf.token_logprobs(z, ids, temperature=TEMPERATURE))[:2], 0.1),
+        Contestant("eager", eager_entropy, 10),
+    ]
+    if function := imported("trl.trainer.utils", "selective_log_softmax_and_entropy"):
+        with_entropy.append(Contestant("trl", lambda z, ids: function(z, ids, temperature=TEMPERATURE), 8))
+    if device == "cuda":
+        from grpo_fast.kernels.token_logprobs import Rows, Scoring, token_logprobs_fwd
+
+        def lse_alone(z: Tensor, ids: Tensor) -> Tensor:
+            return token_logprobs_fwd(
+                Rows(z, ids, torch.ones_like(ids, dtype=torch.bool)), Scoring(None, TEMPERATURE, 0.0, 1.0), want_entropy=False
+            )[0]
+
+        without.insert(0, Contestant("ours", lse_alone, 0.1, "the kernel itself, without the operator's checks"))
+    return {"logprobs": without, "logprobs+entropy": with_entropy}
+
+
+def case(rows: int, vocabulary: int, device: str) -> Given:
     generator = torch.Generator(device).manual_seed(0)
-    logits = torch.randn(1, rows + 1, vocabulary, device=device, generator=generator, dtype=torch.bfloat16)
+    whole = torch.empty(1, rows + 1, vocabulary, device=device, dtype=torch.bfloat16)
+    whole.normal_(generator=generator)
     ids = torch.randint(vocabulary, (1, rows), device=device, generator=generator)
     advantages = torch.full((1, rows), 0.7, device=device)  # one sequence: Liger takes one advantage for each
-    picked = logits[:, :-1].gather(-1, ids.unsqueeze(-1)).squeeze(-1).float() / TEMPERATURE
-    chunks = [(part.float() / TEMPERATURE).logsumexp(-1) for part in logits[0, :-1].split(512)]
-    return logits.requires_grad_(), ids, advantages, picked - torch.cat(chunks).unsqueeze(0) + 0.01
+    old = [eager_logprobs(z, i) for z, i in zip(whole[0, :-1].split(256), ids[0].split(256), strict=True)]
+    return Given(whole, ids, advantages, torch.cat(old).unsqueeze(0) + 0.01)
 
 
-def gate(loss: Callable[..., Tensor], given: tuple[Tensor, ...]) -> float:
-    """The gradient's error on the first rows, relative to the float64 truth's length."""
-    few = tuple(x[:, : GATE_ROWS + (x is given[0])].detach() for x in given)  # logits have one position more
-    z = few[0].clone().requires_grad_()
-    loss(z, *few[1:]).backward()
-    exact = few[0].double().requires_grad_()
-    eager64(exact, *few[1:]).backward()
-    assert z.grad is not None and exact.grad is not None
-    return float((z.grad.double() - exact.grad).norm() / exact.grad.norm())
+def measured_loss(contestant: Contestant, given: Given, truth: tuple[Tensor, ...], timer: Timer) -> dict[str, Any]:
+    """Loss and gradient of the call that is timed; raises where they are wrong."""
+    rest, kept = (given.ids, given.advantages, given.old), []
+
+    def prepare() -> Tensor:
+        kept.clear()  # the last gradient, before the next logits
+        leaf = (given.whole if contestant.whole else given.logits).detach().requires_grad_()
+        return leaf * 1 if contestant.inplace else leaf  # a leaf may not be written over
+
+    def call(logits: Tensor) -> None:
+        loss = contestant.call(logits, *rest)
+        kept[:] = [loss.detach(), *torch.autograd.grad(loss, logits)]
+
+    found = timer(call, prepare)
+    loss, gradient = kept
+    rows = given.sample()
+    if not torch.isfinite(loss):
+        raise ValueError(f"wrong: the loss is {loss.item()}")
+    return {**found, **judged(check_gradient(gradient[0, rows], truth[0], given.ids[0, rows]), contestant.name)}
 
 
-def eager64(logits: Tensor, ids: Tensor, advantages: Tensor, old: Tensor) -> Tensor:
-    logprobs = (logits[:, :-1] / TEMPERATURE).log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-    ratio = (logprobs - old.double()).exp()
-    return -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).mean()
+def measured_forward(contestant: Contestant, given: Given, truth: tuple[Tensor, ...], timer: Timer) -> dict[str, Any]:
+    kept: list[Any] = []
+
+    def call(_: None) -> None:
+        kept[:] = [contestant.call(given.logits, given.ids)]
+
+    with torch.no_grad():
+        found = timer(call, kept.clear)
+    rows = given.sample()
+    results = kept[0] if isinstance(kept[0], tuple) else (kept[0],)
+    worst = max(check_values(result[0, rows], exact) for result, exact in zip(results, truth[1:], strict=False))
+    return {**found, **judged(worst, contestant.name)}
 
 
-def recorded(entry: dict[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """entry with the work's results, or with what went wrong."""
-    try:
-        return {**entry, **work()}
-    except Exception as error:  # one failure must not lose the rest
-        return {**entry, "error": f"{type(error).__name__}: {str(error)[:500]}", "trace": traceback.format_exc()[-1500:]}
-    finally:
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-
-def measured(loss: Callable[..., Tensor], given: tuple[Tensor, ...], timer: Timer, floor: dict[str, Any]) -> dict[str, Any]:
-    """Loss and gradient: no time for a wrong result."""
-    error = gate(loss, given)
-    if not error < 2e-2:
-        raise ValueError(f"wrong: the gradient is off by {error:.1e} of its length")
-    found = timer(lambda: torch.autograd.grad(loss(*given), given[0]))
-    return {**found, "gradient_error": error, "times_copy": found["ms"] / floor["ms"] if "ms" in floor else None}
-
-
-def bench(shapes: list[tuple[int, int]], timer: Timer, device: str, deadline: float) -> list[dict[str, Any]]:
-    results = []
+def bench(shapes: list[tuple[int, int]], timer: Timer, device: str, deadline: float, results: Results) -> None:
     for rows, vocabulary in shapes:
-        entry: dict[str, Any] = {"rows": rows, "vocabulary": vocabulary, "dtype": "bfloat16"}
-        if time.monotonic() > deadline:
-            results.append({**entry, "error": "not started: the time budget is spent"})
-            continue
+        one_shape(rows, vocabulary, timer, device, deadline, results)
+
+
+def one_shape(rows: int, vocabulary: int, timer: Timer, device: str, deadline: float, results: Results) -> None:
+    size = 2 * rows * vocabulary
+    shape: dict[str, Any] = {"rows": rows, "vocabulary": vocabulary, "dtype": "bfloat16"}
+    made: list[Any] = []
+
+    def make() -> dict[str, Any]:
         given = case(rows, vocabulary, device)
-        target = torch.empty_like(given[0])
-        floor = recorded({**entry, "name": "copy"}, lambda given=given, target=target: timer(lambda: target.copy_(given[0].detach())))
-        del target
-        results.append(floor)
-        for name, loss in contestants(device).items():
-            results.append(
-                recorded({**entry, "name": name}, lambda loss=loss, given=given, floor=floor: measured(loss, given, timer, floor))
-            )
-        del given
-    return results
+        made.extend((given, given.truth()))
+        return {}
+
+    done = recorded({**shape, "step": "loss", "name": "data"}, make, 1.1 * size + 2**31, device, deadline)
+    if not made:
+        results.add(done)
+        return
+    given, truth = made
+
+    def copy() -> dict[str, Any]:
+        target = torch.empty_like(given.logits)
+        return timer(lambda _: target.copy_(given.logits))
+
+    floor = results.add(recorded({**shape, "step": "loss", "name": "copy"}, copy, size, device, deadline)).get("ms")
+
+    def add(step: str, contestant: Contestant) -> None:
+        def work() -> dict[str, Any]:
+            if step == "loss":
+                found = measured_loss(contestant, given, truth, timer)
+                return {**found, "gbps": 2 * size / found["ms"] / 1e6, "times_copy": found["ms"] / floor if floor else None}
+            found = measured_forward(contestant, given, truth, timer)
+            return {**found, "gbps": size / found["ms"] / 1e6, "times_read": found["ms"] / floor * 2 if floor else None}
+
+        entry = {**shape, "step": step, "name": contestant.name, **({"work": contestant.work} if contestant.work else {})}
+        results.add(recorded(entry, work, (contestant.times_logits + contestant.inplace) * size, device, deadline))
+
+    for contestant in loss_contestants(device, rows):
+        add("loss", contestant)
+    for step, contestants in forward_contestants(device).items():
+        for contestant in contestants:
+            add(step, contestant)
 
 
-def head(shapes: list[tuple[int, int, int]], timer: Timer, device: str, deadline: float) -> list[dict[str, Any]]:
-    """linear_grpo_loss against its three bare products."""
-    results = []
+# ---- the fused head
+
+
+def head_truth(x: Tensor, w: Tensor, ids: Tensor, dx: Tensor, dw: Tensor) -> float:
+    """The gradients' largest error in units of what is allowed, for sampled rows of each.
+
+    Logits and their gradients pass through the head in the inputs' type, so p is known to an eps of the largest logit besides its own:
+    each product's allowance is that share of the same product with absolute values.
+
+    Args:
+        x: [N, D], w: [V, D], ids: [N], of a loss that is the mean of -log p. dx, dw: its gradients.
+    """
+    rows = torch.linspace(0, len(x) - 1, min(GATE_ROWS, len(x)), device=x.device).round().long()
+    wanted = ids[rows]
+    lse, largest, some = [], 0.0, []
+    for part in x.split(512):
+        logits = part.double() @ w.double().t()
+        lse.append(logits.logsumexp(-1))
+        largest = max(largest, logits.abs().amax().item())
+        some.append(logits[:, wanted])
+    all_lse, n = torch.cat(lse), len(x)
+    eps = torch.finfo(x.dtype).eps
+
+    g_rows = (x[rows].double() @ w.double().t() - all_lse[rows, None]).exp() / n
+    g_rows[torch.arange(len(rows)), ids[rows]] -= 1 / n
+    g_columns = (torch.cat(some) - all_lse[:, None]).exp() / n  # [N, n]
+    g_columns -= (ids[:, None] == wanted) / n
+    worst = 0.0
+    for found, g, other in ((dx[rows], g_rows, w.double()), (dw[wanted], g_columns.t(), x.double())):
+        truth, whole = g @ other, g.abs() @ other.abs()
+        ratio = ((found.double() - truth).abs() / (eps * (1 + largest) * whole + eps * truth.abs())).amax().item()
+        worst = max(worst, ratio if ratio == ratio else math.inf)
+    return worst
+
+
+def head(shapes: list[tuple[int, int, int]], timer: Timer, device: str, deadline: float, results: Results) -> None:
+    """linear_grpo_loss against its three bare products; the weight's gradient comes out of its product in float32 in both."""
     for rows, width, vocabulary in shapes:
-        entry: dict[str, Any] = {"rows": rows, "width": width, "vocabulary": vocabulary, "dtype": "bfloat16"}
-        if time.monotonic() > deadline:
-            results.append({**entry, "error": "not started: the time budget is spent"})
-            continue
+        entry: dict[str, Any] = {"rows": rows, "width": width, "vocabulary": vocabulary, "dtype": "bfloat16", "name": "ours_head"}
 
         def work(rows: int = rows, width: int = width, vocabulary: int = vocabulary) -> dict[str, Any]:
-            hidden = torch.randn(1, rows, width, device=device, dtype=torch.bfloat16, requires_grad=True)
-            weight = (torch.randn(vocabulary, width, device=device, dtype=torch.bfloat16) / width**0.5).requires_grad_()
-            ids, advantages = torch.randint(vocabulary, (1, rows), device=device), torch.ones(1, device=device)
+            generator = torch.Generator(device).manual_seed(0)
+            options: Any = {"device": device, "dtype": torch.bfloat16, "generator": generator}
+            hidden = torch.randn(1, rows, width, **options).requires_grad_()
+            weight = (torch.randn(vocabulary, width, **options) / width**0.5).requires_grad_()
+            ids = torch.randint(vocabulary, (1, rows), device=device, generator=generator)
+            advantages, config = torch.ones(1, device=device), gf.LossConfig(loss_type="bnpo")
             x, w = hidden.detach()[0], weight.detach()
 
-            def products() -> None:
-                logits = x @ w.T
+            def products(_: None) -> None:
+                logits = x @ w.t()
                 logits @ w
-                logits.T @ x
+                if device == "cuda":
+                    torch.mm(logits.t(), x, out_dtype=torch.float32)
+                else:
+                    logits.t() @ x
+
+            kept: list[Tensor] = []
+
+            def call(_: None) -> None:
+                kept[:] = torch.autograd.grad(gf.linear_grpo_loss(hidden, weight, ids, advantages, config=config).loss, (hidden, weight))
 
             floor = timer(products)
-            found = timer(lambda: torch.autograd.grad(gf.linear_grpo_loss(hidden, weight, ids, advantages).loss, (hidden, weight)))
-            return {**found, "floor_ms": floor["ms"], "share_of_floor": floor["ms"] / found["ms"]}
+            found = timer(call, kept.clear)
+            gate = judged(head_truth(x, w, ids[0], kept[0][0], kept[1]), "ours")
+            flops = 6 * rows * width * vocabulary / found["ms"] / 1e9
+            return {
+                **found,
+                **gate,
+                "tflops": flops,
+                "floor_ms": floor["ms"],
+                "share_of_floor": floor["ms"] / found["ms"],
+            }
 
-        results.append(recorded({**entry, "name": "ours_head"}, work))
-    return results
+        needed = 2 * rows * vocabulary * 3 + 4 * 4 * vocabulary * width + 8 * 3 * vocabulary * width
+        results.add(recorded(entry, work, needed, device, deadline))
 
 
 def main() -> None:
@@ -212,21 +496,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--shape", action="append", help="ROWSxVOCABULARY, or for head ROWSxWIDTHxVOCABULARY; may be repeated")
-    parser.add_argument("--repetitions", type=int, default=30)
+    parser.add_argument("--repetitions", type=int, default=30, help="at most; fewer where they would take more than 1.5 s")
     options = parser.parse_args()
-    deadline = time.monotonic() + float(os.environ.get("BUDGET_S", "420"))
+    deadline = time.monotonic() + float(os.environ.get("BUDGET_S", "400"))
     timer = Timer(options.device, options.repetitions)
     shapes: Any = [tuple(int(n) for n in text.split("x")) for text in options.shape or []]
+    results = Results(options.output, options.part, options.device)
     if options.part == "bench":
-        results = bench(shapes or [(n, v) for n in ROWS for v in VOCABULARIES], timer, options.device, deadline)
+        bench(shapes or [(n, v) for n in ROWS for v in VOCABULARIES], timer, options.device, deadline, results)
     else:
-        results = head(shapes or list(HEADS), timer, options.device, deadline)
-    whole = json.loads(options.output.read_text()) if options.output.exists() else {}
-    whole |= {"machine": machine(options.device), options.part: results}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(whole, indent=1))
-    for r in results:
-        print(*(f"{k}={v:.3f}" if isinstance(v, float) else f"{k}={v}" for k, v in r.items() if k not in ("trace", "quartiles")))
+        head(shapes or list(HEADS), timer, options.device, deadline, results)
 
 
 if __name__ == "__main__":

@@ -2,35 +2,146 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
+from typer.testing import CliRunner
+
+from grpo_fast.benchmark import cli
 
 ROOT = Path(__file__).parent.parent
 
 
-def test_both_parts_write_one_file_and_a_failure_loses_nothing(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def gpu_bench() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("gpu_bench", ROOT / "bench" / "gpu_bench.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclasses look themselves up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def few(gpu_bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Without the libraries, which take seconds to import."""
+    monkeypatch.setattr(gpu_bench, "imported", lambda module, name: None)
+    return gpu_bench
+
+
+def run(module: ModuleType, part: str, output: Path, shapes: list[Any], budget: float = 1e9) -> dict[str, Any]:
+    results = module.Results(output, part, "cpu")
+    deadline = module.time.monotonic() + budget
+    getattr(module, part)(shapes, module.Timer("cpu", 3), "cpu", deadline, results)
+    return json.loads(output.read_text())
+
+
+def test_both_parts_write_one_file_and_a_failure_loses_nothing(few: ModuleType, tmp_path: Path) -> None:
     output = tmp_path / "gpu.json"
-    tiny = ["--output", output, "--device", "cpu", "--repetitions", "3"]
-    run = [sys.executable, ROOT / "bench" / "gpu_bench.py"]
-    subprocess.run([*run, "bench", *tiny, "--shape", "20x101"], check=True, cwd=ROOT)
-    subprocess.run([*run, "head", *tiny, "--shape", "8x0x50", "--shape", "8x16x50"], check=True, cwd=ROOT)
-    result = json.loads(output.read_text())
-    by_name = {entry["name"]: entry for entry in result["bench"]}
-    assert set(by_name) == {"copy", "ours", "eager"}
-    assert all("error" not in entry and entry["ms"] > 0 for entry in by_name.values()), by_name
-    assert by_name["ours"]["gradient_error"] < 2e-2
-    assert "error" in result["head"][0] and result["head"][1]["share_of_floor"] > 0
+    run(few, "bench", output, [(20, 101)])
+    result = run(few, "head", output, [(8, 0, 50), (40, 16, 50)])
+    assert result["kind"] == "gpu"
+    by_step: dict[str, dict[str, Any]] = {}
+    for entry in result["bench"]:
+        by_step.setdefault(entry["step"], {})[entry["name"]] = entry
+    assert {step: set(names) for step, names in by_step.items()} == {
+        "loss": {"copy", "ours", "ours_inplace", "eager"},
+        "logprobs": {"eager"},
+        "logprobs+entropy": {"ours", "eager"},
+    }
+    assert all("error" not in entry and entry["ms"] > 0 and len(entry["clocks"]) == 2 for entry in result["bench"]), result["bench"]
+    assert all(entry["error_of_allowed"] <= 1 for entry in result["bench"] if entry["name"] != "copy")
+    assert "error" in result["head"][0]
+    assert result["head"][1]["share_of_floor"] > 0 and result["head"][1]["error_of_allowed"] <= 1
+
+
+def test_the_command(tmp_path: Path) -> None:
+    output = tmp_path / "gpu.json"
+    command = [sys.executable, ROOT / "bench" / "gpu_bench.py", "bench", "--output", output, "--device", "cpu", "--shape", "3x33"]
+    done = subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "BUDGET_S": "0"}, capture_output=True, text=True)
+    assert "the time budget is spent" in done.stdout
+    assert all("skipped" in entry for entry in json.loads(output.read_text())["bench"])
+
+
+def test_what_was_measured_is_in_the_file_before_the_next_case(few: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that is lost in the middle: not even an Exception."""
+
+    def lost(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    contestants = few.loss_contestants
+
+    def then_lost(device: str, rows: int) -> Any:
+        first, *_ = contestants(device, rows)
+        return [first, few.Contestant("lost", lost, 0)]
+
+    monkeypatch.setattr(few, "loss_contestants", then_lost)
+    output = tmp_path / "gpu.json"
+    with pytest.raises(KeyboardInterrupt):
+        run(few, "bench", output, [(5, 50)])
+    assert [entry["name"] for entry in json.loads(output.read_text())["bench"]] == ["copy", "ours"]
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_memory_is_counted_beforehand(few: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (100 * 2**30, 140 * 2**30))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    tried: list[int] = []
+    work: Any = lambda: tried.append(1) or {"ms": 1.0}  # noqa: E731
+    assert "91 GiB of the 90 GiB" in few.recorded({}, work, 91 * 2**30, "cuda", 1e18)["skipped"] and not tried
+    assert few.recorded({}, work, 89 * 2**30, "cuda", 1e18)["ms"] == 1.0
+
+
+@pytest.mark.parametrize("wrong", ["zeroed", "doubled", "without the others", "nan", "another row"])
+def test_the_gate_refuses_a_wrong_gradient(wrong: str, few: ModuleType) -> None:
+    given = few.case(30, 2000, "cpu")
+    truth, ids = given.truth()[0], given.ids[0, given.sample()]
+    found = truth.bfloat16()
+    assert few.check_gradient(found, truth, ids) <= 1
+    if wrong == "zeroed":
+        found = found * 0
+    elif wrong == "doubled":
+        found = found * 2
+    elif wrong == "without the others":
+        found = found.scatter(1, ids[:, None], 0) * 0 + torch.zeros_like(found).scatter(1, ids[:, None], found.gather(1, ids[:, None]))
+    elif wrong == "nan":
+        found[3, 7] = float("nan")
+    else:
+        found = found.roll(1, 0)
+    worst = few.check_gradient(found, truth, ids)
+    assert worst > few.LENIENT
+    with pytest.raises(ValueError, match="wrong: off by"):
+        few.judged(worst, "eager")
+
+
+def test_the_heads_gate_refuses_wrong_gradients(few: ModuleType) -> None:
+    x, w, ids = torch.randn(40, 32).bfloat16(), (torch.randn(300, 32) / 32**0.5).bfloat16(), torch.randint(300, (40,))
+    exact = [t.double().requires_grad_() for t in (x, w)]
+    torch.nn.functional.cross_entropy(exact[0] @ exact[1].t(), ids).backward()
+    dx, dw = (t.grad.bfloat16() for t in exact if t.grad is not None)
+    assert few.head_truth(x, w, ids, dx, dw) <= 1
+    for bad in ((dx * 0, dw), (dx, dw * 0), (dx * 2, dw), (dx, dw * 2), (dx, dw * float("nan"))):
+        assert few.head_truth(x, w, ids, *bad) > 1
 
 
 def test_the_figure_of_a_made_up_result(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    entries = [{"rows": 4, "vocabulary": v, "name": n, "times_copy": t} for v in (10, 20) for n, t in (("ours", 1.5), ("eager", 9.0))]
+    entries: list[dict[str, Any]] = [
+        {"rows": 4, "vocabulary": v, "name": n, "times_copy": t, "less_precise": n == "eager"}
+        for v in (10, 20)
+        for n, t in (("ours", 1.5), ("eager", 9.0))
+    ]
     entries.append({"rows": 4, "vocabulary": 20, "name": "liger", "error": "made up"})
     source = tmp_path / "fixture.json"
-    source.write_text(json.dumps({"machine": {"device": "a test fixture, not a measurement"}, "bench": entries}))
-    subprocess.run([sys.executable, ROOT / "bench" / "plot_gpu.py", source], check=True, cwd=ROOT)
+    source.write_text(json.dumps({"kind": "gpu", "machine": {"device": "a test fixture, not a measurement"}, "bench": entries}))
+    done = CliRunner().invoke(cli.app, ["--plot", str(source)])
+    assert done.exit_code == 0, done.output
     assert source.with_suffix(".png").read_bytes().startswith(b"\x89PNG")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import time
 from pathlib import Path
@@ -102,13 +103,23 @@ def _plot(files: list[Path]) -> None:
         raise ValueError("FILES is empty; expected the JSON files to draw, as in: grpo-fast bench --plot bench/results/cpu.json.")
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib, which is not installed; expected it. Cure: pip install 'grpo_fast[bench]'.")
-    from grpo_fast.benchmark.plot import write_plot
+    from grpo_fast.benchmark.plot import write_gpu_plot, write_plot
     from grpo_fast.benchmark.report import load
 
-    results = [(path, load(path)) for path in files]  # all are read before anything is written
+    gpu = [_gpu_result(path) for path in files]
+    results = [(path, found or load(path)) for path, found in zip(files, gpu, strict=True)]  # all are read before anything is written
     for path, result in results:
-        write_plot(result, path.with_suffix(".png"))
+        (write_gpu_plot if result.get("kind") == "gpu" else write_plot)(result, path.with_suffix(".png"))
         typer.echo(f"Drawn: {path.with_suffix('.png')}")
+
+
+def _gpu_result(path: Path) -> dict[str, Any] | None:
+    """What bench/gpu_bench.py wrote; None where it is anything else, or cannot be read."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return result if isinstance(result, dict) and result.get("kind") == "gpu" else None
 
 
 def _check_output(output: Path) -> None:

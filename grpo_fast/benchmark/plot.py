@@ -13,7 +13,7 @@ from grpo_fast.benchmark.settings import CONTESTANTS, MALLOC_MODES, PASSES
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["write_plot"]
+__all__ = ["write_gpu_plot", "write_plot"]
 
 # Okabe and Ito's palette: told apart by colour-blind eyes too.
 COLOURS = {
@@ -120,3 +120,35 @@ def _caption(result: dict[str, Any]) -> str:
         f"{both}T = {settings['temperature']:g}, median of {settings['rounds']}.{entropy}{work}\n"
         f"{caption(result['machine'], settings['threads'])}, {result['date'][:10]}"
     )
+
+
+def write_gpu_plot(result: dict[str, Any], path: Path) -> None:
+    """One PNG of a result of bench/gpu_bench.py: loss and gradient in multiples of a copy; hatched: less precise than the gate asks.
+
+    Raises:
+        ValueError: there are no times in it.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    entries = [e for e in result.get("bench", []) if e.get("times_copy") is not None]
+    if not entries:
+        raise ValueError("result has no times of loss and gradient; expected what `bench/gpu.sh bench` writes on a GPU.")
+    cases = sorted({(e["rows"], e["vocabulary"]) for e in entries})
+    names = list(dict.fromkeys(e["name"] for e in entries))
+    figure = Figure(figsize=(max(7.0, 0.9 * len(cases)), 4.5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for i, name in enumerate(names):
+        found = {(e["rows"], e["vocabulary"]): e for e in entries if e["name"] == name}
+        width, shift = 0.8 / len(names), (i - (len(names) - 1) / 2) * 0.8 / len(names)
+        there = [(n + shift, found[case]) for n, case in enumerate(cases) if case in found]
+        hatches = ["//" if e.get("less_precise") else "" for _, e in there]
+        axes.bar([x for x, _ in there], [e["times_copy"] for _, e in there], width, label=name, hatch=hatches, color=f"C{i % 10}")
+    axes.axhline(1, color="black", linewidth=1)
+    axes.set_yscale("log")
+    axes.set_xticks(range(len(cases)), [f"{rows}\n× {vocabulary}" for rows, vocabulary in cases], fontsize=7)
+    axes.set_ylabel("multiples of a copy of the logits")
+    axes.set_title(f"GRPO loss and gradient, {result['machine']['device']}", fontsize=10)
+    axes.legend(frameon=False, fontsize=8, ncols=2)
+    write_atomically(path, lambda partial: figure.savefig(partial, format="png"))
