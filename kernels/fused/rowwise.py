@@ -220,10 +220,12 @@ def row_sums(
 ):  # fmt: skip
     """(reference, sum e, sum e * t) over one part of a row without the target: e = 2^t, t = s * log2(e) - reference.
 
-    Within a hundred powers of two of the largest term any reference keeps the sum's digits but for the rounding of t, half an ulp of
-    t itself: 5e-7 with the peak at t = 12, where plain float32 rounds s = 12 as much. So the largest is not searched for: the target (a
-    likely token, having been sampled) and a sample of the row give one, which costs the plain blocks neither a maximum nor a rescaling
-    nor a meeting of the warps. Where the sum shows that the guess was off, it is made again with the true maximum.
+    Within a hundred powers of two of the largest term any reference will do, so the largest is not searched for: the target (a likely
+    token, having been sampled) and a sample of the row give one, which costs the plain blocks neither a maximum nor a rescaling nor a
+    meeting of the warps. Where the sum shows that the guess was off, it is made again with the true maximum.
+
+    What a guess costs: t is rounded at its own size, so with an unseen peak at t the entropy is known to about four roundings of t and
+    no better, however small it is (measured: 5e-6 at t = 18); log-probabilities, which are then as large as t, lose nothing.
     """
     VECTOR: tl.constexpr = 128 // row_ptr.dtype.element_ty.primitive_bitwidth
     head, middle = row_edges(phase, vocabulary, VECTOR)
