@@ -175,7 +175,7 @@ def _plain_loop(code: str, lanes: int, element: int) -> tuple[float, bool] | Non
     for loop in sass.loops(code):
         logits = loop.bytes("LDG") // element
         if logits >= lanes and loop.count(r"MUFU\.EX2") >= logits:
-            found.append((len(loop.instructions) / logits, loop.count(r"\bLDG\b") == loop.count(r"\bLDG\b.*\.128")))
+            found.append((len(loop.instructions) / logits, loop.count(r"\bLDG\b") == loop.count(r"\bLDG\S*\.128")))
     return min(found, default=None)
 
 

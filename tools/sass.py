@@ -32,8 +32,8 @@ class Loop:
 
     def bytes(self, opcode: str) -> int:
         """What a thread moves in one turn by instructions of this name: LDG, LDS, STS."""
-        moves = [i for i in self.instructions if re.search(rf"\b{opcode}\b", i)]
-        return sum(next((width for name, width in WIDTHS.items() if name in i), 4) for i in moves)
+        moves = [found.group() for i in self.instructions if (found := re.search(rf"\b{opcode}\S*", i))]  # an address may hold .64 too
+        return sum(next((width for name, width in WIDTHS.items() if name in move), 4) for move in moves)
 
 
 def disassembled(cubin: bytes) -> str:

@@ -150,5 +150,5 @@ def write_gpu_plot(result: dict[str, Any], path: Path) -> None:
     axes.set_xticks(range(len(cases)), [f"{rows}\n× {vocabulary}" for rows, vocabulary in cases], fontsize=7)
     axes.set_ylabel("multiples of a copy of the logits")
     axes.set_title(f"GRPO loss and gradient, {result['machine']['device']}", fontsize=10)
-    axes.legend(frameon=False, fontsize=8, ncols=2)
+    figure.legend(loc="outside lower center", frameon=False, fontsize=8, ncols=len(names))
     write_atomically(path, lambda partial: figure.savefig(partial, format="png"))
