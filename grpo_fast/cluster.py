@@ -36,8 +36,8 @@ def check_impl(impl: str, logits: Tensor, backend: str, *, one_pass: bool) -> No
         return
     if not one_pass:
         raise ValueError(
-            "impl is 'cluster' with a loss whose gradient needs the whole sequence or other processes' vocabulary first; expected ratios of "
-            "single tokens and no process_group. Leave impl at None."
+            "impl is 'cluster' with a loss whose gradient needs the whole sequence or other processes' vocabulary first; expected ratios "
+            "of single tokens and no process_group. Leave impl at None."
         )
     if torch.compiler.is_compiling():  # the operator itself says so when it runs
         return
