@@ -269,9 +269,7 @@ __device__ void load_rows(const ClusterLossArgs& args, Shared& shared, char* sli
 // Consumers ------------------------------------------------------------------------------------------------------------------------
 
 // Whether this lane has an element of the edges that is not the target's.
-__device__ __forceinline__ bool has_edge(const RowSlot& slot, int thread) {
-  return thread < slot.edge_count && thread != slot.target_edge;
-}
+__device__ __forceinline__ bool has_edge(const RowSlot& slot, int thread) { return thread < slot.edge_count && thread != slot.target_edge; }
 
 __device__ __forceinline__ void add(float f, float k, float reference, float& e_sum, float& et_sum) {
   const float t = fmaf(f, k, -reference), e = exp2_approx(t);
