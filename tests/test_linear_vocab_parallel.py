@@ -15,7 +15,7 @@ from torch import Tensor
 from vocab_parallel_ranks import V, cases, measured
 
 CHILD = Path(__file__).with_name("vocab_parallel_ranks.py")
-SPLIT = ("weight", "bias", "adapter_weight")
+SPLIT = ("weight", "bias", "adapter_weight", "logits")
 
 
 @functools.cache

@@ -89,6 +89,17 @@ def measured(name: str, of: dict[str, Any], part: slice, group: Any, dtype: torc
     found |= {f"d.{key}": x.grad for key, x in tensors.items() if x.grad is not None}
 
     scoring = {key: x for key, x in of["options"].items() if key not in ("old_logprobs", "ref_logprobs")}
+    exact = {key: x.double() for key, x in of["tensors"].items()}
+    whole = torch.nn.functional.linear(exact["hidden"], exact["weight"], exact.get("bias"))
+    if "adapted" in exact:
+        whole = whole + exact["adapted"] @ exact["adapter_weight"].T
+    logits = whole[..., part].to(dtype).clone().requires_grad_()
+    sharded = {"process_group": group} if group is not None else {}
+    from_logits = gf.grpo_loss(logits, of["token_ids"], of["advantages"], config=of["config"], **of["options"], **sharded)
+    from_logits.loss.backward()
+    found |= {"logits.loss": from_logits.loss.detach(), "logits.entropy": from_logits.entropy}
+    found["d.logits"] = logits.grad.movedim(-1, 0)  # [V of the part, B, T + 1]
+
     upstream = torch.linspace(-1, 1, B * T).view(B, T)
     for kind, frozen, keep in (("trainable", False, 0), ("kept", False, 1 << 30), ("frozen", True, 0)):
         tensors = leaves()
