@@ -18,12 +18,15 @@ from grpo_fast.loss import GRPOOutput, TokenLogprobs
 
 __all__ = ["ModelHead", "head_of", "hidden_states_of", "linear_logprobs_from", "linear_loss_from"]
 
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # their names in configurations
 # Names under which configurations keep a factor of the logits, and whether they are divided by it. A number that stands for none is None.
 _SCALES = (("logit_scale", False), ("output_multiplier", False), ("lm_head_multiplier", False), ("logits_scaling", True))
 _MULTIPLIED_ALL_THE_SAME = ("hyperclovax",)  # model types that multiply by logits_scaling
 
-# Largest difference between a model's own logits and ours, relative to the largest logit.
+# Largest difference between a model's own logits and ours: of the product relative to the largest logit, of what follows it relative to
+# each logit.
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 4e-2, torch.float16: 1e-2}
+_LARGEST_PROBE = 1000.0
 
 _verified: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -92,18 +95,21 @@ def hidden_states_of(model: nn.Module, model_inputs: dict[str, Any]) -> tuple[Te
     last position alone.
 
     Raises:
-        ValueError: the model's logits are not what its head's weight, bias, soft cap and scale make of the hidden states (looked at once
-            per model, at one position of each row).
+        ValueError: the model's logits are not what its head's weight, bias, soft cap and scale make of the hidden states. That is looked at
+            once per model: the product at one position of each row, and what follows it on numbers from -1000 to 1000 in place of logits,
+            since those of a model at the beginning of its training are too small to show a soft cap.
     """
     head = head_of(model)
-    with _passing_out(head.module) as caught:
+    known = head.module in _verified
+    with _passing_out(head.module, probing=not known) as caught:
         output = model(**model_inputs)
-    if not caught:
+    if len(caught) != 1:
         raise ValueError(
-            f"{type(_unwrapped(model)).__name__} did not call its output embeddings; expected one call. Pass its logits to grpo_loss."
+            f"{type(_unwrapped(model)).__name__} called its output embeddings {len(caught)} times; expected one call. Pass its logits to "
+            "grpo_loss."
         )
     hidden, last = caught[0]
-    if head.module not in _verified:
+    if not known:
         _verify(model, head, hidden[:, -1:], last, output.logits)
         _verified.add(head.module)
     if any(_is_fsdp(x) for x in (model, _unwrapped(model))):
@@ -171,10 +177,13 @@ def _scored(model: nn.Module, model_inputs: dict[str, Any], token_ids: Tensor, o
 
 def _completed(model: nn.Module, model_inputs: dict[str, Any], keep: int | None) -> dict[str, Any]:
     """What the caller need not think of: no cache, positions by the attention mask, no more hidden states than are scored."""
-    known = inspect.signature(_unwrapped(model).forward).parameters
+    base = _unwrapped(model)
+    known = inspect.signature(base.forward).parameters
+    embeddings = getattr(getattr(base, "base_model", None), "embeddings", None)
+    own_positions = hasattr(embeddings, "create_position_ids_from_input_ids")  # RoBERTa's, which begin behind the padding's
     inputs = {"use_cache": False, **model_inputs} if "use_cache" in known else dict(model_inputs)
     mask = inputs.get("attention_mask")
-    if "position_ids" in known and "position_ids" not in inputs and isinstance(mask, Tensor) and mask.dim() == 2:
+    if "position_ids" in known and "position_ids" not in inputs and isinstance(mask, Tensor) and mask.dim() == 2 and not own_positions:
         inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
     if keep is not None and "logits_to_keep" in known:
         inputs.setdefault("logits_to_keep", keep)
@@ -194,15 +203,18 @@ def _unwrapped(model: nn.Module) -> Any:
 
 
 @contextmanager
-def _passing_out(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Inside the ``with``, calling the module collects its input and its output for the last position, which is all it computes."""
+def _passing_out(module: nn.Module, *, probing: bool) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Inside the ``with``, calling the module collects its input and its output for the last position, which is all it computes. The model
+    goes on with that output, or when probing with known numbers in its place."""
     caught: list[tuple[Tensor, Tensor]] = []
     forward, of_instance = module.forward, vars(module).get("forward")  # accelerate's hooks put one there
 
     def collect(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if hidden.dim() != 3:
+            raise ValueError(f"the head was called with a tensor of shape {list(hidden.shape)}; expected hidden states [B, L, D].")
         last = forward(hidden[:, -1:], *args, **kwargs)
         caught.append((hidden, last))
-        return last
+        return torch.where(torch.ones_like(last, dtype=torch.bool), _probe(last), last) if probing else last
 
     module.forward = collect
     try:
@@ -232,19 +244,49 @@ def _is_fsdp(module: object) -> bool:
     return hasattr(module, "set_requires_gradient_sync") and hasattr(module, "unshard")  # FSDPModule, without a second of imports
 
 
+def _probe(last: Tensor) -> Tensor:  # [B, 1, V] -> [V]
+    """Numbers small and large, of both signs."""
+    return torch.linspace(-1, 1, last.shape[-1], device=last.device).pow(3).mul(_LARGEST_PROBE).to(last.dtype)
+
+
 @torch.no_grad()
 def _verify(model: nn.Module, head: ModelHead, hidden: Tensor, last: Tensor, logits: Tensor) -> None:
-    """hidden: at the last position; last: what the head made of it; logits: what the model made of that."""
-    ours, logits = _plain_logits(head, hidden, last).float() * head.logit_scale, logits.float()
-    if head.softcap is not None:
-        ours = head.softcap * torch.tanh(ours / head.softcap)
-    difference, size = (ours - logits).abs().max().item(), logits.abs().max().item()
-    if not difference <= _TOLERANCE.get(last.dtype, 1e-3) * size < float("inf"):  # inf <= inf, where some logits are suppressed
+    """hidden: at the last position; last: what the head made of it; logits: what the model made of the probe."""
+    what = _other_product(head, hidden, last) or _other_function(head, last, logits)
+    if what:
         raise ValueError(
-            f"the logits of {type(_unwrapped(model)).__name__} differ from f(hidden @ weight.T + bias) with softcap={head.softcap} and "
-            f"logit_scale={head.logit_scale:g} by up to {difference:.3g} of {size:.3g}; expected the same. Its head does something that "
-            "is not known here: pass its logits to grpo_loss, or hidden states, weight, softcap and logit_scale to linear_grpo_loss."
+            f"the logits of {type(_unwrapped(model)).__name__} are not f(hidden @ weight.T + bias) with f a scale and a soft cap: {what}. "
+            "Its head does something that is not known here: pass its logits to grpo_loss, or hidden states, weight, softcap and "
+            "logit_scale to linear_grpo_loss."
         )
+
+
+def _other_product(head: ModelHead, hidden: Tensor, last: Tensor) -> str | None:
+    """How what the head made differs from the product with its weight, if it does."""
+    plain, tolerance = _plain_logits(head, hidden, last).float(), _TOLERANCE.get(last.dtype, 1e-3)
+    difference, size = (plain - last).abs().max().item(), last.abs().max().item()
+    if difference <= tolerance * size < float("inf"):
+        return None
+    return f"its head differs from hidden @ weight.T + bias by up to {difference:.3g} of {size:.3g}"
+
+
+def _other_function(head: ModelHead, last: Tensor, logits: Tensor) -> str | None:
+    """How what the model made of the probe differs from scale and soft cap, if it does."""
+    if logits.shape != last.shape:
+        return f"from {list(last.shape)} of its head it made {list(logits.shape)}"
+    probe, logits, tolerance = _probe(last).float(), logits.float(), _TOLERANCE.get(last.dtype, 1e-3)
+    expected = probe * head.logit_scale
+    if head.softcap is not None:
+        expected = head.softcap * torch.tanh(expected / head.softcap)
+    excess = ((logits - expected).abs() - tolerance * expected.abs()).nan_to_num(float("inf")).flatten()
+    worst = int(excess.argmax())
+    if excess[worst] <= 0:
+        return None
+    entry = worst % probe.shape[0]
+    return (
+        f"with softcap={head.softcap} and logit_scale={head.logit_scale:g} its head's {probe[entry]:.4g} should become "
+        f"{expected[entry]:.4g}, and became {logits.flatten()[worst]:.4g}"
+    )
 
 
 def _plain_logits(head: ModelHead, hidden: Tensor, last: Tensor) -> Tensor:
@@ -260,7 +302,7 @@ def _plain_logits(head: ModelHead, hidden: Tensor, last: Tensor) -> Tensor:
 
 def _softcap_and_scale(config: Any) -> tuple[float | None, float]:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    softcap = getattr(text, "final_logit_softcapping", None)
+    softcap = next((value for name in _SOFTCAPS if (value := getattr(text, name, None)) is not None), None)
     for name, divided in _SCALES:
         value = getattr(text, name, None)
         if value is not None:
