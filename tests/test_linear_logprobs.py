@@ -187,6 +187,17 @@ def test_a_retained_graph_gives_the_same_gradient_again(trainable: bool, keep_by
 
 
 @pytest.mark.parametrize("trainable", [True, False])
+@pytest.mark.parametrize("of", ["logprobs", "entropy"])
+def test_a_graph_that_is_gone_gives_no_second_gradient(trainable: bool, of: str) -> None:
+    """What was kept for it has become the first."""
+    hidden, weight = tensors(trainable)
+    result = getattr(call(hidden, weight), of).sum()
+    result.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        result.backward()
+
+
+@pytest.mark.parametrize("trainable", [True, False])
 def test_gradients_that_are_handed_out_may_be_written_to(trainable: bool) -> None:
     hidden, weight = tensors(trainable)
     out = call(hidden, weight)

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 import grpo_fast as gf
 
-B, T, D, V = 4, 256, 96, 4003
+B, T, D, V = 4, 256, 256, 4003
 ROWS = 128  # tokens per chunk
 
 
@@ -39,20 +39,33 @@ class Peak(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("rows", [32, ROWS])
+@pytest.mark.parametrize("of", ["loss", "gspo", "logprobs", "logprobs and entropy"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("trainable", [True, False], ids=["trainable", "frozen"])
-def test_the_loss_holds_a_chunk_and_the_gradients(trainable: bool, dtype: torch.dtype, generator: torch.Generator) -> None:
+def test_a_call_holds_a_chunk_and_the_gradients(
+    trainable: bool, dtype: torch.dtype, of: str, rows: int, generator: torch.Generator
+) -> None:
+    """The sum of a bfloat16 weight's gradient is float32 and is rounded when the chunk is gone."""
     hidden = torch.randn(B, T, D, generator=generator).to(dtype).requires_grad_()
     weight = (torch.randn(V, D, generator=generator) * 0.2).to(dtype).requires_grad_(trainable)
-    token_ids = torch.randint(V, (B, T), generator=generator)
+    token_ids, advantages = torch.randint(V, (B, T), generator=generator), torch.randn(B, 1, generator=generator)
+    chunk = rows * V * dtype.itemsize
     gc.collect()
     with Peak() as memory:
-        out = gf.linear_grpo_loss(hidden, weight, token_ids, torch.randn(B), chunk_bytes=ROWS * V * dtype.itemsize)
-        out.loss.backward()
-    chunk, of_hidden = ROWS * V * dtype.itemsize, hidden.numel() * dtype.itemsize
-    of_weight = (4 * V * D if trainable else 0) + (0 if dtype == torch.float32 or not trainable else V * D * dtype.itemsize)
-    slices = 0 if dtype == torch.float32 or not trainable else 4 * (ROWS * V + ROWS * D)  # what a bfloat16 product is added up from
-    assert chunk < memory.peak < 1.1 * (chunk + of_weight + of_hidden) + slices, memory.peak / (chunk + of_weight + of_hidden)
+        if of in ("loss", "gspo"):
+            config = gf.LossConfig(loss_type="gspo" if of == "gspo" else "dapo")
+            old = torch.full((B, T), -9.0)
+            gf.linear_grpo_loss(
+                hidden, weight, token_ids, advantages[:, 0], config=config, old_logprobs=old, chunk_bytes=chunk
+            ).loss.backward()
+        else:
+            out = gf.linear_token_logprobs(hidden, weight, token_ids, chunk_bytes=chunk, keep_bytes=0)
+            (advantages * (out.logprobs + (out.entropy if "entropy" in of else 0))).sum().backward()
+    of_hidden, of_weight = hidden.numel() * dtype.itemsize, 4 * V * D if trainable else 0
+    rounded = V * D * dtype.itemsize if trainable and dtype != torch.float32 else 0
+    expected = of_hidden + of_weight + max(chunk, rounded)
+    assert chunk < memory.peak < 1.1 * expected, memory.peak / expected
 
 
 def test_without_gradient_nothing_stays(generator: torch.Generator) -> None:

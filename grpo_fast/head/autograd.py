@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from grpo_fast.head.chunks import Plan
-from grpo_fast.head.logprobs import Forward, linear_token_logprobs_bwd, linear_token_logprobs_fwd
+from grpo_fast.head.logprobs import linear_token_logprobs_bwd, linear_token_logprobs_fwd
 from grpo_fast.head.loss import LinearLoss
 from grpo_fast.head.products import Head, HeadTensors, Wants
 from grpo_fast.head.rows import Rows
 from grpo_fast.ops import scaled
 
 __all__ = ["LinearLogprobsFunction", "LinearLossFunction"]
+
+SCALED_ROWS = 512
 
 MakeHead = Callable[[HeadTensors, Wants, Plan], Head]
 
@@ -60,15 +62,19 @@ class LinearLogprobsFunction(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor | None, h: Tensor | None) -> tuple[Tensor | None, ...]:
         nothing = (None,) * 4
-        left: Forward = ctx.left
+        given, left, keep_graph = ctx.saved_tensors, ctx.left, torch._C._autograd._get_current_graph_task_keep_graph()
+        if not keep_graph:
+            ctx.left = None
         if g is None and h is None:
             return *nothing, *HeadTensors(None, None)
         if left.slopes is not None and h is None:
             assert g is not None
             g = torch.where(ctx.rows.mask, g, 0)  # under the mask's zeros the slopes are 0, which NaN and Inf would survive
-            return *nothing, *(None if x is None else (x * _per_row(g, x)).to(x.dtype) for x in left.slopes)
+            slopes = (None if x is None else x.clone() if keep_graph else x for x in left.slopes)
+            return *nothing, *(None if x is None else scale_rows_(x, g) for x in slopes)
+        left = left._replace(slopes=None)  # of no use here: their memory is free unless the graph stays
         zero = torch.zeros_like(left.statistics.logprobs)
-        tensors, wants = HeadTensors(*ctx.saved_tensors), Wants(*ctx.needs_input_grad[4:])
+        tensors, wants = HeadTensors(*given), Wants(*ctx.needs_input_grad[4:])
         with torch.autocast(zero.device.type, enabled=False):
             gradients = linear_token_logprobs_bwd(
                 lambda plan: ctx.make_head(tensors, wants, plan),
@@ -76,7 +82,7 @@ class LinearLogprobsFunction(torch.autograd.Function):
                 left,
                 zero if g is None else g,
                 zero if h is None else h,
-                keep_graph=torch._C._autograd._get_current_graph_task_keep_graph(),
+                keep_graph=keep_graph,
             )
         return *nothing, *gradients
 
@@ -91,6 +97,10 @@ class LinearLogprobsFunction(torch.autograd.Function):
         return left.statistics.logprobs, left.statistics.entropy
 
 
-def _per_row(g: Tensor, x: Tensor) -> Tensor:  # [1, B * T] for [B, T or T + 1, D] -> [B, T or T + 1, 1]
+def scale_rows_(x: Tensor, g: Tensor) -> Tensor:  # [B, T or T + 1, D], [1, B * T]
+    """x with each row times its token's g, in the memory of x; at most so many rows at a time are there in float32."""
     g = g.reshape(x.shape[0], g.numel() // max(x.shape[0], 1), 1)
-    return torch.nn.functional.pad(g, (0, 0, 0, x.shape[1] - g.shape[1]))
+    g = torch.nn.functional.pad(g, (0, 0, 0, x.shape[1] - g.shape[1]))
+    for rows, factors in zip(x.flatten(0, 1).split(SCALED_ROWS), g.flatten(0, 1).split(SCALED_ROWS), strict=True):
+        rows.mul_(factors)
+    return x

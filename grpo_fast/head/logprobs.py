@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_fast.head.chunks import Plan, plan_of
+from grpo_fast.head.chunks import Chunk, Plan, plan_of
 from grpo_fast.head.products import Head, HeadTensors
 from grpo_fast.head.rows import Rows, RowStatistics
 
@@ -70,7 +70,8 @@ def linear_token_logprobs_bwd(
     head = make_head(order)
     if len(kept) < len(order.chunks) or keep_graph:
         head.reserve(order.largest)
-    for i, chunk in enumerate(order.chunks):
+
+    def gradient_of(i: int, chunk: Chunk) -> None:
         tokens = order.tokens(chunk.begin, chunk.end)
         logits = head.logits(tokens) if i >= len(kept) or keep_graph else kept[i]  # a graph that stays needs its logits again
         piece = RowStatistics(*(x[:, tokens] for x in statistics))
@@ -78,4 +79,7 @@ def linear_token_logprobs_bwd(
         head.add_gradient(logits, tokens)
         if i < len(kept) and not keep_graph:
             kept[i] = logits.new_empty(0)  # its memory is free for the next chunk's products
+
+    for i, chunk in enumerate(order.chunks):
+        gradient_of(i, chunk)
     return head.gradients()

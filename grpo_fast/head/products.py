@@ -18,9 +18,9 @@ from grpo_fast.head.chunks import Plan
 
 __all__ = ["DenseHead", "Head", "HeadTensors", "ModuleHead", "Wants"]
 
-# Only NVIDIA's library gives the sum of a bfloat16 product in float32. For the others this many columns of the logits at a time are
-# converted.
-CONVERTED_COLUMNS = 8192
+# Only NVIDIA's library gives the sum of a bfloat16 product in float32. For the others this part of the logits' columns at a time is
+# converted, or this many where that is less.
+CONVERTED_PART, LEAST_CONVERTED = 32, 256
 
 
 class HeadTensors(NamedTuple):
@@ -158,10 +158,9 @@ class DenseHead:
         elif gradient.device.type == "cuda" and torch.version.hip is None:
             torch.addmm(total, gradient.t(), rows, beta=beta, out_dtype=torch.float32, out=total)
         else:
-            rows = rows.float()
-            for begin in range(0, gradient.shape[1], CONVERTED_COLUMNS):
-                columns = slice(begin, begin + CONVERTED_COLUMNS)
-                total[columns].addmm_(gradient[:, columns].t().float(), rows, beta=beta)
+            rows, width = rows.float(), max(gradient.shape[1] // CONVERTED_PART, LEAST_CONVERTED)
+            for part, into in zip(gradient.split(width, 1), total.split(width), strict=True):
+                into.addmm_(part.t().float(), rows, beta=beta)
 
 
 class ModuleHead:
