@@ -53,13 +53,34 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
 
 
 class CompleteCheckpoints(Trainer):
-    """transformers' Trainer with checkpoints of that kind. ``extra_state(folder)`` writes what else belongs into one, in every process."""
+    """transformers' Trainer with checkpoints of that kind.
+
+    ``extra_state(folder)`` writes what else belongs into one, in every process, and ``load_extra_state(folder)`` reads it.
+    """
 
     _writing_to: Path | None = None
     _to_push: str | None = None
 
     def extra_state(self, folder: Path) -> None:
         raise NotImplementedError
+
+    def load_extra_state(self, folder: Path) -> None:
+        raise NotImplementedError
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own. ``resume_from_checkpoint=True`` takes the newest complete checkpoint of ``output_dir``."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"resume_from_checkpoint is True and {self.args.output_dir} holds no complete checkpoint; expected one.")
+        if resume_from_checkpoint:
+            lacking = missing_from(resume_from_checkpoint)
+            if lacking is not None:
+                raise ValueError(
+                    f"resume_from_checkpoint is {str(resume_from_checkpoint)!r}, which lacks {lacking}; expected a complete one."
+                )
+            self.load_extra_state(Path(resume_from_checkpoint))
+        return super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, *args, **kwargs)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._writing_to or super()._get_output_dir(trial))

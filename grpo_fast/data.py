@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Prompts", "encode_prompt", "load_prompts"]
+__all__ = ["Prompts", "check_rows", "encode_prompt", "load_prompts"]
 
 _LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-_TAKEN = ("prompts", "completion", "completions", "completion_ids", "extras")  # keywords that the trainer itself passes to rewards
+# What the trainer itself passes to rewards. (Columns of the names completion and completion_ids reach no reward, here as in TRL.)
+_TAKEN = ("prompts", "completions", "extras", "trainer_state", "log_extra", "log_metric", "logprobs", "ref_logprobs")
 
 logger = logging.getLogger("grpo_fast")
 
@@ -75,18 +76,10 @@ def load_prompts(
     if limit is not None:
         rows = rows[:limit] if isinstance(rows, list) else rows.select(range(min(limit, len(rows))))
     rows = _renamed(rows, dict(rename or {}))
-    _check_columns(rows)
+    conversational = check_rows(rows, "load_prompts")
 
     lengths = []
-    first_kind: bool | None = None
     for position, prompt in enumerate(_column(rows, "prompt")):
-        kind = _is_conversation(prompt, position)
-        if first_kind is None:
-            first_kind = kind
-        if kind != first_kind:
-            raise ValueError(
-                f"load_prompts: the prompt of row {position} is {_what(kind)}, and that of row 0 {_what(not kind)}; expected one."
-            )
         ids = encode_prompt(prompt, tokenizer, chat_template_kwargs)
         if not ids:
             raise ValueError(f"load_prompts: the prompt of row {position} has no tokens; expected a question. Cure: leave the row out.")
@@ -101,7 +94,40 @@ def load_prompts(
     if dropped:
         rows = [rows[i] for i in kept] if isinstance(rows, list) else rows.select(kept)
         logger.warning("%d of %d prompts are longer than %d tokens and left out.", dropped, len(lengths), max_prompt_length)
-    return Prompts(rows, bool(first_kind), len(lengths), dropped, max(lengths[i] for i in kept))
+    return Prompts(rows, conversational, len(lengths), dropped, max(lengths[i] for i in kept))
+
+
+def check_rows(rows: Any, who: str) -> bool:
+    """Look at every row before anything is trained: the same columns, and prompts of one kind; whether they are conversations.
+
+    Args:
+        rows: a list of dictionaries or a ``datasets.Dataset``. Of any other sequence, which may make its rows when it is asked for one, the
+            first is looked at.
+        who: wants to know; the errors begin with it.
+
+    Raises:
+        ValueError, TypeError: naming the row or column, what it was, what was expected and the cure.
+    """
+    if len(rows) == 0:
+        raise ValueError(f"{who}: there are no rows; expected at least one prompt.")
+    if not isinstance(rows, list) and not hasattr(rows, "column_names"):
+        rows = [rows[0]]
+    names = _names(rows, who)
+    if "prompt" not in names:
+        raise ValueError(
+            f"{who}: there is no column 'prompt'; the columns are: {', '.join(names)}. Cure: rename the one that holds the questions "
+            "(load_prompts has rename={'...': 'prompt'})."
+        )
+    taken = [name for name in names if name in _TAKEN]
+    if taken:
+        raise ValueError(f"{who}: the column {taken[0]!r} has a name that rewards know for something else. Cure: rename or remove it.")
+    prompts = enumerate(_column(rows, "prompt"))
+    first = _is_conversation(next(prompts)[1], 0, who)
+    for position, prompt in prompts:
+        kind = _is_conversation(prompt, position, who)
+        if kind != first:
+            raise ValueError(f"{who}: the prompt of row {position} is {_what(kind)}, and that of row 0 {_what(first)}; expected one kind.")
+    return first
 
 
 def encode_prompt(
@@ -176,7 +202,7 @@ def _datasets(what: str) -> Any:
 def _renamed(rows: Any, rename: dict[str, str]) -> Any:
     if not rename:
         return rows
-    names = _names(rows)
+    names = _names(rows, "load_prompts")
     for old, new in rename.items():
         if old not in names:
             raise ValueError(f"load_prompts: rename has {old!r}, which is no column; the columns are: {', '.join(names)}.")
@@ -189,48 +215,31 @@ def _renamed(rows: Any, rename: dict[str, str]) -> Any:
     return rows.rename_columns(rename)
 
 
-def _names(rows: Any) -> list[str]:
+def _names(rows: Any, who: str) -> list[str]:
     if not isinstance(rows, list):
         return list(rows.column_names)
     for position, row in enumerate(rows):
         if not isinstance(row, Mapping):
-            raise TypeError(f"load_prompts: row {position} is a {type(row).__name__}; expected a dictionary with a 'prompt'.")
+            raise TypeError(f"{who}: row {position} is a {type(row).__name__}; expected a dictionary with a 'prompt'.")
         if row.keys() != rows[0].keys():
             raise ValueError(
-                f"load_prompts: row {position} has the columns {', '.join(row)}, and row 0 {', '.join(rows[0])}; "
-                "expected the same in every row."
+                f"{who}: row {position} has the columns {', '.join(row)}, and row 0 {', '.join(rows[0])}; expected the same in every row."
             )
     return list(rows[0]) if rows else []
-
-
-def _check_columns(rows: Any) -> None:
-    if len(rows) == 0:
-        raise ValueError("load_prompts: data has no rows; expected at least one prompt.")
-    names = _names(rows)
-    if "prompt" not in names:
-        raise ValueError(
-            f"load_prompts: data has no column 'prompt'; its columns are: {', '.join(names)}. Cure: rename={{'...': 'prompt'}} with the "
-            "name of the one that holds the questions."
-        )
-    taken = [name for name in names if name in _TAKEN]
-    if taken:
-        raise ValueError(
-            f"load_prompts: the column {taken[0]!r} has a name that rewards know for something else. Cure: rename or remove it."
-        )
 
 
 def _column(rows: Any, name: str) -> Any:
     return (row[name] for row in rows) if isinstance(rows, list) else rows[name]
 
 
-def _is_conversation(prompt: Any, position: int) -> bool:
+def _is_conversation(prompt: Any, position: int, who: str) -> bool:
     if isinstance(prompt, str):
         return False
     if isinstance(prompt, (list, tuple)) and prompt and all(isinstance(m, Mapping) and "role" in m and "content" in m for m in prompt):
         return True
     text = repr(prompt)
     raise ValueError(
-        f"load_prompts: the prompt of row {position} is {text if len(text) <= 60 else text[:57] + '...'}; expected a text, or a list of "
+        f"{who}: the prompt of row {position} is {text if len(text) <= 60 else text[:57] + '...'}; expected a text, or a list of "
         "messages {'role': ..., 'content': ...}."
     )
 

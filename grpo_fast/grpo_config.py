@@ -10,6 +10,7 @@ import torch
 from transformers import TrainingArguments
 
 from grpo_fast.config import LossConfig
+from grpo_fast.generation import SAMPLERS
 from grpo_fast.temperature import TemperatureSchedule
 
 __all__ = ["GRPOConfig"]
@@ -22,9 +23,10 @@ class GRPOConfig(TrainingArguments):
     r"""Settings of a GRPO run. A name that TRL has means what it means there; docs/training.md lists the few defaults that differ.
 
     Args:
-        model_init_kwargs: of ``from_pretrained``, where the model is given by name.
-        attn_implementation: a name of transformers, or ``"auto"``: flash attention 3 or 2 where it can be had on a GPU, else ``"sdpa"``.
-            Only for a model given by name.
+        model_init_kwargs: of ``from_pretrained``, where the model is given by name. Unless said, ``attn_implementation`` is ``"auto"``,
+            flash attention 3 or 2 where a GPU has it, else ``"sdpa"``; and ``dtype`` is ``"float32"``: weights in bfloat16 lose most of the
+            updates of a usual learning rate (``bf16`` computes in it, and keeps the weights).
+        trust_remote_code: run the code that comes with such a model.
         disable_dropout: switch dropout off: the policy that is trained must be the one that sampled.
 
         num_generations: completions per prompt, the group that advantages compare.
@@ -44,8 +46,8 @@ class GRPOConfig(TrainingArguments):
             as ``sampling/kept_mass``, and ``importance sampling`` below corrects for it.
         sampler: ``"transformers"``, ``"continuous_batching"`` or ``"vllm"``; or give the trainer an object.
         sampler_options: of its constructor.
-        use_vllm, vllm_mode, vllm_server_base_url, use_transformers_continuous_batching: TRL's way to choose it; the one mode is
-            ``"server"``.
+        use_vllm, vllm_mode, vllm_server_base_url, vllm_server_host, vllm_server_port, use_transformers_continuous_batching: TRL's way to
+            choose it; the one mode is ``"server"``, and that is vLLM's own (``vllm serve``).
 
         eval_temperature, eval_top_p: of evaluation; 0.6 and 0.95 are DeepSeek-R1's.
         eval_rounds: samples per prompt in an evaluation; their mean is reported, with its standard error over the rounds.
@@ -60,18 +62,21 @@ class GRPOConfig(TrainingArguments):
         reward_weights: one per reward; None = all 1.
         multi_objective_aggregation: ``"sum_then_normalize"``, or ``"normalize_then_sum"`` (GDPO, arXiv:2601.05242).
         reward_timeout: seconds for one call of a reward, None = no limit.
+        reward_on_error: what a reward that raises, is late, or returns something else than it should does: ``"raise"`` ends the run with an
+            error that names it, ``"not_applicable"`` counts as None for these completions.
+        reward_isolation: ``"thread"``, or ``"process"``: rewards run in processes of their own, which are killed when they are late.
         mask_truncated_completions: leave completions that were cut at the length limit out of the loss.
         soft_punish_cache: DAPO's soft overlong punishment: a reward that falls from 0 to -1 over the last so many tokens below
             ``max_completion_length``. None = off.
         top_entropy_quantile: train on this share of the tokens only, those with the highest entropy (arXiv:2506.01939).
         vllm_importance_sampling_correction: weigh tokens by what the trainer's policy gives them against what the sampler gave them,
-            whichever the sampler is; None: for samplers other than ``"transformers"``, which runs the trainer's own weights.
+            whichever the sampler is; None: for all but ``"transformers"``, which runs the trainer's own model.
         vllm_importance_sampling_mode: ``"token_truncate"``, ``"token_mask"``, ``"sequence_truncate"`` or ``"sequence_mask"``.
         vllm_importance_sampling_clip_min, vllm_importance_sampling_clip_max: bounds of that weight.
         sampler_tolerance: largest mean difference of a token's log-probability between sampler and trainer, in nats, on the first step;
             beyond it the run stops. None = 0.02 in float32, 0.1 otherwise.
 
-        packing: remove padding by laying sequences one after the other. ``"auto"``: with flash attention.
+        packing: remove padding by laying sequences one after the other: True, False, or ``"auto"``: with flash attention.
         fused_head: compute the loss from hidden states wherever the model's head allows it; False: from logits.
         metrics_on: ``"active"``: sequences with an advantage of 0 are not even run through the model, where that cannot change the
             gradient; ``"all"``: they are, and count in entropy and clip ratios.
@@ -100,7 +105,7 @@ class GRPOConfig(TrainingArguments):
     logging_nan_inf_filter: bool = False  # a loss that is not finite ends the run; so there is nothing to filter, and to wait for
 
     model_init_kwargs: dict[str, Any] | str | None = None
-    attn_implementation: str = "auto"
+    trust_remote_code: bool = False
     disable_dropout: bool = True
 
     num_generations: int = 8
@@ -122,6 +127,8 @@ class GRPOConfig(TrainingArguments):
     use_vllm: bool = False
     vllm_mode: str = "server"
     vllm_server_base_url: str | None = None
+    vllm_server_host: str = "0.0.0.0"
+    vllm_server_port: int = 8000
     use_transformers_continuous_batching: bool = False
 
     eval_temperature: float = 0.6
@@ -149,10 +156,12 @@ class GRPOConfig(TrainingArguments):
     vespo_k_neg: float = 3.0
     vespo_lambda_neg: float = 2.0
 
-    scale_rewards: str | bool = "group"
+    scale_rewards: str = "group"
     reward_weights: list[float] | None = None
     multi_objective_aggregation: str = "sum_then_normalize"
     reward_timeout: float | None = None
+    reward_on_error: str = "raise"
+    reward_isolation: str = "thread"
     mask_truncated_completions: bool = False
     soft_punish_cache: int | None = None
     top_entropy_quantile: float = 1.0
@@ -162,7 +171,7 @@ class GRPOConfig(TrainingArguments):
     vllm_importance_sampling_clip_max: float | None = 3.0
     sampler_tolerance: float | None = None
 
-    packing: str | bool = "auto"
+    packing: str = "auto"
     fused_head: bool = True
     metrics_on: str = "active"
     log_completions: bool = False
@@ -173,8 +182,8 @@ class GRPOConfig(TrainingArguments):
             self.bf16 = not self.fp16 and not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         super().__post_init__()
         self._choose_sampler()
-        if isinstance(self.scale_rewards, bool):
-            self.scale_rewards = "group" if self.scale_rewards else "none"
+        self.packing = _true_or_false(self.packing)
+        self.scale_rewards = {True: "group", False: "none"}.get(_true_or_false(self.scale_rewards), self.scale_rewards)
         self._check_batches()
         self._check_sampling()
         self._check_rewards()
@@ -246,12 +255,6 @@ class GRPOConfig(TrainingArguments):
         """Whether the sampler draws from a part of the vocabulary."""
         return self.top_p < 1 or self.top_k > 0 or bool(self.min_p)
 
-    @property
-    def corrects_sampler(self) -> bool:
-        """Whether log-probabilities of the sampler become rollout weights."""
-        correction = self.vllm_importance_sampling_correction
-        return self.sampler != "transformers" if correction is None else correction
-
     def _choose_sampler(self) -> None:
         chosen = {"vllm": self.use_vllm, "continuous_batching": self.use_transformers_continuous_batching}
         for name, wanted in chosen.items():
@@ -259,11 +262,13 @@ class GRPOConfig(TrainingArguments):
                 raise _bad("sampler", self.sampler, f"{name!r}, since TRL's switch for it is set. Drop one of the two")
             if wanted:
                 self.sampler = name
+        _one_of("sampler", self.sampler, SAMPLERS)
         if self.use_vllm and self.vllm_mode != "server":
             raise _bad("vllm_mode", self.vllm_mode, "'server': vLLM runs as a process of its own, see grpo_fast.generation.vllm")
-        if self.use_vllm and self.vllm_server_base_url is not None:
+        if self.use_vllm:
             given: Any = self.sampler_options or {}
-            self.sampler_options = {"url": self.vllm_server_base_url, **given}
+            url = self.vllm_server_base_url or f"http://{self.vllm_server_host}:{self.vllm_server_port}"
+            self.sampler_options = {"url": url, **given}
 
     def _check_batches(self) -> None:
         for name in ("num_generations", "max_completion_length", "num_iterations", "eval_rounds"):
@@ -317,6 +322,10 @@ class GRPOConfig(TrainingArguments):
 
     def _check_rewards(self) -> None:
         _one_of("scale_rewards", self.scale_rewards, ("group", "batch", "none"))
+        _one_of("reward_on_error", self.reward_on_error, ("raise", "not_applicable"))
+        _one_of("reward_isolation", self.reward_isolation, ("thread", "process"))
+        if self.reward_timeout is not None and not 0 < self.reward_timeout < math.inf:
+            raise _bad("reward_timeout", self.reward_timeout, "a number of seconds above 0, or None for no limit")
         _one_of("multi_objective_aggregation", self.multi_objective_aggregation, ("sum_then_normalize", "normalize_then_sum"))
         if self.multi_objective_aggregation == "normalize_then_sum" and self.scale_rewards != "group":
             raise _bad("scale_rewards", self.scale_rewards, "'group' with normalize_then_sum, which divides by the stds itself")
@@ -350,6 +359,11 @@ class GRPOConfig(TrainingArguments):
 
 def _bad(name: str, value: Any, expected: str) -> ValueError:
     return ValueError(f"GRPOConfig: {name} is {value!r}; expected {expected}.")
+
+
+def _true_or_false(value: Any) -> Any:
+    """What a command line means by these words; anything else as it is. (A field of the type str or bool would be read as a bool there.)"""
+    return {"true": True, "false": False}.get(str(value).lower(), value)
 
 
 def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:

@@ -103,11 +103,9 @@ def attention_of(model: Any) -> str:
     return str(getattr(getattr(model, "config", None), "_attn_implementation", None) or "eager")
 
 
-def choose_attention(name: str) -> str:
-    """``"auto"`` as a name of transformers: flash attention where it can be imported and there is a GPU to run it, else sdpa."""
-    if name != "auto":
-        return name
-    if torch.cuda.is_available():
+def choose_attention(*, half: bool) -> str:
+    """Flash attention where it can be imported, a GPU can run it, and the model computes in the 16 bits that it takes; else sdpa."""
+    if half and torch.cuda.is_available():
         from transformers.utils import import_utils
 
         for version in (3, 2):

@@ -126,30 +126,31 @@ class Passes:
         if not takes_positions(inner):
             return "padded_without_positions"
         flash = attention_of(inner) in FLASH
-        if self.args.packing is False or (self.args.packing == "auto" and not flash):
+        packing: Any = self.args.packing
+        if packing is False or (packing == "auto" and not flash):
             return "padded"
         with eval_mode(model), self.accelerator.autocast():
             leak = sees_across(model, self.pad_token_id, device)
         if leak > LEAK:
             message = f"packed sequences see each other with {type(inner).__name__}: logits change by {leak:.2g} with the neighbour"
-            if self.args.packing is True:
+            if packing is True:
                 raise ValueError(f"packing is True, but {message}; expected no change. Cure: packing=False, or packing='auto'.")
             logger.warning(f"{message}. They are padded instead.")
             return "padded"
         return "one_row" if flash else "rows"
 
 
-def load_policy(model: Any, args: GRPOConfig, tokenizer: Any, peft_config: Any = None) -> tuple[Any, Any]:
+def load_policy(model: Any, args: GRPOConfig, tokenizer: Any, peft_config: Any = None, quantization: Any = None) -> tuple[Any, Any]:
     """Model and tokenizer ready to be trained, loaded where they are given by name."""
+    if quantization is not None and not isinstance(model, str):
+        raise ValueError("quantization_config is given with a model; expected None, or the model's name: it is quantised as it is loaded.")
     name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
     if isinstance(model, str):
-        given: Any = args.model_init_kwargs or {}
-        options = {"attn_implementation": choose_attention(args.attn_implementation), **given}
-        model = AutoModelForCausalLM.from_pretrained(model, **options)
+        model = AutoModelForCausalLM.from_pretrained(model, **_loading(args, quantization))
     if tokenizer is None:
         if not name:
             raise ValueError("processing_class is None and the model has no name to find its tokenizer by; expected the tokenizer.")
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise ValueError("processing_class has no eos_token_id; expected one: a completion ends with it.")
     if tokenizer.pad_token_id is None:
@@ -163,6 +164,18 @@ def load_policy(model: Any, args: GRPOConfig, tokenizer: Any, peft_config: Any =
     if args.disable_dropout:
         without_dropout(model)
     return model, tokenizer
+
+
+def _loading(args: GRPOConfig, quantization: Any) -> dict[str, Any]:
+    """The arguments of from_pretrained."""
+    given: Any = args.model_init_kwargs or {}
+    options: dict[str, Any] = {"trust_remote_code": args.trust_remote_code, "dtype": "float32", **given}
+    if quantization is not None:
+        options["quantization_config"] = quantization
+    if options.get("attn_implementation") in (None, "auto"):
+        half = bool(args.bf16 or args.fp16) or options["dtype"] in ("bfloat16", "float16", torch.bfloat16, torch.float16)
+        options["attn_implementation"] = choose_attention(half=half)
+    return options
 
 
 def without_dropout(model: nn.Module) -> None:

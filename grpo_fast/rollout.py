@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo_fast.data import check_rows
+
 __all__ = ["PromptSource", "Rollout", "derived_seed"]
 
 
@@ -44,8 +46,7 @@ class PromptSource:
                 f"train_dataset has {len(dataset)} rows; expected at least {count}, the prompts of one rollout "
                 "(generation_batch_size / num_generations). Take smaller batches, or more generations per prompt."
             )
-        if "prompt" not in dataset[0]:
-            raise ValueError(f"train_dataset has rows with {', '.join(dataset[0])}; expected a column 'prompt'. Rename yours to it.")
+        check_rows(dataset, "train_dataset")
         self.dataset, self.count, self.seed, self.shuffle = dataset, count, seed, shuffle
         self.per_epoch = len(dataset) // count  # rollouts
         self._order: tuple[int, list[int]] = (-1, [])  # of the last epoch asked for

@@ -71,15 +71,6 @@ class TemperatureSchedule:
         self._value = spec.start  # of the steered kinds
         self._mean: float | None = None  # running mean of the observed metric
         self._observed = 0
-        coldest = self.coldest
-        if coldest < COLD:
-            warnings.warn(
-                f"temperature goes down to {coldest:g}: training below {COLD:g} tends to collapse. Measured by Skywork-OR1 "
-                "(arXiv:2505.22312, section 3.2.4): at 0.6 the entropy starts near zero, or gets there within some 100 steps, and learning "
-                "slows; at 1.0 it starts slower and ends higher. Cure: train at 1.0 and keep 0.6 for evaluation.",
-                UserWarning,
-                stacklevel=3,
-            )
 
     @classmethod
     def from_config(cls, config: float | Mapping[str, Any] | TemperatureSchedule) -> TemperatureSchedule:
@@ -106,13 +97,23 @@ class TemperatureSchedule:
         if isinstance(config, TemperatureSchedule):
             return config
         if isinstance(config, (int, float)) and not isinstance(config, bool):
-            return cls(TemperatureSpec("constant", _above_zero("temperature", config)))
-        if not isinstance(config, Mapping):
+            schedule = cls(TemperatureSpec("constant", _above_zero("temperature", config)))
+        elif isinstance(config, Mapping):
+            schedule = cls(_parse(dict(config)))
+        else:
             raise TypeError(
                 f"temperature is a {type(config).__name__}; expected a number, or a dictionary such as "
                 "{'kind': 'constant', 'value': 1.0}."
             )
-        return cls(_parse(dict(config)))
+        if schedule.coldest < COLD:
+            warnings.warn(
+                f"temperature goes down to {schedule.coldest:g}: training below {COLD:g} tends to collapse. Measured by Skywork-OR1 "
+                "(arXiv:2505.22312, section 3.2.4): at 0.6 the entropy starts near zero, or gets there within some 100 steps, and learning "
+                "slows; at 1.0 it starts slower and ends higher. Cure: train at 1.0 and keep 0.6 for evaluation.",
+                UserWarning,
+                stacklevel=2,
+            )
+        return schedule
 
     @property
     def coldest(self) -> float:

@@ -15,7 +15,6 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -26,9 +25,10 @@ from transformers import TrainerCallback
 
 import grpo_fast as gf
 from grpo_fast import monitor
-from grpo_fast.checkpoints import STATE, CompleteCheckpoints, last_checkpoint, missing_from
-from grpo_fast.data import encode_prompt
+from grpo_fast.checkpoints import STATE, CompleteCheckpoints
+from grpo_fast.data import check_rows, encode_prompt
 from grpo_fast.generation import Sampler, SamplingParams, make_sampler
+from grpo_fast.generation.transformers_sampler import TransformersSampler
 from grpo_fast.generation.unwrap import inner_model, is_sharded
 from grpo_fast.grpo_config import GRPOConfig
 from grpo_fast.meters import Meters
@@ -41,10 +41,12 @@ from grpo_fast.temperature import explain_mismatch
 from grpo_fast.watch import (
     Answer,
     MicroBatch,
+    completion_records,
     measure_loss,
     measure_rewards,
     measure_rollout,
     sampler_gap,
+    summary_of_round,
     summary_of_rounds,
     what_is_not_finite,
 )
@@ -67,6 +69,7 @@ class GRPOTrainer(CompleteCheckpoints):
         processing_class: the tokenizer; None = the model's own, by name.
         callbacks, optimizers: as of transformers' Trainer.
         peft_config: makes a PEFT model of the model. Its reference is the model without adapter, and costs no memory.
+        quantization_config: of ``from_pretrained``, for a model given by name.
         sampler: whoever draws completions, in place of the one that args name (grpo_fast.generation.Sampler).
 
     Example:
@@ -86,19 +89,26 @@ class GRPOTrainer(CompleteCheckpoints):
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: Any = None,
         *,
+        quantization_config: Any = None,
         sampler: Sampler | None = None,
     ) -> None:
         args = GRPOConfig() if args is None else args
         rewards, weights = _with_overlong(reward_funcs, args)
-        self.rewards = RewardRunner(rewards, weights=weights, timeout=args.reward_timeout)
+        self.rewards = RewardRunner(
+            rewards, weights=weights, timeout=args.reward_timeout, on_error=args.reward_on_error, isolation=args.reward_isolation
+        )
         self.prompts: PromptSource | None = None
         if train_dataset is not None:
             self.prompts = PromptSource(train_dataset, args.prompts_per_rollout, seed=args.prompt_seed, shuffle=args.shuffle_dataset)
+        if eval_dataset is None and args.eval_strategy != "no":
+            raise ValueError(f"eval_dataset is None, and args.eval_strategy is {args.eval_strategy.value!r}; expected one, to evaluate on.")
+        for name, rows in _by_name("eval_dataset", eval_dataset).items():
+            check_rows(rows, name)
         self.temperatures = args.schedule()
         self.metrics_on = "all" if self.temperatures.steered else args.metrics_on  # it steers by what is measured
         self.loss_config = args.loss_config()
 
-        model, tokenizer = load_policy(model, args, processing_class, peft_config)
+        model, tokenizer = load_policy(model, args, processing_class, peft_config, quantization_config)
         self.reference = ReferencePolicy(model, args, for_rewards=self.rewards.reads("ref_logprobs"))
 
         super().__init__(
@@ -115,6 +125,8 @@ class GRPOTrainer(CompleteCheckpoints):
         self.passes = Passes(args, self.accelerator, tokenizer.pad_token_id)
         options: Any = args.sampler_options or {}
         self.sampler = make_sampler(sampler if sampler is not None else args.sampler, self.model, tokenizer, **options)
+        correction = args.vllm_importance_sampling_correction
+        self.corrects_sampler = not isinstance(self.sampler, TransformersSampler) if correction is None else correction
         self.meters, self.meters_to_log = Meters(), Meters()  # of this step; of those since the last log
         self.rollout: Rollout | None = None
         self.last_completions: list[dict[str, Any]] = []  # of the last rollout, in this process: for tables
@@ -234,7 +246,7 @@ class GRPOTrainer(CompleteCheckpoints):
         if len(drawn) != len(rows):
             raise ValueError(f"the sampler returned {len(drawn)} completions for {len(rows)} prompts; expected one for each, in order.")
         texts = self.processing_class.batch_decode([c.token_ids for c in drawn], skip_special_tokens=True) if drawn else []
-        return [Answer(*parts) for parts in zip(prompts, drawn, texts, strict=False)]
+        return [Answer(*parts, {}) for parts in zip(prompts, drawn, texts, strict=False)]
 
     def _scores(self, rows: Sequence[dict[str, Any]], answers: Sequence[Answer], temperatures: Sequence[float]) -> Tensor:  # [B, R]
         if not rows:
@@ -244,7 +256,13 @@ class GRPOTrainer(CompleteCheckpoints):
             answer.text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": answer.text}]
             for row, answer in zip(rows, answers, strict=True)
         ]
-        extras = {"trainer_state": self.state, "log_metric": self.meters.mean, "logprobs": [a.completion.logprobs for a in answers]}
+        columns_to_log: dict[str, list[Any]] = {}
+        extras = {
+            "trainer_state": self.state,
+            "log_metric": self.meters.mean,
+            "log_extra": lambda column, values: columns_to_log.setdefault(column, []).extend(values),
+            "logprobs": [answer.completion.logprobs for answer in answers],
+        }
         if self.reference.for_rewards:
             with self.meters.timed("step_time/logprobs"):
                 extras["ref_logprobs"] = self._reference_logprobs(answers, temperatures)
@@ -255,6 +273,9 @@ class GRPOTrainer(CompleteCheckpoints):
         for name, value in table.metrics.items():
             if not name.endswith(("/mean", "/std")):  # those are taken over all processes
                 self.meters.mean(name, value)
+        for name, values in columns_to_log.items():
+            for answer, value in zip(answers, values, strict=True):
+                answer.extra[name] = value
         return table.values
 
     @torch.no_grad()
@@ -269,7 +290,7 @@ class GRPOTrainer(CompleteCheckpoints):
     def _score_tokens(self, rollout: Rollout) -> None:
         """Log-probabilities of the old policy and of the reference, and the weights made from them, where something asks for them."""
         args = self.args
-        corrects = args.corrects_sampler and "sampler" in rollout.tokens
+        corrects = self.corrects_sampler and "sampler" in rollout.tokens
         several = args.updates_per_rollout > 1
         # Sharded, every process must make as many forward passes as the others.
         rows = list(range(len(rollout))) if is_sharded(self.model_wrapped) else self._that_matter(rollout)
@@ -459,34 +480,19 @@ class GRPOTrainer(CompleteCheckpoints):
                 ids = answer.completion.token_ids
                 measured.append((scores, len(ids), not answer.completion.finished, repeated_ngrams(ids)))
         everyone = gather_object(measured)[: len(dataset)]  # what was repeated to fill the last process's share is at the end
-        rewards = torch.tensor([scores for scores, *_ in everyone])
-        found = {"reward": _weighted(rewards, self.rewards.weights).nanmean().item()}
-        for name, column in zip(self.rewards.names, rewards.unbind(1), strict=True):
-            found[f"rewards/{name}/mean"] = column.nanmean().item()
-        for position, name in enumerate(("mean_length", "clipped_ratio", "repetition"), start=1):
-            found[f"completions/{name}"] = fmean(row[position] for row in everyone)
-        return found
+        return summary_of_round(self.rewards.names, self.rewards.weights, everyone)
 
     # Log -----------------------------------------------------------------------------------------------------------------------
 
     def _measure(self, rows: Sequence[dict[str, Any]], answers: list[Answer], rewards: Tensor, groups: Any, rollout: Rollout) -> None:
         mine = self._share(self.args.generation_batch_size)
         of_group = [i // self.args.num_generations for i in mine]
-        measure_rewards(self.meters, self.rewards.names, rewards, _weighted(rewards, self.rewards.weights.to(rewards.device)), groups)
+        measure_rewards(self.meters, self.rewards.names, rewards, self.rewards.weights, groups)
         measure_rollout(self.meters, answers, of_group, rollout)
         self.state.num_input_tokens_seen += sum(gather_object([sum(rollout.lengths) + sum(map(len, rollout.prompt_ids))]))
-        values = zip(rewards[mine.start : mine.stop].tolist(), rollout.advantages.tolist(), rollout.temperature.tolist(), strict=True)
-        self.last_completions = [
-            {
-                "step": self.state.global_step,
-                "prompt": rows[group]["prompt"],
-                "completion": answer.text,
-                "rewards": {name: None if math.isnan(x) else x for name, x in zip(self.rewards.names, scores, strict=True)},
-                "advantage": advantage,
-                "temperature": temperature,
-            }
-            for group, answer, (scores, advantage, temperature) in zip(of_group, answers, values, strict=True)
-        ]
+        prompts = [rows[group]["prompt"] for group in of_group]
+        scores = rewards[mine.start : mine.stop]
+        self.last_completions = completion_records(self.state.global_step, prompts, answers, self.rewards.names, scores, rollout)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """transformers' own, with what the steps since the last time have measured."""
@@ -499,27 +505,11 @@ class GRPOTrainer(CompleteCheckpoints):
             if self.args.log_completions and self.accelerator.is_main_process:
                 folder = Path(self.args.output_dir) / "completions"
                 folder.mkdir(parents=True, exist_ok=True)
-                lines = [json.dumps(row) for row in self.last_completions[: self.args.num_completions_to_print]]
+                lines = [json.dumps(row, default=str) for row in self.last_completions[: self.args.num_completions_to_print]]
                 (folder / f"step-{self.state.global_step:06d}.jsonl").write_text("\n".join(lines) + "\n")
         super().log(logs, start_time)
 
     # State ---------------------------------------------------------------------------------------------------------------------
-
-    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """transformers' own. ``resume_from_checkpoint=True`` takes the newest complete checkpoint of ``output_dir``."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise ValueError(f"resume_from_checkpoint is True and {self.args.output_dir} holds no complete checkpoint; expected one.")
-        if resume_from_checkpoint:
-            lacking = missing_from(resume_from_checkpoint)
-            if lacking is not None:
-                raise ValueError(
-                    f"resume_from_checkpoint is {str(resume_from_checkpoint)!r}, which lacks {lacking}; expected a complete one."
-                )
-            self._load_extra_state(Path(resume_from_checkpoint))
-        self._sampler_step = -1
-        return super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, *args, **kwargs)
 
     def extra_state(self, folder: Path) -> None:
         """Temperature, a reference that has moved, and a rollout that is not used up."""
@@ -542,7 +532,8 @@ class GRPOTrainer(CompleteCheckpoints):
         names = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "num_iterations")
         return {"processes": self.accelerator.num_processes} | {name: getattr(self.args, name) for name in names}
 
-    def _load_extra_state(self, folder: Path) -> None:
+    def load_extra_state(self, folder: Path) -> None:
+        """What `extra_state` wrote."""
         state = json.loads((folder / STATE).read_text())
         self.temperatures.load_state_dict(state["temperature"])
         self._step_tokens = state["step_tokens"]
@@ -554,6 +545,10 @@ class GRPOTrainer(CompleteCheckpoints):
             )
         self.rollout = Rollout.load(rollout, self.args.device) if rollout.exists() else None
         self.reference.load(folder)
+
+    def create_model_card(self, *args: Any, dataset_name: str | None = None, **kwargs: Any) -> None:
+        """transformers' own; by TRL's name for the data set, too."""
+        super().create_model_card(*args, **kwargs, **({} if dataset_name is None else {"dataset": dataset_name}))
 
     # Text ----------------------------------------------------------------------------------------------------------------------
 
@@ -573,6 +568,7 @@ class _Hooks(TrainerCallback):
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.trainer._logged_at, self.trainer._tokens_logged = time.perf_counter(), self.trainer.state.num_input_tokens_seen
+        self.trainer._sampler_step = -1
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.before_optimizer()
@@ -585,6 +581,13 @@ class _Hooks(TrainerCallback):
         self.trainer.after_step()
 
 
+def _by_name(name: str, dataset: Any) -> dict[str, Any]:
+    """One data set, a dictionary of several, or none, as a dictionary of those there are."""
+    if isinstance(dataset, dict):
+        return {f"{name}[{key!r}]": rows for key, rows in dataset.items()}
+    return {} if dataset is None else {name: dataset}
+
+
 def _with_overlong(reward_funcs: Any, args: GRPOConfig) -> tuple[list[Any], list[float] | None]:
     rewards = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
     weights = None if args.reward_weights is None else list(args.reward_weights)
@@ -592,8 +595,3 @@ def _with_overlong(reward_funcs: Any, args: GRPOConfig) -> tuple[list[Any], list
         rewards.append(SoftOverlongPunishment(args.max_completion_length, args.soft_punish_cache))
         weights = None if weights is None else [*weights, 1.0]
     return rewards, weights
-
-
-def _weighted(rewards: Tensor, weights: Tensor) -> Tensor:  # [B, R], [R] -> [B]
-    """The sum of the rewards that apply; NaN where none does."""
-    return (rewards.nan_to_num() @ weights).masked_fill(rewards.isnan().all(1), math.nan)

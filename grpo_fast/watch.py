@@ -19,10 +19,12 @@ from grpo_fast.rollout import Rollout
 __all__ = [
     "Answer",
     "MicroBatch",
+    "completion_records",
     "measure_loss",
     "measure_rewards",
     "measure_rollout",
     "sampler_gap",
+    "summary_of_round",
     "summary_of_rounds",
     "what_is_not_finite",
 ]
@@ -43,6 +45,7 @@ class Answer(NamedTuple):
     prompt_ids: list[int]
     completion: Completion
     text: str
+    extra: dict[str, Any]  # what rewards say of it by ``log_extra``
 
 
 class MicroBatch(NamedTuple):
@@ -54,9 +57,9 @@ class MicroBatch(NamedTuple):
     fresh: bool  # the policy is still the one that sampled
 
 
-def measure_rewards(meters: Meters, names: Sequence[str], rewards: Tensor, total: Tensor, groups: gf.GroupAdvantages) -> None:
-    """Of all processes' completions: ``rewards`` [B, R] and their weighted sum ``total`` [B]."""
-    meters.mean("reward", total.nanmean().nan_to_num())
+def measure_rewards(meters: Meters, names: Sequence[str], rewards: Tensor, weights: Tensor, groups: gf.GroupAdvantages) -> None:
+    """Of all processes' completions: ``rewards`` [B, R], whose ``weights`` are [R]."""
+    meters.mean("reward", _mean_of_sums(rewards, weights).nan_to_num())
     meters.mean("reward_std", groups.std.mean())
     meters.mean("frac_reward_zero_std", groups.degenerate.float().mean())
     for name, column in zip(names, rewards.unbind(1), strict=True):
@@ -138,6 +141,51 @@ def what_is_not_finite(losses: Sequence[tuple[gf.GRPOOutput, MicroBatch]], norm:
     wrong_parameters = [name for name, p in model.named_parameters() if not bool(p.detach().isfinite().all())]
     said += f" Parameters: {'all finite' if not wrong_parameters else ', '.join(wrong_parameters[:3]) + ' not finite'}."
     return said + " Cure: a lower learning rate or max_grad_norm, bf16 in place of fp16; resume from the last checkpoint."
+
+
+def completion_records(
+    step: int,
+    prompts: Sequence[Any],  # B
+    answers: Sequence[Answer],  # B
+    names: Sequence[str],  # R
+    rewards: Tensor,  # [B, R]
+    rollout: Rollout,  # B rows
+) -> list[dict[str, Any]]:
+    """What there is to see of each completion, fit for JSON."""
+    return [
+        {
+            "step": step,
+            "prompt": prompt,
+            "completion": answer.text,
+            "rewards": {name: None if math.isnan(x) else x for name, x in zip(names, scores, strict=True)},
+            "advantage": advantage,
+            "temperature": temperature,
+            "extra": answer.extra,
+        }
+        for prompt, answer, scores, advantage, temperature in zip(
+            prompts, answers, rewards.tolist(), rollout.advantages.tolist(), rollout.temperature.tolist(), strict=True
+        )
+    ]
+
+
+def summary_of_round(names: Sequence[str], weights: Tensor, measured: Sequence[tuple[list[float], int, bool, float]]) -> dict[str, float]:
+    """Means over an evaluation's completions; of each was measured: its rewards [R], its length, whether it was cut, its repetition."""
+    rewards = torch.tensor([scores for scores, *_ in measured])
+    found = {"reward": _mean_of_sums(rewards, weights).item()}
+    for name, column in zip(names, rewards.unbind(1), strict=True):
+        found[f"rewards/{name}/mean"] = column.nanmean().item()
+    _, lengths, cut, repetition = zip(*measured, strict=True)
+    found |= {
+        "completions/mean_length": fmean(lengths),
+        "completions/clipped_ratio": fmean(cut),
+        "completions/repetition": fmean(repetition),
+    }
+    return found
+
+
+def _mean_of_sums(rewards: Tensor, weights: Tensor) -> Tensor:  # [B, R], [R] -> []
+    """The mean of the completions' weighted sums, each of the rewards that apply; of a completion without any there is none."""
+    return (rewards.nan_to_num() @ weights.to(rewards.device))[~rewards.isnan().all(1)].mean()
 
 
 def summary_of_rounds(rounds: Sequence[dict[str, float]], prefix: str) -> dict[str, float]:

@@ -134,8 +134,8 @@ def test_a_list_needs_no_package(tokenizer, monkeypatch):
 @pytest.mark.parametrize(
     ("data", "options", "message"),
     [
-        ([], {}, "data has no rows"),
-        ([{"question": "1"}], {}, r"data has no column 'prompt'; its columns are: question. Cure: rename=\{'...': 'prompt'\}"),
+        ([], {}, "there are no rows"),
+        ([{"question": "1"}], {}, r"there is no column 'prompt'; the columns are: question. Cure: rename .*rename=\{'...': 'prompt'\}"),
         (rows("1"), {"rename": {"question": "prompt"}}, "rename has 'question', which is no column; the columns are: prompt"),
         (rows("1", q=["2"]), {"rename": {"q": "prompt"}}, "rename makes 'q' into 'prompt', which is a column already"),
         (rows("1", completions=["2"]), {}, "the column 'completions' has a name that rewards know for something else"),

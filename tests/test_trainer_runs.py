@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import pickle
 import random
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +22,10 @@ import grpo_fast as gf
 from grpo_fast.checkpoints import UNFINISHED, last_checkpoint
 from grpo_fast.generation import Completion
 from grpo_fast.grpo_config import GRPOConfig
+from grpo_fast.rewards import accuracy_reward
 from grpo_fast.trainer import GRPOTrainer
 
-STEPS = 12
+STEPS = 20
 
 
 def run_of(output: Path, steps: int = STEPS, **settings: Any) -> GRPOTrainer:
@@ -50,7 +54,7 @@ def test_killed_and_resumed_it_goes_on_as_if_nothing_had_been(
     undisturbed.train()
     expected = {record["step"]: record for record in logs(undisturbed)}
     assert len({record.get("temperature") for record in expected.values()}) > 2  # the temperature is steered, and its state matters
-    for step in random.Random(7).sample(range(1, STEPS), 5):
+    for step in random.Random(7).sample(range(1, STEPS), 10):
         output = tmp_path / f"killed-{step}"
         output.mkdir()
         shutil.copytree(tmp_path / "undisturbed" / f"checkpoint-{step}", output / f"checkpoint-{step}")
@@ -260,8 +264,8 @@ def test_temperatures_that_differ_within_a_group_reach_the_loss(tmp_path: Path) 
 
 
 def test_the_sampler_difference_becomes_weights(tmp_path: Path) -> None:
-    correction = {"vllm_importance_sampling_correction": True, "vllm_importance_sampling_mode": "sequence_truncate"}
-    run = trainer(tmp_path, sampler=Scripted(logprobs=at_temperature(1.1)), sampler_tolerance=10.0, metrics_on="all", **correction)
+    settings = {"sampler_tolerance": 10.0, "metrics_on": "all", "vllm_importance_sampling_mode": "sequence_truncate"}
+    run = trainer(tmp_path, sampler=Scripted(logprobs=at_temperature(1.1)), **settings)  # it is not transformers': it is corrected
     run.train()
     rollout = run.rollout
     assert rollout is not None
@@ -272,6 +276,13 @@ def test_the_sampler_difference_becomes_weights(tmp_path: Path) -> None:
     )
     assert torch.allclose(rollout.tokens["weights"], expected, rtol=1e-4)
     assert 0.5 < logs(run)[0]["sampling/importance_sampling_ratio/mean"] != 1.0
+    assert "weights" not in _rollout_of(trainer(tmp_path, **settings)).tokens
+    assert "weights" in _rollout_of(trainer(tmp_path, **settings, vllm_importance_sampling_correction=True)).tokens
+
+
+def _rollout_of(run: GRPOTrainer) -> Any:
+    run.train()
+    return run.rollout
 
 
 class _Ones:
@@ -343,6 +354,10 @@ BAD = {
     "eval_rounds is 0": {"eval_rounds": 0},
     "auto_find_batch_size is True": {"auto_find_batch_size": True},
     "sampler is 'vllm'": {"sampler": "vllm", "use_transformers_continuous_batching": True},
+    "sampler is 'sglang'; expected one of 'transformers'": {"sampler": "sglang"},
+    "reward_on_error is 'ignore'": {"reward_on_error": "ignore"},
+    "reward_isolation is 'none'": {"reward_isolation": "none"},
+    "reward_timeout is 0": {"reward_timeout": 0},
     "packing is 'yes'": {"packing": "yes"},
 }
 
@@ -354,16 +369,24 @@ def test_bad_settings_are_refused_before_a_model_is_loaded(tmp_path: Path, messa
 
 
 def test_other_refusals_and_a_warning(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"below 0.7"):
-        config(tmp_path, temperature=0.6)
+    with pytest.warns(UserWarning, match=r"below 0.7") as warned:
+        trainer(tmp_path, temperature=0.6)
+    assert len([warning for warning in warned if "below 0.7" in str(warning.message)]) == 1
+    unloaded: dict[str, Any] = {"of": "there/is no such model"}  # so that these are refused before one is loaded
     with pytest.raises(ValueError, match="train_dataset has 3 rows; expected at least 4"):
-        trainer(tmp_path, rows=ROWS[:3])
-    with pytest.raises(ValueError, match="expected a column 'prompt'"):
-        trainer(tmp_path, rows=[{"question": "?"}] * 4)
+        trainer(tmp_path, rows=ROWS[:3], **unloaded)
+    with pytest.raises(ValueError, match="train_dataset: there is no column 'prompt'"):
+        trainer(tmp_path, rows=[{"question": "?"}] * 4, **unloaded)
+    with pytest.raises(ValueError, match="train_dataset: the prompt of row 40 is None; expected a text"):
+        trainer(tmp_path, rows=[*ROWS, {"prompt": None, "answer": ""}], **unloaded)
     with pytest.raises(TypeError, match="without a length"):
-        trainer(tmp_path, rows=iter(ROWS))
+        trainer(tmp_path, rows=iter(ROWS), **unloaded)
     with pytest.raises(ValueError, match=r"weights has 2 numbers; expected 1"):
-        trainer(tmp_path, reward_weights=[1.0, 2.0])
+        trainer(tmp_path, reward_weights=[1.0, 2.0], **unloaded)
+    with pytest.raises(ValueError, match=r"eval_dataset is None, and args\.eval_strategy is 'epoch'"):
+        trainer(tmp_path, eval_strategy="epoch", **unloaded)
+    with pytest.raises(ValueError, match=r"eval_dataset\['hard'\]: there is no column 'prompt'"):
+        trainer(tmp_path, eval_dataset={"easy": ROWS, "hard": [{"question": "?"}]}, **unloaded)
 
 
 def test_settings_that_trl_has_too_mean_the_same_unless_the_page_says_so(tmp_path: Path) -> None:
@@ -380,6 +403,7 @@ def test_settings_that_trl_has_too_mean_the_same_unless_the_page_says_so(tmp_pat
     assert differ == explained
     moved = config(tmp_path, use_vllm=True, vllm_mode="server", vllm_server_base_url="http://there:8000", scale_rewards=False)
     assert moved.sampler == "vllm" and moved.sampler_options == {"url": "http://there:8000"} and moved.scale_rewards == "none"
+    assert config(tmp_path, use_vllm=True, vllm_server_port=8001).sampler_options == {"url": "http://0.0.0.0:8001"}
     with pytest.raises(ValueError, match="vllm_mode is 'colocate'"):
         config(tmp_path, use_vllm=True, vllm_mode="colocate")
 
@@ -405,3 +429,76 @@ def test_progress_and_the_metrics_file_come_by_themselves(tmp_path: Path) -> Non
     trainer(tmp_path, max_steps=2).train()
     lines = [json.loads(line) for line in next(tmp_path.rglob("metrics.jsonl")).read_text().splitlines()]
     assert [line["step"] for line in lines if "reward" in line] == [1, 2]
+
+
+@pytest.mark.parametrize("wrong", ["raises", "hangs", "returns too few", "returns NaN"])
+def test_a_reward_that_fails_ends_the_run_or_does_not_apply_as_configured(tmp_path: Path, wrong: str) -> None:
+    def broken(completion_ids: list[list[int]], **columns: Any) -> list[float]:
+        if wrong == "raises":
+            raise KeyError("answer")
+        if wrong == "hangs":
+            time.sleep(3)
+        values = [float(len(ids)) for ids in completion_ids]
+        return values[1:] if wrong == "returns too few" else [math.nan, *values[1:]]
+
+    settings: dict[str, Any] = {"rewards": [broken, odd_tokens], "reward_timeout": 0.5, "sampler": Scripted()}
+    message = {"raises": "failed: KeyError", "hangs": "took longer than 0.5 s", "returns too few": "15 values for 16", "returns NaN": "nan"}
+    with pytest.raises(ValueError, match=f"reward 'broken' .*{message[wrong]}"):
+        trainer(tmp_path, **settings).train()
+    run = trainer(tmp_path, **settings, reward_on_error="not_applicable")
+    run.train()
+    assert run.rollout is not None and logs(run)[0]["rewards/broken/applicable"] == (15 / 16 if wrong == "returns NaN" else 0)
+    assert max(logs(run)[0].get(f"rewards/broken/{what}", 0) for what in ("errors", "timeouts")) == 1
+    found = [row["rewards"] for row in run.last_completions]
+    assert [row["odd_tokens"] for row in found] == pytest.approx(odd_tokens(0, 0, run.rollout.completion_ids))
+    lengths = [None, *map(len, run.rollout.completion_ids[1:])] if wrong == "returns NaN" else [None] * 16
+    assert [row["broken"] for row in found] == lengths  # each beside the completion it was given for
+
+
+def test_rewards_may_run_in_processes_of_their_own(tmp_path: Path) -> None:
+    run = trainer(tmp_path, rewards=[accuracy_reward, "format"], reward_isolation="process", reward_timeout=60, sampler=Scripted())
+    run.train()
+    assert run.rewards.isolation == "process" and logs(run)[0]["rewards/accuracy_reward/applicable"] == 1
+    run.rewards.close()
+
+
+def test_nothing_in_a_checkpoint_can_run_code(tmp_path: Path) -> None:
+    run_of(tmp_path, steps=2).train()
+    checkpoint = tmp_path / "checkpoint-1"
+    names = {path.name for path in checkpoint.iterdir() if path.suffix in (".pt", ".pth", ".bin", ".pkl")}
+    assert names == {"optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"}  # the last is written, and never read
+    for name in sorted(names):
+        kept = (checkpoint / name).read_bytes()
+        (checkpoint / name).write_bytes(pickle.dumps(_Code(tmp_path / "it ran")))
+        if name == "training_args.bin":
+            run_of(tmp_path, steps=2).train(resume_from_checkpoint=str(checkpoint))
+        else:
+            with pytest.raises((pickle.UnpicklingError, RuntimeError)):
+                run_of(tmp_path, steps=2).train(resume_from_checkpoint=str(checkpoint))
+        (checkpoint / name).write_bytes(kept)
+    assert not (tmp_path / "it ran").exists()
+    (checkpoint / "model.safetensors").rename(checkpoint / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"lacks model.safetensors or"):
+        run_of(tmp_path, steps=2).train(resume_from_checkpoint=str(checkpoint))
+
+
+class _Code:
+    """What unpickling it does is to write a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_a_step_is_broken_down_into_its_times(tmp_path: Path) -> None:
+    run = trainer(tmp_path, max_steps=3, num_iterations=3, beta=0.1, rewards=lambda completions, **_: time.sleep(0.2) or [*range(16)])
+    started = time.perf_counter()
+    run.train()
+    total = time.perf_counter() - started
+    parts = ("generate", "reward", "logprobs", "loss", "backward", "optimizer")
+    first, second, _ = ({part: log.get(f"step_time/{part}", 0.0) for part in parts} for log in logs(run))
+    assert all(first[part] > 0 for part in parts) and first["reward"] > 0.2
+    assert second["generate"] == second["reward"] == second["logprobs"] == 0 < second["loss"]  # the rollout is used again
+    assert sum(first.values()) + sum(second.values()) < total

@@ -93,8 +93,9 @@ def config(output: Path | str, **settings: Any) -> GRPOConfig:
 
 
 def trainer(output: Path | str, *, of: Any = None, rewards: Any = odd_tokens, rows: Any = ROWS, **settings: Any) -> GRPOTrainer:
-    """``sampler``, ``eval_dataset``, ``peft_config``, ``optimizers`` go to the trainer, the rest to its settings."""
-    own = {name: settings.pop(name) for name in ("sampler", "eval_dataset", "peft_config", "optimizers", "callbacks") if name in settings}
+    """``sampler``, ``eval_dataset`` and the like go to the trainer, the rest to its settings."""
+    names = ("sampler", "eval_dataset", "peft_config", "optimizers", "callbacks", "quantization_config")
+    own = {name: settings.pop(name) for name in names if name in settings}
     return GRPOTrainer(
         model() if of is None else of, rewards, config(output, **settings), train_dataset=rows, processing_class=TOKENIZER, **own
     )
