@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -33,7 +34,7 @@ from grpo_fast.monitor import (
     read_run,
 )
 from grpo_fast.monitor.plot import draw, series
-from grpo_fast.monitor.progress import headline
+from grpo_fast.monitor.progress import numbers
 
 LOGS = {
     "reward": 0.512,
@@ -134,12 +135,16 @@ def test_reading_says_what_is_missing(tmp_path: Path) -> None:
 # --- the progress bar ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_headline_has_the_numbers_that_are_there() -> None:
-    assert headline(LOGS) == (
-        "reward 0.512 ±0.31  entropy 0.294  repeats 12.5%  dead groups 25%  clipped 1.0%  kl 0.0012  tok/s 1,234  sampling 75% of 4.0 s"
-    )
-    assert headline({"reward": 1.0, "entropy": math.nan, "epoch": 0.1, "kl": "?"}) == "reward 1.000"
-    assert headline({"train_runtime": 3.0}) == ""
+WORDS = [
+    *("reward 0.512 ±0.31", "entropy 0.294", "repeats 12.5%", "dead groups 25%", "clipped 1.0%", "kl 0.0012", "tok/s 1,234"),
+    "sampling 75% of 4.0 s",
+]
+
+
+def test_the_numbers_that_are_there_are_shown() -> None:
+    assert numbers(LOGS) == WORDS
+    assert numbers({"reward": 1.0, "entropy": math.nan, "epoch": 0.1, "kl": "?"}) == ["reward 1.000"]
+    assert numbers({"reward_std": 1.0}) == numbers({"train_runtime": 3.0}) == []
 
 
 def play(console: Console, folder: Path, **more: Any) -> None:
@@ -153,11 +158,50 @@ def play(console: Console, folder: Path, **more: Any) -> None:
     assert bar.progress is None
 
 
-def test_on_a_terminal_there_is_one_live_line(tmp_path: Path) -> None:
-    console = Console(file=io.StringIO(), force_terminal=True, width=200)
+@pytest.mark.parametrize("width", [40, 80, 120, 200])
+def test_on_a_terminal_every_number_is_seen_whatever_its_width(tmp_path: Path, width: int) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=width)
     play(console, tmp_path)
     shown = console.file.getvalue()
-    assert "2/10" in shown and "reward 0.512" in shown and "\x1b[" in shown
+    assert "2/10" in shown and "\x1b[" in shown
+    last = shown.rpartition("GRPO")[2].split("\n")
+    assert [word for line in last[1:] for word in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line).strip().split("  ")][: len(WORDS)] == WORDS
+    assert all(len(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line)) <= width for line in last)
+
+
+def test_evaluations_have_lines_of_their_own(tmp_path: Path) -> None:
+    for terminal in (True, False):
+        console = Console(file=io.StringIO(), force_terminal=terminal, width=80, color_system=None)
+        bar = ProgressBarCallback(console)
+        begin(bar, tmp_path)
+        log(bar, tmp_path, 1, LOGS)
+        log(bar, tmp_path, 1, {"eval_reward": 0.75, "eval_reward_se": 0.0126, "eval_rewards/accuracy/mean": 0.5})
+        log(bar, tmp_path, 2, {"eval_hard_reward": 0.5, "eval_hard_reward_se": 0.0, "eval_easy_reward": math.nan})
+        bar.stop()
+        shown = console.file.getvalue()
+        assert "step 1/10  eval 0.750 ±0.013" in shown
+        assert "step 2/10  eval_hard 0.500 ±0.000\n" in shown.replace(" \n", "\n") and "easy" not in shown
+        assert not terminal or "reward 0.512" in shown.rpartition("eval_hard")[2]  # the numbers of training stay
+
+
+def test_transformers_own_bars_are_silent_meanwhile_and_the_cursor_comes_back_after_an_error(tmp_path: Path) -> None:
+    from transformers.utils import logging
+
+    logging.enable_progress_bar()
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    bar = ProgressBarCallback(console)
+    begin(bar, tmp_path)
+    assert not logging.is_progress_bar_enabled() and console.file.getvalue().rpartition("\x1b[?25")[2].startswith("l")
+    bar.stop()
+    assert logging.is_progress_bar_enabled() and console.file.getvalue().rpartition("\x1b[?25")[2].startswith("h")
+
+    program = (
+        "import pathlib, sys; sys.path.insert(0, {tests!r}); import test_monitor as t\n"
+        "from rich.console import Console\n"
+        "bar = t.ProgressBarCallback(Console(file=sys.stdout, force_terminal=True)); t.begin(bar, pathlib.Path('.')); raise KeyError('x')"
+    ).format(tests=str(Path(__file__).parent))
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "KeyError" in ended.stdout and ended.stdout.rpartition("\x1b[?25")[2].startswith("h")
 
 
 def test_elsewhere_there_are_plain_lines(tmp_path: Path) -> None:
@@ -235,6 +279,11 @@ def test_the_table_of_completions() -> None:
     assert "Step 3" in shown and "[bold]2+2?" in shown and "+1.25" in shown and "-0.50" in shown and "–" in shown
     assert "start" in shown and "…" in shown and "end" in shown and len(shown) < 8000
     assert completions_table(["a"] * 3, ["b"] * 3, {}, [0.0] * 3, limit=2).row_count == 2
+    console = Console(file=io.StringIO(), force_terminal=True, width=140, color_system=None)
+    advantages = [0.1, -1.5, 0.0, 2.0, 0.5]
+    print_completions(["why"] * 5, list("abcde"), {}, advantages, step=3, limit=3, console=console)
+    assert re.findall("[+-][0-9.]{4}", console.file.getvalue()) == ["+2.00", "+0.10", "-1.50"]
+    assert "Step 3, 3 of 5 completions, from the best to the worst" in console.file.getvalue()
     quiet = Console(file=io.StringIO(), force_terminal=False)
     assert not print_completions(["a"], ["b"], {}, [0.0], console=quiet)
     assert quiet.file.getvalue() == ""

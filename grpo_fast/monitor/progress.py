@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import atexit
 import math
-from collections.abc import Mapping
+import re
+import textwrap
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Column
+from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
 
 from grpo_fast.monitor.samples import print_completions, read_completions
 
-__all__ = ["CompletionsCallback", "ProgressBarCallback", "headline"]
+__all__ = ["CompletionsCallback", "ProgressBarCallback", "numbers"]
 
 # key of the log, name on the screen, how it is written
 _SHOWN = (
@@ -27,15 +31,17 @@ _SHOWN = (
     ("kl", "kl", "{:.4f}"),
     ("completions/clipped_ratio", "cut", "{:.0%}"),
     ("tokens_per_second", "tok/s", "{:,.0f}"),
-    ("eval_reward", "eval", "{:.3f}"),
 )
+_EVALUATION = re.compile(r"(eval(?:_.+)?)_reward")  # of one data set, or of one of several by name
 DEAD = 0.8  # share of groups without a signal from which on a hint is given, once
 
 
 class ProgressBarCallback(TrainerCallback):
     """A rich progress bar with reward, entropy, repetition, groups without a signal, clipped tokens, KL and speed.
 
-    On a terminal one live line; elsewhere (a file, a pipe, CI) a plain line for each log call and no bar. The first process alone shows it.
+    On a terminal a live bar and below it the numbers, on as many lines as they need; elsewhere (a file, a pipe, CI) a plain line for each
+    log call and no bar. Evaluations have a line of their own, which stays. The first process alone shows anything. Meanwhile the progress
+    bars of transformers, for the files of each checkpoint, are switched off.
 
     Args:
         console: where to; None = standard error, so that standard output stays for results.
@@ -43,68 +49,86 @@ class ProgressBarCallback(TrainerCallback):
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console if console is not None else Console(stderr=True)
-        self.progress: Progress | None = None
-        self._task: Any = None
+        self.progress: _Bar | None = None
         self._warned = False
+        self._silenced = False
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._stop()
-        if not state.is_world_process_zero or not self.console.is_terminal:
+        self.stop()
+        if not state.is_world_process_zero:
             return
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=16),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
-        )
-        self.progress = Progress(*columns, console=self.console, expand=True)
-        self._task = self.progress.add_task("GRPO", total=state.max_steps, completed=state.global_step, note="")
-        self.progress.start()
+        self._silenced = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+        atexit.register(self.stop)  # an error or an interrupt ends training without on_train_end, and the terminal without its cursor
+        if self.console.is_terminal:
+            self.progress = _Bar(self.console, state.global_step, state.max_steps)
+            self.progress.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.progress is not None:
-            self.progress.update(self._task, completed=state.global_step)
+            self.progress.update(self.progress.task_ids[0], completed=state.global_step)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
         if not state.is_world_process_zero or not logs:
             return
-        note = headline(logs)
-        if self.progress is not None:
-            if note:
-                self.progress.update(self._task, note=note)
-        elif note:
-            self.console.print(f"step {state.global_step}/{state.max_steps}  {note}", highlight=False, markup=False, soft_wrap=True)
+        words, evaluations = numbers(logs), _evaluations(logs)
+        if self.progress is not None and words:
+            self.progress.numbers = words
+        lines = [evaluations] if self.progress is not None else [words, evaluations]
+        for line in filter(None, lines):
+            self._print(f"step {state.global_step}/{state.max_steps}  {'  '.join(line)}")
         self._hint(state, logs)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._stop()
+        self.stop()
+
+    def stop(self) -> None:
+        """Leave the bar as it is, and the terminal as it was. May be called twice."""
+        atexit.unregister(self.stop)
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None
+        if self._silenced:
+            logging.enable_progress_bar()
+            self._silenced = False
+
+    def _print(self, line: str, **style: Any) -> None:
+        self.console.print(line, highlight=False, markup=False, soft_wrap=not self.console.is_terminal, **style)
 
     def _hint(self, state: TrainerState, logs: Mapping[str, Any]) -> None:
         dead = logs.get("frac_reward_zero_std")
         if self._warned or not isinstance(dead, (int, float)) or dead < DEAD:
             return
         self._warned = True
-        self.console.print(
+        self._print(
             f"step {state.global_step}: in {dead:.0%} of the groups all rewards are equal, so their advantages are 0 and nothing is learnt "
             "from them. If the reward is high the task is done: take harder prompts. If it is low: easier ones, a reward with steps "
             "between 0 and 1, or a higher temperature.",
             style="yellow",
-            highlight=False,
-            markup=False,
         )
 
-    def _stop(self) -> None:
-        if self.progress is not None:
-            self.progress.stop()
-            self.progress = None
+
+class _Bar(Progress):
+    """One task, and its numbers below it."""
+
+    def __init__(self, console: Console, step: int, steps: int) -> None:
+        self.numbers: list[str] = []
+        columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        super().__init__(*columns, console=console, expand=True)
+        self.add_task("GRPO", total=steps, completed=step)
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if self.numbers:
+            whole = "  ".join(word.replace(" ", "\xa0") for word in self.numbers)  # a number stays on the line of its name
+            yield Text("\n".join(textwrap.wrap(whole, self.console.width)).replace("\xa0", " "))
 
 
 class CompletionsCallback(TrainerCallback):
-    """With ``log_completions``: the first completions of the step that was logged, as a table above the progress bar; on a terminal only.
+    """With ``log_completions``: some completions of the step that was logged, from the best to the worst, as a table above the progress
+    bar; on a terminal only.
 
     Args:
         console: the progress bar's, so that the two do not write over each other; None = standard error.
@@ -125,19 +149,33 @@ class CompletionsCallback(TrainerCallback):
             print_completions(*read_completions(file), step=state.global_step, limit=self.limit, console=self.console)
 
 
-def headline(logs: Mapping[str, Any]) -> str:
-    """The numbers worth a glance, of those that are there: ``reward 0.512 ±0.31  entropy 0.294  ...``; rollout's share of the time last."""
-    words = []
+def numbers(logs: Mapping[str, Any]) -> list[str]:
+    """The numbers worth a glance, of those that are there: ``["reward 0.512 ±0.31", "entropy 0.294", ...]``; last the sampler's part of
+    the time."""
+    words: list[str] = []
     for key, name, form in _SHOWN:
-        value = logs.get(key)
-        if not isinstance(value, (int, float)) or math.isnan(value):
+        if (value := _finite(logs.get(key))) is None:
             continue
-        text = form.format(value)
-        words.append(f"{name}{text}" if name == "±" else f"{name} {text}")
-    times = {key.removeprefix("step_time/"): value for key, value in logs.items() if key.startswith("step_time/")}
-    numbers = {name: value for name, value in times.items() if isinstance(value, (int, float)) and value >= 0}
-    total = numbers.pop("total", None) or sum(numbers.values())
-    rollout = next((numbers[name] for name in ("generate", "generation", "rollout") if name in numbers), None)
-    if rollout is not None and total > 0:
-        words.append(f"sampling {min(rollout / total, 1):.0%} of {total:.1f} s")
-    return "  ".join(words).replace("  ±", " ±")
+        if name == "±":
+            words[-1:] = [f"{words[-1]} ±{form.format(value)}"] if words else []
+        else:
+            words.append(f"{name} {form.format(value)}")
+    seconds = [value for key in logs if key.startswith("step_time/") and (value := _finite(logs[key])) is not None]
+    generate = _finite(logs.get("step_time/generate"))
+    if generate is not None and sum(seconds) > 0:
+        words.append(f"sampling {generate / sum(seconds):.0%} of {sum(seconds):.1f} s")
+    return words
+
+
+def _evaluations(logs: Mapping[str, Any]) -> list[str]:
+    """``["eval 0.812 ±0.011"]``: mean reward and standard error of each data set that was evaluated."""
+    words = []
+    for key, value in logs.items():
+        if (match := _EVALUATION.fullmatch(key)) and (value := _finite(value)) is not None:
+            error = _finite(logs.get(f"{key}_se"))
+            words.append(f"{match[1]} {value:.3f}" + ("" if error is None else f" ±{error:.3f}"))
+    return words
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None

@@ -33,20 +33,26 @@ def completions_table(
         rewards: name -> one number for each completion, None where it did not apply.
         advantages: one for each completion; green above 0, red below.
         step: for the title.
-        limit: rows, at most; None = all.
+        limit: rows, at most, from the largest advantage to the smallest; None = all, as they are.
         max_characters: of a text; the middle of a longer one is left out, for a loop shows at the end.
     """
     lengths = {"prompts": len(prompts), "completions": len(completions), "advantages": len(advantages)}
     lengths |= {f"rewards[{name!r}]": len(values) for name, values in rewards.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"completions_table: {lengths}; expected as many of each, one for each completion.")
-    table = Table(title=None if step is None else f"Step {step}", show_lines=True, expand=True)
+    count = len(prompts)
+    shown = list(range(count))
+    if limit is not None and limit < count:
+        by_advantage = sorted(shown, key=lambda index: -advantages[index])
+        shown = [by_advantage[round(i * (count - 1) / max(limit - 1, 1))] for i in range(limit)]
+    of = "" if len(shown) == count else f", {len(shown)} of {count} completions, from the best to the worst"
+    table = Table(title=None if step is None else f"Step {step}{of}", show_lines=True, expand=True)
     table.add_column("prompt", ratio=2, overflow="fold")
     table.add_column("completion", ratio=3, overflow="fold")
     for name in rewards:
         table.add_column(name, justify="right", overflow="fold")
     table.add_column("advantage", justify="right")
-    for index in range(min(len(prompts), len(prompts) if limit is None else limit)):
+    for index in shown:
         advantage = float(advantages[index])
         colour = "green" if advantage > 0 else "red" if advantage < 0 else "dim"
         table.add_row(
