@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,20 +18,24 @@ __all__ = ["PANELS", "draw", "series"]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", ":", "-.")
 
-PANELS = (  # title, keys of the log (the first is drawn; the others, if there, thinner), label of the axis, factor
-    ("Reward", ("reward", "eval_reward"), "reward", 1),
-    ("Entropy of softmax(z/T)", ("entropy",), "nats a token", 1),
-    ("Groups with equal rewards", ("frac_reward_zero_std",), "%", 100),
-    ("Repetition", ("completions/repetition",), "% of n-grams", 100),
-    ("Length", ("completions/mean_length", "completions/mean_terminated_length"), "tokens", 1),
-    ("Cut at the length limit", ("completions/clipped_ratio",), "%", 100),
-    ("Clipped tokens", ("clip_ratio/region_mean",), "%", 100),
-    ("KL to the reference", ("kl",), "nats a token", 1),
-    ("Temperature", ("temperature",), "T", 1),
-    ("Gradient norm", ("grad_norm",), "norm", 1),
-    ("Speed", ("tokens_per_second",), "tokens/s", 1),
-    ("Loss", ("loss",), "loss", 1),
+PANELS = (  # title, key of the log, label of the axis, factor
+    ("Reward", "reward", "reward", 1),
+    ("Entropy of softmax(z/T)", "entropy", "nats a token", 1),
+    ("Groups with equal rewards", "frac_reward_zero_std", "%", 100),
+    ("Repetition", "completions/repetition", "% of n-grams", 100),
+    ("Length", "completions/mean_length", "tokens", 1),
+    ("Cut at the length limit", "completions/clipped_ratio", "%", 100),
+    ("Clipped tokens", "clip_ratio/region_mean", "%", 100),
+    ("KL to the reference", "kl", "nats a token", 1),
+    ("Temperature", "temperature", "T", 1),
+    ("Gradient norm", "grad_norm", "norm", 1),
+    ("Speed", "tokens_per_second", "tokens/s", 1),
+    ("Loss", "loss", "loss", 1),
 )
+DOTTED = {  # title -> pattern of further keys, which are drawn dotted and with their standard errors where there are any; what they are
+    "Reward": (r"eval(_.+)?_reward", "evaluation"),
+    "Length": (r"completions/mean_terminated_length", "those that ended"),
+}
 
 
 def series(records: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
@@ -68,7 +73,7 @@ def draw(runs: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str],
     if kind not in kinds:
         raise ValueError(f"output is {str(output)!r}; expected a name that ends in .png, .pdf or .svg.")
     data = [(_name(run, runs), read_run(run)) for run in runs]
-    panels = [panel for panel in PANELS if any(series(records, panel[1][0])[0] for _, records in data)]
+    panels = [panel for panel in PANELS if any(series(records, panel[1])[0] for _, records in data)]
     if not panels:
         known = ", ".join(sorted({key for _, records in data for key in records[0] if key != "step"})[:12])
         raise RunError(f"{', '.join(name for name, _ in data)}: none of the metrics to draw; the first line has {known or 'only a step'}.")
@@ -77,18 +82,14 @@ def draw(runs: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str],
     figure = Figure(figsize=(4.4 * columns, 2.9 * rows + 0.4), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for panel, (title, keys, label, factor) in zip(axes, panels, strict=False):
+    for panel, (title, key, label, factor) in zip(axes, panels, strict=False):
+        pattern, what = DOTTED.get(title, ("", ""))
+        dotted = False
         for number, (name, records) in enumerate(data):
             colour, style = COLOURS[number % len(COLOURS)], STYLES[number // len(COLOURS) % len(STYLES)]
-            _curve(panel, *series(records, keys[0]), factor, colour, style, name, smooth)
-            for extra in keys[1:]:
-                steps, values = series(records, extra)
-                if steps:
-                    panel.plot(
-                        steps, [factor * value for value in values], color=colour, linewidth=1, linestyle=":", marker="o", markersize=3
-                    )
-        extras = [key for key in keys[1:] if any(series(records, key)[0] for _, records in data)]
-        panel.set(title=title + (f" (dotted: {', '.join(extras)})" if extras else ""), xlabel="step", ylabel=label)
+            _curve(panel, *series(records, key), factor, colour, style, name, smooth)
+            dotted |= _further(panel, records, pattern, colour)
+        panel.set(title=f"{title} (dotted: {what})" if dotted else title, xlabel="step", ylabel=label)
         panel.title.set_fontsize(10)
         if factor == 100:  # a share: from 0 on, and a flat line of zeros at the bottom
             panel.set_ylim(0, max(panel.get_ylim()[1], 1))
@@ -113,6 +114,18 @@ def _curve(panel: Any, steps: list[float], values: list[float], factor: float, c
         values = [sum(window) / len(window) for window in windows]
     lonely = {"marker": "o", "markersize": 4} if len(values) == 1 else {}
     panel.plot(steps, values, color=colour, linewidth=1.6, linestyle=style, label=name, **lonely)
+
+
+def _further(panel: Any, records: Sequence[dict[str, Any]], pattern: str, colour: str) -> bool:
+    """Draw the metrics that a pattern fits, dotted. Returns whether there were any."""
+    keys = dict.fromkeys(key for record in records for key in record if re.fullmatch(pattern, key))
+    for key in keys:
+        steps, values = series(records, key)
+        panel.plot(steps, values, color=colour, linewidth=1.2, linestyle=":")
+        errors = dict(zip(*series(records, f"{key}_se"), strict=True))
+        if errors:
+            panel.errorbar(steps, values, [errors.get(step, 0.0) for step in steps], fmt="o", color=colour, markersize=3, capsize=2)
+    return bool(keys)
 
 
 def _name(run: str | os.PathLike[str], runs: Sequence[str | os.PathLike[str]]) -> str:
