@@ -69,7 +69,8 @@ def linear_grpo_loss(
         weight: of the head. A DTensor is gathered. A frozen head that has no such matrix (a quantised one) is given as the callable itself.
         bias: of the head.
         chunk_bytes: memory for the logits of one chunk. None: for 512 tokens on a CPU and 8192 elsewhere, or as many as a quarter of the
-            free memory takes. Beside it a call holds the gradients that are asked for, those of the weights in float32.
+            free memory takes. Beside it a call holds the gradients that are asked for, those of the weights in float32 (rounded to their
+            type when the last chunk is gone), and under autocast the weight in its type. A callable has its own logits beside the chunk.
         adapter: ``(adapted, adapter_weight)`` adds ``adapted @ adapter_weight.T`` to the logits: LoRA with
             ``adapted = scale * hidden @ A.T`` and ``adapter_weight = B``, whose merged matrix is never made.
         process_group: each process holds a part of the vocabulary, ``weight`` (and bias) [V of the part, D], one after the other in
@@ -165,7 +166,8 @@ def linear_token_logprobs(
     the tokens whose logits fit into ``keep_bytes``, and 8 for the others.
 
     Args:
-        keep_bytes: memory for logits kept from forward to backward, trainable heads only. None: a quarter of what is free.
+        keep_bytes: memory for logits kept from forward to backward, trainable heads only. None: a quarter of what is free. Where
+            torch.compile traces the call nothing is kept.
 
     The other arguments are those of linear_grpo_loss, the result is that of token_logprobs.
 

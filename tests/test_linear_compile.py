@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import grpo_fast as gf
 from grpo_fast.head.ops import config_numbers, config_of
+from grpo_fast.head.products import DenseHead
 
 OPERATORS = torch.ops.grpo_fast
 B, T, D, V, R = 2, 3, 4, 19, 2
@@ -51,9 +52,68 @@ def test_opcheck_log_probabilities(dtype: torch.dtype, everything: bool, extra: 
     arguments = (*tensors, *rows(), *how)
     torch.library.opcheck(OPERATORS.linear_token_logprobs.default, arguments)
     detached = tuple(x.detach() if isinstance(x, Tensor) else x for x in arguments)
-    statistics = OPERATORS.linear_token_logprobs(*detached)
+    statistics = OPERATORS.linear_token_logprobs(*detached)[:3]
     upstream = torch.ones(1, 1).expand(1, B * T)  # stride 0
     torch.library.opcheck(OPERATORS.linear_token_logprobs_backward.default, (upstream, torch.randn(1, B * T), *detached, *statistics))
+
+
+@pytest.mark.parametrize("extra", [0, 1])
+@pytest.mark.parametrize("adapted", [True, False])
+def test_opcheck_log_probabilities_of_a_frozen_head(adapted: bool, extra: int) -> None:
+    tensors = head(torch.float32, adapted, extra)
+    states = [x is not None and i in (0, 3) for i, x in enumerate(tensors)]
+    given = [x if wanted or x is None else x.detach() for x, wanted in zip(tensors, states, strict=True)]
+    torch.library.opcheck(OPERATORS.linear_token_logprobs.default, (*given, *rows(), torch.float32, T, 4 * V * 4, states))
+
+
+@pytest.mark.parametrize("of", ["logprobs", "entropy", "both"])
+def test_compiled_log_probabilities_of_a_frozen_head(of: str) -> None:
+    """By slopes, which NaN under the mask does not reach, or by the logits once more where the entropy has a gradient."""
+
+    def total(hidden: Tensor, adapted: Tensor, weight: Tensor, adapter_weight: Tensor, ids: Tensor, mask: Tensor, g: Tensor) -> Tensor:
+        lp = gf.linear_token_logprobs(hidden, weight, ids, mask=mask, temperature=0.7, adapter=(adapted, adapter_weight))
+        parts = {"logprobs": lp.logprobs * g, "entropy": lp.entropy * g, "both": lp.logprobs * g + lp.entropy}
+        return parts[of].sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
+    mask = torch.rand(B, T) > 0.3
+    states = [torch.randn(B, T + 1, D), torch.randn(B, T + 1, R)]
+    for x in states:
+        x[:, :T][~mask] = float("nan")
+    rest = torch.randn(V, D), torch.randn(V, R), torch.randint(V, (B, T)), mask, torch.where(mask, torch.randn(B, T), float("nan"))
+    found = []
+    for function in (compiled, total):
+        leaves = [x.clone().requires_grad_() for x in states]
+        result = function(*leaves, *rest)
+        found.append(torch.autograd.grad(result, leaves, torch.ones(())))
+        assert all(x.isfinite().all() and x.abs().max() > 0 for x in found[-1])
+    for ours, eager in zip(*found, strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("of", ["logprobs", "entropy"])
+@pytest.mark.parametrize("trainable", [True, False])
+def test_products_of_compiled_log_probabilities(trainable: bool, of: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """4 N D V with a frozen head as outside of graphs, 8 with a trainable one or where the entropy has a gradient."""
+    products = []
+    for name in ("logits", "add_gradient"):
+        original = getattr(DenseHead, name)
+
+        def counted(self: Any, first: Tensor, *rest: Any, original: Any = original, name: str = name, **options: Any) -> Any:
+            out = original(self, first, *rest, **options)
+            products.append(1 if name == "logits" else sum(self.wants))
+            return out
+
+        monkeypatch.setattr(DenseHead, name, counted)
+
+    def step(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+        return getattr(gf.linear_token_logprobs(hidden, weight, ids), of).sum()
+
+    torch._dynamo.reset()
+    hidden, weight = torch.randn(B, T, D, requires_grad=True), torch.randn(V, D, requires_grad=trainable)
+    torch.compile(step, fullgraph=True, backend="aot_eager")(hidden, weight, torch.randint(V, (B, T))).backward()
+    assert 2 * sum(products) == (4 if of == "logprobs" and not trainable else 8)
 
 
 @pytest.mark.parametrize(

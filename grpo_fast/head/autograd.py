@@ -11,7 +11,7 @@ from torch import Tensor
 from grpo_fast.head.chunks import Plan
 from grpo_fast.head.logprobs import linear_token_logprobs_bwd, linear_token_logprobs_fwd
 from grpo_fast.head.loss import LinearLoss
-from grpo_fast.head.products import Head, HeadTensors, Wants
+from grpo_fast.head.products import Head, HeadTensors, Wants, per_row
 from grpo_fast.head.rows import Rows
 from grpo_fast.ops import scaled
 
@@ -48,10 +48,9 @@ class LinearLogprobsFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, make_head: MakeHead, rows: Rows, limit: int, keep: int, *given: Tensor | None) -> tuple[Tensor, ...]:
         tensors, wants = HeadTensors(*given), Wants(*ctx.needs_input_grad[4:])
-        frozen = not (wants.weight or wants.bias or wants.adapter_weight)
         with torch.autocast(rows.mask.device.type, enabled=False):
             ctx.left = linear_token_logprobs_fwd(
-                lambda plan: make_head(tensors, wants, plan), rows, limit=limit, keep=keep, want_slopes=frozen
+                lambda plan: make_head(tensors, wants, plan), rows, limit=limit, keep=keep, want_slopes=wants.states_alone
             )
         ctx.make_head, ctx.rows = make_head, rows
         ctx.set_materialize_grads(False)
@@ -99,8 +98,6 @@ class LinearLogprobsFunction(torch.autograd.Function):
 
 def scale_rows_(x: Tensor, g: Tensor) -> Tensor:  # [B, T or T + 1, D], [1, B * T]
     """x with each row times its token's g, in the memory of x; at most so many rows at a time are there in float32."""
-    g = g.reshape(x.shape[0], g.numel() // max(x.shape[0], 1), 1)
-    g = torch.nn.functional.pad(g, (0, 0, 0, x.shape[1] - g.shape[1]))
-    for rows, factors in zip(x.flatten(0, 1).split(SCALED_ROWS), g.flatten(0, 1).split(SCALED_ROWS), strict=True):
+    for rows, factors in zip(x.flatten(0, 1).split(SCALED_ROWS), per_row(g, x).flatten(0, 1).split(SCALED_ROWS), strict=True):
         rows.mul_(factors)
     return x

@@ -13,7 +13,7 @@ from grpo_fast.config import AGGREGATIONS, ENTROPY_AGGREGATIONS, KL_ESTIMATORS, 
 from grpo_fast.head.chunks import Plan, chunk_rows, plan_of
 from grpo_fast.head.logprobs import Forward, linear_token_logprobs_bwd, linear_token_logprobs_fwd
 from grpo_fast.head.loss import LINEAR_METRICS, linear_loss
-from grpo_fast.head.products import DenseHead, HeadTensors, Wants
+from grpo_fast.head.products import DenseHead, HeadTensors, Wants, per_row
 from grpo_fast.head.rows import Rows, RowStatistics
 from grpo_fast.ops import LIBRARY, scaled
 from grpo_fast.reference import Policy, Sequences
@@ -33,7 +33,9 @@ LIBRARY.define(
     tags=torch.Tag.pt2_compliant_tag,
 )
 LIBRARY.define(
-    f"linear_token_logprobs({_HEAD}{_ROWS}{_HOW}) -> (Tensor logprobs, Tensor entropy, Tensor lse)", tags=torch.Tag.pt2_compliant_tag
+    f"linear_token_logprobs({_HEAD}{_ROWS}{_HOW}) "
+    "-> (Tensor logprobs, Tensor entropy, Tensor lse, Tensor hidden_slopes, Tensor adapted_slopes)",
+    tags=torch.Tag.pt2_compliant_tag,
 )
 LIBRARY.define(
     f"linear_token_logprobs_backward(Tensor g, Tensor h, {_HEAD}{_ROWS}{_HOW}, Tensor logprobs, Tensor entropy, Tensor lse) "
@@ -115,10 +117,10 @@ def compiled_loss(
 def compiled_logprobs(
     tensors: HeadTensors, rows: Rows, *, dtype: torch.dtype, length: int, chunk_bytes: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropy as one node; its backward computes the logits again."""
+    """Log-probabilities and entropy as one node. Its backward scales slopes where the head is frozen, else it computes the logits again:
+    how many could be kept is not known when a graph is made."""
     arguments = (*tensors, *_row_arguments(rows), dtype, length, chunk_bytes or 0, _wants(tensors))
-    logprobs, entropy, _ = torch.ops.grpo_fast.linear_token_logprobs.default(*arguments)
-    return logprobs, entropy
+    return torch.ops.grpo_fast.linear_token_logprobs.default(*arguments)[:2]
 
 
 def _row_arguments(rows: Rows) -> tuple[Any, ...]:
@@ -138,7 +140,7 @@ def _head(tensors: HeadTensors, wants: list[bool], dtype: torch.dtype, length: i
     return DenseHead(tensors, Wants(*wants), dtype, length, plan)
 
 
-def _given(gradients: HeadTensors, like: Tensor) -> list[Tensor]:
+def _given(gradients: tuple[Tensor | None, ...], like: Tensor) -> list[Tensor]:
     """An operator returns tensors: an empty one where no gradient was wanted."""
     return [like.new_empty(0) if x is None else x for x in gradients]
 
@@ -216,15 +218,17 @@ torch.library.register_autograd(
 
 
 def _linear_token_logprobs(*arguments: Any) -> tuple[Tensor, ...]:
-    tensors, rows, (dtype, length, chunk_bytes, _) = HeadTensors(*arguments[:5]), Rows(*arguments[5:11]), arguments[11:]
+    tensors, rows, (dtype, length, chunk_bytes, wants) = HeadTensors(*arguments[:5]), Rows(*arguments[5:11]), arguments[11:]
+    want_slopes = Wants(*wants).states_alone
     forward = linear_token_logprobs_fwd(
-        lambda plan: _head(tensors, [False] * 5, dtype, length, plan),
+        lambda plan: _head(tensors, wants if want_slopes else [False] * 5, dtype, length, plan),
         rows,
         limit=_limit(tensors, dtype, chunk_bytes),
         keep=0,
-        want_slopes=False,
+        want_slopes=want_slopes,
     )
-    return tuple(forward.statistics)
+    slopes = forward.slopes or HeadTensors(None, None)
+    return *forward.statistics, *_given((slopes.hidden, slopes.adapted), forward.statistics.logprobs)
 
 
 LIBRARY.impl("linear_token_logprobs", _linear_token_logprobs, "CompositeExplicitAutograd")
@@ -232,8 +236,9 @@ LIBRARY.impl("linear_token_logprobs", _linear_token_logprobs, "CompositeExplicit
 
 @torch.library.register_fake("grpo_fast::linear_token_logprobs", lib=LIBRARY)
 def _linear_token_logprobs_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    logprobs = torch.empty_like(arguments[5], dtype=torch.float32, memory_format=torch.contiguous_format)
-    return logprobs, torch.empty_like(logprobs), torch.empty_like(logprobs)
+    logprobs, wants = torch.empty_like(arguments[5], dtype=torch.float32, memory_format=torch.contiguous_format), Wants(*arguments[14])
+    hidden_slopes, _, _, adapted_slopes, _ = _gradients_fake(arguments[:5], arguments[14] if wants.states_alone else [False] * 5)
+    return logprobs, torch.empty_like(logprobs), torch.empty_like(logprobs), hidden_slopes, adapted_slopes
 
 
 def _linear_token_logprobs_backward(g: Tensor, h: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -260,19 +265,29 @@ def _linear_token_logprobs_backward_fake(g: Tensor, h: Tensor, *arguments: Any) 
 
 def _logprobs_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[2])
+    ctx.mark_non_differentiable(*output[2:])
     ctx.others = tuple(inputs[8:])
     ctx.save_for_backward(*inputs[:8], *output)
 
 
-def _logprobs_backward(ctx: Any, g: Tensor | None, h: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    *tensors, logprobs, entropy, lse = ctx.saved_tensors
-    zero = torch.zeros_like(logprobs)
-    gradients = torch.ops.grpo_fast.linear_token_logprobs_backward.default(
-        zero if g is None else g, zero if h is None else h, *tensors, *ctx.others, logprobs, entropy, lse
-    )
-    wants = ctx.others[-1]
+def _logprobs_backward(ctx: Any, g: Tensor | None, h: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    *given, logprobs, entropy, lse, hidden_slopes, adapted_slopes = ctx.saved_tensors
+    wants, mask = Wants(*ctx.others[-1]), given[6]
+    if wants.states_alone and h is None and g is not None:
+        g = torch.where(mask, g, 0)  # as in autograd.py
+        gradients = HeadTensors(_scaled_rows(hidden_slopes, g), None, None, _scaled_rows(adapted_slopes, g))
+    else:
+        zero = torch.zeros_like(logprobs)
+        gradients = HeadTensors(
+            *torch.ops.grpo_fast.linear_token_logprobs_backward.default(
+                zero if g is None else g, zero if h is None else h, *given, *ctx.others, logprobs, entropy, lse
+            )
+        )
     return *(x if wanted else None for x, wanted in zip(gradients, wants, strict=True)), *[None] * 10
+
+
+def _scaled_rows(slopes: Tensor, g: Tensor) -> Tensor | None:
+    return None if slopes.dim() == 1 else (slopes * per_row(g, slopes)).to(slopes.dtype)  # [0]: not wanted
 
 
 torch.library.register_autograd("grpo_fast::linear_token_logprobs", _logprobs_backward, setup_context=_logprobs_setup_context, lib=LIBRARY)

@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 
 from grpo_fast.head.chunks import Plan
 
-__all__ = ["DenseHead", "Head", "HeadTensors", "ModuleHead", "Wants"]
+__all__ = ["DenseHead", "Head", "HeadTensors", "ModuleHead", "Wants", "per_row"]
 
 # Only NVIDIA's library gives the sum of a bfloat16 product in float32. For the others this part of the logits' columns at a time is
 # converted, or this many where that is less.
@@ -41,6 +41,11 @@ class Wants(NamedTuple):
     bias: bool = False
     adapted: bool = False
     adapter_weight: bool = False
+
+    @property
+    def states_alone(self) -> bool:
+        """Of what differs from token to token, and not of the head."""
+        return (self.hidden or self.adapted) and not (self.weight or self.bias or self.adapter_weight)
 
 
 class Head(Protocol):
@@ -217,3 +222,9 @@ def source_rows(tokens: Tensor | slice, length: int, hidden: Tensor) -> Tensor |
     if isinstance(tokens, slice):
         tokens = torch.arange(tokens.start, tokens.stop, device=hidden.device)
     return tokens + tokens // max(length, 1)
+
+
+def per_row(g: Tensor, hidden: Tensor) -> Tensor:  # [1, B * T] for [B, T or T + 1, D] -> [B, T or T + 1, 1]
+    """A number of each token where its hidden states stand; 0 where there is no token."""
+    g = g.reshape(hidden.shape[0], g.numel() // max(hidden.shape[0], 1), 1)
+    return torch.nn.functional.pad(g, (0, 0, 0, hidden.shape[1] - g.shape[1]))
