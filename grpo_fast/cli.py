@@ -6,7 +6,8 @@ import importlib
 
 import typer
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="grpo_fast: the GRPO core, fused.")
+# Errors that nobody foresaw are shown as Python shows them: in the log of a run a traceback in a frame is hard to read and to search.
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="grpo_fast: the GRPO core, fused.")
 
 # Commands with optional dependencies: a module with ``app(args=..., prog_name=...)``, imported when the command runs.
 MOUNTED = {

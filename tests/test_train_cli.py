@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,11 +15,14 @@ from typer.testing import CliRunner
 pytest.importorskip("transformers", reason="the trainer is transformers'")
 pytest.importorskip("datasets", reason="rows are a dataset")
 
+from grpo_fast import monitor
 from grpo_fast.commands import train as command
 from grpo_fast.commands.data import load_rows, make_task, shape_prompts
 from grpo_fast.commands.settings import SettingsError, TrainOptions, build_parser, parse
 from grpo_fast.demo.task import make_tokenizer
+from grpo_fast.generation import SAMPLERS, SamplerError
 from grpo_fast.grpo_config import GRPOConfig
+from grpo_fast.rewards import BUILT_IN, RewardError
 
 TOKENIZER = make_tokenizer()
 TOKENIZER.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -63,22 +67,21 @@ class StubTrainer:
     """Takes what GRPOTrainer takes, and writes down what is asked of it."""
 
     made: list[StubTrainer] = []  # noqa: RUF012
+    ends_in: BaseException | None = None
 
     def __init__(self, **arguments: Any) -> None:
         self.arguments, self.args = arguments, arguments["args"]
-        self.callbacks: list[Any] = []
         self.done: list[Any] = []
+        self.state = SimpleNamespace(global_step=7)
+        self.callback_handler = SimpleNamespace(callbacks=[monitor.ProgressBarCallback()])
         StubTrainer.made.append(self)
-
-    def remove_callback(self, kind: Any) -> None: ...
-
-    def add_callback(self, callback: Any) -> None:
-        self.callbacks.append(callback)
 
     def is_world_process_zero(self) -> bool:
         return True
 
     def train(self, resume_from_checkpoint: Any) -> None:
+        if self.ends_in is not None:
+            raise self.ends_in
         self.done.append(("train", resume_from_checkpoint))
 
     def save_model(self, folder: str) -> None:
@@ -113,12 +116,12 @@ def test_file_and_command_line_make_a_trainer(here: Path) -> None:
     assert repetition.ngram_size == 6 and short(completions=["abc"]) == [-3.0]
     assert accuracy([""], ["<answer>3</answer>"], answer=["3"]) == [1.0]
     assert trainer.done == [("train", None), ("save", "run")]
-    assert [type(callback).__name__ for callback in trainer.callbacks] == ["ProgressBarCallback", "CompletionsCallback", "JournalCallback"]
 
 
 def test_the_settings_it_leaves_run_it_again(here: Path) -> None:
-    first = train("config.yaml", "--seed", "7")
-    second = train("run/settings.json")
+    first = train("config.yaml", "--seed", "7", "--resume_from_checkpoint", "auto")
+    second = train("run/settings.json", "--resume_from_checkpoint", "auto")
+    assert "resume_from_checkpoint" not in json.loads(Path("run/settings.json").read_text())  # how a run began is no setting of it
     ignore = {"logging_dir"}
     one, two = (dataclasses.asdict(trainer.args) for trainer in (first, second))
     assert {k: str(v) for k, v in one.items() if k not in ignore} == {k: str(v) for k, v in two.items() if k not in ignore}
@@ -152,14 +155,22 @@ def test_everything_on_the_command_line(here: Path) -> None:
         (["config.yaml", "--temperature", "0"], "greedy decoding"),
         (["config.yaml", "--loss_type", "ppo"], "ppo"),
         (["config.yaml", "--rewards", "acuracy"], "'acuracy' is none of the package's own rewards"),
-        (["config.yaml", "--rewards", "accuracy"], "reward_weights has 3 entries; expected 1"),
+        (["config.yaml", "--rewards", "accuracy"], "weights has 3 numbers; expected 1, one for each of accuracy_reward"),
+        (["config.yaml", "--reward_weights", "1", "none", "1"], "the weight of repetition_penalty is None"),
+        (["config.yaml", "--output_dir", "rows.jsonl/run"], "output_dir is 'rows.jsonl/run'; expected a folder to write to"),
+        (["config.yaml", "--sampler", "tensorrt"], "tensorrt"),
+        (["config.yaml", "--sampler_options", '{"batchsize": 2}'], "has no option batchsize; it has batch_size, cache_implementation"),
+        (
+            ["config.yaml", "--reward_isolation", "process", "--rewards", "accuracy", "--reward_weights", "1", "--reward_timeout", "0"],
+            "is 0",
+        ),
         (["config.yaml", "--dataset", "gone.jsonl"], "dataset gone.jsonl: there is no such file"),
         (["config.yaml", "--dataset", "mine.py"], "files that end in '.py' are not read"),
         (["config.yaml", "--prompt_column", "text"], "prompt_column is 'text'; expected one of prompt, question, answer"),
         (["config.yaml", "--prompt_template", "{text}"], "expected columns in braces"),
         (["config.yaml", "--prompt_template", "{answer}", "--prompt_column", "answer"], "both set"),
         (["config.yaml", "--model", "./gone"], "model is './gone'; there is no such folder"),
-        (["config.yaml", "--resume_from_checkpoint", "./gone"], "expected a checkpoint's folder"),
+        (["config.yaml", "--resume_from_checkpoint", "./gone"], "lacks trainer_state.json"),
         (["config.yaml", "--eval_strategy", "steps"], "there is no eval_dataset"),
         (["config.yaml", "--sampler_options", "{batch_size: 4"], "expected JSON"),
         (["--dataset", "rows.jsonl"], "model is not set"),
@@ -195,21 +206,64 @@ def test_a_settings_file_with_a_mistake(here: Path, capsys: pytest.CaptureFixtur
 def test_a_reward_that_needs_a_column_the_rows_have_not(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("bare.jsonl").write_text('{"prompt": "a"}\n')
     message = refused(capsys, "config.yaml", "--dataset", "bare.jsonl")
-    assert "reward accuracy_reward needs the column 'answer'; the dataset has prompt" in message
+    assert "reward 'accuracy_reward' needs 'answer', neither a column of the data set" in message and "the columns are: none" in message
     Path("bare.jsonl").write_text('{"question": "a", "answer": "b"}\n')
     assert "no column 'prompt', but question, answer" in refused(capsys, "config.yaml", "--dataset", "bare.jsonl")
     Path("bare.jsonl").write_text("nonsense\n")
     assert "cannot be loaded" in refused(capsys, "config.yaml", "--dataset", "bare.jsonl")
 
 
-def test_resuming(here: Path) -> None:
+def checkpoint(step: int) -> str:
+    folder = Path(f"run/checkpoint-{step}")
+    folder.mkdir(parents=True)
+    for name in ("trainer_state.json", "grpo_state.json", "model.safetensors"):
+        (folder / name).write_text("{}")
+    return str(folder)
+
+
+def test_resuming(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train("config.yaml", "--resume_from_checkpoint", "auto").done[0] == ("train", None)
-    for step in (2, 10):
-        folder = Path(f"run/checkpoint-{step}")
-        folder.mkdir(parents=True)
-        (folder / "trainer_state.json").write_text("{}")
-    assert train("config.yaml", "--resume_from_checkpoint", "auto").done[0] == ("train", "run/checkpoint-10")
-    assert train("config.yaml", "--resume_from_checkpoint", "run/checkpoint-2").done[0] == ("train", "run/checkpoint-2")
+    first, last = checkpoint(2), checkpoint(10)
+    (Path(last) / "grpo_state.json").unlink()
+    assert train("config.yaml", "--resume_from_checkpoint", "auto").done[0] == ("train", first)  # a half one is passed over
+    assert train("config.yaml", "--resume_from_checkpoint", first).done[0] == ("train", first)
+    assert "which lacks grpo_state.json" in refused(capsys, "config.yaml", "--resume_from_checkpoint", last)
+
+
+def test_a_run_is_not_begun_in_the_folder_of_another(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint(2)
+    message = refused(capsys, "config.yaml")
+    assert "holds a run already (checkpoint-2); expected another folder" in message and "--resume_from_checkpoint auto" in message
+
+
+def test_how_a_run_ended_is_said_in_a_few_lines(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def ended(error: BaseException, code: int) -> str:
+        monkeypatch.setattr(StubTrainer, "ends_in", error)
+        with pytest.raises(SystemExit) as exit_:
+            train("config.yaml", "--resume_from_checkpoint", "auto")
+        assert exit_.value.code == code
+        return capsys.readouterr().err
+
+    failed = RewardError("reward 'mine' failed: KeyError: 'gold'")
+    try:
+        {}["gold"]
+    except KeyError as error:
+        failed.__cause__ = error
+    message = ended(failed, 1)
+    assert '{}["gold"]' in message and "reward 'mine' failed" in message and message.count("Traceback") == 1  # of the user's code alone
+    assert "7 steps were done. There is no checkpoint yet" in message
+    checkpoint(5)
+    for error in (SamplerError("the server is gone"), FloatingPointError("the loss is not finite")):
+        message = ended(error, 1)
+        assert str(error) in message and "checkpoint-5 is complete. Go on from there" in message and "Traceback" not in message
+    assert "interrupted." in ended(KeyboardInterrupt(), 130)
+    monkeypatch.setattr(StubTrainer, "ends_in", ZeroDivisionError())
+    with pytest.raises(ZeroDivisionError):  # a mistake of ours
+        train("config.yaml", "--resume_from_checkpoint", "auto")
+
+
+def test_what_a_file_sets_the_command_line_can_unset(here: Path) -> None:
+    assert train("config.yaml", "--reward_weights", "none").args.reward_weights is None
 
 
 @pytest.mark.parametrize("ending", ["json", "parquet", "csv", "folder"])
@@ -237,7 +291,10 @@ def test_every_field_is_an_option_and_in_the_help(capsys: pytest.CaptureFixture[
         command.app(["--help"])
     assert ended.value.code == 0
     shown = capsys.readouterr().out
+    assert set(BUILT_IN) | set(SAMPLERS) <= {line.split()[0] for line in shown.splitlines() if line and not line.startswith(" ")}
+    assert "ngram_size=4" in shown and "weight_sync='auto'" in shown
     lines = {line.split()[0]: line for line in shown.splitlines() if line.startswith("--")}
+    assert "gspo" in lines["--loss_type"] and "1 - epsilon." in lines["--epsilon"] and "INTELLECT-2" in lines["--delta"]
     assert {f"--{name}" for name in names} == set(lines)
     assert "completions per prompt" in lines["--num_generations"] and " 8 " in lines["--num_generations"]
     assert "initial learning rate" in lines["--learning_rate"] and "1e-06" in lines["--learning_rate"]

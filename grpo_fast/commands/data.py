@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import ast
-import inspect
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from grpo_fast.commands.settings import SettingsError
 from grpo_fast.tasks import Task, arithmetic_task, reasoning_gym_task, sorting_task
 
-__all__ = ["check_columns", "load_rows", "make_task", "shape_prompts"]
+__all__ = ["load_rows", "make_task", "shape_prompts"]
 
 TASKS: dict[str, Any] = {"arithmetic": arithmetic_task, "sorting": sorting_task}
 GYM = "reasoning_gym:"
 FORMATS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet", ".csv": "csv"}
-GIVEN = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments", "self"}
 
 
 def make_task(name: str, *, size: int = 1000, seed: int = 0) -> Task | None:
@@ -113,26 +110,6 @@ def shape_prompts(rows: Any, *, column: str | None = None, template: str | None 
             raise SettingsError("system_prompt is set, and the prompts are chats already. Cure: leave it out.")
         rows = rows.map(lambda row: {"prompt": [_message("system", system), _message("user", row["prompt"])]})
     return rows
-
-
-def check_columns(rewards: Sequence[Any], columns: Sequence[str]) -> None:
-    """Every column that a reward insists on is there.
-
-    Raises:
-        SettingsError: names reward and column.
-    """
-    for reward in rewards:
-        if isinstance(reward, str):
-            continue
-        name = getattr(reward, "__name__", type(reward).__name__)
-        try:
-            parameters = inspect.signature(reward).parameters.values()
-        except (TypeError, ValueError):  # some callables do not say
-            continue
-        needed = [p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-        for column in needed:
-            if column not in GIVEN and column not in columns:
-                raise SettingsError(f"reward {name} needs the column {column!r}; the dataset has {', '.join(columns)}.")
 
 
 def _message(role: str, content: str) -> dict[str, str]:

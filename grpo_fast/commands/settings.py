@@ -15,6 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from grpo_fast.config import LOSS_TYPES, LossConfig
+from grpo_fast.generation import SAMPLERS, sampler_class
+from grpo_fast.rewards import BUILT_IN
+
 __all__ = ["SettingsError", "TrainOptions", "build_parser", "help_tables", "parse", "read_settings"]
 
 
@@ -30,8 +34,8 @@ class TrainOptions:
         model: name on the hub, or folder, of the causal language model.
         dataset: name on the hub; a folder; a .jsonl, .json, .parquet or .csv file; or a task that is generated: arithmetic, sorting or
             reasoning_gym:TASK, with settings as in 'reasoning_gym:chain_sum(min_terms=2, max_terms=3)'.
-        rewards: built-in ones by name, with settings or without, as in accuracy 'repetition(ngram_size=6)'; package.module:function;
-            path/to/file.py:function; or task, the reward of a generated dataset, which is the default there.
+        rewards: built-in ones by name (see below), with settings or without, as in accuracy 'repetition(ngram_size=6)';
+            package.module:function; path/to/file.py:function; or task, the reward of a generated dataset, which is the default there.
         dataset_config: configuration of a dataset on the hub, such as 'main'.
         dataset_split: split to train on; slices as in 'train[:1000]'.
         dataset_size: rows to generate, where the dataset is a task.
@@ -92,7 +96,7 @@ def parse(args: Sequence[str], config_class: Any) -> tuple[TrainOptions, Any, di
         name = next((word for word in unknown if word.startswith("-")), unknown[0])
         raise SettingsError(f"command line: there is no {name}.{_near(name.lstrip('-').partition('=')[0], actions)}")
     given |= vars(namespace)  # only what was said: the parser has no defaults
-    given = {name: _from_json(name, value, actions[name]) for name, value in given.items()}
+    given = {name: None if value == [None] else _from_json(name, value, actions[name]) for name, value in given.items()}
     own = {each.name for each in dataclasses.fields(TrainOptions)}
     options = TrainOptions(**{name: value for name, value in given.items() if name in own})
     for name in ("model", "dataset"):
@@ -148,13 +152,13 @@ def read_settings(file: str, actions: dict[str, argparse.Action]) -> dict[str, A
 
 
 def help_tables(config_class: Any) -> list[Any]:
-    """Rich tables of all settings with defaults and meaning: what is trained, GRPO, and transformers' TrainingArguments."""
-    from rich.table import Table
-    from rich.text import Text
-
+    """Rich tables of all settings with defaults and meaning (what is trained, GRPO, TrainingArguments), and of rewards and samplers."""
     bases = [base for base in config_class.__mro__[1:] if dataclasses.is_dataclass(base)]
     inherited = {each.name for base in bases for each in dataclasses.fields(base)}
     words = {name: text for base in (*reversed(bases), config_class, TrainOptions) for name, text in _described(base).items()}
+    for name, text in _of_the_loss().items():
+        if words.get(name, "see LossConfig").startswith("see LossConfig"):
+            words[name] = text
     own = [each.name for each in dataclasses.fields(config_class) if each.init]
     groups = {
         "What is trained": (TrainOptions, [each.name for each in dataclasses.fields(TrainOptions)]),
@@ -163,15 +167,55 @@ def help_tables(config_class: Any) -> list[Any]:
     }
     tables = []
     for title, (kind, names) in groups.items():
-        table = Table(title=title, title_justify="left", box=None, pad_edge=False, expand=True)
-        table.add_column("option", no_wrap=True)
-        table.add_column("default", ratio=1, overflow="fold")
-        table.add_column("meaning", ratio=3, overflow="fold")
         fields = {each.name: each for each in dataclasses.fields(kind)}
-        for name in names:
-            table.add_row(Text(f"--{name}", style="bold"), Text(_default(fields[name])), Text(words.get(name, "")))
-        tables.append(table)
+        rows = [(f"--{name}", _default(fields[name]), words.get(name, "")) for name in names]
+        tables.append(_help_table(title, ("option", "default", "meaning"), rows))
+    rewards = [(name, _settings_of(reward), _first_sentence(reward)) for name, reward in BUILT_IN.items()]
+    tables.insert(1, _help_table("Rewards of the package (--rewards)", ("name", "settings", "meaning"), rewards, ratio=(2, 3)))
+    samplers = [(name, _settings_of(sampler_class(name)), _first_sentence(sampler_class(name))) for name in SAMPLERS]
+    tables.insert(2, _help_table("Samplers (--sampler, --sampler_options)", ("name", "options", "meaning"), samplers, ratio=(2, 3)))
     return tables
+
+
+def _help_table(title: str, columns: tuple[str, str, str], rows: list[tuple[str, str, str]], ratio: tuple[int, int] = (1, 3)) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=f"\n{title}", title_justify="left", title_style="bold", box=None, pad_edge=False, expand=True)
+    table.add_column(columns[0], header_style="dim", no_wrap=True)
+    table.add_column(columns[1], header_style="dim", ratio=ratio[0], overflow="fold")
+    table.add_column(columns[2], header_style="dim", ratio=ratio[1], overflow="fold")
+    for first, *rest in rows:
+        table.add_row(Text(first, style="bold"), *map(Text, rest))
+    return table
+
+
+def _of_the_loss() -> dict[str, str]:
+    """What `LossConfig` says of the settings that a trainer's configuration hands on to it, under their names there."""
+    words = _described(LossConfig)
+    words["epsilon"], words["use_bias_correction_kl"] = words["epsilon_low"].replace("_low", ""), words["bias_corrected_kl"]
+    words["loss_type"] = f"one of {', '.join(LOSS_TYPES)}."
+    return words
+
+
+def _settings_of(reward_or_sampler: Any) -> str:
+    """Name and default of what a class is made with; a function has none."""
+    if not inspect.isclass(reward_or_sampler):
+        return ""
+    parameters = list(inspect.signature(reward_or_sampler).parameters.values())
+    return "\n".join(str(_plain(each)) for each in parameters if each.name not in ("model", "tokenizer"))
+
+
+def _plain(parameter: inspect.Parameter) -> inspect.Parameter | str:
+    """Without its type, and without an address where its default is a function."""
+    if callable(parameter.default) and parameter.default is not parameter.empty:
+        return f"{parameter.name}={parameter.default.__name__}"
+    return parameter.replace(annotation=parameter.empty, kind=parameter.POSITIONAL_OR_KEYWORD)
+
+
+def _first_sentence(of: Any) -> str:
+    text = inspect.cleandoc(of.__doc__ or "").partition("\n\n")[0].removesuffix("::")
+    return " ".join(text.replace("``", "").replace("`", "").split()).removesuffix(":")
 
 
 def _convert(where: str, value: Any, action: argparse.Action) -> Any:

@@ -5,30 +5,37 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from grpo_fast.commands.data import check_columns, load_rows, make_task, shape_prompts
+from grpo_fast.commands.data import load_rows, make_task, shape_prompts
 from grpo_fast.commands.settings import SettingsError, TrainOptions, help_tables, parse
+from grpo_fast.generation import SamplerError, check_options
+from grpo_fast.rewards import RewardError, RewardRunner, load_reward
 from grpo_fast.tasks import Task
 
 __all__ = ["app", "prepare", "run"]
 
 SETTINGS_FILE = "settings.json"
+RESUME = "Go on from there: the same command with --resume_from_checkpoint auto."
 USAGE = """usage: grpo-fast train [FILE] [--name value ...]
 
 Train a causal language model by GRPO. FILE is YAML or JSON, of lines 'name: value'; what is said on the command line wins.
 
   grpo-fast train config.yaml --learning_rate 2e-6
-  grpo-fast train --model Qwen/Qwen3-0.6B --dataset 'reasoning_gym:chain_sum' --rewards task format --output_dir runs/sum
+  grpo-fast train --model Qwen/Qwen3-0.6B --dataset reasoning_gym:chain_sum --rewards task format --output_dir runs/sum
+  grpo-fast train runs/sum/settings.json --resume_from_checkpoint auto
 """
 
 
 def app(args: Sequence[str] | None = None, prog_name: str = "grpo-fast train", *, trainer_class: Any = None) -> None:
-    """The command. Exit status 2: a setting is wrong, said in one line and before the model was loaded.
+    """The command. Exit status 2: a setting is wrong, said in one line and before the model was loaded. 1: the run could not go on. 130:
+    it was interrupted.
 
     Args:
         args: of the command line.
@@ -40,16 +47,16 @@ def app(args: Sequence[str] | None = None, prog_name: str = "grpo-fast train", *
 
     if not args or "--help" in args or "-h" in args:
         console = Console()
-        console.print(USAGE, highlight=False, markup=False)
+        console.print(USAGE, highlight=False, markup=False, soft_wrap=True)
         for table in help_tables(GRPOConfig):
             console.print(table)
         raise SystemExit(0 if args else 2)
     try:
         prepared = prepare(args, GRPOConfig)
     except (ValueError, TypeError, ImportError) as error:
-        Console(stderr=True).print(f"{prog_name}: {error}", highlight=False, markup=False, soft_wrap=True)
+        _say(f"{prog_name}: {error}")
         raise SystemExit(2) from error
-    run(prepared, trainer_class)
+    run(prepared, trainer_class, prog_name=prog_name)
 
 
 def prepare(args: Sequence[str], config_class: Any) -> dict[str, Any]:
@@ -65,15 +72,14 @@ def prepare(args: Sequence[str], config_class: Any) -> dict[str, Any]:
     options, config, given = parse(args, config_class)
     assert options.model and options.dataset
     resume = _checkpoint(config)
-    seed = getattr(config, "data_seed", None)
-    seed = config.seed if seed is None else seed
+    _check_writable(config.output_dir)
+    seed = config.prompt_seed
     task = make_task(options.dataset, size=options.dataset_size, seed=seed)
     rewards = [_reward(name, task) for name in (options.rewards or (["task"] if task is not None else []))]
     if not rewards:
         raise SettingsError("rewards is not set; expected at least one, in the settings file or as --rewards. See grpo-fast train --help.")
-    weights = getattr(config, "reward_weights", None)
-    if weights is not None and len(weights) != len(rewards):
-        raise SettingsError(f"reward_weights has {len(weights)} entries; expected {len(rewards)}, one for each reward.")
+    runner = RewardRunner(rewards, weights=config.reward_weights, on_error=config.reward_on_error, isolation=config.reward_isolation)
+    check_options(config.sampler, config.sampler_options or {})
     peft_config = _peft(options)
     tokenizer = _tokenizer(options)
 
@@ -81,8 +87,8 @@ def prepare(args: Sequence[str], config_class: Any) -> dict[str, Any]:
         rows = generated.rows if generated is not None else load_rows(name, config=options.dataset_config, split=split)
         rows = Dataset.from_list(rows) if isinstance(rows, list) else rows
         rows = shape_prompts(rows, column=options.prompt_column, template=options.prompt_template, system=options.system_prompt)
-        check_columns(rewards, rows.column_names)
-        chat = getattr(config, "chat_template_kwargs", None)
+        runner.check_columns([column for column in rows.column_names if column != "prompt"])
+        chat = config.chat_template_kwargs
         return load_prompts(rows, tokenizer, max_prompt_length=options.max_prompt_length, chat_template_kwargs=chat).rows
 
     rows, evaluation = rows_of(options.dataset, options.dataset_split, task), None
@@ -103,26 +109,44 @@ def prepare(args: Sequence[str], config_class: Any) -> dict[str, Any]:
     return {"trainer": trainer, "resume": resume, "given": given}
 
 
-def run(prepared: dict[str, Any], trainer_class: Any = None) -> Any:
+def run(prepared: dict[str, Any], trainer_class: Any = None, *, prog_name: str = "grpo-fast train") -> Any:
     """Make the trainer, train, and leave model, metrics and settings in the output folder. Returns the trainer."""
     from grpo_fast import monitor
 
     if trainer_class is None:
         from grpo_fast.trainer import GRPOTrainer as trainer_class  # noqa: N813
     trainer = trainer_class(**prepared["trainer"])
-    monitor.attach(trainer)
     output = Path(trainer.args.output_dir)
     if trainer.is_world_process_zero():
-        _write(output / SETTINGS_FILE, prepared["given"])
-    trainer.train(resume_from_checkpoint=prepared["resume"])
+        _write(output / SETTINGS_FILE, {name: value for name, value in prepared["given"].items() if name != "resume_from_checkpoint"})
+    try:
+        trainer.train(resume_from_checkpoint=prepared["resume"])
+    except (KeyboardInterrupt, RewardError, SamplerError, FloatingPointError) as error:
+        monitor.stop(trainer)
+        interrupted = isinstance(error, KeyboardInterrupt)
+        if trainer.is_world_process_zero() or not interrupted:
+            _say(f"{prog_name}: {_how_it_ended(error, trainer.state.global_step, output)}")
+        raise SystemExit(130 if interrupted else 1) from error
     trainer.save_model(str(output))
     if trainer.is_world_process_zero():
-        Console(stderr=True).print(
-            f"Model, {SETTINGS_FILE} and {monitor.METRICS_FILE} are in {output}. Curves: grpo-fast plot {output}",
-            highlight=False,
-            markup=False,
-        )
+        _say(f"Model, {SETTINGS_FILE} and {monitor.METRICS_FILE} are in {output}. Curves: grpo-fast plot {output}")
     return trainer
+
+
+def _how_it_ended(error: BaseException, step: int, output: Path) -> str:
+    from grpo_fast.checkpoints import last_checkpoint
+
+    said = "interrupted." if isinstance(error, KeyboardInterrupt) else str(error)
+    if isinstance(error, RewardError) and error.__cause__ is not None:  # the user's own code: where in it
+        where = "".join(traceback.format_exception(error.__cause__)).rstrip()
+        said = f"{where}\n{said}"
+    last = last_checkpoint(output)
+    kept = f"{last} is complete. {RESUME}" if last else "There is no checkpoint yet (save_steps says how often one is written)."
+    return f"{said}\n{step} steps were done. {kept}"
+
+
+def _say(message: str) -> None:
+    Console(stderr=True).print(message, highlight=False, markup=False, soft_wrap=True)
 
 
 def _reward(name: str, task: Task | None) -> Any:
@@ -130,8 +154,6 @@ def _reward(name: str, task: Task | None) -> Any:
         if task is None:
             raise SettingsError("rewards has 'task', and the dataset is no task, which brings its own reward; expected other rewards.")
         return task.reward
-    from grpo_fast.rewards import load_reward
-
     return load_reward(name)
 
 
@@ -145,7 +167,7 @@ def _tokenizer(options: TrainOptions) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name, padding_side="left")
     except Exception as error:  # no such name, no network, a broken file: each library raises its own
-        reason = " ".join(str(error).split())[:400]
+        reason = " ".join(str(error).split())[:400].rstrip(".")
         raise SettingsError(f"the tokenizer of {name!r} cannot be loaded: {type(error).__name__}: {reason}. Is the name right?") from error
 
 
@@ -168,16 +190,31 @@ def _peft(options: TrainOptions) -> Any:
 
 def _checkpoint(config: Any) -> str | None:
     """The folder to resume from; "auto" or true: the last of the output folder, or none if there is none yet."""
-    from transformers.trainer_utils import get_last_checkpoint
+    from grpo_fast.checkpoints import last_checkpoint, missing_from
 
-    wanted = config.resume_from_checkpoint
+    wanted, last = config.resume_from_checkpoint, last_checkpoint(config.output_dir)
     if wanted is None or str(wanted).lower() == "false":
+        if last is not None:  # a new run would write its checkpoints among those, and some day resume from one that is not its own
+            raise SettingsError(
+                f"output_dir is {config.output_dir!r}, which holds a run already ({Path(last).name}); expected another folder. {RESUME}"
+            )
         return None
     if str(wanted).lower() in ("auto", "true"):
-        return get_last_checkpoint(config.output_dir) if Path(config.output_dir).is_dir() else None
-    if not (Path(wanted) / "trainer_state.json").is_file():
-        raise SettingsError(f"resume_from_checkpoint is {wanted!r}; expected a checkpoint's folder (with trainer_state.json), or 'auto'.")
+        return last
+    if (lacking := missing_from(wanted)) is not None:
+        raise SettingsError(
+            f"resume_from_checkpoint is {wanted!r}, which lacks {lacking}; expected the folder of a complete checkpoint, or 'auto'."
+        )
     return str(wanted)
+
+
+def _check_writable(output_dir: str) -> None:
+    try:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
+    except OSError as error:
+        raise SettingsError(f"output_dir is {output_dir!r}; expected a folder to write to ({type(error).__name__}: {error}).") from error
 
 
 def _write(path: Path, given: dict[str, Any]) -> None:

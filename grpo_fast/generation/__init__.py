@@ -9,11 +9,13 @@ so that the loss can be held against what was drawn from.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Collection
 from typing import Any
 
 from grpo_fast.generation.protocol import Completion, Sampler, SamplerError, SamplingParams
 
-__all__ = ["SAMPLERS", "Completion", "Sampler", "SamplerError", "SamplingParams", "make_sampler"]
+__all__ = ["SAMPLERS", "Completion", "Sampler", "SamplerError", "SamplingParams", "check_options", "make_sampler", "sampler_class"]
 
 SAMPLERS = ("transformers", "continuous_batching", "vllm")
 
@@ -45,18 +47,37 @@ def make_sampler(name_or_sampler: str | Sampler, model: Any, tokenizer: Any, **o
                 f"sampler options {sorted(options)} were given beside a ready sampler; expected none. Set them on that object."
             )
         return name_or_sampler
-    if name_or_sampler not in SAMPLERS:
-        raise ValueError(f"sampler is {name_or_sampler!r}; expected one of {', '.join(SAMPLERS)}, or an object of your own.")
-    factory: Any
-    if name_or_sampler == "transformers":
-        from grpo_fast.generation.transformers_sampler import TransformersSampler as factory  # noqa: N813
-    elif name_or_sampler == "continuous_batching":
-        from grpo_fast.generation.continuous_batching import ContinuousBatchingSampler as factory  # noqa: N813
-    else:
-        from grpo_fast.generation.vllm import VLLMSampler as factory  # noqa: N813
-    import inspect
+    check_options(name_or_sampler, options)
+    return sampler_class(name_or_sampler)(model, tokenizer, **options)
 
-    known = set(inspect.signature(factory).parameters) - {"model", "tokenizer"}
+
+def check_options(name: str, options: Collection[str]) -> None:
+    """Whether there is a sampler of that name with these options, before a model is loaded for it.
+
+    Raises:
+        ValueError: names what there is not, and what there is.
+    """
+    known = set(inspect.signature(sampler_class(name)).parameters) - {"model", "tokenizer"}
     if unknown := sorted(set(options) - known):
-        raise ValueError(f"sampler {name_or_sampler!r} has no option {', '.join(unknown)}; it has {', '.join(sorted(known)) or 'none'}.")
-    return factory(model, tokenizer, **options)
+        raise ValueError(f"sampler {name!r} has no option {', '.join(unknown)}; it has {', '.join(sorted(known))}.")
+
+
+def sampler_class(name: str) -> Any:
+    """The class of that name, imported when it is asked for.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name == "transformers":
+        from grpo_fast.generation.transformers_sampler import TransformersSampler
+
+        return TransformersSampler
+    if name == "continuous_batching":
+        from grpo_fast.generation.continuous_batching import ContinuousBatchingSampler
+
+        return ContinuousBatchingSampler
+    if name == "vllm":
+        from grpo_fast.generation.vllm import VLLMSampler
+
+        return VLLMSampler
+    raise ValueError(f"sampler is {name!r}; expected one of {', '.join(SAMPLERS)}, or an object of your own.")

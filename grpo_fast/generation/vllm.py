@@ -18,7 +18,9 @@ COLDEST = 0.01  # vLLM raises a lower temperature to this one, other than 0
 
 
 class VLLMSampler:
-    """Client of a vLLM server, started like this (the variable opens the addresses by which weights are replaced)::
+    """Client of a vLLM server.
+
+    It is started like this; the variable opens the addresses by which weights are replaced::
 
         VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs
 

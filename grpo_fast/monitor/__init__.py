@@ -3,7 +3,7 @@
     trainer = GRPOTrainer(...)
     monitor.attach(trainer)            # progress and metrics.jsonl, in place of transformers' own progress bar
 
-``grpo-fast train`` does so by itself; ``grpo-fast plot RUN`` draws what was written.
+GRPOTrainer does so by itself; ``grpo-fast plot RUN`` draws what was written.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ __all__ = [
     "drop_after",
     "print_completions",
     "read_run",
+    "stop",
 ]
 
 _CALLBACKS = {
@@ -57,6 +58,15 @@ def attach(trainer: Any) -> None:
         trainer.add_callback(ProgressBarCallback(console))
         trainer.add_callback(CompletionsCallback(console))
     trainer.add_callback(JournalCallback())
+
+
+def stop(trainer: Any) -> None:
+    """End the live progress bar of a trainer whose training ended in an error or an interrupt."""
+    from grpo_fast.monitor.progress import ProgressBarCallback
+
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, ProgressBarCallback):
+            callback.stop()
 
 
 def __getattr__(name: str) -> Any:

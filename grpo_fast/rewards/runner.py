@@ -10,7 +10,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ __all__ = ["RewardError", "RewardRunner", "RewardTable", "reward_matrix"]
 
 MAX_ABANDONED = 4  # hung threads of one function: each holds its memory for good
 _ALWAYS = ("prompts", "completions", "completion_ids")
+EXTRAS = ("trainer_state", "log_extra", "log_metric", "logprobs", "ref_logprobs")  # what the trainer knows beside the columns
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
@@ -162,15 +163,27 @@ class RewardRunner:
         """Whether a reward function has a parameter of this name."""
         return any(name in _parameters(reward).names for reward in self.reward_funcs)
 
-    def _keywords(self, i: int, given: dict[str, Any], extras: dict[str, Any]) -> dict[str, Any]:
-        takes = self._takes[i]
-        missing = [name for name in takes.required if name not in given and name not in extras]
+    def check_columns(self, columns: Collection[str]) -> None:
+        """Before training: each function finds what it insists on, among the data set's columns or what the trainer knows.
+
+        Raises:
+            ValueError: names the function, what it needs, and the columns there are.
+        """
+        for i in range(len(self.names)):
+            self._check_given(i, {*_ALWAYS, *EXTRAS, *columns}, columns)
+
+    def _check_given(self, i: int, given: Collection[str], columns: Collection[str]) -> None:
+        missing = [name for name in self._takes[i].required if name not in given]
         if missing:
-            there = ", ".join(name for name in given if name not in _ALWAYS) or "none"
             raise ValueError(
                 f"RewardRunner: reward {self.names[i]!r} needs {', '.join(map(repr, missing))}, neither a column of the data set nor "
-                f"known to the trainer; the columns are: {there}. Cure: rename the column, or give the parameter a default."
+                f"known to the trainer; the columns are: {', '.join(columns) or 'none'}. Cure: rename the column, or give the parameter a "
+                "default."
             )
+
+    def _keywords(self, i: int, given: dict[str, Any], extras: dict[str, Any]) -> dict[str, Any]:
+        takes = self._takes[i]
+        self._check_given(i, {*given, *extras}, [name for name in given if name not in _ALWAYS])
         keywords = {name: list(values) for name, values in given.items() if takes.anything or name in takes.names}
         crosses = takes.anything and not self._pools
         return keywords | {name: value for name, value in extras.items() if crosses or name in takes.names}
