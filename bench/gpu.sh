@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Everything a GPU can say, on a machine without network: bench/gpu.sh build|test|bench|head|all. See bench/README.md.
+# Everything a GPU can say, on a machine without network: bench/gpu.sh [build|test|bench|head|all]... See bench/README.md.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-python=${PYTHON:-python3} out=${OUT:-bench/results} wheels=${WHEELS:-wheels}
-mkdir -p "$out"
-export PYTHONPATH="$PWD:/tmp/grpo_fast_site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-gpu_tests=(tests/test_triton.py tests/test_cluster.py tests/test_group_advantages.py)
+python=${PYTHON:-python3} out=${OUT:-bench/results} wheels=${WHEELS:-wheels} device=${DEVICE:-cuda} site=$PWD/build/gpu
+mkdir -p "$out" "$site"
+# What is built here is imported, and not the checkout, which lacks the package that the install maps into it: see setup.py.
+export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
 
 # Seconds of a part, together 19 minutes. BUDGET_S sets each.
 budget() {
@@ -16,36 +16,56 @@ budget() {
   esac
 }
 
+install() {
+  timeout "$(budget build)" "$python" -m pip install -q --no-index --no-deps --no-compile --upgrade --target "$site" "$@"
+}
+
+# Without the extension there are still the Triton kernels: what they have to say is not lost with it.
 build() {
   if compgen -G "$wheels/*.whl" >/dev/null; then
-    "$python" -m pip install -q --no-index --no-deps --no-compile --upgrade --target /tmp/grpo_fast_site "$wheels"/*.whl
+    install "$wheels"/*.whl || return
   fi
-  TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0} timeout "$(budget build)" "$python" setup.py -q build_ext --inplace 2>&1 |
-    tee "$out/build.log"
+  local here
+  here=$("$python" -c 'import torch; print("{}.{}".format(*torch.cuda.get_device_capability()))' 2>/dev/null) || here=9.0
+  TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$here} install --no-build-isolation . 2>&1 | tee "$out/build.log" && return
+  GRPO_FAST_BUILD=none install --no-build-isolation .
+  return 1
 }
 
-# Which of the tests' packages are there: a file that imports a missing one is an error of its collection, and the rest runs.
+# What is there, in the log of every run: a test whose library is missing is skipped, a file that imports a missing one is an error.
 preflight() {
-  "$python" - <<'EOF' | tee "$out/preflight.log"
-from importlib.util import find_spec
-names = ("pytest", "pytest_timeout", "hypothesis", "packaging", "numpy", "triton", "transformers", "trl", "liger_kernel", "matplotlib")
-print(*(f"{name}: {'there' if find_spec(name) else 'missing'}" for name in names), sep="\n")
-EOF
+  "$python" - <<'END' | tee "$out/preflight.log"
+import importlib.metadata, platform
+names = "torch triton setuptools pytest pytest-timeout pytest-xdist hypothesis numpy transformers trl liger-kernel verl quack-kernels matplotlib"
+print(f"python {platform.python_version()}")
+for name in names.split():
+    try:
+        print(name, importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        print(name, "missing")
+END
+  nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>&1 | tee -a "$out/preflight.log"
+  "$python" -c 'from grpo_fast.doctor import run; run()' 2>&1 | tee -a "$out/preflight.log"
 }
 
-# Without the strictness of pyproject.toml, which asks for plugins that need not be there.
+# Every file that has a test for a GPU; several at once, since most of the time goes into compiling kernels. Without the strictness of
+# pyproject.toml, which asks for plugins that need not be there.
 tests() {
-  preflight
-  timeout "$(budget test)" "$python" -m pytest -q -m gpu -ra --continue-on-collection-errors -p no:cacheprovider \
-    -o addopts=--import-mode=importlib --junitxml="$out/test.xml" "${gpu_tests[@]}" 2>&1 | tee "$out/test.log"
+  local seconds files options=()
+  seconds=$(budget test)
+  mapfile -t files < <(grep -lE 'mark\.gpu\b' tests/test_*.py)
+  "$python" -c 'import xdist' 2>/dev/null && options+=(-n "${WORKERS:-4}" --dist worksteal)
+  "$python" -c 'import pytest_timeout' 2>/dev/null && options+=(--session-timeout "$((seconds > 60 ? seconds - 20 : seconds))")
+  timeout "$seconds" "$python" -m pytest -q -m gpu -ra --continue-on-collection-errors -p no:cacheprovider \
+    -o addopts=--import-mode=importlib --junitxml="$out/test.xml" "${options[@]}" "${files[@]}" 2>&1 | tee "$out/test.log"
 }
 
 # No case is begun in the last half minute; what was measured before is in the file.
 measure() {
   local seconds
   seconds=$(budget "$1")
-  BUDGET_S=$((seconds > 60 ? seconds - 30 : seconds)) timeout "$seconds" "$python" bench/gpu_bench.py "$1" --output "$out/gpu.json" 2>&1 |
-    tee "$out/$1.log"
+  BUDGET_S=$((seconds > 60 ? seconds - 30 : seconds)) timeout "$seconds" "$python" bench/gpu_bench.py "$1" --device "$device" \
+    --output "$out/gpu.json" 2>&1 | tee "$out/$1.log"
 }
 
 failed=0
@@ -58,19 +78,25 @@ part() {
     echo "gpu.sh: $* failed; the rest goes on" >&2
   fi
 }
-case ${1:-all} in
-  build) part build ;;
-  test) part tests ;;
-  bench | head) part measure "$1" ;;
-  all)
-    part build
-    part tests
-    part measure bench
-    part measure head
-    ;;
-  *)
-    echo "usage: bench/gpu.sh build|test|bench|head|all" >&2
-    exit 2
-    ;;
-esac
+
+[ $# -gt 0 ] || set -- all
+[ "$*" = all ] && set -- build test bench head
+for name in "$@"; do
+  case $name in
+    build) part build ;;
+    test | bench | head)
+      [ -d "$site/grpo_fast" ] || part build
+      if [ "$name" = test ]; then
+        preflight
+        part tests
+      else
+        part measure "$name"
+      fi
+      ;;
+    *)
+      echo "usage: bench/gpu.sh [build|test|bench|head|all]..." >&2
+      exit 2
+      ;;
+  esac
+done
 exit $failed

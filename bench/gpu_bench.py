@@ -1,8 +1,8 @@
 """Times the loss, log-probabilities and the fused head on a GPU; what a part has measured stands in the JSON before the next case begins.
 
-    python bench/gpu_bench.py bench|head --output gpu.json [--device cpu --shape 8x100 --repetitions 3]
+    python bench/gpu_bench.py bench|head --output gpu.json [--shape 4096x128256] [--device cpu]
 
-Read bench/README.md. The JSON is merged: each part replaces its own entries.
+Read bench/README.md. The JSON is merged: each part replaces its own entries. On the CPU it is a rehearsal, on small shapes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import json
 import math
 import os
 import statistics
-import subprocess
 import time
 import traceback
 from collections.abc import Callable
@@ -25,11 +24,13 @@ import torch
 from torch import Tensor
 
 import grpo_fast as gf
+from grpo_fast.backends import select
 from grpo_fast.benchmark.report import write_atomically
 
 KIND = "gpu"  # of the JSON: `grpo-fast bench --plot` draws it by this
 VOCABULARIES, ROWS = (128256, 152064, 32000, 262144), (4096, 16384, 1024, 32768, 256)  # what is quoted first comes first
 HEADS = ((8192, 3584, 152064), (8192, 4096, 128256))  # rows, width, vocabulary
+REHEARSAL = {"bench": ((20, 101),), "head": ((40, 16, 50),)}  # on the CPU
 COMPILED_ROWS = 4096  # torch.compile takes seconds for each shape
 TEMPERATURE, GATE_ROWS = 0.9, 16
 SHARE_OF_MEMORY = 0.9  # of what is free, that a case may be expected to take
@@ -85,14 +86,18 @@ def machine(device: str) -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
-    return {"device": torch.cuda.get_device_name() if device == "cuda" else device, "versions": versions}
+    found: dict[str, Any] = {"device": device, "versions": versions, "date": time.strftime("%Y-%m-%d")}
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        found |= {"device": properties.name, "bytes": properties.total_memory, "multiprocessors": properties.multi_processor_count}
+    return found
 
 
-def clocks() -> str | None:
+def clocks() -> dict[str, float] | None:
+    """None where the driver does not tell. By the driver's library: nvidia-smi takes longer than most cases."""
     try:
-        query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,temperature.gpu,power.draw", "--format=csv,noheader"]
-        return subprocess.run(query, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
+        return {"mhz": torch.cuda.clock_rate(), "celsius": torch.cuda.temperature(), "watts": torch.cuda.power_draw() / 1e3}
+    except Exception:  # no such library, no such sensor: each has its own error
         return None
 
 
@@ -246,6 +251,11 @@ def imported(module: str, name: str) -> Any:
         return None
 
 
+def by_kernels(device: str) -> bool:
+    """Whether the Triton kernels compute on this device."""
+    return select(torch.device(device)) == "triton"
+
+
 def libraries() -> dict[str, Contestant]:
     """Log-probabilities by other libraries, under the same clipped loss; what is not installed is not there."""
     found = {}
@@ -282,7 +292,7 @@ def loss_contestants(device: str, rows: int) -> list[Contestant]:
             return clipped(function(z, ids, entropy_requires_grad=False, temperature=TEMPERATURE)[0].float(), old, a)
 
         found.append(Contestant("trl_entropy", trl_entropy, 8, "the entropy too, as a metric: the work that ours does"))
-    if device != "cuda":
+    if not by_kernels(device):
         return [Contestant("ours", ours(None), 1), Contestant("ours_inplace", ours(None, True), 1, inplace=True), *found]
     found = [
         *(Contestant("ours" + end, ours("triton", bool(end)), 1, inplace=bool(end)) for end in ("", "_inplace")),
@@ -310,16 +320,32 @@ def forward_contestants(device: str) -> dict[str, list[Contestant]]:
     ]
     if function := imported("trl.trainer.utils", "selective_log_softmax_and_entropy"):
         with_entropy.append(Contestant("trl", lambda z, ids: function(z, ids, temperature=TEMPERATURE), 8))
-    if device == "cuda":
+    if by_kernels(device):
         from grpo_fast.kernels.token_logprobs import Rows, Scoring, token_logprobs_fwd
 
-        def lse_alone(z: Tensor, ids: Tensor) -> Tensor:
-            return token_logprobs_fwd(
-                Rows(z, ids, torch.ones_like(ids, dtype=torch.bool)), Scoring(None, TEMPERATURE, 0.0, 1.0), want_entropy=False
-            )[0]
+        def without_entropy(z: Tensor, ids: Tensor) -> Tensor:
+            rows = Rows(z, ids, torch.ones_like(ids, dtype=torch.bool))
+            return token_logprobs_fwd(rows, Scoring(None, TEMPERATURE, 0.0, 1.0), want_entropy=False)[0]
 
-        without.insert(0, Contestant("ours", lse_alone, 0.1, "the kernel itself, without the operator's checks"))
+        without.insert(0, Contestant("ours", without_entropy, 0.1, "the kernels themselves, without the operator's checks"))
     return {"logprobs": without, "logprobs+entropy": with_entropy}
+
+
+def gradient_alone(given: Given) -> Callable[[Any], Tensor]:
+    """The gradient kernel by itself, which reads the logits and writes as much: from statistics, g and h that are there."""
+    from grpo_fast.kernels.token_logprobs import Rows, Scoring, token_gradient, token_logprobs_fwd
+
+    rows = Rows(given.logits, given.ids, torch.ones_like(given.ids, dtype=torch.bool))
+    scoring, h = Scoring(None, TEMPERATURE, 0.0, 1.0), torch.zeros(1, 1, device=given.ids.device)
+    logprobs, entropy, lse = token_logprobs_fwd(rows, scoring)
+    (g,) = torch.autograd.grad(clipped(logprobs.requires_grad_(), given.old, given.advantages), logprobs)
+
+    def call(_: None) -> Tensor:
+        gradient = torch.empty(given.logits.shape, dtype=given.logits.dtype, device=given.logits.device)
+        token_gradient(rows, scoring, g, h, logprobs, entropy, lse, gradient, want_entropy=False)
+        return gradient
+
+    return call
 
 
 def case(rows: int, vocabulary: int, device: str) -> Given:
@@ -367,9 +393,20 @@ def measured_forward(contestant: Contestant, given: Given, truth: tuple[Tensor, 
     return {**found, **judged(worst, contestant.name)}
 
 
+def measured_gradient(given: Given, truth: tuple[Tensor, ...], timer: Timer) -> dict[str, Any]:
+    alone, rows, kept = gradient_alone(given), given.sample(), []
+
+    def call(_: None) -> None:
+        kept[:] = [alone(None)]
+
+    found = timer(call, kept.clear)
+    return {**found, **judged(check_gradient(kept[0][0, rows], truth[0], given.ids[0, rows]), "ours")}
+
+
 def bench(shapes: list[tuple[int, int]], timer: Timer, device: str, deadline: float, results: Results) -> None:
     for rows, vocabulary in shapes:
         one_shape(rows, vocabulary, timer, device, deadline, results)
+    print(against_targets(results.whole["bench"]))
 
 
 def one_shape(rows: int, vocabulary: int, timer: Timer, device: str, deadline: float, results: Results) -> None:
@@ -394,13 +431,17 @@ def one_shape(rows: int, vocabulary: int, timer: Timer, device: str, deadline: f
 
     floor = results.add(recorded({**shape, "step": "loss", "name": "copy"}, copy, size, device, deadline)).get("ms")
 
+    def per_copy(found: dict[str, Any]) -> dict[str, Any]:
+        return {**found, "gbps": 2 * size / found["ms"] / 1e6, "times_copy": found["ms"] / floor if floor else None}
+
+    def per_read(found: dict[str, Any]) -> dict[str, Any]:
+        return {**found, "gbps": size / found["ms"] / 1e6, "times_read": found["ms"] / floor * 2 if floor else None}
+
     def add(step: str, contestant: Contestant) -> None:
         def work() -> dict[str, Any]:
             if step == "loss":
-                found = measured_loss(contestant, given, truth, timer)
-                return {**found, "gbps": 2 * size / found["ms"] / 1e6, "times_copy": found["ms"] / floor if floor else None}
-            found = measured_forward(contestant, given, truth, timer)
-            return {**found, "gbps": size / found["ms"] / 1e6, "times_read": found["ms"] / floor * 2 if floor else None}
+                return per_copy(measured_loss(contestant, given, truth, timer))
+            return per_read(measured_forward(contestant, given, truth, timer))
 
         entry = {**shape, "step": step, "name": contestant.name, **({"work": contestant.work} if contestant.work else {})}
         results.add(recorded(entry, work, (contestant.times_logits + contestant.inplace) * size, device, deadline))
@@ -410,6 +451,33 @@ def one_shape(rows: int, vocabulary: int, timer: Timer, device: str, deadline: f
     for step, contestants in forward_contestants(device).items():
         for contestant in contestants:
             add(step, contestant)
+    if by_kernels(device):
+        entry = {**shape, "step": "gradient", "name": "ours"}
+        results.add(recorded(entry, lambda: per_copy(measured_gradient(given, truth, timer)), size, device, deadline))
+
+
+# Of a copy's bandwidth, at 4096 rows and more of 32000 logits and more.
+TARGETS = (("logprobs", "ours", 0.93), ("logprobs+entropy", "ours", 0.90), ("gradient", "ours", 0.93), ("loss", "ours_cluster", 0.85))
+OVER_LIGER = 1.34  # loss and gradient by clusters
+
+
+def against_targets(entries: list[dict[str, Any]]) -> str:
+    """What was measured beside what is asked: the least and the largest over the shapes, or that there is nothing."""
+    large = [e for e in entries if "ms" in e and e["rows"] >= 4096 and e["vocabulary"] >= 32000]
+    lines = []
+
+    def line(what: str, shares: list[float], target: float) -> None:
+        found = f"{min(shares):.2f} to {max(shares):.2f} over {len(shares)} shapes" if shares else "not measured"
+        lines.append(f"{what}: {found}, asked {target:.2f}")
+
+    for step, name, target in TARGETS:
+        times = [e.get("times_read", e.get("times_copy")) for e in large if (e["step"], e["name"]) == (step, name)]
+        line(f"{name}, {step}, of copy bandwidth", [1 / t for t in times if t], target)
+    both = [
+        {(e["rows"], e["vocabulary"]): e["ms"] for e in large if (e["step"], e["name"]) == ("loss", n)} for n in ("ours_cluster", "liger")
+    ]
+    line("ours_cluster over liger, loss and gradient", [both[1][s] / both[0][s] for s in both[0].keys() & both[1].keys()], OVER_LIGER)
+    return "\n".join(lines)
 
 
 # ---- the fused head
@@ -501,11 +569,11 @@ def main() -> None:
     deadline = time.monotonic() + float(os.environ.get("BUDGET_S", "400"))
     timer = Timer(options.device, options.repetitions)
     shapes: Any = [tuple(int(n) for n in text.split("x")) for text in options.shape or []]
+    if not shapes:
+        quoted = {"bench": [(n, v) for n in ROWS for v in VOCABULARIES], "head": list(HEADS)}
+        shapes = (quoted if options.device == "cuda" else REHEARSAL)[options.part]
     results = Results(options.output, options.part, options.device)
-    if options.part == "bench":
-        bench(shapes or [(n, v) for n in ROWS for v in VOCABULARIES], timer, options.device, deadline, results)
-    else:
-        head(shapes or list(HEADS), timer, options.device, deadline, results)
+    (bench if options.part == "bench" else head)(shapes, timer, options.device, deadline, results)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,17 @@
-"""bench/gpu_bench.py on tiny CPU shapes: everything of it but CUDA events."""
+"""bench/gpu.sh and bench/gpu_bench.py on tiny CPU shapes: everything of them but CUDA events."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+import sysconfig
+import venv
+import xml.etree.ElementTree
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -91,6 +96,27 @@ def test_what_was_measured_is_in_the_file_before_the_next_case(few: ModuleType, 
     assert list(tmp_path.iterdir()) == [output]
 
 
+def test_what_was_measured_stands_beside_what_is_asked(few: ModuleType) -> None:
+    def entry(step: str, name: str, rows: int, **measured: float) -> dict[str, Any]:
+        return {"step": step, "name": name, "rows": rows, "vocabulary": 32000, **measured}
+
+    entries = [
+        entry("logprobs", "ours", 4096, ms=1.0, times_read=1.25),
+        entry("logprobs", "ours", 16384, ms=4.0, times_read=1.0),
+        entry("logprobs", "ours", 256, ms=1.0, times_read=9.0),  # too few rows to speak of bandwidth
+        entry("loss", "ours_cluster", 4096, ms=2.0, times_copy=1.25),
+        entry("loss", "liger", 4096, ms=3.0, times_copy=1.9),
+        {**entry("loss", "liger", 16384), "error": "made up"},
+    ]
+    assert few.against_targets(entries).splitlines() == [
+        "ours, logprobs, of copy bandwidth: 0.80 to 1.00 over 2 shapes, asked 0.93",
+        "ours, logprobs+entropy, of copy bandwidth: not measured, asked 0.90",
+        "ours, gradient, of copy bandwidth: not measured, asked 0.93",
+        "ours_cluster, loss, of copy bandwidth: 0.80 to 0.80 over 1 shapes, asked 0.85",
+        "ours_cluster over liger, loss and gradient: 1.50 to 1.50 over 1 shapes, asked 1.34",
+    ]
+
+
 def test_memory_is_counted_beforehand(few: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (100 * 2**30, 140 * 2**30))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
@@ -135,13 +161,71 @@ def test_the_heads_gate_refuses_wrong_gradients(few: ModuleType) -> None:
 def test_the_figure_of_a_made_up_result(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     entries: list[dict[str, Any]] = [
-        {"rows": 4, "vocabulary": v, "name": n, "times_copy": t, "less_precise": n == "eager"}
+        {"step": "loss", "rows": 4, "vocabulary": v, "name": n, "times_copy": t, "less_precise": n == "eager"}
         for v in (10, 20)
         for n, t in (("ours", 1.5), ("eager", 9.0))
     ]
-    entries.append({"rows": 4, "vocabulary": 20, "name": "liger", "error": "made up"})
+    entries.append({"step": "loss", "rows": 4, "vocabulary": 20, "name": "liger", "error": "made up"})
+    entries.append({"step": "gradient", "rows": 4, "vocabulary": 20, "name": "ours", "times_copy": 1.0})
     source = tmp_path / "fixture.json"
     source.write_text(json.dumps({"kind": "gpu", "machine": {"device": "a test fixture, not a measurement"}, "bench": entries}))
     done = CliRunner().invoke(cli.app, ["--plot", str(source)])
     assert done.exit_code == 0, done.output
     assert source.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+# ---- the script
+
+
+def bare_environment(folder: Path) -> Path:
+    """The python of an environment that has the packages of this one, and not this package as it is installed here."""
+    venv.create(folder, symlinks=True)
+    packages = (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), str(Path(torch.__file__).parents[1]))
+    own = Path(sysconfig.get_path("purelib", "posix_prefix", {"base": str(folder), "platbase": str(folder)}))
+    (own / "packages.pth").write_text("\n".join(dict.fromkeys(packages)))
+    return folder / "bin" / "python"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(sys.platform != "linux", reason="a shell script for machines with a GPU")
+def test_the_script_in_a_bare_checkout(tmp_path: Path) -> None:
+    """From a checkout that nobody has installed, as on a machine that was lent: built, every GPU test found, both parts measured."""
+    checkout, out = tmp_path / "checkout", tmp_path / "out"
+    unwanted = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info", "results")
+    for name in ("csrc", "grpo_fast", "kernels", "tests", "bench", "tools"):
+        shutil.copytree(ROOT / name, checkout / name, ignore=unwanted)
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "README.md"):
+        shutil.copy(ROOT / name, checkout / name)
+    settings = {
+        "PYTHON": str(bare_environment(tmp_path / "environment")),
+        "OUT": str(out),
+        "DEVICE": "cpu",
+        "WORKERS": "1",
+        "BUDGET_S": "200",
+    }
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PYTEST", "TRITON", "GRPO_FAST"))}
+    command = ["bash", checkout / "bench" / "gpu.sh", "all"]
+    done = subprocess.run(
+        command, env={**clean, **settings, "GRPO_FAST_BUILD": "none"}, capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    assert re.findall(r"^(\w+.*): exit 0 after", (out / "parts.log").read_text(), re.M) == [
+        "build",
+        "tests",
+        "measure bench",
+        "measure head",
+    ]
+
+    result = json.loads((out / "gpu.json").read_text())
+    assert {entry["name"] for entry in result["bench"]} >= {"copy", "ours", "eager"} and len(result["head"]) == 1
+    assert not [entry for part in ("bench", "head") for entry in result[part] if "error" in entry or "skipped" in entry]
+
+    suite = next(xml.etree.ElementTree.parse(out / "test.xml").iter("testsuite"))
+    assert suite.get("errors") == suite.get("failures") == "0" and int(suite.get("tests", 0)) > 250
+    ran = {case.get("classname", "").split(".")[-1] for case in suite.iter("testcase")}
+    marked = {path.stem for path in (ROOT / "tests").glob("test_*.py") if re.search(r"^[^#\n]*\bmark\.gpu\b", path.read_text(), re.M)}
+    assert ran == marked and {"test_triton", "test_cluster", "test_group_advantages", "test_linear_gpu"} <= ran
+    if torch.cuda.is_available():
+        return
+    assert suite.get("skipped") == suite.get("tests")
