@@ -5,26 +5,50 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from grpo_fast.benchmark.head import contestants, worker
-from grpo_fast.benchmark.head.case import SEQUENCES, Case, make_case
+import grpo_fast as gf
+from grpo_fast.benchmark.head import contestants, run, worker
+from grpo_fast.benchmark.head.case import SEQUENCES, Case, arguments, make_cases
 from grpo_fast.benchmark.head.cli import app
 from grpo_fast.benchmark.head.run import Settings
 
 
 @pytest.fixture
 def case() -> Case:
-    return make_case(6 * SEQUENCES, 16, 101, torch.float32, active=0.625, seed=0)
+    return make_cases(10 * SEQUENCES, 16, 101, torch.float32, [0.6], seed=0)[0]
 
 
-def test_a_dead_sequence_has_no_advantage_and_the_others_straddle_the_band(case: Case) -> None:
-    assert (case.advantages == 0).sum() == 3
-    assert case.truth.d_hidden.abs().max() > 1e-3 and case.truth.d_weight.abs().max() > 1e-3
+@pytest.mark.parametrize("share", [1.0, 0.6, 0.3, 0.125])
+def test_the_share_of_active_tokens_is_exact(share: float) -> None:
+    (case,) = make_cases(1024, 4, 11, torch.float32, [share], seed=0)
+    active = (case.mask == 1) & (case.advantages != 0)[:, None]
+    assert active.sum() == round(share * 1024)
+    out = gf.linear_grpo_loss(case.hidden, case.weight, case.token_ids, case.advantages, **arguments(case))
+    assert torch.equal(out.active, active) and out.metrics["clip_low"] + out.metrics["clip_high"] > 0.1
+
+
+def test_the_cases_differ_in_their_activity_alone() -> None:
+    full, part = make_cases(10 * SEQUENCES, 16, 101, torch.float32, [1.0, 0.6], seed=0)
+    assert torch.equal(full.hidden, part.hidden) and torch.equal(full.old_logprobs, part.old_logprobs)
+    for case in (full, part):
+        assert case.truth.d_hidden.abs().max() > 1e-3 and case.truth.d_weight.abs().max() > 1e-3
+    assert full.truth.loss != part.truth.loss
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+@pytest.mark.parametrize(("name", "trainable", "frozen"), [("floor", 6, 4), ("ours", 6, 4), ("full", 6, 4), ("eager", 6, 4), ("trl", 8, 6)])
+def test_the_operations_are_counted(name: str, trainable: int, frozen: int, share: float) -> None:
+    """Also that nobody but ours does less where fewer tokens are active, which is why the others are not timed there."""
+    (like,) = make_cases(SEQUENCES, 4, 11, torch.float32, [share], seed=0)
+    step, part = contestants.make(name), share if name == "ours" else 1.0
+    assert worker.flop_multiple(step, True, like) == trainable * part
+    assert worker.flop_multiple(step, False, like) == frozen * part
 
 
 @pytest.mark.parametrize("name", ["ours", "full", "eager", "trl"])
@@ -33,7 +57,22 @@ def test_contestants_pass_the_gate(name: str, trainable: bool, case: Case) -> No
     answer = worker.measure(name, case, trainable, rounds=1, threads=1)
     assert answer["right"], answer
     assert ("d_weight" in answer["errors"]) == trainable
-    assert len(answer["seconds"]) == 1
+    assert len(answer["seconds"]) == 1 and answer["seconds"][0] > 0
+
+
+def test_what_is_compiled_is_called_once_before_it_is_timed(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, ours = [], contestants.make("ours")
+
+    def counted(some: Case, hidden: Tensor, weight: Tensor) -> Tensor:
+        if some.token_ids.shape == case.token_ids.shape:
+            calls.append(name)
+        return ours(some, hidden, weight)
+
+    monkeypatch.setattr(worker, "make", lambda name: counted)
+    for name, expected in (("ours", 2), ("liger", 3)):
+        calls.clear()
+        answer = worker.measure(name, case, True, rounds=2, threads=1)
+        assert answer["right"] and len(answer["seconds"]) == 2 and len(calls) == expected
 
 
 @pytest.mark.parametrize("factor", [0.0, 2.0])
@@ -48,20 +87,49 @@ def test_the_gate_refuses_a_wrong_gradient(factor: float, case: Case, monkeypatc
     assert not worker.measure("ours", case, True, rounds=1, threads=1)["right"]
 
 
-def test_the_command_writes_what_it_can_draw(tmp_path: Path) -> None:
+def test_a_process_answers(case: Case, tmp_path: Path) -> None:
+    torch.save(case, tmp_path / "case.pt")
+    answer = run._ask("ours", tmp_path / "case.pt", trainable=False, rounds=2, threads=1)
+    assert answer["right"] and len(answer["seconds"]) == 2 and answer["flop_multiple"] == pytest.approx(4 * 0.6, abs=0.01)
+    assert "nobody" in run._ask("nobody", tmp_path / "case.pt", trainable=False, rounds=1, threads=1)["error"]
+
+
+def test_the_command_writes_what_it_can_draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(name: str, path: Path, trainable: bool, rounds: int, threads: int) -> Any:
+        return worker.measure(name, torch.load(path, weights_only=False), trainable, rounds, threads)
+
+    monkeypatch.setattr(run, "_ask", ask)  # processes take their time to start
     output = tmp_path / "head.json"
-    small = ["--tokens", "48", "--width", "16", "--vocabulary", "101", "--rounds", "1", "--active", "1", "--active", "0.5"]
+    small = [
+        "--tokens",
+        "48",
+        "--tokens",
+        "96",
+        "--width",
+        "16",
+        "--vocabulary",
+        "101",
+        "--rounds",
+        "2",
+        "--active",
+        "1",
+        "--active",
+        "0.5",
+    ]
     chosen = ["--contestant", "floor", "--contestant", "ours"]
     done = CliRunner().invoke(app, [*small, *chosen, "--output", str(output)])
     assert done.exit_code == 0, done.output
     result = json.loads(output.read_text())
     assert not result["skipped"]
-    found = {(e["contestant"], e["active"], e["trainable"]) for e in result["results"]}
+    found = {(e["contestant"], e["active"], e["trainable"]) for e in result["results"] if e["tokens"] == 48}
     assert found == {
         *((name, 1.0, head) for name in ("floor", "ours") for head in (True, False)),
         *(("ours", 0.5, head) for head in (True, False)),
     }
     assert all(entry["median"] > 0 and entry["times_floor"] > 0 for entry in result["results"])
+    visits = {(e["tokens"], e["contestant"]): len(e["seconds"]) for e in result["results"] if e["active"] == 1}
+    assert visits == {(48, "floor"): 4, (48, "ours"): 2, (96, "floor"): 2, (96, "ours"): 1}
+    assert result["settings"]["clock"] == "CPU time of the thread" and "N D V" in done.output
     output.with_suffix(".png").unlink()
     assert CliRunner().invoke(app, ["--plot", str(output)]).exit_code == 0
     assert output.with_suffix(".png").stat().st_size > 1000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from grpo_fast.benchmark.contestants import readable_loss
 from grpo_fast.benchmark.data import CONFIG
 
-__all__ = ["Case", "Truth", "errors", "make_case"]
+__all__ = ["Case", "Truth", "errors", "make_cases", "passes"]
 
 SEQUENCES = 8
 TEMPERATURE = 0.9
@@ -42,34 +43,53 @@ class Case:
     token_ids: Tensor  # int64 [B, T]
     advantages: Tensor  # [B], 0 for the sequences that cannot matter
     old_logprobs: Tensor  # [B, T]
+    mask: Tensor  # int64 [B, T]
     truth: Truth
 
 
-def make_case(tokens: int, width: int, vocabulary: int, dtype: torch.dtype, active: float, seed: int) -> Case:
-    """Random states and weights whose logits have a standard deviation of about 1.5; old log-probabilities that straddle the clip band; a
-    share 1 - active of the sequences without an advantage, as in groups whose rewards are all equal."""
+def make_cases(tokens: int, width: int, vocabulary: int, dtype: torch.dtype, shares: Sequence[float], seed: int) -> list[Case]:
+    """For each share of active tokens the same random states and weights, whose logits have a standard deviation of about 1.5, and the same
+    old log-probabilities, which straddle the clip band. Inactive are whole sequences, which have no advantage, as in groups whose rewards
+    are all equal; what is missing to the share is masked at the end of one."""
     generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(SEQUENCES, tokens // SEQUENCES, width, generator=generator).to(dtype)
+    length = tokens // SEQUENCES
+    hidden = torch.randn(SEQUENCES, length, width, generator=generator).to(dtype)
     weight = (torch.randn(vocabulary, width, generator=generator) * 1.5 / width**0.5).to(dtype)
-    token_ids = torch.randint(vocabulary, hidden.shape[:2], generator=generator)
+    token_ids = torch.randint(vocabulary, (SEQUENCES, length), generator=generator)
     advantages = torch.randn(SEQUENCES, generator=generator)
-    advantages[round(active * SEQUENCES) :] = 0.0
-    noise = torch.randn(token_ids.shape, generator=generator) * 0.2
-    return Case(hidden, weight, token_ids, advantages, *_truth(hidden, weight, token_ids, advantages, noise))
+    logprobs, lse = _exact_logprobs(hidden, weight, token_ids)
+    old_logprobs = (logprobs + torch.randn(token_ids.shape, generator=generator) * 0.2).float()
+    cases = []
+    for share in shares:
+        active = round(share * tokens)
+        alive = -(-active // length)
+        mask = torch.ones_like(token_ids)
+        mask[alive - 1, active - (alive - 1) * length :] = 0
+        of_case = torch.where(torch.arange(SEQUENCES) < alive, advantages, 0)
+        given = (hidden, weight, token_ids, of_case, old_logprobs, mask)
+        cases.append(Case(*given, _truth(*given, logprobs, lse)))
+    return cases
 
 
-def _truth(hidden: Tensor, weight: Tensor, token_ids: Tensor, advantages: Tensor, noise: Tensor) -> tuple[Tensor, Truth]:
+def _exact_logprobs(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the tokens [B, T], and the log-sum-exp [N], in float64."""
     flat, ids, w = hidden.flatten(0, 1).double(), token_ids.flatten(), weight.double()
-    entries = torch.cat([ids[: SAMPLED // 2], torch.arange(SAMPLED - SAMPLED // 2) * 31 % weight.shape[0]])
-    tokens = torch.linspace(0, ids.numel() - 1, SAMPLED).long()
     lse, target = torch.empty_like(flat[:, 0]), torch.empty_like(flat[:, 0])
     for some in torch.arange(ids.numel()).split(_AT_ONCE):
         logits = flat[some] @ w.T / TEMPERATURE
         lse[some], target[some] = logits.logsumexp(-1), logits.gather(-1, ids[some, None]).squeeze(-1)
-    logprobs = (target - lse).view(token_ids.shape).requires_grad_()
-    old_logprobs = (logprobs.detach() + noise).float()
-    loss = readable_loss(logprobs, old_logprobs.double(), advantages.double()[:, None], torch.ones_like(token_ids))
-    (g,) = torch.autograd.grad(loss, logprobs)
+    return (target - lse).view(token_ids.shape), lse
+
+
+def _truth(
+    hidden: Tensor, weight: Tensor, token_ids: Tensor, advantages: Tensor, old_logprobs: Tensor, mask: Tensor, logprobs: Tensor, lse: Tensor
+) -> Truth:
+    flat, ids, w = hidden.flatten(0, 1).double(), token_ids.flatten(), weight.double()
+    entries = torch.cat([ids[: SAMPLED // 2], torch.arange(SAMPLED - SAMPLED // 2) * 31 % w.shape[0]])
+    tokens = torch.linspace(0, ids.numel() - 1, SAMPLED).long()
+    leaf = logprobs.clone().requires_grad_()
+    loss = readable_loss(leaf, old_logprobs.double(), advantages.double()[:, None], mask)
+    (g,) = torch.autograd.grad(loss, leaf)
     g = g.flatten() / TEMPERATURE
 
     def slope(some: Tensor, columns: Tensor | None) -> Tensor:  # d loss / d logits of some tokens, for some columns or all
@@ -79,7 +99,7 @@ def _truth(hidden: Tensor, weight: Tensor, token_ids: Tensor, advantages: Tensor
         return g[some, None] * ((number == ids[some, None]).double() - p)
 
     everything = torch.arange(ids.numel())
-    return old_logprobs, Truth(loss.item(), tokens, slope(tokens, None) @ w, entries, slope(everything, entries).T @ flat)
+    return Truth(loss.item(), tokens, slope(tokens, None) @ w, entries, slope(everything, entries).T @ flat)
 
 
 def errors(truth: Truth, loss: float, d_hidden: Tensor | None, d_weight: Tensor | None) -> dict[str, float]:
@@ -105,4 +125,4 @@ def passes(found: dict[str, float], dtype: str) -> bool:
 
 def arguments(case: Case) -> dict[str, Any]:
     """Of linear_grpo_loss and grpo_loss."""
-    return {"config": CONFIG, "old_logprobs": case.old_logprobs, "temperature": TEMPERATURE}
+    return {"config": CONFIG, "old_logprobs": case.old_logprobs, "mask": case.mask, "temperature": TEMPERATURE}

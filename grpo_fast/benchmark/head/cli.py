@@ -21,16 +21,20 @@ def bench_head(
     width: Annotated[int, typer.Option(help="Of the hidden states.")] = _DEFAULTS.width,
     vocabulary: Annotated[int, typer.Option(help="Rows of the head's weight.")] = _DEFAULTS.vocabulary,
     dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16; may be repeated. Default: float32.")] = None,
-    active: Annotated[list[float] | None, typer.Option(help=f"Share of sequences with an advantage. Default: {_DEFAULTS.active}.")] = None,
+    active: Annotated[
+        list[float] | None, typer.Option(help=f"Share of tokens that can change the gradient. Default: {_DEFAULTS.active}.")
+    ] = None,
     contestant: Annotated[list[str] | None, typer.Option(help=f"{', '.join(_DEFAULTS.contestants)}; may be repeated.")] = None,
-    rounds: Annotated[int, typer.Option(help="Repetitions of everything.")] = _DEFAULTS.rounds,
+    rounds: Annotated[
+        int, typer.Option(help="Repetitions of the smallest number of tokens; of more tokens in proportion fewer, at least one.")
+    ] = _DEFAULTS.rounds,
     threads: Annotated[int, typer.Option(help="One thread is timed by its CPU time, several by the wall clock.")] = _DEFAULTS.threads,
     output: Annotated[Path, typer.Option(help="The result as JSON; the figure goes beside it as PNG.")] = Path(
         "bench/results/head_cpu.json"
     ),
     plot: Annotated[bool, typer.Option("--plot", help="Measure nothing: draw FILES, each as a PNG beside it.")] = False,
 ) -> None:
-    """Time the loss from hidden states against what you would use instead, and against its bare matrix products. Half an hour."""
+    """Time the loss from hidden states against what you would use instead, and against its bare matrix products. Some 20 minutes."""
     from rich.console import Console
 
     from grpo_fast.benchmark.head.report import print_report, write_plot

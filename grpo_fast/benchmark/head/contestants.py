@@ -15,7 +15,7 @@ from grpo_fast.benchmark.contestants import UnavailableError, readable_loss
 from grpo_fast.benchmark.data import CONFIG
 from grpo_fast.benchmark.head.case import TEMPERATURE, Case, arguments
 
-__all__ = ["CONTESTANTS", "LABELS", "make"]
+__all__ = ["COMPILED", "CONTESTANTS", "LABELS", "make"]
 
 Step = Callable[[Case, Tensor, Tensor], Tensor]  # (case, hidden, weight) -> loss, differentiable
 
@@ -29,6 +29,7 @@ LABELS = {
     "cce": "cut-cross-entropy (torch.compile)",
 }
 CONTESTANTS = tuple(LABELS)
+COMPILED = ("liger", "cce")  # by torch.compile, for each number of tokens
 
 
 def make(name: str) -> Step:
@@ -47,8 +48,7 @@ def make(name: str) -> Step:
 
 def _clipped(case: Case, logprobs: Tensor) -> Tensor:
     """TRL's formula for loss_type="dapo" of one process, in eager PyTorch."""
-    mask = torch.ones_like(case.token_ids)
-    return readable_loss(logprobs.view(case.token_ids.shape), case.old_logprobs, case.advantages[:, None], mask)
+    return readable_loss(logprobs.view(case.token_ids.shape), case.old_logprobs, case.advantages[:, None], case.mask)
 
 
 def _floor() -> Step:
@@ -121,8 +121,7 @@ def _liger() -> Step:
     )
 
     def step(case: Case, hidden: Tensor, weight: Tensor) -> Tensor:
-        mask = torch.ones_like(case.token_ids)
-        value, _ = loss(hidden, weight, case.token_ids, mask, case.advantages, old_per_token_logps=case.old_logprobs)
+        value, _ = loss(hidden, weight, case.token_ids, case.mask, case.advantages, old_per_token_logps=case.old_logprobs)
         return value
 
     return step

@@ -25,11 +25,11 @@ _COLOURS = {  # Okabe and Ito's palette
 
 
 def print_report(result: dict[str, Any], console: Console) -> None:
-    """A table per case: seconds, multiples of the bare products, extra memory."""
+    """A table per case: seconds, multiples of the bare products, operations, extra memory."""
     for tokens, dtype, trainable in _cases(result):
         title = f"{tokens} tokens x {result['settings']['width']} x {result['settings']['vocabulary']}, {dtype}, "
         table = Table(title=title + ("trainable head" if trainable else "frozen head"), title_justify="left")
-        for column in ("", "active", "seconds", "x bare products", "extra memory, MiB"):
+        for column in ("", "active", "seconds", "x bare products", "operations, N D V", "extra memory, MiB"):
             table.add_column(column, justify="left" if not column else "right")
         for entry in _of(result, tokens, dtype, trainable):
             times, peak = entry["times_floor"], entry["peak_bytes"]
@@ -38,12 +38,14 @@ def print_report(result: dict[str, Any], console: Console) -> None:
                 f"{entry['active']:.0%}",
                 f"{entry['median']:.3g}",
                 "" if times is None else f"{times:.2f}",
+                f"{entry['flop_multiple']:.3g}",
                 "" if peak is None else f"{peak / 2**20:.0f}",
             )
         console.print(table)
     for entry in result["skipped"]:
         console.print(f"[yellow]not there: {entry['contestant']}: {entry['reason']}[/yellow]")
     console.print(caption(result["machine"], result["settings"]["threads"]))
+    console.print(f"{result['settings']['clock']}; the run took {result['settings']['minutes']:.0f} minutes.")
 
 
 def write_plot(result: dict[str, Any], path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any
 import torch
 
 from grpo_fast.backends import installed_version
-from grpo_fast.benchmark.head.case import SEQUENCES, TEMPERATURE, make_case
+from grpo_fast.benchmark.head.case import SEQUENCES, TEMPERATURE, make_cases
 from grpo_fast.benchmark.head.contestants import CONTESTANTS
 from grpo_fast.benchmark.machine import available_memory, describe, load_average
 
@@ -24,15 +26,15 @@ __all__ = ["Settings", "run"]
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured. Contestants that skip no tokens without an advantage are timed at full activity alone: their work is the same."""
+    """What is measured. Contestants that skip no inactive tokens are timed at full activity alone: their work is the same."""
 
     tokens: tuple[int, ...] = (1024, 4096)
     width: int = 896
     vocabulary: int = 151_936  # with this width: Qwen2.5-0.5B's head
     dtypes: tuple[str, ...] = ("float32",)
-    active: tuple[float, ...] = (1.0, 0.625, 0.25)
+    active: tuple[float, ...] = (1.0, 0.6, 0.3)
     contestants: tuple[str, ...] = CONTESTANTS
-    rounds: int = 3
+    rounds: int = 3  # of the smallest number of tokens; in proportion fewer of the others, at least one
     threads: int = 1
     seed: int = 0
 
@@ -54,48 +56,63 @@ class Settings:
                 raise ValueError(f"dtype is {dtype!r}; expected float32 or bfloat16.")
 
 
-SKIP_DEAD_TOKENS = ("ours",)
-FOOTPRINT = {"eager": 6, "full": 2}  # of these contestants, in float32 logits of the whole batch
+SKIP_INACTIVE = ("ours",)
+FOOTPRINT = {"eager": 6, "full": 2}  # of these contestants, in float32 logits of the whole batch; 1 of the others
 
 
 def run(settings: Settings, report: Callable[[str], None]) -> dict[str, Any]:
     """Measure everything; the answer is what is written to the JSON file."""
-    results, skipped, load = [], [], load_average()
-    for tokens in settings.tokens:
-        for dtype in settings.dtypes:
-            for active in settings.active:
-                names = [name for name in settings.contestants if active == max(settings.active) or name in SKIP_DEAD_TOKENS]
-                if not names:
-                    continue
-                report(f"{tokens} tokens, {dtype}, {active:.0%} active: truth in float64")
-                with tempfile.TemporaryDirectory() as folder:
-                    path = Path(folder) / "case.pt"
-                    torch.save(make_case(tokens, settings.width, settings.vocabulary, getattr(torch, dtype), active, settings.seed), path)
-                    for trainable in (True, False):
-                        again = ["floor"] if "floor" in names and len(names) > 1 else []
-                        for name in [*names, *again]:
-                            head = "trainable" if trainable else "frozen"
-                            report(f"{tokens} tokens, {dtype}, {active:.0%} active, {head} head: {name}")
-                            needed = FOOTPRINT.get(name, 1) * tokens * settings.vocabulary * 4
-                            fits = needed < (available_memory() or needed + 1)
-                            answer = _ask(name, path, trainable, settings) if fits else {"error": f"needs {needed / 2**30:.0f} GiB"}
-                            entry = {"contestant": name, "tokens": tokens, "dtype": dtype, "active": active, "trainable": trainable}
-                            if "error" in answer or not answer["right"]:
-                                reason = answer.get("error") or f"its result is not right: {answer['errors']}"
-                                skipped.append({**entry, "reason": reason})
-                            else:
-                                results.append({**entry, **answer})
+    results: list[dict[str, Any]] = []
+    skipped: list[dict[str, Any]] = []
+    load, start = load_average(), time.monotonic()
+    for tokens, dtype in itertools.product(settings.tokens, settings.dtypes):
+        report(f"{tokens} tokens, {dtype}: truth in float64")
+        cases = make_cases(tokens, settings.width, settings.vocabulary, getattr(torch, dtype), settings.active, settings.seed)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "case.pt"
+            for active, case in zip(settings.active, cases, strict=True):
+                torch.save(case, path)
+                names = [name for name in settings.contestants if active == max(settings.active) or name in SKIP_INACTIVE]
+                again = ["floor"] if "floor" in names and len(names) > 1 else []
+                for trainable, name in itertools.product((True, False), [*names, *again]):
+                    report(f"{tokens} tokens, {dtype}, {active:.0%} active, {'trainable' if trainable else 'frozen'} head: {name}")
+                    entry = {"contestant": name, "tokens": tokens, "dtype": dtype, "active": active, "trainable": trainable}
+                    answer = _measured(entry, path, settings)
+                    (skipped if "reason" in answer else results).append({**entry, **answer})
     return {
         "kind": "head",
-        "machine": {**describe(), "liger_kernel": installed_version("liger_kernel"), "load_average": [load, load_average()]},
-        "settings": {**asdict(settings), "temperature": TEMPERATURE, "sequences": SEQUENCES},
+        "machine": {**describe(), **_versions(), "load_average": [load, load_average()]},
+        "settings": {
+            **asdict(settings),
+            "temperature": TEMPERATURE,
+            "sequences": SEQUENCES,
+            "clock": "CPU time of the thread" if settings.threads == 1 else "wall time",
+            "minutes": round((time.monotonic() - start) / 60, 1),
+        },
         "results": _merged(results),
         "skipped": skipped,
     }
 
 
-def _ask(name: str, path: Path, trainable: bool, settings: Settings) -> dict[str, Any]:
-    arguments = [name, str(path), str(trainable), str(settings.rounds), str(settings.threads)]
+def _versions() -> dict[str, str | None]:
+    return {name: installed_version(name) for name in ("liger_kernel", "cut_cross_entropy")}
+
+
+def _measured(entry: dict[str, Any], path: Path, settings: Settings) -> dict[str, Any]:
+    """What the contestant's process answers, or the reason why there is no time."""
+    name, tokens = entry["contestant"], entry["tokens"]
+    needed, available = FOOTPRINT.get(name, 1) * tokens * settings.vocabulary * 4, available_memory()
+    if available is not None and needed >= available:
+        return {"reason": f"needs {needed / 2**30:.0f} GiB, and {available / 2**30:.0f} are free"}
+    rounds = max(1, settings.rounds * min(settings.tokens) // tokens)
+    answer = _ask(name, path, entry["trainable"], rounds, settings.threads)
+    if "error" in answer:
+        return {"reason": answer["error"]}
+    return answer if answer["right"] else {"reason": f"its result is not right: {answer['errors']}"}
+
+
+def _ask(name: str, path: Path, trainable: bool, rounds: int, threads: int) -> dict[str, Any]:
+    arguments = [name, str(path), str(trainable), str(rounds), str(threads)]
     done = subprocess.run(
         [sys.executable, "-m", "grpo_fast.benchmark.head.worker", *arguments], stdout=subprocess.PIPE, text=True, check=False
     )

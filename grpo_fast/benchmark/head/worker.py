@@ -1,6 +1,7 @@
 """A child process with one contestant: ``python -m grpo_fast.benchmark.head.worker NAME CASE TRAINABLE ROUNDS THREADS``, answers in JSON.
 
-CPU time of the thread (wall time with several), and how far the resident memory rose above what the case itself takes.
+CPU time of the thread (wall time with several), how far the resident memory rose above what the case itself takes, and the operations of
+the matrix products.
 """
 
 from __future__ import annotations
@@ -13,35 +14,57 @@ import warnings
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from grpo_fast.benchmark.head.case import Case, errors, passes
-from grpo_fast.benchmark.head.contestants import make
+from grpo_fast.benchmark.head.case import SEQUENCES, Case, errors, make_cases, passes
+from grpo_fast.benchmark.head.contestants import COMPILED, Step, make
 from grpo_fast.benchmark.measure import reset_peak, resident_peak, trim
 
 
 def measure(name: str, case: Case, trainable: bool, rounds: int, threads: int) -> dict[str, Any]:
-    """Warm up once, which is also what is held to the truth; then time."""
+    """Count the products of a small case, which is also what warms up everything but compiled code; then time, the first result held to the
+    truth. What is compiled for this number of tokens is called once more beforehand."""
     step = make(name)
+    multiple = flop_multiple(step, trainable, case)
     hidden, weight = case.hidden.requires_grad_(), case.weight.requires_grad_(trainable)
     clock = time.thread_time if threads == 1 else time.perf_counter
     seconds: list[float] = []
-    peak: int | None = None
+    peaks: list[int] = []
     verdict: dict[str, float] | None = None
-    for repetition in range(rounds + 1):
+    for repetition in range(rounds + (name in COMPILED)):
         hidden.grad, weight.grad = None, None
         trim()
         before, start = reset_peak(), clock()
         loss = step(case, hidden, weight)
         loss.backward()
-        elapsed = clock() - start
-        if repetition == 0:
-            if name != "floor":
-                verdict = errors(case.truth, loss.item(), case.hidden.grad, weight.grad)
-            continue
-        seconds.append(elapsed)
-        peak = None if before is None else max(resident_peak() - before, peak or 0)
+        seconds.append(clock() - start)
+        if before is not None:
+            peaks.append(resident_peak() - before)
+        if repetition == 0 and name != "floor":
+            verdict = errors(case.truth, loss.item(), case.hidden.grad, weight.grad)
     dtype = str(case.hidden.dtype).removeprefix("torch.")
-    return {"seconds": seconds, "peak_bytes": peak, "errors": verdict, "right": verdict is None or passes(verdict, dtype)}
+    return {
+        "seconds": seconds[-rounds:],
+        "peak_bytes": max(peaks[-rounds:], default=None),
+        "flop_multiple": multiple,
+        "errors": verdict,
+        "right": verdict is None or passes(verdict, dtype),
+    }
+
+
+def flop_multiple(step: Step, trainable: bool, like: Case) -> float:
+    """The operations of a step's matrix products in units of N D V, which are the same at any size: counted at a small one with the same
+    share of active tokens. Compiled code runs as it is written."""
+    share = float((like.mask.bool() & (like.advantages != 0)[:, None]).float().mean())
+    (case,) = make_cases(SEQUENCES * 32, 16, 512, like.hidden.dtype, [share], seed=0)
+    hidden, weight = case.hidden.requires_grad_(), case.weight.requires_grad_(trainable)
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _addmm_flops}) as counter:
+        step(case, hidden, weight).backward()
+    return counter.get_total_flops() / (case.token_ids.numel() * weight.numel())
+
+
+def _addmm_flops(total: Any, a: Any, b: Any, *_: Any, **__: Any) -> int:  # shapes
+    return int(2 * a[0] * a[1] * b[1])
 
 
 def main() -> None:
