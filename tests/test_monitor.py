@@ -222,6 +222,16 @@ def test_dead_groups_are_explained_once(tmp_path: Path) -> None:
     assert console.file.getvalue().count("in 90% of the groups all rewards are equal") == 1
 
 
+def test_rewards_that_fail_are_named_once(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), force_terminal=False)
+    bar = ProgressBarCallback(console)
+    for step in (1, 2):
+        log(bar, tmp_path, step, {"reward": 0.0, "rewards/mine/timeouts": 0.5, "rewards/mine/errors": 0.0, "rewards/yours/errors": 2.0})
+    said = console.file.getvalue()
+    assert said.count("rewards/mine/timeouts is 0.5: reward 'mine' took too long, and does not apply") == 1
+    assert said.count("rewards/yours/errors is 2: reward 'yours' failed") == 1 and "rewards/mine/errors" not in said
+
+
 def test_attach_replaces_transformers_own(tmp_path: Path) -> None:
     from transformers import ProgressCallback, Trainer, TrainingArguments
 

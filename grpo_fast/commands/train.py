@@ -137,16 +137,16 @@ def _how_it_ended(error: BaseException, step: int, output: Path) -> str:
     from grpo_fast.checkpoints import last_checkpoint
 
     said = "interrupted." if isinstance(error, KeyboardInterrupt) else str(error)
-    if isinstance(error, RewardError) and error.__cause__ is not None:  # the user's own code: where in it
-        where = "".join(traceback.format_exception(error.__cause__)).rstrip()
-        said = f"{where}\n{said}"
+    if isinstance(error, RewardError) and error.__cause__ is not None:  # where in the user's own code
+        said += "\n" + "".join(traceback.format_exception(error.__cause__)).rstrip()
     last = last_checkpoint(output)
     kept = f"{last} is complete. {RESUME}" if last else "There is no checkpoint yet (save_steps says how often one is written)."
     return f"{said}\n{step} steps were done. {kept}"
 
 
 def _say(message: str) -> None:
-    Console(stderr=True).print(message, highlight=False, markup=False, soft_wrap=True)
+    console = Console(stderr=True)
+    console.print(message, highlight=False, markup=False, soft_wrap=not console.is_terminal)
 
 
 def _reward(name: str, task: Task | None) -> Any:

@@ -33,6 +33,12 @@ _SHOWN = (
     ("tokens_per_second", "tok/s", "{:,.0f}"),
 )
 _EVALUATION = re.compile(r"(eval(?:_.+)?)_reward")  # of one data set, or of one of several by name
+_FAILURES = re.compile(r"rewards/(.+)/(timeouts|errors|scorer_raised)")
+_MEANING = {
+    "timeouts": "took too long, and does not apply to what it had no time for",
+    "errors": "failed or returned what is no number, and does not apply there",
+    "scorer_raised": "met answers that the task's own score function raises at, and counts them as wrong",
+}
 DEAD = 0.8  # share of groups without a signal from which on a hint is given, once
 
 
@@ -50,7 +56,7 @@ class ProgressBarCallback(TrainerCallback):
     def __init__(self, console: Console | None = None) -> None:
         self.console = console if console is not None else Console(stderr=True)
         self.progress: _Bar | None = None
-        self._warned = False
+        self._hinted: set[str] = set()
         self._silenced = False
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -79,7 +85,7 @@ class ProgressBarCallback(TrainerCallback):
         lines = [evaluations] if self.progress is not None else [words, evaluations]
         for line in filter(None, lines):
             self._print(f"step {state.global_step}/{state.max_steps}  {'  '.join(line)}")
-        self._hint(state, logs)
+        self._hints(state, logs)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.stop()
@@ -97,17 +103,24 @@ class ProgressBarCallback(TrainerCallback):
     def _print(self, line: str, **style: Any) -> None:
         self.console.print(line, highlight=False, markup=False, soft_wrap=not self.console.is_terminal, **style)
 
-    def _hint(self, state: TrainerState, logs: Mapping[str, Any]) -> None:
-        dead = logs.get("frac_reward_zero_std")
-        if self._warned or not isinstance(dead, (int, float)) or dead < DEAD:
-            return
-        self._warned = True
-        self._print(
-            f"step {state.global_step}: in {dead:.0%} of the groups all rewards are equal, so their advantages are 0 and nothing is learnt "
-            "from them. If the reward is high the task is done: take harder prompts. If it is low: easier ones, a reward with steps "
-            "between 0 and 1, or a higher temperature.",
-            style="yellow",
-        )
+    def _hints(self, state: TrainerState, logs: Mapping[str, Any]) -> None:
+        """What one should know and could miss, each once."""
+        dead = _finite(logs.get("frac_reward_zero_std")) or 0.0
+        if dead >= DEAD:
+            self._hint(
+                "dead groups",
+                f"step {state.global_step}: in {dead:.0%} of the groups all rewards are equal, so their advantages are 0 and nothing is "
+                "learnt from them. If the reward is high the task is done: take harder prompts. If it is low: easier ones, a reward with "
+                "steps between 0 and 1, or a higher temperature.",
+            )
+        for key, value in logs.items():
+            if (match := _FAILURES.fullmatch(key)) and value:
+                self._hint(key, f"step {state.global_step}: {key} is {value:g}: reward {match[1]!r} {_MEANING[match[2]]}.")
+
+    def _hint(self, what: str, text: str) -> None:
+        if what not in self._hinted:
+            self._hinted.add(what)
+            self._print(text, style="yellow")
 
 
 class _Bar(Progress):

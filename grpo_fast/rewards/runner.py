@@ -222,7 +222,7 @@ class RewardRunner:
     def _late(self, who: str) -> Outcome:
         return Outcome(
             error=f"{who} took longer than {self.timeout:g} s and was left behind in its thread, which cannot be killed "
-            "(isolation='process' can)",
+            "(a process can: isolation='process', or GRPOConfig's reward_isolation)",
             timed_out=True,
         )
 
@@ -234,7 +234,7 @@ class RewardRunner:
             elif len(self._abandoned[i]) >= MAX_ABANDONED:
                 raise RuntimeError(
                     f"RewardRunner: {len(self._abandoned[i])} threads of reward {self.names[i]!r} hang and cannot be killed; expected a "
-                    "function that ends. Cure: mend it, or isolation='process', which kills what is late."
+                    "function that ends. Cure: mend it, or isolation='process' (GRPOConfig's reward_isolation), which kills what is late."
                 )
 
     async def _gather(self, which: list[int], keywords: list[dict[str, Any]]) -> dict[int, Outcome]:
