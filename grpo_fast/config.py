@@ -157,13 +157,15 @@ class LossConfig:
         """The settings that mean what another library means by its own: its names, its defaults, its conventions.
 
         Args:
-            library: ``"trl"`` (1.16), ``"liger"`` (0.8), ``"verl"`` (0.9), ``"openrlhf"`` (0.11) or ``"swift"`` (ms-swift 4.6).
+            library: ``"trl"`` (1.15, 1.16), ``"liger"`` (0.8.1 to 0.8.5), ``"verl"`` (0.9.1), ``"openrlhf"`` (0.11.2) or ``"swift"``
+                (ms-swift 4.6.0). It need not be installed.
             options: the library's own options of its loss; those that are not given have the library's own defaults.
                 grpo_fast/integrations/conventions.py lists them, and what each becomes.
 
         Raises:
             ValueError: an option is unknown, is an argument of the call rather than a setting, or has no counterpart here: the message
                 names it and says what to do.
+            ImportError: the library is installed in another version.
 
         Example:
             >>> LossConfig.like("verl", clip_ratio_high=0.28).dual_clip

@@ -21,6 +21,16 @@ import pytest
 PEERS = Path(sys.prefix) / "peers"
 
 
+def installed(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+needs_trl = pytest.mark.skipif(installed("trl") != "1.16.0", reason=f"compared with trl 1.16.0, installed is {installed('trl')}")
+
+
 class _StandIn(types.ModuleType):
     """A module whose every attribute is a class that does nothing."""
 

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peers import needs_trl
 from typer.testing import CliRunner
 
 from grpo_fast.benchmark import trl_stage
 from grpo_fast.benchmark.trl_stage import CONTESTANTS, Settings, disagreement, make_batch, make_trainer, repetition
 
-
-def installed() -> str | None:
-    try:
-        return importlib.metadata.version("trl")
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-pytestmark = pytest.mark.skipif(installed() != "1.16.0", reason=f"the adapter is for trl 1.16.0, installed is {installed()}")
+pytestmark = needs_trl
 
 TOY = Settings(tokens=6, width=16, vocabulary=101, rounds=1)
 

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peers import needs_trl
 from tiny_model import save_tiny_model
 
-
-def installed() -> str | None:
-    try:
-        return importlib.metadata.version("trl")
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-pytestmark = pytest.mark.skipif(installed() != "1.16.0", reason=f"the adapter is for trl 1.16.0, installed is {installed()}")
+pytestmark = needs_trl
 
 
 @pytest.fixture(scope="module")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import re
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from peers import peer_module
+from peers import needs_trl, peer_module
 from policy_batch import assert_same, poisoned, policy_batch, value_and_gradient
 from torch import Tensor
 
@@ -19,13 +18,6 @@ from grpo_fast.integrations.conventions import LIBRARIES, advantage_settings, ro
 from grpo_fast.integrations.logprobs import logprob_loss
 
 TOLERANCE = 1e-9  # float64; their k3 cancels where ours does not
-
-
-def installed(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def ours(batch: dict[str, Tensor], config: LossConfig, **call: Any) -> tuple[Tensor, Tensor]:
@@ -61,7 +53,7 @@ TRL_CASES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.skipif(installed("trl") != "1.16.0", reason=f"compared with trl 1.16.0, installed is {installed('trl')}")
+@needs_trl
 @pytest.mark.parametrize("options", TRL_CASES, ids=lambda options: "-".join(map(str, options.values())) or "defaults")
 def test_trl(options: dict[str, Any], generator: torch.Generator) -> None:
     from trl import GRPOConfig

@@ -17,30 +17,20 @@ In evaluation TRL divides by neither GA nor GA / spg.
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections import defaultdict
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from peers import needs_trl
 from torch import Tensor
 
 import grpo_fast as gf
 from grpo_fast import _extension
 from grpo_fast.config import LOSS_TYPES, LossConfig
 
-TRL_VERSION = "1.16.0"  # the one whose private method this file knows
-
-
-def installed() -> str | None:
-    try:
-        return importlib.metadata.version("trl")
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-pytestmark = pytest.mark.skipif(installed() != TRL_VERSION, reason=f"parity is with trl {TRL_VERSION}, installed is {installed()}")
+pytestmark = needs_trl
 needs_extension = pytest.mark.skipif(not _extension.load(), reason=f"the extension is not loaded: {_extension.status().why}")
 
 TRL_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")

@@ -9,8 +9,7 @@ corrects the KL by the ratio unless told not to. Here each becomes a setting tha
     rollout_settings(library, ...)            what to pass to gf.rollout_weights
     advantage_settings(library, ...)          what to pass to gf.group_advantages
 
-What has no counterpart is refused by name. Versions read and compared with: TRL 1.16, Liger-Kernel 0.8.5, verl 0.9.1, OpenRLHF 0.11.2,
-ms-swift 4.6.
+What has no counterpart is refused by name, and so is a library that is installed in another version than those of versions.py.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from grpo_fast.config import LossConfig
+from grpo_fast.integrations.versions import refuse_other_versions
 
 __all__ = ["LIBRARIES", "advantage_settings", "loss_config", "rollout_settings"]
 
@@ -70,9 +70,12 @@ def loss_config(library: str, options: Mapping[str, Any]) -> LossConfig:
 
     Raises:
         ValueError: names the library or the option, and says what to do.
+        ImportError: the library is installed in a version that was not compared with.
     """
     if library not in _LOSSES:
         raise ValueError(f"LossConfig.like: library is {library!r}; expected one of {', '.join(LIBRARIES)}.")
+    distribution = {"liger": "liger-kernel", "swift": "ms-swift"}.get(library, library)
+    refuse_other_versions(distribution, f"LossConfig.like({library!r})", "Its options may mean something else there: make a LossConfig.")
     given = _Options(library, options)
     config = _LOSSES[library](given)
     given.check_all_taken()

@@ -1,17 +1,17 @@
-"""TRL 1.16: its GRPOTrainer with this package's loss, and this package's LM head for every trainer of TRL's.
+"""TRL 1.15 and 1.16: its GRPOTrainer with this package's loss, and this package's LM head for every trainer of TRL's.
 
     from grpo_fast.integrations.trl import GRPOTrainer          # was: from trl import GRPOTrainer
 
     with fused_lm_head():                                       # GRPO, RLOO, DPO, SFT, KTO: trainers that ask for log-probabilities
         DPOTrainer(...).train()
 
-Both reach into private parts of TRL, so that another version than those of TESTED is refused when this module is imported.
+Both reach into private parts of TRL, so that a version they were not compared with is refused when this module is imported.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import importlib.metadata
 import math
 import types
 from collections.abc import Callable, Iterator
@@ -24,32 +24,24 @@ from torch import Tensor
 
 from grpo_fast.config import LossConfig
 from grpo_fast.head.models import ModelHead, head_of
+from grpo_fast.integrations.versions import refuse_other_versions
 from grpo_fast.linear import linear_grpo_loss, linear_token_logprobs
 from grpo_fast.loss import GRPOOutput, TokenLogprobs
 from grpo_fast.reference import Sequences, kl_penalty, vespo_phi
 
-__all__ = ["TESTED", "GRPOTrainer", "fused_lm_head"]
+__all__ = ["GRPOTrainer", "fused_lm_head"]
 
-TESTED = ("1.16.0",)
-
-
-def _refuse_other_versions() -> None:
-    try:
-        installed = importlib.metadata.version("trl")
-    except importlib.metadata.PackageNotFoundError as error:
-        raise ImportError(f"grpo_fast.integrations.trl: trl is not installed; expected {' or '.join(TESTED)}.") from error
-    if installed not in TESTED:
-        raise ImportError(
-            f"grpo_fast.integrations.trl: trl is {installed}; expected one this was tested with: {', '.join(TESTED)}. It reaches into "
-            "TRL's private methods. With another version, call gf.grpo_loss in a subclass of your own: docs/plain.md."
-        )
-
-
-_refuse_other_versions()
+refuse_other_versions(
+    "trl",
+    "grpo_fast.integrations.trl",
+    "It reaches into TRL's private methods. With another version, call gf.grpo_loss in a subclass of your own: docs/plain.md.",
+    needed=True,
+)
 
 import trl  # noqa: E402
 import trl.trainer.grpo_trainer as trl_grpo  # noqa: E402
 import trl.trainer.utils as trl_utils  # noqa: E402
+from transformers import TrainingArguments  # noqa: E402
 
 # The LM head of a model -----------------------------------------------------------------------------------------------------------------
 
@@ -83,8 +75,8 @@ class _Head(NamedTuple):
 
 
 def _install(model: Any, temperature: Callable[[], float], in_float32: bool) -> None:
-    """Let ``model(..., fused_lm_head=f)`` run the model's backbone and return f of its _Head, within the forward pass that wrappers of the
-    model (data parallelism, mixed precision) know; and answer TRL's own ``fused_lm_head=True`` in the same way."""
+    """Let ``model(..., fused_lm_head=f)`` run the model's backbone and the loss f of its _Head, within the forward pass that what wraps the
+    model (data parallelism, mixed precision) knows; and answer TRL's own ``fused_lm_head=True`` in the same way."""
     given_forward = model.forward
 
     @functools.wraps(type(model).forward)  # generate() looks at the signature
@@ -99,7 +91,8 @@ def _install(model: Any, temperature: Callable[[], float], in_float32: bool) -> 
         head = _Head(hidden.float() if in_float32 else hidden, model_head, temperature(), in_float32)
         aux_loss = _load_balancing(self.config, outputs, kwargs) if kwargs.get("output_router_logits") else None
         if callable(fused_lm_head):
-            return fused_lm_head(head), aux_loss
+            out = fused_lm_head(head)
+            return out.loss, out, aux_loss  # the loss by itself too: what wraps a model looks for tensors, and not always into dataclasses
         assert labels is not None  # TRL's own call
         targets = labels[:, 1:].to(hidden.device)
         scored = head.logprobs(targets, targets != -100)
@@ -129,6 +122,40 @@ _MODEL_INPUTS = (  # of TRL's batches, what goes to the model as it is
     "token_type_ids",
     "mm_token_type_ids",
 )
+_OPTIONS_READ_HERE = {
+    "temperature", "beta", "epsilon", "epsilon_high", "delta", "loss_type", "importance_sampling_level", "use_bias_correction_kl",
+    "max_completion_length",
+    "sapo_temperature_pos", "sapo_temperature_neg", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg",
+    "entropy_coef", "use_adaptive_entropy", "entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target",
+    "top_entropy_quantile", "off_policy_mask_threshold", "vllm_importance_sampling_correction", "steps_per_generation",
+    "cast_lm_head_to_fp32", "router_aux_loss_coef",
+}  # fmt: skip
+_OPTIONS_LEFT_TO_TRL = {  # generation, rewards, advantages, logging: what comes before the loss and after it
+    "model_init_kwargs", "trust_remote_code", "disable_dropout", "ds3_gather_for_generation", "sync_ref_model", "ref_model_mixup_alpha",
+    "ref_model_sync_steps",
+    "num_generations", "num_generations_eval", "generation_batch_size", "num_iterations", "shuffle_dataset", "pad_to_multiple_of",
+    "top_p", "top_k", "min_p", "repetition_penalty", "generation_kwargs", "chat_template_kwargs", "cache_implementation",
+    "max_tool_calling_iterations",
+    "use_transformers_continuous_batching", "transformers_continuous_batching_config", "use_transformers_paged",
+    "use_vllm", "vllm_mode", "vllm_model_impl", "vllm_enable_sleep_mode", "vllm_structured_outputs_regex", "vllm_server_base_url",
+    "vllm_server_host",
+    "vllm_server_port", "vllm_server_timeout", "vllm_group_port", "vllm_gpu_memory_utilization", "vllm_max_model_length",
+    "vllm_tensor_parallel_size",
+    "vllm_importance_sampling_mode", "vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min",
+    "vllm_importance_sampling_cap",
+    "reward_weights", "multi_objective_aggregation", "scale_rewards", "mask_truncated_completions",
+    "log_completions", "log_multimodal", "log_unique_prompts", "log_completions_hub_repo", "num_completions_to_print",
+}  # fmt: skip
+
+
+def _refuse_unknown_options(args: Any) -> None:
+    known = {*_OPTIONS_READ_HERE, *_OPTIONS_LEFT_TO_TRL, *(field.name for field in dataclasses.fields(TrainingArguments))}
+    for field in dataclasses.fields(trl.GRPOConfig):
+        if field.name not in known and getattr(args, field.name) != field.default:
+            raise ValueError(
+                f"GRPOTrainer: {field.name} is {getattr(args, field.name)!r}; expected its default, {field.default!r}: this option of "
+                "GRPOConfig is not known here, and would be without effect. Leave it out, or take TRL's own trainer."
+            )
 
 
 class GRPOTrainer(trl.GRPOTrainer):
@@ -136,7 +163,8 @@ class GRPOTrainer(trl.GRPOTrainer):
 
     Logits are never held. Tokens that cannot change the gradient (groups of equal rewards, tokens outside of the top entropies) cost no
     backward pass of the head. Metrics are read when they are logged, and not in every micro-batch. LoRA may sit on the LM head.
-    ``trainer.temperature`` may be changed between two steps.
+    ``trainer.temperature`` may be changed at any time: the next completions are sampled at it, and each batch's loss is at the temperature
+    that the batch was sampled at.
 
     Args:
         metrics_on: ``"all"``: TRL's metrics over all tokens. ``"active"``: tokens that cannot change the gradient are not computed at all;
@@ -155,6 +183,7 @@ class GRPOTrainer(trl.GRPOTrainer):
             raise ValueError(f"GRPOTrainer: metrics_on is {metrics_on!r}; expected 'all' or 'active'.")
         with _lora_on_the_head_allowed():
             super().__init__(*args, **kwargs)
+        _refuse_unknown_options(self.args)
         self.metrics_on = metrics_on
         self._waiting: dict[str, list[tuple[tuple[_Metric, ...], Tensor]]] = {"train": [], "eval": []}
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
@@ -162,6 +191,26 @@ class GRPOTrainer(trl.GRPOTrainer):
         for model in (base, self.ref_model):
             if model is not None:
                 _install(model, lambda: self.temperature, self.args.cast_lm_head_to_fp32)
+
+    @property
+    def temperature(self) -> float:
+        """At which the next completions are sampled."""
+        return self._temperature
+
+    @temperature.setter
+    def temperature(self, temperature: float) -> None:
+        if not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
+            raise ValueError(f"GRPOTrainer: temperature is {temperature!r}; expected a finite number above 0, at which the sampler draws.")
+        self._temperature = float(temperature)
+        for sampler in (getattr(self, "generation_config", None), getattr(self, "vllm_generation", None)):
+            if sampler is not None:
+                sampler.temperature = self._temperature
+        if hasattr(self, "generation_kwargs"):  # which go before the model's own generation_config
+            self.generation_kwargs["temperature"] = self._temperature
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        sampled_at = torch.tensor(self.temperature, dtype=torch.float64)  # on the CPU, where reading it stalls nothing
+        return {**super()._generate_and_score_completions(inputs), "temperature": sampled_at}
 
     def _refuse_what_is_not_known(self, model: Any) -> None:
         from transformers.integrations import is_deepspeed_zero3_enabled
@@ -198,46 +247,54 @@ class GRPOTrainer(trl.GRPOTrainer):
         token_ids = inputs["completion_ids"]
         mask = inputs["completion_mask"] if "tool_mask" not in inputs else inputs["completion_mask"] * inputs["tool_mask"]
         accumulation = self.current_gradient_accumulation_steps if mode == "train" else 1
-        config = self._loss_config(self._entropy_coef_now())
-        micro_batches = self.accelerator.num_processes * (self.args.steps_per_generation if mode == "train" else 1)
+        scaling = self._scaling(inputs["num_items_in_batch"], mode, accumulation)
         corrected = self.use_vllm and self.vllm_importance_sampling_correction
         old = inputs.get("old_per_token_logps")
+        temperature = inputs["temperature"].item() if "temperature" in inputs else self.temperature
 
         def loss_of(head: _Head) -> GRPOOutput:
+            head = head._replace(temperature=temperature)
             return head.loss(
                 token_ids,
                 self._advantages(head, inputs, mask),
-                config=config,
                 old_logprobs=old,
                 ref_logprobs=inputs["ref_per_token_logps"] if self.beta != 0.0 else None,
                 mask=mask,
                 rollout_weights=inputs["importance_sampling_ratio"] if corrected else None,
-                num_items=inputs["num_items_in_batch"] / micro_batches,
-                loss_scale=1 / accumulation,
                 metrics_on=self.metrics_on,
+                **scaling,
             )
 
         model_inputs = {name: inputs[name] for name in _MODEL_INPUTS if inputs.get(name) is not None}
         if self.aux_loss_enabled:
             model_inputs["output_router_logits"] = True
         with self.accelerator.autocast():
-            out, aux_loss = model(
+            loss, out, aux_loss = model(
                 input_ids=torch.cat([inputs["prompt_ids"], token_ids], 1),
                 attention_mask=torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1),
                 fused_lm_head=loss_of,
                 **model_inputs,
             )
-        metrics = _Metrics(out, mask, inputs["advantages"], old, config)
+        metrics = _Metrics(out, mask, inputs["advantages"], old, scaling["config"])
         if self._entropy_bonus_enabled:
-            metrics.add_policy_loss(config, accumulation)
+            metrics.add_policy_loss(self._entropy_coef_now(), accumulation)
             self._adapt_entropy(metrics, mode)
-        loss = out.loss
         if aux_loss is not None:
             loss = loss + self.router_aux_loss_coef * aux_loss / accumulation
             metrics.add("aux_loss", "average", aux_loss.detach())
         metrics.add_all(inputs.get("ref_per_token_logps"), inputs.get("importance_sampling_ratio") if corrected else None)
         self._waiting[mode].append(metrics.packed())
         return loss
+
+    def _scaling(self, num_items: Tensor, mode: str, accumulation: int) -> dict[str, Any]:
+        """The settings, and what the sum of a micro-batch is divided by. num_items: tokens of all micro-batches of all processes."""
+        coefficient = self._entropy_coef_now()
+        config = self._loss_config(coefficient)
+        if config.resolved_aggregation != "global_token_mean":
+            return {"config": config, "loss_scale": 1 / accumulation}
+        micro_batches = self.accelerator.num_processes * (self.args.steps_per_generation if mode == "train" else 1)
+        config = dataclasses.replace(config, entropy_coef=coefficient / micro_batches)  # the bonus is a mean already
+        return {"config": config, "num_items": num_items, "loss_scale": micro_batches / accumulation}
 
     def _advantages(self, head: _Head, inputs: dict[str, Any], mask: Tensor) -> Tensor:
         """With the tokens that a mask of the surrogate leaves out at 0: they have no gradient then, and the head drops them."""
@@ -349,11 +406,11 @@ class _Metrics:
         return tuple(self.names), torch.stack(self.values)
 
     @torch.no_grad()
-    def add_policy_loss(self, config: LossConfig, accumulation: int) -> None:
-        bonus = config.entropy_coef * self.entropy_sum / self.count.clamp(min=1)
-        policy_loss = self.out.loss * accumulation + bonus
-        by_items = config.resolved_aggregation == "global_token_mean"  # TRL's is then divided by the accumulation steps already
-        self.add("policy_loss", "average", policy_loss / accumulation if by_items else policy_loss)
+    def add_policy_loss(self, entropy_coef: float, accumulation: int) -> None:
+        """The loss without the entropy bonus, which TRL logs before it divides by the accumulation steps, unless num_items do that."""
+        bonus = entropy_coef * self.entropy_sum / self.count.clamp(min=1)
+        by_items = self.config.resolved_aggregation == "global_token_mean"
+        self.add("policy_loss", "average", (self.out.loss + bonus / accumulation) * (1 if by_items else accumulation))
 
     @torch.no_grad()
     def add_all(self, ref: Tensor | None, rollout_weights: Tensor | None) -> None:
@@ -415,13 +472,20 @@ def fused_lm_head() -> Iterator[None]:
         >>> with fused_lm_head():  # doctest: +SKIP
         ...     SFTTrainer(model, args, train_dataset=dataset).train()
     """
-    given = trl_utils._ChunkedLogProbFunction, trl_utils._use_triton
-    trl_utils._ChunkedLogProbFunction = _LogProbs
-    trl_utils._use_triton = lambda device: True  # on which it leaves out positions without a label; else it scores them all
+    ours = {"_ChunkedLogProbFunction": _LogProbs, "_use_triton": _always}
+    given = {name: getattr(trl_utils, name) for name in ours if hasattr(trl_utils, name)}  # 1.15 has but the first
+    for name in given:
+        setattr(trl_utils, name, ours[name])
     try:
         yield
     finally:
-        trl_utils._ChunkedLogProbFunction, trl_utils._use_triton = given
+        for name, value in given.items():
+            setattr(trl_utils, name, value)
+
+
+def _always(device: torch.device) -> bool:
+    """In TRL, whether positions without a label are left out rather than scored and thrown away."""
+    return True
 
 
 class _LogProbs:

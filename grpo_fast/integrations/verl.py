@@ -1,4 +1,4 @@
-"""verl 0.9: policy losses for its registry, and its fused ``linear_cross_entropy`` with a temperature per sample.
+"""verl 0.9.1: policy losses for its registry, and its fused ``linear_cross_entropy`` with a temperature per sample.
 
 Name one of them in verl's configuration. An installed grpo_fast is in verl's plugin group (``verl.plugins``), so verl finds them; else set
 ``VERL_USE_EXTERNAL_MODULES=grpo_fast.integrations.verl_plugin``::
@@ -24,6 +24,7 @@ from torch import Tensor
 from grpo_fast.advantages import group_advantages
 from grpo_fast.config import LossConfig
 from grpo_fast.integrations.logprobs import logprob_loss
+from grpo_fast.integrations.versions import refuse_other_versions
 from grpo_fast.linear import linear_token_logprobs
 
 __all__ = ["LOSS_MODES", "group_relative_advantages", "linear_cross_entropy", "policy_loss", "register"]
@@ -34,6 +35,9 @@ _OPTIONS = ("clip_ratio", "clip_ratio_low", "clip_ratio_high", "clip_ratio_c", "
 
 def register() -> None:
     """Put the losses and the advantages into verl's registries, as ``grpo_fast_<mode>`` and ``grpo_fast``.
+
+    With another version of verl they are registered too, and refuse when they are called: verl passes over a plugin that cannot be
+    imported in silence, and says no more than that it does not know their names.
 
     Raises:
         ImportError: verl is not installed, or has no such registries.
@@ -64,7 +68,9 @@ def policy_loss(
 
     Raises:
         ValueError: an option has no counterpart: names it and says what to do.
+        ImportError: verl is of a version that was not compared with.
     """
+    _refuse_other_versions()
     options = {name: getattr(config, name) for name in _OPTIONS if getattr(config, name, None) is not None}
     weights = rollout_is_weights
     if loss_mode == "vespo":
@@ -84,6 +90,10 @@ def policy_loss(
     if loss_mode == "gpg":
         return loss, {}
     return loss, _metrics(loss_mode, metrics["clip_region"], log_prob, old_log_prob, advantages, response_mask, options)
+
+
+def _refuse_other_versions() -> None:
+    refuse_other_versions("verl", "grpo_fast.integrations.verl", "With another version, take verl's own loss_mode and adv_estimator.")
 
 
 def _scaling(mode: str, mask: Tensor, info: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -163,7 +173,11 @@ def group_relative_advantages(
 
     Equal rewards give exactly 0, where verl's give a rounding error over epsilon. A prompt with one response gives 0, and in verl the
     reward.
+
+    Raises:
+        ImportError: verl is of a version that was not compared with.
     """
+    _refuse_other_versions()
     groups: dict[Any, int] = {}
     group = torch.tensor([groups.setdefault(name, len(groups)) for name in index], device=token_level_rewards.device)
     order = group.argsort(stable=True)  # a group's responses need not be side by side
