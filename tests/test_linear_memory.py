@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import grpo_fast as gf
+from grpo_fast.head import chunks
 
 B, T, D, V = 4, 256, 256, 4003
 ROWS = 128  # tokens per chunk
@@ -68,6 +71,44 @@ def test_a_call_holds_a_chunk_and_the_gradients(
     assert chunk < memory.peak < 1.1 * expected, memory.peak / expected
 
 
+@pytest.mark.parametrize("of", ["loss", "callable", "logprobs"])
+def test_a_part_of_longer_sequences_is_not_copied_whole(of: str, generator: torch.Generator) -> None:
+    """A model that is asked for its last logits gives its head a view."""
+    longer = torch.randn(B, T + 9, 8 * D, generator=generator)
+    hidden = longer[:, 8:].detach().requires_grad_()
+    weight, ids = torch.randn(V, 8 * D, generator=generator) * 0.1, torch.randint(V, (B, T), generator=generator)
+    assert not hidden.is_contiguous()
+    chunk = 16 * V * 4
+    head = torch.nn.Linear(8 * D, V, bias=False).requires_grad_(False) if of == "callable" else weight
+    gc.collect()
+    with Peak() as memory:
+        if of == "logprobs":
+            out = gf.linear_token_logprobs(hidden, head, ids, chunk_bytes=chunk).logprobs.sum()
+        else:
+            out = gf.linear_grpo_loss(hidden, head, ids, torch.ones(B), chunk_bytes=chunk).loss
+        out.backward()
+    assert hidden.grad is not None
+    expected = hidden.numel() * 4 + chunk * (3 if of == "callable" else 1)
+    assert memory.peak < 1.1 * expected, memory.peak / expected
+
+
+def test_the_limit_of_a_container_is_seen(tmp_path: Path) -> None:
+    assert chunks._free_of_container(tmp_path) == sys.maxsize
+    old = tmp_path / "memory"
+    old.mkdir()
+    for folder, names in ((old, ("limit_in_bytes", "usage_in_bytes")), (tmp_path, ("max", "current"))):
+        for name, value in zip(names, ("8000", "6000"), strict=True):
+            (folder / f"memory.{name}").write_text(f"{value}\n")
+        (folder / "memory.stat").write_text("anon 5000\ninactive_file 700\n" + ("total_inactive_file 900\n" if folder == old else ""))
+        assert chunks._free_of_container(tmp_path) == (2900 if folder == old else 2700)
+    (tmp_path / "memory.current").write_text("9000\n")
+    assert chunks._free_of_container(tmp_path) == 0
+    (tmp_path / "memory.max").write_text("max\n")
+    (old / "memory.limit_in_bytes").unlink()
+    assert chunks._free_of_container(tmp_path) == sys.maxsize
+    assert 0 < chunks.free_bytes(torch.device("cpu")) <= chunks._free_of_machine() < sys.maxsize
+
+
 def test_without_gradient_nothing_stays(generator: torch.Generator) -> None:
     hidden, weight = torch.randn(B, T, D, generator=generator), torch.randn(V, D, generator=generator).requires_grad_()
     token_ids = torch.randint(V, (B, T), generator=generator)
@@ -83,11 +124,11 @@ def test_without_gradient_nothing_stays(generator: torch.Generator) -> None:
 def test_what_is_kept_for_backward_fits_into_keep_bytes(generator: torch.Generator) -> None:
     hidden, weight = (torch.randn(*shape, generator=generator).requires_grad_() for shape in ((B, T, D), (V, D)))
     token_ids = torch.randint(V, (B, T), generator=generator)
-    for chunks in (0, 3, B * T // ROWS):
+    for number in (0, 3, B * T // ROWS):
         gc.collect()
         with Peak() as memory:
-            out = gf.linear_token_logprobs(hidden, weight, token_ids, chunk_bytes=ROWS * V * 4, keep_bytes=chunks * ROWS * V * 4)
+            out = gf.linear_token_logprobs(hidden, weight, token_ids, chunk_bytes=ROWS * V * 4, keep_bytes=number * ROWS * V * 4)
             gc.collect()
             kept = sum(memory.alive.values())
-        assert chunks * ROWS * V * 4 <= kept < (chunks + 0.2) * ROWS * V * 4
+        assert number * ROWS * V * 4 <= kept < (number + 0.2) * ROWS * V * 4
         del out

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -83,15 +85,34 @@ def capturing(device: torch.device) -> bool:
 def free_bytes(device: torch.device) -> int:
     """Memory that could be allocated on the device now."""
     if device.type == "cpu":
-        try:
-            with open("/proc/meminfo") as lines:
-                return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-        except (OSError, StopIteration):  # not Linux
-            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        return min(_free_of_machine(), _free_of_container(Path("/sys/fs/cgroup")))
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return 16 << 30
+
+
+def _free_of_machine() -> int:
+    try:
+        with open("/proc/meminfo") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _free_of_container(folder: Path) -> int:
+    """What a limit on this process's memory (control groups, version 2 or 1) leaves; where there is none, more than any machine has."""
+    for where, limit, used in (
+        (folder, "memory.max", "memory.current"),
+        (folder / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        try:
+            statistics = dict(line.split() for line in (where / "memory.stat").read_text().splitlines())
+            reclaimable = int(statistics.get("total_inactive_file", statistics.get("inactive_file", 0)))  # of the files' cache
+            return max(0, int((where / limit).read_text()) - int((where / used).read_text()) + reclaimable)
+        except (OSError, ValueError):  # not this version, or "max": no limit
+            continue
+    return sys.maxsize
 
 
 def plan_of(

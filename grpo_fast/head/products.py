@@ -130,8 +130,7 @@ class DenseHead:
         return HeadTensors(*out)
 
     def _rows(self, name: str, tokens: Tensor | slice) -> Tensor:
-        x: Tensor = getattr(self.tensors, name)
-        rows = x.flatten(0, 1)[source_rows(tokens, self.length, x)].to(self.dtype)
+        rows = rows_of(getattr(self.tensors, name), tokens, self.length).to(self.dtype)
         if self.plan.only is not None:  # what is under the mask may be NaN, and 0 * NaN would be the weight's gradient
             rows = torch.where(self.plan.only[tokens].unsqueeze(-1), rows, 0)
         return rows
@@ -190,7 +189,7 @@ class ModuleHead:
 
     def logits(self, tokens: Tensor | slice, *, keep: bool = False) -> Tensor:
         with torch.enable_grad():
-            rows = self.hidden.flatten(0, 1)[source_rows(tokens, self.length, self.hidden)].detach()
+            rows = rows_of(self.hidden, tokens, self.length).detach()
             rows.requires_grad_(self.wants.hidden)
             with torch.autocast(rows.device.type, dtype=self.autocast, enabled=self.autocast is not None):
                 logits = self.module(rows)
@@ -222,6 +221,17 @@ def source_rows(tokens: Tensor | slice, length: int, hidden: Tensor) -> Tensor |
     if isinstance(tokens, slice):
         tokens = torch.arange(tokens.start, tokens.stop, device=hidden.device)
     return tokens + tokens // max(length, 1)
+
+
+def rows_of(x: Tensor, tokens: Tensor | slice, length: int) -> Tensor:  # [B, T or T + 1, D] -> [n, D]
+    """The hidden states of these tokens. Of a view into longer sequences, as models slice theirs, no other row is copied."""
+    source = source_rows(tokens, length, x)
+    if x.shape[0] <= 1 or x.stride(0) == x.shape[1] * x.stride(1):
+        return x.flatten(0, 1)[source]
+    if isinstance(source, slice):
+        source = torch.arange(source.start, source.stop, device=x.device)
+    positions = max(x.shape[1], 1)
+    return x[source // positions, source % positions]
 
 
 def per_row(g: Tensor, hidden: Tensor) -> Tensor:  # [1, B * T] for [B, T or T + 1, D] -> [B, T or T + 1, 1]
