@@ -97,15 +97,29 @@ def test_a_function_gets_what_it_names():
 def test_a_function_cannot_disturb_the_others():
     def vandal(prompts, completions, completion_ids, answer):
         values = lengths(completions)
+        completion_ids[0].append(9)
+        prompts[0][0]["content"] = "gone"
         for each in (prompts, completions, completion_ids, answer):
             each.reverse()
             each.pop()
         return values
 
     completions, answer = list(BATCH["completions"]), ["x", "y", "z"]
-    values = reward_matrix([vandal, lengths], BATCH["prompts"], completions, BATCH["completion_ids"], answer=answer)
+    prompts, ids = [[{"role": "user", "content": "?"}] for _ in range(3)], [list(ids) for ids in BATCH["completion_ids"]]
+    values = reward_matrix([vandal, lengths], prompts, completions, ids, answer=answer)
     check(values, [[1, 1], [2, 2], [3, 3]])
     assert completions == BATCH["completions"] and answer == ["x", "y", "z"]
+    assert ids == BATCH["completion_ids"] and [prompt[0]["content"] for prompt in prompts] == ["?"] * 3
+
+
+def test_columns_are_checked_before_training():
+    def needs(completions, answer, trainer_state, log_metric, logprobs, ref_logprobs, log_extra):
+        raise AssertionError("is not called")
+
+    runner = RewardRunner([lengths, needs])
+    runner.check_columns(["answer", "entry"])
+    with pytest.raises(ValueError, match=r"reward 'needs' needs 'answer', neither a column .* the columns are: entry"):
+        runner.check_columns(["entry"])
 
 
 def test_what_counts_as_numbers():

@@ -20,8 +20,9 @@ class LengthReward:
 
         x = 0.5 - (length - shortest) / (longest - shortest)        reward = x if right, min(0, x) if wrong
 
-    Shortest and longest are those of the completions of the same prompt. All 0 where they are equally long. None where the true answer
-    is None. Kimi begins training without it and adds it later: from the start, it slows learning.
+    Shortest and longest are those of the completions of the same prompt in the same call: of several processes each sees its own, so let
+    ``per_device_train_batch_size * steps_per_generation`` be a multiple of ``num_generations``. All 0 where they are equally long. None
+    where the true answer is None. Kimi begins training without it and adds it later: from the start, it slows learning.
 
     Args:
         correct: the reward that says what is right (above 0). A module's function or a frozen dataclass, so that it can be pickled.

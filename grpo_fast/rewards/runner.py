@@ -186,7 +186,8 @@ class RewardRunner:
         self._check_given(i, {*given, *extras}, [name for name in given if name not in _ALWAYS])
         keywords = {name: list(values) for name, values in given.items() if takes.anything or name in takes.names}
         crosses = takes.anything and not self._pools
-        return keywords | {name: value for name, value in extras.items() if crosses or name in takes.names}
+        keywords |= {name: value for name, value in extras.items() if crosses or name in takes.names}
+        return keywords if self._pools else {name: _anew(value) for name, value in keywords.items()}
 
     def _in_threads(self, keywords: list[dict[str, Any]]) -> list[Outcome]:
         """Async functions in one thread with an event loop of its own (the caller may have one running), meanwhile the others in turn."""
@@ -426,6 +427,15 @@ def _checked_weights(weights: Sequence[float] | None, names: list[str]) -> Tenso
     for name, value in zip(names, values, strict=True):
         check_range("RewardRunner", f"the weight of {name}", value, -_FLOAT32_MAX)
     return torch.tensor(values, dtype=torch.float32)
+
+
+def _anew(value: Any) -> Any:
+    """Lists and dictionaries copied, and those within them: what a function does to its own is not done to the batch."""
+    if isinstance(value, dict):
+        return {key: _anew(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_anew(each) for each in value] if value and isinstance(value[0], (list, dict)) else list(value)
+    return value
 
 
 def _is_async(reward: Reward) -> bool:
