@@ -527,13 +527,14 @@ def _other_statistics(
     softcap: float | None,
     logit_scale: float,
 ) -> dict[str, Tensor]:
-    """What SFT and DPO log, in a pass of its own, some rows of logits at a time."""
+    """What SFT and DPO log, in a pass of its own, some rows of logits at a time; logits of the type of the hidden states, as in TRL."""
     rows = max(1, 2**26 // weight.shape[0])
+    weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
     log_sum_sq_probs = hidden.new_empty(targets.shape, dtype=torch.float32)
     mean_logits, is_top1 = torch.empty_like(log_sum_sq_probs), torch.empty_like(targets, dtype=torch.bool)
     for start in range(0, targets.shape[0], rows):
         part = slice(start, start + rows)
-        logits = F.linear(hidden[part].to(weight.dtype), weight, bias).float() * logit_scale
+        logits = F.linear(hidden[part], weight, bias).float() * logit_scale
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
         logits = logits / temperature
