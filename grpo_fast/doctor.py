@@ -15,7 +15,18 @@ from rich.table import Table
 from grpo_fast import __version__, _build, _extension
 from grpo_fast.backends import BACKENDS, BackendStatus, backends, cpu_isa, installed_version
 
-_PACKAGES = ("triton", "transformers", "trl", "liger-kernel", "tokenizers", "numpy")
+_PACKAGES = ("triton", "trl", "liger-kernel", "numpy")
+_OPTIONAL = {  # package -> what needs it, the extra of this package that installs it ("": none does)
+    "transformers": ("grpo-fast train, demo: models and the trainer", "train"),
+    "accelerate": ("grpo-fast train: devices and processes", "train"),
+    "datasets": ("grpo-fast train: rows", "train"),
+    "peft": ("--use_peft: LoRA", "peft"),
+    "math-verify": ("--rewards math", "math"),
+    "reasoning-gym": ("--dataset reasoning_gym:TASK", "tasks"),
+    "matplotlib": ("grpo-fast plot, demo, bench: figures", "plot"),
+    "flash-attn": ("attention without padding, on a GPU", ""),
+    "vllm": ("--sampler vllm: weights from GPU to GPU; without it, through a folder", ""),
+}
 
 
 def run(console: Console | None = None) -> int:
@@ -28,9 +39,13 @@ def run(console: Console | None = None) -> int:
     found = backends()
     console.print(_backend_table(found))
     console.print(_machine_table())
-    cures = [(name, status.cure) for name, status in found.items() if not status.usable and status.cure]
-    for name, cure in cures:
-        console.print(f"[bold]{name}[/bold]: {cure}", highlight=False)
+    console.print(_optional_table())
+    cures = [f"{name}: {status.cure}" for name, status in found.items() if not status.usable and status.cure]
+    extras = sorted({extra for package, (_, extra) in _OPTIONAL.items() if extra and installed_version(package) is None})
+    if extras:
+        cures.append(f"packages: pip install 'grpo_fast[{','.join(extras)}]'")
+    for cure in cures:
+        console.print(cure, highlight=False, markup=False)
     return 0 if _reference_works() else 1
 
 
@@ -42,6 +57,16 @@ def _backend_table(found: dict[str, BackendStatus]) -> Table:
         status = found[name]
         details = "\n".join(f"{key}: {value}" for key, value in status.details.items())
         table.add_row(name, "[green]yes[/green]" if status.usable else "[yellow]no[/yellow]", status.why or "-", details)
+    return table
+
+
+def _optional_table() -> Table:
+    table = Table(title="packages for training, rewards and figures", title_justify="left")
+    for heading in ("package", "version", "what needs it"):
+        table.add_column(heading, overflow="fold")
+    for package, (purpose, extra) in _OPTIONAL.items():
+        missing = "[yellow]not installed[/yellow]" if extra else "not installed"
+        table.add_row(package, installed_version(package) or missing, purpose)
     return table
 
 

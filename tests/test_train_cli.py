@@ -382,3 +382,14 @@ def test_train_and_plot_are_mounted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == [{"args": ["config.yaml", "--help", "--learning_rate=1"], "prog_name": "grpo-fast train"}]
     result = CliRunner().invoke(cli.app, ["plot", "/nowhere/at/all"])
     assert result.exit_code == 2 and "there is no /nowhere/at/all" in result.output
+
+
+def test_doctor_names_what_training_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from grpo_fast import cli, doctor
+
+    versions = {"transformers": "5.17.0", "matplotlib": "3.9", "datasets": "5.2"}
+    monkeypatch.setattr(doctor, "installed_version", versions.get)
+    shown = CliRunner().invoke(cli.app, ["doctor"], env={"COLUMNS": "120"}).output
+    lines = {line.split("│")[1].strip(): line for line in shown.splitlines() if line.startswith("│")}
+    assert "5.17.0" in lines["transformers"] and "not installed" in lines["math-verify"] and "--rewards math" in lines["math-verify"]
+    assert "pip install 'grpo_fast[math,peft,tasks,train]'" in shown
