@@ -22,12 +22,12 @@ install() {
 
 # Without the extension there are still the Triton kernels: what they have to say is not lost with it.
 build() {
+  local here code=0
   if compgen -G "$wheels/*.whl" >/dev/null; then
-    install "$wheels"/*.whl || return
+    install "$wheels"/*.whl || code=1  # all at once: packages that share a folder would take it from each other
   fi
-  local here
   here=$("$python" -c 'import torch; print("{}.{}".format(*torch.cuda.get_device_capability()))' 2>/dev/null) || here=9.0
-  TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$here} install --no-build-isolation . 2>&1 | tee "$out/build.log" && return
+  TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$here} install --no-build-isolation . 2>&1 | tee "$out/build.log" && return $code
   GRPO_FAST_BUILD=none install --no-build-isolation .
   return 1
 }

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -295,6 +293,55 @@ def test_real_vocabularies(cluster: Callable[..., None]) -> None:
         assert_same(call(2, vocabulary, torch.bfloat16))
 
 
+# ---- the operators as PyTorch sees them
+
+
+def operator_arguments(device: str) -> tuple[Any, ...]:
+    """Everything behind the logits, which are [2, 4, 523]."""
+    generator = torch.Generator().manual_seed(0)
+    ids, mask = torch.randint(523, (2, 3), generator=generator), torch.tensor([[True, True, False], [True, True, True]])
+    per_token, weight = torch.randn(2, 3, generator=generator) - 6, torch.tensor(0.2)
+    tensors = (torch.randn(2, 1, generator=generator), weight, weight, per_token, per_token.clone(), None, torch.full((2, 1), 0.7))
+    settings = ops.loss_settings(gf.LossConfig(beta=0.1, entropy_coef=0.1))
+    moved = [x if x is None else x.to(device) for x in (ids, mask, *tensors)]
+    return *moved, 1.0, 0.0, 1.0, 1.0, settings, False
+
+
+def check_operators(device: str) -> None:
+    rest, logits = operator_arguments(device), torch.randn(2, 4, 523, generator=torch.Generator().manual_seed(1)).to(device)
+    torch.library.opcheck(torch.ops.grpo_fast.grpo_loss_cluster.default, (logits.clone().requires_grad_(), *rest, True))
+    torch.library.opcheck(torch.ops.grpo_fast.grpo_loss_cluster.default, (logits.clone(), *rest, False))
+    torch.library.opcheck(torch.ops.grpo_fast.grpo_loss_cluster_.default, (logits.clone(), *rest))
+
+
+def check_compiled(device: str, backend: str) -> None:
+    """In a training step, without a graph break."""
+    torch._dynamo.reset()
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.randn(523, 16, generator=generator).to(device).requires_grad_()
+    hidden, advantages = torch.randn(2, 3, 16, generator=generator).to(device), torch.randn(2, generator=generator).to(device)
+    ids = torch.randint(523, (2, 3), generator=generator).to(device)
+
+    def step(x: Tensor) -> Tensor:
+        return gf.grpo_loss(x @ weight.T, ids, advantages, temperature=0.6, impl="cluster", inplace=True).loss
+
+    eager = torch.autograd.grad(step(hidden), weight)[0]
+    compiled = torch.autograd.grad(torch.compile(step, fullgraph=True, backend=backend)(hidden), weight)[0]
+    torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-5)
+
+
+@needs_compiler
+def test_opcheck(cluster: Callable[..., None]) -> None:
+    cluster(cluster=2, stages=2, clusters=1)
+    check_operators("cpu")
+
+
+@needs_compiler
+def test_compile_without_graph_breaks(cluster: Callable[..., None]) -> None:
+    cluster(cluster=2, stages=2, clusters=1)
+    check_compiled("cpu", "aot_eager")
+
+
 # ---- the choice
 
 
@@ -431,6 +478,22 @@ def test_gpu_graphs_streams_and_no_synchronisation(gpu: None) -> None:
     assert torch.equal(captured, expected)
 
 
+@pytest.mark.gpu
+def test_gpu_opcheck_and_compile(gpu: None) -> None:
+    check_operators("cuda")
+    check_compiled("cuda", "inductor")
+
+
+@pytest.mark.gpu
+def test_gpu_the_device_of_the_logits_need_not_be_the_current_one(gpu: None) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    given = {name: x.to("cuda:1") if isinstance(x, Tensor) else x for name, x in call(9, 1031, torch.bfloat16).items()}
+    found = gf.grpo_loss(**given, impl="cluster")
+    torch.testing.assert_close(found.logprobs, gf.grpo_loss(**given).logprobs, rtol=1e-5, atol=1e-5)
+    assert found.loss.device == torch.device("cuda:1")
+
+
 SANITIZED = """
 import torch, grpo_fast as gf
 for dtype in (torch.float32, torch.bfloat16):
@@ -439,18 +502,12 @@ for dtype in (torch.float32, torch.bfloat16):
         ids = torch.randint(vocabulary, (5,), device="cuda")
         gf.grpo_loss(z, ids, torch.ones(5, device="cuda"), impl="cluster").loss.backward()
 torch.cuda.synchronize()
-print("computed")
 """
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
 def test_gpu_compute_sanitizer(tool: str, gpu: None) -> None:
-    if shutil.which("compute-sanitizer") is None:
-        pytest.skip("compute-sanitizer is not installed")
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SANITIZED]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
-    if "not supported" in done.stdout + done.stderr:
-        pytest.skip("compute-sanitizer does not work on this machine")
-    assert done.returncode == 0 and "computed" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
+    from test_triton import sanitized
+
+    sanitized(tool, SANITIZED)

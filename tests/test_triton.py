@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import importlib.metadata
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +19,10 @@ import torch
 from cases import Case, random_case
 from packaging.version import Version
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import grpo_fast as gf
+from grpo_fast.ops import loss_settings
 
 HERE = Path(__file__).parent
 
@@ -62,6 +67,74 @@ def test_in_the_interpreter() -> None:
 @pytest.mark.timeout(1800)
 def test_in_the_interpreter_at_length() -> None:
     interpret("-m", "sweep")
+
+
+# ---- nobody waits for the device
+
+
+class ValuesAskedFor(TorchDispatchMode):
+    """Counts reads of a tensor's value, and copies between host and device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        options = options or {}
+        moved = function is torch.ops.aten._to_copy.default and torch.device(options.get("device") or arguments[0].device)
+        if function is torch.ops.aten._local_scalar_dense.default or (moved and moved.type != arguments[0].device.type):
+            self.found.append(str(function))
+        return function(*arguments, **options)
+
+
+@pytest.fixture
+def no_values(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A device whose tensors have no values: whoever asks for one gets an error. The kernels' operators compute there, by their fakes."""
+    monkeypatch.setattr(importlib.import_module("grpo_fast.backends"), "_default", lambda device_type: "triton")
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # knows no such device
+    for name in ("tensor", "as_tensor"):
+        original = getattr(torch, name)
+
+        def made(data: Any, *rest: Any, original: Any = original, device: Any = None, **options: Any) -> Tensor:
+            assert device is None or isinstance(data, Tensor), "a number is made on the host and copied, and the host waits: torch.full"
+            return original(data, *rest, device=device, **options)
+
+        monkeypatch.setattr(torch, name, made)
+    return "meta"
+
+
+def test_what_would_wait_is_seen(no_values: str) -> None:
+    with ValuesAskedFor() as asked:
+        torch.ones(3).sum().item()
+        torch.ones(3).to(no_values)
+        torch.ones(3, device=no_values).to(torch.float16)
+    assert asked.found == ["aten._local_scalar_dense.default", "aten._to_copy.default"]
+    with pytest.raises(AssertionError, match="the host waits"):
+        torch.as_tensor(1.0, device=no_values)
+    with pytest.raises(RuntimeError, match="meta"):
+        torch.ones((), device=no_values).item()
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("loss_type", list(gf.LOSS_TYPES))
+def test_no_value_is_asked_for(loss_type: str, inplace: bool, no_values: str) -> None:
+    """Forward and backward, padded and packed, with everything that there is: no .item(), no bool(), no nonzero()."""
+    logits = torch.randn(2, 4, 100, device=no_values, requires_grad=True)
+    ids, per_token = torch.randint(100, (2, 3), device=no_values), torch.randn(2, 3, device=no_values)
+    constants: dict[str, Any] = {"old_logprobs": per_token, "ref_logprobs": per_token, "rollout_weights": per_token}
+    config = gf.LossConfig(loss_type=loss_type, beta=0.1, entropy_coef=0.1, max_completion_length=3)
+    settings = {"config": config, "inplace": inplace}
+    with ValuesAskedFor() as asked:
+        padded = {"mask": per_token > 0, "temperature": torch.ones(2, device=no_values), "num_items": torch.ones((), device=no_values)}
+        out = gf.grpo_loss(logits * 1, ids, per_token[:, 0], **constants, **padded, **settings)
+        (0.5 * out.loss).backward()
+        flat = {name: x.flatten() for name, x in constants.items()}
+        bounds = torch.zeros(3, dtype=torch.int32, device=no_values)
+        packed = gf.grpo_loss(logits[:, 1:].flatten(0, 1) * 1, ids.flatten(), per_token.flatten(), cu_seqlens=bounds, **flat, **settings)
+        packed.loss.backward()
+        statistics = gf.token_logprobs(logits, ids, mask=per_token > 0, softcap=5.0, temperature=0.7)
+        (statistics.logprobs + statistics.entropy).sum().backward()
+    assert not asked.found
 
 
 # ---- on a GPU
@@ -249,6 +322,56 @@ def test_compile(loss_type: str, triton_backend: None) -> None:
     eager = torch.autograd.grad(step(hidden), weight)[0]
     compiled = torch.autograd.grad(torch.compile(step, fullgraph=True)(hidden), weight)[0]
     torch.testing.assert_close(compiled, eager, rtol=2e-2, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_opcheck(triton_backend: None) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    logits = torch.randn(2, 4, 1037, device="cuda", generator=generator)
+    ids = torch.randint(1037, (2, 3), device="cuda", generator=generator)
+    mask = torch.tensor([[True, True, False], [True, True, True]], device="cuda")
+    per_token, weight = torch.randn(2, 3, device="cuda", generator=generator) - 3, torch.tensor(0.2, device="cuda")
+    tensors = (per_token[:, :1], weight, weight, per_token, per_token.clone(), None, None)
+    rest = (ids, mask, *tensors, 0.7, 0.0, 1.0, 1.0, loss_settings(gf.LossConfig(beta=0.1, entropy_coef=0.1)), False)
+    operators = torch.ops.grpo_fast
+    torch.library.opcheck(operators.grpo_loss.default, (logits.clone().requires_grad_(), *rest, True))
+    torch.library.opcheck(operators.grpo_loss_.default, (logits.clone(), *rest))
+    scoring = (ids, mask, weight.view(1, 1), 1.0, 5.0, 0.5)
+    torch.library.opcheck(operators.token_logprobs.default, (logits.clone().requires_grad_(), *scoring))
+    statistics = operators.token_logprobs(logits, *scoring)
+    for operator in (operators.token_logprobs_backward.default, operators.token_logprobs_backward_.default):
+        torch.library.opcheck(operator, (weight.view(1, 1).expand(2, 3), per_token, logits.clone(), *scoring, *statistics))
+
+
+def sanitized(tool: str, code: str) -> None:
+    """Runs Python code under a tool of compute-sanitizer, which must find nothing; skips where there is none or it does not work."""
+    if shutil.which("compute-sanitizer") is None:
+        pytest.skip("compute-sanitizer is not installed")
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", f"{code}\nprint('computed')"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280, env=environment)
+    if "not supported" in done.stdout + done.stderr:
+        pytest.skip("compute-sanitizer does not work on this machine")
+    assert done.returncode == 0 and "computed" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+SANITIZED = """
+import torch, grpo_fast as gf
+for dtype in (torch.float32, torch.bfloat16):
+    for rows, vocabulary in ((3, 9001), (600, 131)):
+        z = torch.randn(rows, vocabulary, device="cuda", dtype=dtype, requires_grad=True)
+        ids, advantages = torch.randint(vocabulary, (rows,), device="cuda"), torch.ones(rows, device="cuda")
+        (0.5 * gf.grpo_loss(z * 1, ids, advantages, inplace=True, config=gf.LossConfig(entropy_coef=0.1)).loss).backward()
+gf.group_advantages(torch.randn(24, device="cuda"), group_size=8)
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer(tool: str, triton_backend: None) -> None:
+    """Rows split over programs and whole ones, in place, scaled afterwards; and the advantages of groups."""
+    sanitized(tool, SANITIZED)
 
 
 @pytest.mark.gpu
