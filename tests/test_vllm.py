@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 pytest.importorskip("transformers", reason="the stand-in server is backed by a transformers model")
 
-from vllm_stand_in import StandIn, serving
+from vllm_stand_in import TRANSFER, StandIn, serving, vllm_installed
 
 from grpo_fast.generation import SamplerError, SamplingParams, make_sampler
 from grpo_fast.generation.vllm import VLLMSampler
@@ -70,6 +71,14 @@ def connect(url: str, model: Any = None, **options: Any) -> VLLMSampler:
     sampler = make_sampler("vllm", model if model is not None else tiny(), None, url=url, **(defaults | options))
     assert isinstance(sampler, VLLMSampler)
     return sampler
+
+
+class Wrapper(torch.nn.Module):
+    """As DistributedDataParallel has it: the model is an attribute, and its parameters have longer names."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = module
 
 
 PROMPTS = [[5, 6, 7], [8], [9, 10], [5, 6, 7], [5, 6, 7]]
@@ -227,6 +236,41 @@ def test_new_weights_are_in_force_when_update_weights_returns(tmp_path: Path, ti
         assert [folder.name for folder in tmp_path.iterdir()] == ["step-2"]  # one checkpoint at a time
         sampler.close()
         assert tmp_path.is_dir()  # the caller's folder stays
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_weights_by_vllms_own_transfer(wrapped: bool) -> None:
+    """The trainer's side of vLLM's documented protocol: one handshake, then start, update and finish for each step."""
+    stand_in = StandIn(tiny(0))
+    trained = tiny(1)
+    model = Wrapper(trained) if wrapped else trained
+    with serving(stand_in) as address, vllm_installed(stand_in):
+        sampler = connect(address, model, weight_sync="nccl", nccl_address="10.0.0.1", nccl_port=4321)
+        for step in (1, 2):
+            sampler.update_weights(model, step)
+            drawn = sampler.generate(PROMPTS, params(TEMPERATURES))
+            gap = logprobs_of(trained, PROMPTS[0], drawn[0].token_ids, TEMPERATURES[0]) - torch.tensor(drawn[0].logprobs)
+            assert gap.abs().max() < 2e-6
+            with torch.no_grad():
+                trained.lm_head.weight.mul_(1.3)
+        sampler.close()
+    # two workers and this process
+    assert stand_in.init_info == {"master_address": "10.0.0.1", "master_port": 4321, "world_size": 3, "rank": 0, "packed": True}
+    update = [*TRANSFER[1:], "/reset_prefix_cache?reset_running_requests=true"]
+    assert [call for call in stand_in.calls if call != "/v1/models"] == ["/get_world_size", TRANSFER[0], *update, *update]
+
+
+def test_vllms_own_transfer_is_not_for_adapters_and_not_for_an_older_vllm(url: str, stand_in: StandIn) -> None:
+    peft = pytest.importorskip("peft", reason="the adapter is one of peft")
+    adapted = peft.get_peft_model(tiny(), peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    with vllm_installed(stand_in):
+        with pytest.raises(ValueError, match=r"an adapter's are not the model's. Cure: weight_sync 'disk'"):
+            connect(url, adapted, weight_sync="nccl")
+        sampler = connect(url, weight_sync="nccl")
+        del sys.modules["vllm.distributed.weight_transfer.nccl_engine"]
+        with pytest.raises(SamplerError, match=r"no weight transfer engine for trainers .* Cure: a newer vllm"):
+            sampler.update_weights(tiny(1), 1)
+        sampler.close()
 
 
 def test_a_folder_of_its_own_is_removed(url: str) -> None:

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import torch
 
 from grpo_fast.generation import SamplingParams
 from grpo_fast.generation.transformers_sampler import TransformersSampler
+
+TRANSFER = ("/init_weight_transfer_engine", "/start_weight_update", "/update_weights", "/finish_weight_update")
 
 
 class StandIn:
@@ -27,6 +35,8 @@ class StandIn:
         self.faults: list[str] = []
         self.requests: list[dict[str, Any]] = []  # of completions
         self.calls: list[str] = []  # paths of everything else
+        self.wire: dict[str, torch.Tensor] = {}  # in place of NCCL: what the trainer's side has broadcast
+        self.phase, self.init_info = "", {}  # of the weight transfer
         self.release = threading.Event()
         self.lock = threading.Lock()
 
@@ -88,6 +98,88 @@ class StandIn:
             self.model = AutoModelForCausalLM.from_pretrained(body["kwargs"]["weights_path"]).eval()
         return {"results": [None]}
 
+    def transfer(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """The four phases of vLLM's weight transfer, which must come in their order (vLLM documentation, "Weight Transfer")."""
+        before = {
+            "init_weight_transfer_engine": "",
+            "start_weight_update": "ready",
+            "update_weights": "open",
+            "finish_weight_update": "open",
+        }
+        if self.phase != before[path]:
+            raise ValueError(f"{path} while {self.phase or 'no engine is there'}")
+        if path == "init_weight_transfer_engine":
+            self.init_info, self.phase = body["init_info"], "ready"
+        elif path == "start_weight_update":
+            self.phase = "open"
+        elif path == "update_weights":
+            info = body["update_info"]
+            assert info["names"] == list(self.wire) and info["shapes"] == [list(value.shape) for value in self.wire.values()]
+            with self.lock, torch.no_grad():
+                parameters = dict(self.model.named_parameters())
+                for name, value in self.wire.items():
+                    parameters[name].copy_(value)
+        else:
+            self.phase = "ready"
+        return {"message": "done"}
+
+
+@contextmanager
+def vllm_installed(stand_in: StandIn) -> Iterator[None]:
+    """A package ``vllm`` with the trainer's side of its weight transfer as documented; tensors go to the stand-in without NCCL."""
+
+    class HTTPVLLMWeightSyncClient:
+        def __init__(self, base_url: str, timeout: float = 300) -> None:
+            self.base_url, self.timeout = base_url, timeout
+
+        def post(self, path: str, **body: Any) -> None:
+            request = urllib.request.Request(f"{self.base_url}/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"})
+            urllib.request.urlopen(request, timeout=self.timeout).close()
+
+    class ModuleSource:
+        def __init__(self, module: torch.nn.Module) -> None:
+            self.module = module
+
+    @dataclass
+    class NCCLTrainerInitInfo:
+        master_address: str
+        master_port: int
+        world_size: int
+        rank: int
+        packed: bool = True
+
+    class Engine:
+        def __init__(self, client: HTTPVLLMWeightSyncClient, source: ModuleSource) -> None:
+            self.client, self.source = client, source
+
+        def send_weights(self) -> None:
+            stand_in.wire = {name: value.detach().clone() for name, value in self.source.module.named_parameters()}
+            shapes = [list(value.shape) for value in stand_in.wire.values()]
+            self.client.post("start_weight_update")
+            self.client.post("update_weights", update_info={"names": list(stand_in.wire), "shapes": shapes})
+            self.client.post("finish_weight_update")
+
+    class WeightTransferTrainerFactory:
+        @staticmethod
+        def trainer_init(init_info: NCCLTrainerInitInfo, client: HTTPVLLMWeightSyncClient, source: ModuleSource) -> Engine:
+            client.post("init_weight_transfer_engine", init_info=asdict(init_info))
+            return Engine(client, source)
+
+    def package(name: str, *members: type) -> ModuleType:
+        module = ModuleType(name)
+        module.__spec__, module.__path__ = ModuleSpec(name, None, is_package=True), []
+        vars(module).update({member.__name__: member for member in members})
+        return module
+
+    packages = [
+        package("vllm"),
+        package("vllm.distributed"),
+        package("vllm.distributed.weight_transfer", HTTPVLLMWeightSyncClient, ModuleSource, WeightTransferTrainerFactory),
+        package("vllm.distributed.weight_transfer.nccl_engine", NCCLTrainerInitInfo),
+    ]
+    with mock.patch.dict(sys.modules, {each.__name__: each for each in packages}):
+        yield
+
 
 @contextmanager
 def serving(stand_in: StandIn) -> Iterator[str]:
@@ -110,6 +202,8 @@ def serving(stand_in: StandIn) -> Iterator[str]:
             stand_in.calls.append(self.path)
             if self.path == "/v1/models":
                 self.answer(200, {"data": [{"id": "stand-in"}]})
+            elif self.path == "/get_world_size" and stand_in.dev_mode:
+                self.answer(200, {"world_size": 2})
             else:
                 self.answer(404, {"detail": "Not Found"})
 
@@ -128,6 +222,11 @@ def serving(stand_in: StandIn) -> Iterator[str]:
                     self.answer(500, {"error": str(error)})
             elif self.path.startswith("/reset_prefix_cache"):
                 self.answer(200, b"")
+            elif self.path in TRANSFER:
+                try:
+                    self.answer(200, stand_in.transfer(self.path.lstrip("/"), body))
+                except Exception as error:
+                    self.answer(500, {"error": str(error)})
             else:
                 self.answer(404, {"detail": "Not Found"})
 
