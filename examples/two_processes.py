@@ -1,7 +1,7 @@
-"""Data parallel: the same script on several processes or GPUs. Loss and gradient do not depend on how many there are.
+"""Data parallel: the same script on several processes or GPUs. For the same completions, loss and gradient do not depend on how many.
 
 accelerate launch --num_processes 2 examples/two_processes.py                    # two GPUs
-accelerate launch --cpu --num_processes 2 examples/two_processes.py --cpu        # two processes on a CPU
+accelerate launch --multi_gpu --num_processes 2 examples/two_processes.py --cpu  # two processes on a CPU (--cpu of launch wants MPI)
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ def main() -> None:
     if trainer.is_world_process_zero():
         losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
         print(f"{trainer.accelerator.num_processes} processes, losses {losses}")
+    trainer.accelerator.end_training()  # else the processes may end before they have parted, and say so
 
 
 if __name__ == "__main__":

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Prompts", "check_rows", "encode_prompt", "load_prompts"]
+from grpo_fast.rewards.runner import EXTRAS
+
+__all__ = ["Prompts", "check_evaluation", "check_rows", "encode_prompt", "load_prompts"]
 
 _LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 # What the trainer itself passes to rewards. (Columns of the names completion and completion_ids reach no reward, here as in TRL.)
-_TAKEN = ("prompts", "completions", "extras", "trainer_state", "log_extra", "log_metric", "logprobs", "ref_logprobs")
+_TAKEN = ("prompts", "completions", "extras", *EXTRAS)
 
 logger = logging.getLogger("grpo_fast")
 
@@ -128,6 +130,17 @@ def check_rows(rows: Any, who: str) -> bool:
         if kind != first:
             raise ValueError(f"{who}: the prompt of row {position} is {_what(kind)}, and that of row 0 {_what(first)}; expected one kind.")
     return first
+
+
+def check_evaluation(dataset: Any, strategy: str) -> None:
+    """The same of what a trainer evaluates on: one data set, a dictionary of several, or none where ``strategy`` is "no"."""
+    if dataset is None and strategy != "no":
+        raise ValueError(f"eval_dataset is None, and eval_strategy is {strategy!r}; expected one, to evaluate on.")
+    if isinstance(dataset, dict):
+        for name, rows in dataset.items():
+            check_rows(rows, f"eval_dataset[{name!r}]")
+    elif dataset is not None:
+        check_rows(dataset, "eval_dataset")
 
 
 def encode_prompt(

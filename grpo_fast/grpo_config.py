@@ -10,7 +10,7 @@ import torch
 from transformers import TrainingArguments
 
 from grpo_fast.config import LossConfig
-from grpo_fast.generation import SAMPLERS
+from grpo_fast.generation import check_options
 from grpo_fast.temperature import TemperatureSchedule
 
 __all__ = ["GRPOConfig"]
@@ -262,13 +262,14 @@ class GRPOConfig(TrainingArguments):
                 raise _bad("sampler", self.sampler, f"{name!r}, since TRL's switch for it is set. Drop one of the two")
             if wanted:
                 self.sampler = name
-        _one_of("sampler", self.sampler, SAMPLERS)
         if self.use_vllm and self.vllm_mode != "server":
             raise _bad("vllm_mode", self.vllm_mode, "'server': vLLM runs as a process of its own, see grpo_fast.generation.vllm")
         if self.use_vllm:
             given: Any = self.sampler_options or {}
             url = self.vllm_server_base_url or f"http://{self.vllm_server_host}:{self.vllm_server_port}"
             self.sampler_options = {"url": url, **given}
+        options: Any = self.sampler_options or {}
+        check_options(self.sampler, options)
 
     def _check_batches(self) -> None:
         for name in ("num_generations", "max_completion_length", "num_iterations", "eval_rounds"):

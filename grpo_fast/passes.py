@@ -5,16 +5,18 @@ the model's logits; packed or padded.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import grpo_fast as gf
-from grpo_fast.generation.unwrap import eval_mode, inner_model, is_peft
+from grpo_fast.generation.unwrap import eval_mode, inner_model, is_peft, is_sharded
 from grpo_fast.grpo_config import GRPOConfig
 from grpo_fast.head.models import head_of, hidden_states_of
 from grpo_fast.packing import FLASH, Packed, attention_of, choose_attention, pack, sees_across, takes_positions
@@ -62,14 +64,36 @@ class Passes:
             from_logits=lambda logits: gf.grpo_loss(logits, packed.token_ids, advantages, **options),
         )
 
+    @contextmanager
+    def whole(self, model: Any) -> Iterator[None]:
+        """FSDP2 around PEFT: inside, what belongs to the outermost module is in one piece, for who calls the model within, as `generate`
+        does. (Its layers see to themselves.)
+        """
+        if not hasattr(model, "unshard") or inner_model(model) is model:
+            yield
+            return
+        with torch.no_grad():
+            token = torch.full((1, 1), self.pad_token_id, device=self.accelerator.device)
+            model(input_ids=token, use_cache=False)  # the first pass tells FSDP2 which module is the outermost
+        model.unshard()
+        try:
+            yield
+        finally:
+            model.reshard()
+
     @torch.no_grad()
     def logprobs(self, model: Any, rollout: Rollout, *, at_once: int) -> gf.TokenLogprobs:
         """Log-probabilities and entropies of all tokens, [N], each at its own temperature, without gradient or dropout."""
         found = []
+        starts = range(0, len(rollout), at_once)
+        idle = max(gather_object([len(starts)])) - len(starts) if is_sharded(model) else 0  # the others wait for us in every forward pass
         with eval_mode(model):
-            for start in range(0, len(rollout), at_once):
+            for start in starts:
                 rows = rollout.select(range(start, min(start + at_once, len(rollout))))
                 found.append(self._logprobs(model, rows, rows.temperature))
+            for _ in range(idle):
+                token = [[self.pad_token_id]]
+                self._logprobs(model, Rollout(token, token, torch.ones(1), torch.zeros(1), torch.zeros(1).bool()), torch.ones(1))
         empty = torch.zeros(0, device=self.accelerator.device)
         return gf.TokenLogprobs(torch.cat([f.logprobs for f in found] or [empty]), torch.cat([f.entropy for f in found] or [empty]))
 

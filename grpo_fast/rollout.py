@@ -47,6 +47,7 @@ class PromptSource:
                 "(generation_batch_size / num_generations). Take smaller batches, or more generations per prompt."
             )
         check_rows(dataset, "train_dataset")
+        self.columns = [name for name in dataset[0] if name not in ("prompt", "completion", "completion_ids")]  # what rewards may read
         self.dataset, self.count, self.seed, self.shuffle = dataset, count, seed, shuffle
         self.per_epoch = len(dataset) // count  # rollouts
         self._order: tuple[int, list[int]] = (-1, [])  # of the last epoch asked for

@@ -26,7 +26,7 @@ from transformers import TrainerCallback
 import grpo_fast as gf
 from grpo_fast import monitor
 from grpo_fast.checkpoints import STATE, CompleteCheckpoints
-from grpo_fast.data import check_rows, encode_prompt
+from grpo_fast.data import check_evaluation, encode_prompt
 from grpo_fast.generation import Sampler, SamplingParams, make_sampler
 from grpo_fast.generation.transformers_sampler import TransformersSampler
 from grpo_fast.generation.unwrap import inner_model, is_sharded
@@ -100,10 +100,8 @@ class GRPOTrainer(CompleteCheckpoints):
         self.prompts: PromptSource | None = None
         if train_dataset is not None:
             self.prompts = PromptSource(train_dataset, args.prompts_per_rollout, seed=args.prompt_seed, shuffle=args.shuffle_dataset)
-        if eval_dataset is None and args.eval_strategy != "no":
-            raise ValueError(f"eval_dataset is None, and args.eval_strategy is {args.eval_strategy.value!r}; expected one, to evaluate on.")
-        for name, rows in _by_name("eval_dataset", eval_dataset).items():
-            check_rows(rows, name)
+            self.rewards.check_columns(self.prompts.columns)
+        check_evaluation(eval_dataset, args.eval_strategy.value)
         self.temperatures = args.schedule()
         self.metrics_on = "all" if self.temperatures.steered else args.metrics_on  # it steers by what is measured
         self.loss_config = args.loss_config()
@@ -172,8 +170,8 @@ class GRPOTrainer(CompleteCheckpoints):
         """Draw and score the completions of a rollout; this process's part of it."""
         assert self.prompts is not None
         args, group = self.args, self.args.num_generations
-        step, total = self.state.global_step, self.args.generation_batch_size
-        mine = self._share(total)
+        step, mine = self.state.global_step, self._rows_of_this_process()
+        place = {row: position for position, row in enumerate(mine)}
         rows = self.prompts.rows(number)
         temperatures = self.temperatures.temperatures(step, len(rows), group)
         answers: list[Any] = [None] * len(mine)
@@ -188,8 +186,8 @@ class GRPOTrainer(CompleteCheckpoints):
             new = self._answers([rows[i // group] for i in drawn], [temperatures[i] for i in drawn], "rollout", number, attempt)
             scores = self._scores([rows[i // group] for i in drawn], new, [temperatures[i] for i in drawn])
             for i, answer, score in zip(drawn, new, scores, strict=True):
-                answers[i - mine.start], rewards[i - mine.start] = answer, score
-            everyone = self.accelerator.gather(rewards.to(args.device))  # [B over all processes, R]
+                answers[place[i]], rewards[place[i]] = answer, score
+            everyone = self._in_order(self.accelerator.gather(rewards.to(args.device)))  # [B over all processes, R]
             groups = gf.group_advantages(
                 everyone,
                 group_size=group,
@@ -206,7 +204,7 @@ class GRPOTrainer(CompleteCheckpoints):
             [answer.prompt_ids for answer in answers],
             [answer.completion.token_ids for answer in answers],
             torch.tensor([temperatures[i] for i in mine], dtype=torch.float32),
-            groups.advantages[mine.start : mine.stop].cpu(),
+            groups.advantages[mine].cpu(),
             torch.tensor([a.completion.finished or not args.mask_truncated_completions for a in answers]),
         )
         if all(answer.completion.logprobs is not None for answer in answers):
@@ -218,10 +216,16 @@ class GRPOTrainer(CompleteCheckpoints):
         self._measure(rows, answers, everyone, groups, rollout)
         return rollout
 
-    def _share(self, total: int) -> range:
-        """This process's part of as many rows, a multiple of the number of processes."""
-        each = total // self.accelerator.num_processes
-        return range(self.accelerator.process_index * each, (self.accelerator.process_index + 1) * each)
+    def _rows_of_this_process(self) -> list[int]:
+        """A part of each optimiser step's rows: so a step has the same rows however many processes share them."""
+        each = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        parts = torch.arange(self.args.generation_batch_size).view(self.args.minibatches, self.accelerator.num_processes, each)
+        return parts[:, self.accelerator.process_index].flatten().tolist()
+
+    def _in_order(self, gathered: Tensor) -> Tensor:  # [B, R]
+        """What was gathered, one process's rows after the other's, in the order of the rows."""
+        parts = gathered.view(self.accelerator.num_processes, self.args.minibatches, -1, gathered.shape[1])
+        return parts.transpose(0, 1).reshape(gathered.shape)
 
     def _answers(self, rows: Sequence[dict[str, Any]], temperatures: Sequence[float], *seed: object, **cut: Any) -> list[Answer]:
         """A completion for each row."""
@@ -240,7 +244,7 @@ class GRPOTrainer(CompleteCheckpoints):
             pad_token_id=self.processing_class.pad_token_id,
             **(cut or {"top_p": self.args.top_p, "top_k": self.args.top_k, "min_p": self.args.min_p or 0.0}),
         )
-        with self.meters.timed("step_time/generate"):
+        with self.meters.timed("step_time/generate"), self.passes.whole(self.model_wrapped):
             drawn = self.sampler.generate(prompts, params) if prompts else []
         drawn = drawn[: len(drawn) - extra]
         if len(drawn) != len(rows):
@@ -249,6 +253,10 @@ class GRPOTrainer(CompleteCheckpoints):
         return [Answer(*parts, {}) for parts in zip(prompts, drawn, texts, strict=False)]
 
     def _scores(self, rows: Sequence[dict[str, Any]], answers: Sequence[Answer], temperatures: Sequence[float]) -> Tensor:  # [B, R]
+        ref_logprobs = {}
+        if self.reference.for_rewards:
+            with self.meters.timed("step_time/logprobs"):
+                ref_logprobs = {"ref_logprobs": self._reference_logprobs(answers, temperatures)}
         if not rows:
             return torch.empty(0, len(self.rewards.names))
         columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "completion", "completion_ids")}
@@ -262,10 +270,8 @@ class GRPOTrainer(CompleteCheckpoints):
             "log_metric": self.meters.mean,
             "log_extra": lambda column, values: columns_to_log.setdefault(column, []).extend(values),
             "logprobs": [answer.completion.logprobs for answer in answers],
+            **ref_logprobs,
         }
-        if self.reference.for_rewards:
-            with self.meters.timed("step_time/logprobs"):
-                extras["ref_logprobs"] = self._reference_logprobs(answers, temperatures)
         with self.meters.timed("step_time/reward"):
             table = self.rewards(
                 [row["prompt"] for row in rows], texts, [a.completion.token_ids for a in answers], extras=extras, **columns
@@ -398,7 +404,8 @@ class GRPOTrainer(CompleteCheckpoints):
         return (out.loss, out) if return_outputs else out.loss
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        self._grad_norm = super()._clip_grad_norm(model)
+        norm = super()._clip_grad_norm(model)
+        self._grad_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2's is a sum that is still to be made
         return self._grad_norm
 
     def before_optimizer(self) -> None:
@@ -485,14 +492,13 @@ class GRPOTrainer(CompleteCheckpoints):
     # Log -----------------------------------------------------------------------------------------------------------------------
 
     def _measure(self, rows: Sequence[dict[str, Any]], answers: list[Answer], rewards: Tensor, groups: Any, rollout: Rollout) -> None:
-        mine = self._share(self.args.generation_batch_size)
+        mine = self._rows_of_this_process()
         of_group = [i // self.args.num_generations for i in mine]
         measure_rewards(self.meters, self.rewards.names, rewards, self.rewards.weights, groups)
         measure_rollout(self.meters, answers, of_group, rollout)
         self.state.num_input_tokens_seen += sum(gather_object([sum(rollout.lengths) + sum(map(len, rollout.prompt_ids))]))
         prompts = [rows[group]["prompt"] for group in of_group]
-        scores = rewards[mine.start : mine.stop]
-        self.last_completions = completion_records(self.state.global_step, prompts, answers, self.rewards.names, scores, rollout)
+        self.last_completions = completion_records(self.state.global_step, prompts, answers, self.rewards.names, rewards[mine], rollout)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """transformers' own, with what the steps since the last time have measured."""
@@ -579,13 +585,6 @@ class _Hooks(TrainerCallback):
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.after_step()
-
-
-def _by_name(name: str, dataset: Any) -> dict[str, Any]:
-    """One data set, a dictionary of several, or none, as a dictionary of those there are."""
-    if isinstance(dataset, dict):
-        return {f"{name}[{key!r}]": rows for key, rows in dataset.items()}
-    return {} if dataset is None else {name: dataset}
 
 
 def _with_overlong(reward_funcs: Any, args: GRPOConfig) -> tuple[list[Any], list[float] | None]:

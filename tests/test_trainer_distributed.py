@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
-import runpy
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -103,19 +103,29 @@ def main(output: Path) -> None:
     gap = sharded_is_the_same()
     if os.environ["RANK"] == "0":
         (output / "found.json").write_text(json.dumps({**found, "resumed the same": same, "sharded": gap}))
-    sys.argv[1:] = ["--cpu", "--steps", "1", "--output", str(output / "example")]
-    sys.path.insert(0, str(EXAMPLE.parent))
-    runpy.run_path(str(EXAMPLE), run_name="__main__")  # here, where two processes have been started already
     torch.distributed.destroy_process_group()
+
+
+def launched(*arguments: str) -> str:
+    """What `accelerate launch` printed."""
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port=0", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_example_starts_two_processes_as_it_says(tmp_path: Path) -> None:
+    command = re.search(r"accelerate launch (--multi_gpu .*?) examples/two_processes.py (--cpu) ", EXAMPLE.read_text())
+    assert command is not None
+    arguments = [*command[1].split(), str(EXAMPLE), command[2]]
+    assert "2 processes, losses [" in launched(*arguments, "--steps", "1", "--output", str(tmp_path))
 
 
 @pytest.mark.slow
 def test_two_processes_make_the_step_of_one(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "2 processes, losses [" in done.stdout
+    launched("--multi_gpu", "--num_processes", "2", __file__, str(tmp_path))
     found = json.loads((tmp_path / "found.json").read_text())
     assert found.pop("resumed the same")
     assert found.pop("sharded") < 1e-6

@@ -354,7 +354,8 @@ BAD = {
     "eval_rounds is 0": {"eval_rounds": 0},
     "auto_find_batch_size is True": {"auto_find_batch_size": True},
     "sampler is 'vllm'": {"sampler": "vllm", "use_transformers_continuous_batching": True},
-    "sampler is 'sglang'; expected one of 'transformers'": {"sampler": "sglang"},
+    "sampler is 'sglang'; expected one of transformers": {"sampler": "sglang"},
+    "sampler 'vllm' has no option ulr": {"sampler": "vllm", "sampler_options": {"ulr": "http://there"}},
     "reward_on_error is 'ignore'": {"reward_on_error": "ignore"},
     "reward_isolation is 'none'": {"reward_isolation": "none"},
     "reward_timeout is 0": {"reward_timeout": 0},
@@ -366,6 +367,10 @@ BAD = {
 def test_bad_settings_are_refused_before_a_model_is_loaded(tmp_path: Path, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         config(tmp_path, **BAD[message])
+
+
+def solved(completions: list[str], solution: list[str], **columns: Any) -> list[float]:
+    return [float(text == truth) for text, truth in zip(completions, solution, strict=True)]
 
 
 def test_other_refusals_and_a_warning(tmp_path: Path) -> None:
@@ -383,7 +388,9 @@ def test_other_refusals_and_a_warning(tmp_path: Path) -> None:
         trainer(tmp_path, rows=iter(ROWS), **unloaded)
     with pytest.raises(ValueError, match=r"weights has 2 numbers; expected 1"):
         trainer(tmp_path, reward_weights=[1.0, 2.0], **unloaded)
-    with pytest.raises(ValueError, match=r"eval_dataset is None, and args\.eval_strategy is 'epoch'"):
+    with pytest.raises(ValueError, match=r"reward 'solved' needs 'solution', .* the columns are: answer"):
+        trainer(tmp_path, rewards=solved, **unloaded)
+    with pytest.raises(ValueError, match="eval_dataset is None, and eval_strategy is 'epoch'"):
         trainer(tmp_path, eval_strategy="epoch", **unloaded)
     with pytest.raises(ValueError, match=r"eval_dataset\['hard'\]: there is no column 'prompt'"):
         trainer(tmp_path, eval_dataset={"easy": ROWS, "hard": [{"question": "?"}]}, **unloaded)
