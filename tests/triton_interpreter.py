@@ -6,9 +6,11 @@ TRITON_INTERPRET=1 python -m pytest tests/triton_interpreter.py
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -323,6 +325,25 @@ def test_scaling_in_place(count: int) -> None:
     expected = x.clone()
     assert scale_(x, torch.tensor(1.0)) is x and torch.equal(x, expected)
     assert torch.equal(scale_(x, torch.tensor(0.25)), 0.25 * expected)
+
+
+# ---- what bench/gpu_bench.py times on a GPU
+
+
+def test_the_contestants_of_the_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them but torch.compile and the clusters, past the gate."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
+    import gpu_bench
+
+    results = gpu_bench.Results(tmp_path / "gpu.json", "bench", "cpu")
+    gpu_bench.one_shape(12, 301, gpu_bench.Timer("cpu", 1), "cpu", float("inf"), results)
+    found = {(entry["step"], entry["name"]): entry for entry in results.whole["bench"]}
+    steps = {("loss", "ours"), ("loss", "ours_inplace"), ("logprobs", "ours"), ("logprobs+entropy", "ours"), ("gradient", "ours")}
+    steps |= {("loss", "liger")} if importlib.util.find_spec("liger_kernel") else set()
+    steps |= {("loss", "trl"), ("loss", "trl_entropy"), ("logprobs", "trl")} if importlib.util.find_spec("trl") else set()
+    wrong = {key: entry for key, entry in found.items() if "error" in entry and not key[1].startswith("ours_cluster")}
+    assert steps <= set(found) and not wrong, wrong
+    assert "expected an NVIDIA GPU" in found["loss", "ours_cluster"]["error"]
 
 
 # ---- as operators
