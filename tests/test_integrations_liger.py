@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -157,6 +158,20 @@ def test_the_loss_over_logits_per_token(options: dict[str, Any], given: dict[str
         torch.testing.assert_close(kl.sum() / mask.sum(), metrics[0], rtol=1e-4, atol=1e-6)
 
 
+def test_the_same_arguments() -> None:
+    """Names, order and defaults."""
+    chunked = pytest.importorskip("liger_kernel.chunked_loss", reason="liger-kernel is not installed")
+    transformers = pytest.importorskip("liger_kernel.transformers.grpo_loss", reason="liger-kernel has no Triton here")
+
+    def arguments(function: Any) -> list[tuple[str, Any]]:
+        return [(name, parameter.default) for name, parameter in inspect.signature(function).parameters.items()]
+
+    theirs, ours = chunked.LigerFusedLinearGRPOLoss, LigerFusedLinearGRPOLoss
+    assert arguments(triton_grpo_loss) == arguments(transformers.triton_grpo_loss)
+    assert arguments(ours.__init__) == arguments(theirs.__init__)
+    assert arguments(ours.forward) == arguments(theirs.forward)
+
+
 def test_luspo_is_the_formula(given: dict[str, Tensor]) -> None:
     """The mean over sequences of the sum over tokens: -5 for two sequences of 8 and 2 tokens and a loss of -1 each, padded to 8, where
     Liger's Triton path gives -4.25."""
@@ -167,6 +182,21 @@ def test_luspo_is_the_formula(given: dict[str, Tensor]) -> None:
     assert loss.item() == pytest.approx(-5.0)
 
 
+def test_luspo_with_weights_per_token_is_the_formula_and_not_ligers(given: dict[str, Tensor]) -> None:
+    chunked = pytest.importorskip("liger_kernel.chunked_loss", reason="liger-kernel is not installed")
+    options = {"loss_type": "luspo", "importance_sampling_level": "sequence", "beta": 0.0, "temperature": TEMPERATURE}
+    more = {"vllm_is_ratio": torch.where(given["mask"] != 0, given["ratio"], 1.0)}
+    logprobs = ((given["hidden"] @ given["weight"].T + given["bias"]) / TEMPERATURE).log_softmax(-1)
+    logprobs = logprobs.gather(-1, given["ids"].unsqueeze(-1)).squeeze(-1)
+    mask, a = given["mask"], given["advantages"].unsqueeze(1)
+    ratio = (((logprobs - given["old"]) * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)).exp()
+    token = -torch.min(ratio * a, ratio.clamp(0.8, 1.2) * a) * more["vllm_is_ratio"]
+    formula = (token * mask).sum(1).mean().item()
+    assert run(LigerFusedLinearGRPOLoss(**options), given, **more)[0].item() == pytest.approx(formula, rel=1e-5)
+    theirs = run(chunked.LigerFusedLinearGRPOLoss(**options, compiled=False), given, **more)[0].item()
+    assert theirs != pytest.approx(formula, rel=0.05), "then the guide need not say so"
+
+
 def test_what_is_masked_has_no_effect(given: dict[str, Tensor]) -> None:
     """A log-ratio beyond 88 under the mask makes the gradient of Liger's chunked loss NaN."""
     ours = LigerFusedLinearGRPOLoss(temperature=TEMPERATURE, beta=0.1)
@@ -174,6 +204,11 @@ def test_what_is_masked_has_no_effect(given: dict[str, Tensor]) -> None:
     given["old"] = torch.where(given["mask"] != 0, given["old"], -200.0)
     given["ref"] = torch.where(given["mask"] != 0, given["ref"], float("nan"))
     same(run(ours, given), expected, tolerance=0.0)
+
+    chunked = pytest.importorskip("liger_kernel.chunked_loss", reason="liger-kernel is not installed")
+    given["ref"] = torch.where(given["mask"] != 0, given["ref"], 0.0)
+    theirs = run(chunked.LigerFusedLinearGRPOLoss(temperature=TEMPERATURE, beta=0.1, compiled=False), given)
+    assert theirs[1][0].isnan().any(), "then the guide need not say so"
 
 
 def test_a_leaf_keeps_its_logits(given: dict[str, Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -23,6 +24,17 @@ CASES: list[dict[str, Any]] = [
     {"is_correction_level": "seq", "is_correction_gating": "binary_kl", "is_correction_threshold": (0.0, 0.03)},
     {"is_correction_level": "token", "is_correction_gating": "tv", "is_correction_threshold": (0.0, 0.05)},
 ]
+
+
+def test_the_same_arguments() -> None:
+    """Names, order and defaults."""
+    theirs = peer_module("openrlhf", "0.11.2", "models.loss", ("deepspeed",)).PolicyLoss
+
+    def arguments(function: Any) -> list[tuple[str, Any]]:
+        return [(name, parameter.default) for name, parameter in inspect.signature(function).parameters.items()]
+
+    assert arguments(PolicyLoss.__init__) == arguments(theirs.__init__)
+    assert arguments(PolicyLoss.forward) == arguments(theirs.forward)
 
 
 @pytest.mark.parametrize("counts", [{}, {"dp_size": 2, "batch_num_tokens": 67, "global_batch_size": 24}], ids=["local", "global"])

@@ -106,6 +106,22 @@ def test_sequence_ratio_weights_and_reference(generator: torch.Generator) -> Non
     assert_same(found, value_and_gradient(by_sequence, batch["logprobs"]), mask, 1e-6)
 
 
+def test_inputs_that_are_not_known_are_refused(generator: torch.Generator) -> None:
+    @dataclass
+    class NewerLossInputs(LossInputs):
+        staleness: Tensor | None = None
+
+    batch = policy_batch(generator)
+    make = inputs_of(batch, NewerLossInputs)
+    assert policy_loss(make(0, batch["logprobs"][0], 5)).loss.isfinite()
+    with pytest.raises(ImportError, match=r"LossInputs has staleness; expected nothing but advantages, inference_logprobs"):
+        policy_loss(inputs_of(batch, NewerLossInputs, staleness=batch["ref"])(0, batch["logprobs"][0], 5))
+    taught = inputs_of(batch)(0, batch["logprobs"][0], 5)
+    taught.teacher_logprobs = batch["ref"][0]
+    with pytest.raises(ImportError, match="LossInputs has teacher_logprobs"):
+        policy_loss(taught)
+
+
 def test_refused_by_name(generator: torch.Generator) -> None:
     batch = policy_batch(generator)
     given = inputs_of(batch)(0, batch["logprobs"][0], 5)

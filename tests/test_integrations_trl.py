@@ -337,6 +337,46 @@ def test_off_policy_mask_by_the_samplers_logprobs(model_path: Path, tmp_path: Pa
     assert any((gradients[name] - other[name]).abs().max() > 1e-3 for name in gradients), "the mask must drop a sequence"
 
 
+def test_a_model_that_sees(tmp_path: Path) -> None:
+    """Images go to the model with the tokens that stand for them."""
+    from transformers import AutoConfig, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    model_path, image_token = save_tiny_model(tmp_path / "model"), 3
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 4, "patch_size": 2}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**vision),
+        text_config=AutoConfig.from_pretrained(model_path),
+        image_token_id=image_token,
+        vision_feature_layer=-1,
+    )
+    torch.manual_seed(5)
+    model = LlavaForConditionalGeneration(config)
+    model.save_pretrained(model_path)
+
+    generator = torch.Generator().manual_seed(7)
+    completion_mask = (torch.arange(6) < torch.tensor([6, 4, 5, 0]).unsqueeze(1)).long()
+    ids = torch.randint(4, VOCABULARY, (4, 13), generator=generator)
+    ids[:, :4] = image_token  # a patch each
+    images = torch.randn(4, 3, 4, 4, generator=generator)
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=torch.cat([torch.ones(4, 7).long(), completion_mask], 1), pixel_values=images).logits
+    logprobs = (logits[:, 6:-1] / 0.7).log_softmax(-1).gather(-1, ids[:, 7:, None]).squeeze(-1)
+    inputs = {
+        "prompt_ids": ids[:, :7],
+        "prompt_mask": torch.ones(4, 7, dtype=torch.int64),
+        "completion_ids": ids[:, 7:] * completion_mask,
+        "completion_mask": completion_mask,
+        "advantages": torch.tensor([1.2, -0.7, 0.3, 0.4]),
+        "num_items_in_batch": torch.tensor(31),
+        "old_per_token_logps": logprobs + 0.3 * torch.randn(4, 6, generator=generator),
+        "ref_per_token_logps": logprobs + 0.1,
+        "pixel_values": images,
+        "num_images": [1, 1, 1, 1],
+    }
+    _, (_, gradients, _) = both(model_path, tmp_path, inputs, beta=0.1)
+    assert gradients["model.vision_tower.embeddings.patch_embedding.weight"].abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
 def test_tool_mask_and_advantages_per_token(loss_type: str, model_path: Path, tmp_path: Path) -> None:
     tool_mask = torch.ones(4, 6, dtype=torch.int64)

@@ -82,6 +82,13 @@ def loss_config(library: str, options: Mapping[str, Any]) -> LossConfig:
     return config
 
 
+def _of_sapo_and_vespo(o: _Options) -> dict[str, Any]:
+    """As TRL, Liger and we call them."""
+    defaults = {"sapo_temperature_pos": 1.0, "sapo_temperature_neg": 1.05}
+    defaults |= {"vespo_k_pos": 2.0, "vespo_lambda_pos": 3.0, "vespo_k_neg": 3.0, "vespo_lambda_neg": 2.0}
+    return {name: o.take(name, default) for name, default in defaults.items()}
+
+
 # TRL, its relatives -------------------------------------------------------------------------------------------------------------------
 
 
@@ -100,12 +107,7 @@ def _trl(o: _Options) -> LossConfig:
         entropy_coef=o.take("entropy_coef", 0.0),
         entropy_aggregation="token_mean",  # whatever the loss type
         importance_sampling_level=o.take("importance_sampling_level", "token"),  # of LUSPO too, whose paper's is the sequence
-        sapo_temperature_pos=o.take("sapo_temperature_pos", 1.0),
-        sapo_temperature_neg=o.take("sapo_temperature_neg", 1.05),
-        vespo_k_pos=o.take("vespo_k_pos", 2.0),
-        vespo_lambda_pos=o.take("vespo_lambda_pos", 3.0),
-        vespo_k_neg=o.take("vespo_k_neg", 3.0),
-        vespo_lambda_neg=o.take("vespo_lambda_neg", 2.0),
+        **_of_sapo_and_vespo(o),
         max_completion_length=o.take("max_completion_length", 512),
     )
 
@@ -131,12 +133,7 @@ def _liger(o: _Options) -> LossConfig:
         beta=beta if use_ref_model else 0.0,
         bias_corrected_kl=o.take("use_bias_correction_kl", False),
         importance_sampling_level=level,
-        sapo_temperature_pos=o.take("sapo_temperature_pos", 1.0),
-        sapo_temperature_neg=o.take("sapo_temperature_neg", 1.05),
-        vespo_k_pos=o.take("vespo_k_pos", 2.0),
-        vespo_lambda_pos=o.take("vespo_lambda_pos", 3.0),
-        vespo_k_neg=o.take("vespo_k_neg", 3.0),
-        vespo_lambda_neg=o.take("vespo_lambda_neg", 2.0),
+        **_of_sapo_and_vespo(o),
         max_completion_length=length,
     )
 

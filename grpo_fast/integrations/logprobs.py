@@ -13,7 +13,7 @@ from grpo_fast import checks
 from grpo_fast.config import LossConfig
 from grpo_fast.reference import Policy, Sequences, aggregation_weights, policy_loss
 
-__all__ = ["logprob_loss"]
+__all__ = ["logprob_loss", "lower_bound_of_cispo", "mean_over_tokens", "ratio_of"]
 
 
 def logprob_loss(
@@ -112,6 +112,26 @@ def logprob_policy(
         rollout_per_sequence=rollout_weights is not None and rollout_weights.shape != logprobs.shape,
         loss_scale=loss_scale,
     )
+
+
+# What the adapters' metrics and corrections have in common ------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def ratio_of(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """exp of the log-ratio, clamped to ±20; 1 where masked. All [B, T]."""
+    return torch.where(mask != 0, logprobs - old_logprobs, 0).clamp(-20.0, 20.0).exp()
+
+
+def mean_over_tokens(x: Tensor, mask: Tensor) -> Tensor:
+    """Over those that count; 0 where none does."""
+    counts = mask != 0
+    return torch.where(counts, x, 0).sum(dtype=torch.float32) / counts.sum().clamp(min=1)
+
+
+def lower_bound_of_cispo(ratio: Tensor, low: float, high: float) -> Tensor:
+    """What makes min(ratio, high) into clamp(ratio, low, high): a rollout weight, since MiniMax-M1 and LossConfig have no lower bound."""
+    return ratio.clamp(low, high) / ratio.clamp(max=high)
 
 
 def _wide(x: Tensor) -> Tensor:

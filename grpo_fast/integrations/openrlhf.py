@@ -1,4 +1,4 @@
-"""OpenRLHF 0.11: its ``PolicyLoss``, with its constructor, arguments and results.
+"""OpenRLHF 0.11.2: its ``PolicyLoss``, with its constructor, arguments and results.
 
     from grpo_fast.integrations.openrlhf import PolicyLoss        # was: from openrlhf.models import PolicyLoss
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo_fast.config import LossConfig
-from grpo_fast.integrations.logprobs import logprob_loss
+from grpo_fast.integrations.logprobs import logprob_loss, mean_over_tokens
 
 __all__ = ["PolicyLoss"]
 
@@ -94,7 +94,7 @@ class PolicyLoss(nn.Module):
                 )
             if config.level == "token":
                 weights, filtered = self._correction(old_log_probs, rollout_log_probs, mask)
-                vllm_kl = _mean(rollout_log_probs - old_log_probs, mask)
+                vllm_kl = mean_over_tokens(rollout_log_probs - old_log_probs, mask)
             else:
                 old = rollout_log_probs  # their GSPO then takes its ratio to the sampler
         loss_scale, num_items, aggregation = 1.0, None, config.aggregation
@@ -114,7 +114,7 @@ class PolicyLoss(nn.Module):
             num_items=num_items,
             loss_scale=loss_scale,
         )
-        ppo_kl = _mean((old_log_probs - log_probs).detach(), mask)
+        ppo_kl = mean_over_tokens((old_log_probs - log_probs).detach(), mask)
         return loss, metrics["clip_region"], ppo_kl, vllm_kl, filtered
 
     @torch.no_grad()
@@ -135,14 +135,10 @@ class PolicyLoss(nn.Module):
             if by_sequence:
                 statistic = _row_mean(statistic, mask)
         outside = (statistic < low) | (statistic > high)
-        share = outside.float().mean() if by_sequence else _mean(outside.float(), mask)
+        share = outside.float().mean() if by_sequence else mean_over_tokens(outside, mask)
         if self.is_correction_mode == "clip":
             return statistic.clamp(low, high), share
         return log_weight.exp().masked_fill(outside, 0.0), share
-
-
-def _mean(x: Tensor, mask: Tensor) -> Tensor:
-    return torch.where(mask, x, 0).sum() / mask.sum().clamp(min=1)
 
 
 def _row_mean(x: Tensor, mask: Tensor) -> Tensor:

@@ -8,12 +8,15 @@ kwargs = { loss_type = "cispo", epsilon_high = 5.0 }
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from grpo_fast.config import LossConfig
 from grpo_fast.integrations.logprobs import logprob_loss
 
 __all__ = ["policy_loss"]
+
+_USED = {"trainer_logprobs", "inference_logprobs", "advantages", "loss_mask", "ref_logprobs", "loss_weights"}
 
 
 def policy_loss(inputs: Any, **options: Any) -> Any:
@@ -30,9 +33,16 @@ def policy_loss(inputs: Any, **options: Any) -> Any:
 
     Raises:
         ValueError: names the option, what it was and what was expected.
+        ImportError: inputs hold something that is not known here, as of a teacher or of another version.
     """
     from prime_rl.trainer.rl.loss import LossOutputs
 
+    given = {field.name for field in dataclasses.fields(inputs) if getattr(inputs, field.name) is not None}
+    if not given <= _USED:
+        raise ImportError(
+            f"grpo_fast.integrations.prime_rl: LossInputs has {', '.join(sorted(given - _USED))}; expected nothing but "
+            f"{', '.join(sorted(_USED))}, as at the commit this was written for: it would be without effect."
+        )
     config = LossConfig(**{"aggregation": "global_token_mean", **options})
     weights = getattr(inputs, "loss_weights", None)
     reference = getattr(inputs, "ref_logprobs", None)

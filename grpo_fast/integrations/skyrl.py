@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast.config import LossConfig
-from grpo_fast.integrations.logprobs import logprob_loss
+from grpo_fast.integrations.logprobs import logprob_loss, lower_bound_of_cispo, mean_over_tokens, ratio_of
 
 __all__ = ["POLICY_LOSSES", "policy_loss", "register"]
 
@@ -80,14 +80,13 @@ def policy_loss(
     if policy_loss_type == "cispo":
         if config.cispo.cispo_anchor == "rollout":
             old = _rollout_anchor(rollout_logprobs, config)
-        ratio, low, high = _ratio(log_probs, old, mask), 1 - config.cispo.cispo_eps_clip_low, settings.epsilon_high
-        raised = ratio.clamp(low, high) / ratio.clamp(max=high)  # a lower bound, which MiniMax-M1 and LossConfig do not have
+        ratio, low, high = ratio_of(log_probs, old, mask), 1 - config.cispo.cispo_eps_clip_low, settings.epsilon_high
+        raised = lower_bound_of_cispo(ratio, low, high)
         weights = raised if weights is None else raised * weights
     loss, metrics = logprob_loss(log_probs, advantages, config=settings, mask=mask, old_logprobs=old, rollout_weights=weights, num_items=1)
     clip_ratio = metrics["clip_region"]
     if policy_loss_type == "cispo":
-        counts = mask != 0
-        clip_ratio = (((ratio < low) | (ratio > high)) & counts).sum() / counts.sum().clamp(min=1)
+        clip_ratio = mean_over_tokens((ratio < low) | (ratio > high), mask)
     return loss, {"clip_ratio": 0.0 if policy_loss_type == "sapo" else clip_ratio.item(), **more}
 
 
@@ -114,8 +113,3 @@ def _rollout_anchor(rollout_logprobs: Tensor | None, config: Any) -> Tensor:
             "is that correction already."
         )
     return rollout_logprobs
-
-
-@torch.no_grad()
-def _ratio(log_probs: Tensor, old: Tensor, mask: Tensor) -> Tensor:
-    return torch.where(mask != 0, log_probs - old, 0).clamp(-20.0, 20.0).exp()

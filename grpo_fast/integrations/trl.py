@@ -385,15 +385,15 @@ class _Metrics:
 
     def __init__(self, out: GRPOOutput, mask: Tensor, advantages: Tensor, old: Tensor | None, config: LossConfig):
         self.out, self.config = out, config
-        self.mask = out.active
+        self.computed = out.active
         self.counts = mask != 0
         self.advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
-        log_ratio = torch.zeros_like(out.logprobs) if old is None else torch.where(self.mask, out.logprobs - old, 0)
+        log_ratio = torch.zeros_like(out.logprobs) if old is None else torch.where(self.computed, out.logprobs - old, 0)
         self.log_ratio = log_ratio  # [B, T]
         if config.level == "sequence":  # [B, 1], as TRL has it
             log_ratio = log_ratio.sum(-1, keepdim=True) / self.counts.sum(-1, keepdim=True).clamp(min=1)
         self.ratio = log_ratio.clamp(-config.log_ratio_clamp, config.log_ratio_clamp).exp()
-        self.count = self.mask.sum().float()
+        self.count = self.computed.sum().float()
         self.entropy_sum = out.entropy.sum()
         self.names: list[_Metric] = []
         self.values: list[Tensor] = []
@@ -433,7 +433,7 @@ class _Metrics:
             if rollout_weights is not None:
                 logs = torch.where(self.counts, rollout_weights, 1).log().clamp(math.log(1e-8), config.log_ratio_clamp)
                 log_rollout = logs.sum(-1, keepdim=True)
-            self._add_mean("vespo/phi_seq_mean", vespo_phi(self.log_ratio, advantages, log_rollout, Sequences(self.mask), config))
+            self._add_mean("vespo/phi_seq_mean", vespo_phi(self.log_ratio, advantages, log_rollout, Sequences(self.computed), config))
 
     def _add_mean(self, name: str, x: Tensor) -> None:
         if x.shape[1] == 1:  # one number per sequence

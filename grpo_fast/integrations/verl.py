@@ -23,7 +23,7 @@ from torch import Tensor
 
 from grpo_fast.advantages import group_advantages
 from grpo_fast.config import LossConfig
-from grpo_fast.integrations.logprobs import logprob_loss
+from grpo_fast.integrations.logprobs import logprob_loss, lower_bound_of_cispo, mean_over_tokens, ratio_of
 from grpo_fast.integrations.versions import refuse_other_versions
 from grpo_fast.linear import linear_token_logprobs
 
@@ -75,10 +75,10 @@ def policy_loss(
     weights = rollout_is_weights
     if loss_mode == "vespo":
         settings = LossConfig(loss_type="vespo")
-    elif loss_mode == "cispo":  # its lower bound is a factor, which a loss over log-probabilities can have beforehand
+    elif loss_mode == "cispo":
         settings = LossConfig.like("verl", loss_mode=loss_mode, **{**options, "clip_ratio_low": 1.0})
-        ratio, bound = _ratio(log_prob, old_log_prob, response_mask), settings.epsilon_high
-        raised = ratio.clamp(1 - _low(options), bound) / ratio.clamp(max=bound)
+        ratio = ratio_of(log_prob, old_log_prob, response_mask)
+        raised = lower_bound_of_cispo(ratio, 1 - _low(options), settings.epsilon_high)
         weights = raised if weights is None else raised * weights
     else:
         settings = LossConfig.like("verl", loss_mode=loss_mode, **options)
@@ -130,11 +130,6 @@ def _low(options: dict[str, Any]) -> float:
 
 
 @torch.no_grad()
-def _ratio(log_prob: Tensor, old_log_prob: Tensor, mask: Tensor) -> Tensor:
-    return torch.where(mask != 0, log_prob - old_log_prob, 0).clamp(-20.0, 20.0).exp()
-
-
-@torch.no_grad()
 def _metrics(
     loss_mode: str,
     clip_region: Tensor,
@@ -144,19 +139,14 @@ def _metrics(
     mask: Tensor,
     options: dict[str, Any],
 ) -> dict[str, float]:
-    counts = mask != 0
-    ratio = _ratio(log_prob, old_log_prob, mask)
-
-    def mean(x: Tensor) -> Tensor:
-        return torch.where(counts, x, 0).sum(dtype=torch.float32) / counts.sum().clamp(min=1)
-
+    ratio = ratio_of(log_prob, old_log_prob, mask)
     lower = torch.zeros_like(clip_region)
     if loss_mode == "vanilla":
-        lower = mean((ratio > options.get("clip_ratio_c", 3.0)) & (advantages < 0))
+        lower = mean_over_tokens((ratio > options.get("clip_ratio_c", 3.0)) & (advantages < 0), mask)
     elif loss_mode == "cispo":
         high = float(options.get("clip_ratio_high", options.get("clip_ratio", 0.2)))
-        clip_region = mean((ratio < 1 - _low(options)) | (ratio > 1 + high))
-    values = torch.stack([clip_region, mean(-ratio.log()), lower]).tolist()  # one synchronisation where verl has three
+        clip_region = mean_over_tokens((ratio < 1 - _low(options)) | (ratio > 1 + high), mask)
+    values = torch.stack([clip_region, mean_over_tokens(-ratio.log(), mask), lower]).tolist()  # one synchronisation where verl has three
     return dict(zip(("actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower"), values, strict=True))
 
 
