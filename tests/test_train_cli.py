@@ -233,7 +233,7 @@ def test_resuming(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_run_is_not_begun_in_the_folder_of_another(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint(2)
     message = refused(capsys, "config.yaml")
-    assert "holds a run already (checkpoint-2); expected another folder" in message and "--resume_from_checkpoint auto" in message
+    assert "holds a run already (checkpoint-2); expected another folder, or" in message and "--resume_from_checkpoint auto" in message
 
 
 def test_how_a_run_ended_is_said_in_a_few_lines(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,11 +255,26 @@ def test_how_a_run_ended_is_said_in_a_few_lines(here: Path, capsys: pytest.Captu
     checkpoint(5)
     for error in (SamplerError("the server is gone"), FloatingPointError("the loss is not finite")):
         message = ended(error, 1)
-        assert str(error) in message and "checkpoint-5 is complete. Go on from there" in message and "Traceback" not in message
+        assert str(error) in message and "checkpoint-5 is complete. To go on from there" in message and "Traceback" not in message
     assert "interrupted." in ended(KeyboardInterrupt(), 130)
     monkeypatch.setattr(StubTrainer, "ends_in", ZeroDivisionError())
     with pytest.raises(ZeroDivisionError):  # a mistake of ours
         train("config.yaml", "--resume_from_checkpoint", "auto")
+
+
+def test_a_model_without_weights_and_rows_too_few_are_no_tracebacks(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from grpo_fast.demo.model import make_model
+
+    make_model(TOKENIZER).config.save_pretrained("model")
+    for more, words in (
+        ((), "model.safetensors"),
+        (("--dataset_split", "train[:2]", "--num_generations", "2"), "train_dataset has 2 rows"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            command.app(["config.yaml", "--per_device_train_batch_size", "8", *more])
+        assert ended.value.code == 2
+        message = capsys.readouterr().err
+        assert words in message and "grpo-fast train: " in message and "Traceback" not in message
 
 
 def test_what_a_file_sets_the_command_line_can_unset(here: Path) -> None:

@@ -22,7 +22,6 @@ from grpo_fast.tasks import Task
 __all__ = ["app", "prepare", "run"]
 
 SETTINGS_FILE = "settings.json"
-RESUME = "Go on from there: the same command with --resume_from_checkpoint auto."
 USAGE = """usage: grpo-fast train [FILE] [--name value ...]
 
 Train a causal language model by GRPO. FILE is YAML or JSON, of lines 'name: value'; what is said on the command line wins.
@@ -115,7 +114,11 @@ def run(prepared: dict[str, Any], trainer_class: Any = None, *, prog_name: str =
 
     if trainer_class is None:
         from grpo_fast.trainer import GRPOTrainer as trainer_class  # noqa: N813
-    trainer = trainer_class(**prepared["trainer"])
+    try:
+        trainer = trainer_class(**prepared["trainer"])
+    except (ValueError, OSError, SamplerError) as error:  # settings that do not fit the model or the rows; no weights; no server
+        _say(f"{prog_name}: {error}")
+        raise SystemExit(2) from error
     output = Path(trainer.args.output_dir)
     if trainer.is_world_process_zero():
         _write(output / SETTINGS_FILE, {name: value for name, value in prepared["given"].items() if name != "resume_from_checkpoint"})
@@ -140,7 +143,9 @@ def _how_it_ended(error: BaseException, step: int, output: Path) -> str:
     if isinstance(error, RewardError) and error.__cause__ is not None:  # where in the user's own code
         said += "\n" + "".join(traceback.format_exception(error.__cause__)).rstrip()
     last = last_checkpoint(output)
-    kept = f"{last} is complete. {RESUME}" if last else "There is no checkpoint yet (save_steps says how often one is written)."
+    kept = "There is no checkpoint yet: save_steps says how often one is written."
+    if last is not None:
+        kept = f"{last} is complete. To go on from there: the same command with --resume_from_checkpoint auto."
     return f"{said}\n{step} steps were done. {kept}"
 
 
@@ -196,7 +201,8 @@ def _checkpoint(config: Any) -> str | None:
     if wanted is None or str(wanted).lower() == "false":
         if last is not None:  # a new run would write its checkpoints among those, and some day resume from one that is not its own
             raise SettingsError(
-                f"output_dir is {config.output_dir!r}, which holds a run already ({Path(last).name}); expected another folder. {RESUME}"
+                f"output_dir is {config.output_dir!r}, which holds a run already ({Path(last).name}); expected another folder, or "
+                "--resume_from_checkpoint auto, to go on with that run."
             )
         return None
     if str(wanted).lower() in ("auto", "true"):
