@@ -1,17 +1,18 @@
-"""Single modules of libraries whose whole cannot be installed beside ours, for comparison with their own arithmetic.
+"""Single modules and methods of libraries whose whole cannot be installed beside ours, for comparison with their own arithmetic.
 
-verl and OpenRLHF pin old versions of what we test with, or import Ray, vLLM and DeepSpeed; the functions to compare with need none of them.
-So the wheels lie aside (`pip install --no-deps --target .venv/peers verl==0.9.1 openrlhf==0.11.2`), only the module that is wanted is
-loaded, and imports it does not need are stand-ins.
+verl, OpenRLHF and ms-swift pin old versions of what we test with, or import Ray, vLLM and DeepSpeed; what is compared with needs none of
+them. So the wheels lie aside (`pip install --no-deps --target .venv/peers verl==0.9.1 openrlhf==0.11.2 ms-swift==4.6.0`), only the module
+that is wanted is loaded, and imports it does not need are stand-ins; of a module that is not to be had alone, some methods.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.metadata
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,14 +50,34 @@ def peer_module(package: str, version: str, module: str, stand_ins: tuple[str, .
         module: below the package.
         stand_ins: modules that are imported on the way and not used.
     """
-    found = next(PEERS.glob(f"{package}-*.dist-info"), None)
-    if found is None:
-        pytest.skip(f"{package} is not in {PEERS}: pip install --no-deps --target {PEERS} {package}=={version}")
-    installed = importlib.metadata.Distribution.at(found).version
-    if installed != version:
-        pytest.skip(f"parity is with {package} {version}, {PEERS} holds {installed}")
+    _skip_without(package, version)
     with _only_what_is_needed(package, module, stand_ins):
         return importlib.import_module(f"{package}.{module}")
+
+
+def peer_methods(distribution: str, version: str, file: str, methods: tuple[str, ...], **names: Any) -> dict[str, Callable[..., Any]]:
+    """Methods of a class, as functions that take self, without importing its module; skip, and say why, where it is not.
+
+    Args:
+        file: in the peers folder.
+        methods: "Class.method".
+        names: what they find in their module.
+    """
+    _skip_without(distribution, version)
+    classes = [node for node in ast.parse((PEERS / file).read_text()).body if isinstance(node, ast.ClassDef)]
+    found = {f"{of.name}.{node.name}": node for of in classes for node in of.body if isinstance(node, ast.FunctionDef)}
+    module = ast.Module([found[method] for method in methods], type_ignores=[])
+    exec(compile(module, str(PEERS / file), "exec", annotations.compiler_flag), names)
+    return {method.partition(".")[2]: names[method.partition(".")[2]] for method in methods}
+
+
+def _skip_without(distribution: str, version: str) -> None:
+    found = next(PEERS.glob(f"{distribution.replace('-', '_')}-*.dist-info"), None)
+    if found is None:
+        pytest.skip(f"{distribution} is not in {PEERS}: pip install --no-deps --target {PEERS} {distribution}=={version}")
+    there = importlib.metadata.Distribution.at(found).version
+    if there != version:
+        pytest.skip(f"compared with {distribution} {version}, {PEERS} holds {there}")
 
 
 @contextmanager

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from peers import needs_trl, peer_module
+from peers import needs_trl, peer_methods, peer_module
 from policy_batch import assert_same, poisoned, policy_batch, value_and_gradient
 from torch import Tensor
 
@@ -220,35 +221,87 @@ def test_openrlhf(options: dict[str, Any], kl: str | None, generator: torch.Gene
     assert_same(ours(batch, LossConfig.like("openrlhf", **settings)), expected, batch["mask"], 1e-6)  # they compute the KL in float32
 
 
-# ms-swift, whose trainer cannot be loaded alone: its arithmetic, written out ------------------------------------------------------------
+# ms-swift ---------------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo"])
-@pytest.mark.parametrize("beta", [0.0, 0.3])
-def test_swift(loss_type: str, beta: float, generator: torch.Generator) -> None:
+def swift(**settings: Any) -> Any:
+    """Its trainer's own methods for the loss, on a stand-in for the trainer."""
+    methods = ("_compute_loss_and_metrics", "_undo_gradient_accumulation_scaling", "_apply_rollout_importance_sampling")
+    methods += ("_compute_sequence_level_ratios",)
+    found = peer_methods(
+        "ms-swift",
+        "4.6.0",
+        "swift/rlhf_trainers/grpo_trainer.py",
+        tuple(f"GRPOTrainer.{name}" for name in methods),
+        torch=torch,
+        nanmin=torch.amin,
+        nanmax=torch.amax,
+        WINDOW_NORMALIZED_LOSS_TYPES=["cispo", "dapo", "fipo"],
+    )
+    given: dict[str, Any] = {
+        "loss_type": "grpo",
+        "epsilon_low": 0.2,
+        "epsilon_high": 0.2,
+        "beta": 0.0,
+        "tau_pos": 1.0,
+        "tau_neg": 1.05,
+        "importance_sampling_level": "token",
+        "max_completion_length": 512,
+        "delta": None,
+        **settings,
+    }
+    trainer = SimpleNamespace(
+        model=SimpleNamespace(training=True),
+        args=SimpleNamespace(delta=given.pop("delta"), top_entropy_quantile=1.0, log_entropy=False, gradient_accumulation_steps=1),
+        accelerator=SimpleNamespace(num_processes=1, gather_for_metrics=lambda x: x),
+        model_accepts_loss_kwargs=False,
+        compute_loss_func=None,
+        chord_sft_iterator=None,
+        off_policy_sequence_mask_delta=None,
+        rollout_importance_sampling_mode=None,
+        sdar_loss_coef=0.0,
+        **dict.fromkeys(("compute_entropy", "overlong_filter", "kl_in_reward", "log_rollout_offpolicy_metrics", "_has_teacher"), False),
+        disable_rollout_importance_sampling=True,
+        **given,
+    )
+    for name, method in found.items():
+        setattr(trainer, name, functools.partial(method, trainer))
+    return trainer
+
+
+SWIFT_CASES: list[dict[str, Any]] = [
+    *({"loss_type": name, "beta": beta} for name in ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo") for beta in (0.0, 0.3)),
+    {"delta": 1.5, "epsilon_high": 0.3},
+    {"importance_sampling_level": "sequence", "epsilon": 0.05},
+    {"importance_sampling_level": "sequence_token", "epsilon": 0.05, "beta": 0.3},
+]
+
+
+@pytest.mark.parametrize("options", SWIFT_CASES, ids=lambda options: "-".join(map(str, options.values())))
+def test_swift(options: dict[str, Any], generator: torch.Generator) -> None:
     batch = policy_batch(generator)
-    high = 1.2 if loss_type == "cispo" else 0.3
+    options = {"tau_pos": 1.25, "tau_neg": 1.5, "max_completion_length": 7, "beta": 0.0, **options}
+    if options.get("loss_type") == "cispo":
+        options["epsilon_high"] = 1.2
+    epsilon = options.get("epsilon", 0.2)
+    settings = {name: value for name, value in options.items() if name != "epsilon"}
+    trainer = swift(**{**settings, "epsilon_low": epsilon, "epsilon_high": options.get("epsilon_high", epsilon)})
+    grpo_batch = SimpleNamespace(
+        completion_mask=batch["mask"],
+        truncated_mask=torch.zeros(6, dtype=torch.bool),
+        advantages=batch["advantages"].unsqueeze(1).expand(6, 5),
+        old_per_token_logps=batch["old"],
+        ref_per_token_logps=batch["ref"],
+        rollout_per_token_logps=None,
+        num_items_in_batch=29,
+    )
 
     def theirs(logprobs: Tensor) -> Tensor:
-        ratio, a, m = (logprobs - batch["old"]).exp(), batch["advantages"].unsqueeze(1), batch["mask"]
-        if loss_type == "cispo":
-            loss = -ratio.clamp(max=high).detach() * a * logprobs
-        elif loss_type == "sapo":
-            tau = torch.where(a > 0, torch.tensor(1.25).double(), torch.tensor(1.5).double())
-            loss = -torch.sigmoid(tau * (ratio - 1)) * (4 / tau) * a
-        else:
-            loss = -torch.min(ratio * a, ratio.clamp(0.8, 1 + high) * a)
-        d = batch["ref"] - logprobs
-        loss = loss + beta * (d.exp() - d - 1)
-        per_sequence, size = (loss * m).sum(1), m.sum(1)
-        if loss_type in ("grpo", "sapo"):
-            return (per_sequence / size.clamp(min=1)).mean()
-        return per_sequence.sum() / {"bnpo": 19, "dr_grpo": 6 * 7, "dapo": 29, "cispo": 29}[loss_type]
+        trainer._get_per_token_logps_and_entropies = lambda *_, **__: (logprobs, None)
+        return trainer._compute_loss_and_metrics(trainer.model, {}, grpo_batch)[0]
 
-    config = LossConfig.like(
-        "swift", loss_type=loss_type, epsilon_high=high, beta=beta, tau_pos=1.25, tau_neg=1.5, max_completion_length=7, uncapped_kl=True
-    )
-    assert_same(ours(batch, config, num_items=29), value_and_gradient(theirs, batch["logprobs"]), batch["mask"], TOLERANCE)
+    config = LossConfig.like("swift", uncapped_kl=True, **options)
+    assert_same(ours(batch, config, num_items=29), value_and_gradient(theirs, batch["logprobs"]), batch["mask"], 1e-7)  # float32's taus
 
 
 # What is refused ------------------------------------------------------------------------------------------------------------------------
@@ -311,6 +364,11 @@ def test_rollout_settings(library: str, mode: str, generator: torch.Generator) -
     expected = expected.clamp(max=1.2) if mode.endswith("truncate") else expected * (expected <= 1.2)
     torch.testing.assert_close(weights, expected.float())
     assert 0 < (expected != difference.exp()).float().mean() < 1, "the bound must cut somewhere"
+    if library == "swift":
+        trainer = swift()
+        trainer.rollout_importance_sampling_mode, trainer.rollout_importance_sampling_threshold = mode, 1.2
+        theirs = trainer._apply_rollout_importance_sampling(batch["old"] - batch["ref"], batch["mask"])
+        torch.testing.assert_close(weights.expand(6, 5)[batch["mask"]], theirs[batch["mask"]].float())
 
 
 def test_advantages_of_verl(generator: torch.Generator) -> None:
