@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.metadata
+import subprocess
 import sys
 import types
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -79,12 +81,14 @@ def test_as_verls_own(
     assert metrics["ours"] == {name: pytest.approx(value, rel=1e-5, abs=1e-6) for name, value in metrics["theirs"].items()}
 
 
-def test_registered_by_importing_the_plugin(core: Any) -> None:
+def test_registered_by_the_plugin_that_verl_finds(core: Any) -> None:
+    (plugin,) = importlib.metadata.entry_points(group="verl.plugins", name="grpo_fast")
     module = types.ModuleType("verl.trainer.ppo.core_algos")
     module.register_policy_loss, module.register_adv_est = core.register_policy_loss, core.register_adv_est  # type: ignore[attr-defined]
     names = ("verl", "verl.trainer", "verl.trainer.ppo")
     with mock.patch.dict(sys.modules, {**{name: types.ModuleType(name) for name in names}, module.__name__: module}):
-        importlib.import_module("grpo_fast.integrations.verl_plugin")
+        sys.modules.pop("grpo_fast.integrations.verl_plugin", None)
+        plugin.load()
     assert {f"grpo_fast_{mode}" for mode in adapter.LOSS_MODES} <= set(core.POLICY_LOSS_REGISTRY)
     assert core.get_adv_estimator_fn("grpo_fast") is adapter.group_relative_advantages
     loss = core.get_policy_loss_fn("grpo_fast_vespo")
@@ -148,3 +152,17 @@ def test_a_temperature_per_sample(generator: torch.Generator) -> None:
         torch.testing.assert_close(entropy.view(2, 5)[row], alone[1])
     with pytest.raises(ValueError, match="reduction is 'mean'"):
         adapter.linear_cross_entropy(hidden, weight, labels, 1.0, "mean")
+
+
+def test_a_vocabulary_divided_between_two_processes(tmp_path: Path) -> None:
+    command = [sys.executable, str(Path(__file__).with_name("verl_ranks.py"))]
+    started = [
+        subprocess.Popen([*command, str(rank), str(tmp_path / "group")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for rank in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=120)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert all(process.returncode == 0 for process in started), "\n".join(said)
