@@ -80,7 +80,7 @@ METRICS = ("kl", "entropy", "ratio_mean", "ratio_max", "clip_low", "clip_high", 
 
 
 def loss_settings(config: LossConfig) -> list[float]:
-    """What the kernels need to know of a LossConfig, in the order of config_of() in csrc/cpu/grpo_loss_cpu.cpp."""
+    """What the kernels need to know of a LossConfig, in the order of config_of() in csrc/loss_settings.h."""
     return [
         float(SURROGATES.index(config.surrogate)),
         float(KL_ESTIMATORS.index(config.kl_estimator)),

@@ -257,6 +257,11 @@ def test_an_upstream_gradient_other_than_one(triton_backend: None) -> None:
     assert torch.equal(half, 0.5 * kept) and torch.equal(once, kept)
     fourfold = torch.autograd.grad(loss.expand(4).sum(), call["logits"])[0]
     assert torch.equal(fourfold, 4 * kept)
+    view = (call["logits"] * 1).view(4, 5, 5000)[:, :-1]  # written over where it lies, in rows apart
+    rest = (call["token_ids"].view(4, 5)[:, :-1], call["advantages"].view(4, 5)[:, :-1])
+    expected = torch.autograd.grad(gf.grpo_loss(view, *rest).loss, call["logits"], retain_graph=True)[0]
+    found = torch.autograd.grad(0.5 * gf.grpo_loss(view, *rest, inplace=True).loss, call["logits"])[0]
+    assert torch.equal(found, 0.5 * expected)
 
 
 @pytest.mark.gpu

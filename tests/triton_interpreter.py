@@ -26,7 +26,7 @@ import test_linear
 from cases import random_case
 
 import grpo_fast as gf
-from grpo_fast import reference
+from grpo_fast import reference, triton_ops
 from grpo_fast.kernels import grpo_loss as grpo_loss_module
 from grpo_fast.kernels import token_logprobs as kernels
 from grpo_fast.kernels.scale import BLOCK as SCALE_BLOCK
@@ -325,6 +325,26 @@ def test_scaling_in_place(count: int) -> None:
     expected = x.clone()
     assert scale_(x, torch.tensor(1.0)) is x and torch.equal(x, expected)
     assert torch.equal(scale_(x, torch.tensor(0.25)), 0.25 * expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, SCALE_BLOCK + 5), (3, 2, 7), (2, 5, 133)])
+def test_scaling_of_rows_that_lie_apart(shape: tuple[int, int, int]) -> None:
+    """The gradient in place of logits that are a view: rows on every offset, and what lies between them stays."""
+    wide = torch.randn(shape[0], shape[1] + 1, shape[2] + 6, dtype=torch.bfloat16 if shape[2] == 7 else torch.float32)
+    expected = wide.clone()
+    x = wide[:, :-1, 3:-3]
+    assert scale_(x, torch.tensor(1.0)) is x and torch.equal(wide, expected)
+    expected[:, :-1, 3:-3] *= 0.25
+    scale_(x, torch.tensor(0.25))
+    assert torch.equal(wide, expected)
+
+
+def test_what_is_scaled_by_one_is_not_walked_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it lies apart: no product by torch, which would read and write it all."""
+    monkeypatch.setattr(triton_ops, "_on_its_device", lambda launch: launch)  # the CPU is no device to be on
+    monkeypatch.setattr(Tensor, "mul_", lambda *_: pytest.fail("a product by torch"))
+    x = torch.randn(2, 4, 33)[:, :-1]
+    assert not x.is_contiguous() and triton_ops.scaled_(x, torch.tensor(1.0)) is x
 
 
 # ---- what bench/gpu_bench.py times on a GPU

@@ -67,7 +67,7 @@ def main() -> None:
         grpo_loss.grpo_loss_fwd(rows, scoring, policy, loss_scale, settings, launches % 2 == 0, logits, parts=parts)
         out = token_logprobs.token_logprobs_fwd(rows, scoring, parts=parts)
         token_logprobs.token_logprobs_bwd(per_token, per_token, rows, scoring, *out, inplace=True, parts=parts)
-        scale.scale_(torch.empty(vocabulary), torch.tensor(0.5))
+        scale.scale_(logits[:, :length], torch.tensor(0.5, dtype=torch.bfloat16))
         launches += 1
 
     # Strides and counts that no longer fit in 32 bits, for which there is no memory here.

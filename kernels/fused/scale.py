@@ -4,8 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rowwise import kernel
-from .token_logprobs import multiprocessors
+from .rowwise import edge_columns, kernel, row_edges, row_slice
+from .token_logprobs import multiprocessors, phase_of, strides
 
 __all__ = ["scale_"]
 
@@ -13,32 +13,53 @@ BLOCK, WARPS = 4096, 8
 PROGRAMS_PER_MULTIPROCESSOR = 8  # they walk over x, so that a factor of 1 costs these few and not one per block
 
 
+@triton.jit
+def _scale_elements(x_ptr, inside, factor):
+    x = tl.load(x_ptr, mask=inside, other=0.0)
+    tl.store(x_ptr, (x.to(tl.float32) * factor).to(x.dtype), mask=inside)
+
+
 @kernel
-def _scale_kernel(x_ptr, factor_ptr, count: tl.int64, BLOCK: tl.constexpr):
+def _scale_kernel(
+    x_ptr, factor_ptr,
+    rows: tl.int64, length: tl.int32, columns: tl.int64, parts: tl.int32, phase: tl.int32,
+    sequence_stride: tl.int64, token_stride: tl.int64,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     factor = tl.load(factor_ptr).to(tl.float32)
     if factor == 1.0:
         return
-    x_ptr = tl.multiple_of(x_ptr, 16)
-    step = tl.num_programs(0).to(tl.int64) * BLOCK
+    VECTOR: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
     lane = tl.arange(0, BLOCK)
-    whole = count // BLOCK * BLOCK
-    for start in tl.range(tl.program_id(0).to(tl.int64) * BLOCK, whole, step):
-        x = tl.load(x_ptr + start + lane)
-        tl.store(x_ptr + start + lane, (x.to(tl.float32) * factor).to(x_ptr.dtype.element_ty))
-    if tl.program_id(0) == 0:
-        inside = whole + lane < count
-        x = tl.load(x_ptr + whole + lane, mask=inside, other=0.0)
-        tl.store(x_ptr + whole + lane, (x.to(tl.float32) * factor).to(x_ptr.dtype.element_ty), mask=inside)
+    for piece in tl.range(tl.program_id(0).to(tl.int64), rows * parts, tl.num_programs(0)):
+        row, part = piece // parts, piece % parts
+        offset = row // length * sequence_stride + row % length * token_stride
+        row_ptr = x_ptr + offset
+        head, middle = row_edges(phase + offset, columns, VECTOR)
+        first, last = row_slice(part, parts, middle, BLOCK)
+        vectors_ptr = tl.multiple_of(row_ptr + head, 16)
+        for block in tl.range(first, last):
+            at = block * BLOCK + lane
+            _scale_elements(vectors_ptr + at, at < tl.multiple_of(middle, VECTOR), factor)
+        column, inside = edge_columns(head, middle, columns, part, VECTOR)
+        _scale_elements(row_ptr + column, inside, factor)
 
 
 def scale_(x: Tensor, factor: Tensor) -> Tensor:
     """x *= factor, in place.
 
     Args:
-        x: contiguous, its first element on a 16-byte boundary.
+        x: contiguous, or [B, T, V] contiguous over V.
         factor: 0-d, on the device of x.
     """
-    if x.numel() > 0:
-        programs = min(triton.cdiv(x.numel(), BLOCK), PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x.device))
-        _scale_kernel[(programs,)](x, factor, x.numel(), BLOCK=BLOCK, num_warps=WARPS)
+    if x.numel() == 0:
+        return x
+    whole = x.view(1, 1, -1) if x.is_contiguous() else x
+    rows, columns = whole.shape[0] * whole.shape[1], whole.shape[2]
+    blocks = triton.cdiv(columns, BLOCK)
+    programs = min(rows * blocks, PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x.device))
+    parts = min(blocks, triton.cdiv(programs, rows))
+    _scale_kernel[(programs,)](
+        whole, factor, rows, whole.shape[1], columns, parts, phase_of(whole), *strides(whole), BLOCK=BLOCK, num_warps=WARPS
+    )
     return x
