@@ -13,6 +13,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import grpo_fast as gf
+from grpo_fast.benchmark.contestants import UnavailableError
 from grpo_fast.benchmark.head import contestants, run, worker
 from grpo_fast.benchmark.head.case import SEQUENCES, Case, arguments, make_cases
 from grpo_fast.benchmark.head.cli import app
@@ -42,11 +43,18 @@ def test_the_cases_differ_in_their_activity_alone() -> None:
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5])
-@pytest.mark.parametrize(("name", "trainable", "frozen"), [("floor", 6, 4), ("ours", 6, 4), ("full", 6, 4), ("eager", 6, 4), ("trl", 8, 6)])
+@pytest.mark.parametrize(
+    ("name", "trainable", "frozen"),
+    [("floor", 6, 4), ("ours", 6, 4), ("full", 6, 4), ("eager", 6, 4), ("trl", 8, 6), ("liger", 8, 6), ("cce", 6, 4)],
+)
 def test_the_operations_are_counted(name: str, trainable: int, frozen: int, share: float) -> None:
     """Also that nobody but ours does less where fewer tokens are active, which is why the others are not timed there."""
     (like,) = make_cases(SEQUENCES, 4, 11, torch.float32, [share], seed=0)
-    step, part = contestants.make(name), share if name == "ours" else 1.0
+    try:
+        step = contestants.make(name)
+    except UnavailableError as error:
+        pytest.skip(str(error))
+    part = share if name == "ours" else 1.0
     assert worker.flop_multiple(step, True, like) == trainable * part
     assert worker.flop_multiple(step, False, like) == frozen * part
 
@@ -90,7 +98,7 @@ def test_the_gate_refuses_a_wrong_gradient(factor: float, case: Case, monkeypatc
 def test_a_process_answers(case: Case, tmp_path: Path) -> None:
     torch.save(case, tmp_path / "case.pt")
     answer = run._ask("ours", tmp_path / "case.pt", trainable=False, rounds=2, threads=1)
-    assert answer["right"] and len(answer["seconds"]) == 2 and answer["flop_multiple"] == pytest.approx(4 * 0.6, abs=0.01)
+    assert answer["right"] and len(answer["seconds"]) == 2 and answer["flop_multiple"] == 4 * 0.6
     assert "nobody" in run._ask("nobody", tmp_path / "case.pt", trainable=False, rounds=1, threads=1)["error"]
 
 

@@ -56,9 +56,10 @@ def flop_multiple(step: Step, trainable: bool, like: Case) -> float:
     """The operations of a step's matrix products in units of N D V, which are the same at any size: counted at a small one with the same
     share of active tokens. Compiled code runs as it is written."""
     share = float((like.mask.bool() & (like.advantages != 0)[:, None]).float().mean())
-    (case,) = make_cases(SEQUENCES * 32, 16, 512, like.hidden.dtype, [share], seed=0)
+    (case,) = make_cases(SEQUENCES * 40, 16, 512, like.hidden.dtype, [share], seed=0)
     hidden, weight = case.hidden.requires_grad_(), case.weight.requires_grad_(trainable)
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _addmm_flops}) as counter:
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _addmm_flops})
+    with torch.compiler.set_stance("force_eager"), counter:
         step(case, hidden, weight).backward()
     return counter.get_total_flops() / (case.token_ids.numel() * weight.numel())
 
