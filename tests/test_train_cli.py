@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shlex
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -408,3 +410,28 @@ def test_doctor_names_what_training_lacks(monkeypatch: pytest.MonkeyPatch) -> No
     lines = {line.split("│")[1].strip(): line for line in shown.splitlines() if line.startswith("│")}
     assert "5.17.0" in lines["transformers"] and "not installed" in lines["math-verify"] and "--rewards math" in lines["math-verify"]
     assert "pip install 'grpo_fast[math,peft,tasks,train]'" in shown
+
+
+# --- the page on training ----------------------------------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).resolve().parent.parent / "docs" / "training.md").read_text()
+
+
+def test_the_page_has_every_reward_and_sampler() -> None:
+    rows = re.findall(r"^\| `\"?(\w+)\"?` \| (\S+)", PAGE, re.M)
+    named = {name: what.strip("`") for name, what in rows}
+    assert {name: reward.__name__ for name, reward in BUILT_IN.items()}.items() <= named.items()
+    assert set(SAMPLERS) <= set(named)
+
+
+def test_the_settings_and_commands_of_the_page_are_taken(here: Path) -> None:
+    pytest.importorskip("reasoning_gym", reason="its generators are the package's")
+    Path("my_rewards.py").write_text("def brief(completions, **columns):\n    return [-float(len(c)) for c in completions]\n")
+    (settings,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.S)
+    Path("sums.yaml").write_text(settings)
+    commands = [shlex.split(line) for line in re.findall(r"^grpo-fast train (.*)$", PAGE, re.M)]
+    assert len(commands) == 3
+    for command_line in commands:
+        trainer = train(*command_line, "--model", "model", "--use_cpu", "--report_to", "none")
+    assert trainer.done[0] == ("train", None) and trainer.args.learning_rate == 2e-6 and len(trainer.arguments["reward_funcs"]) == 4
+    assert trainer.args.temperature_schedule == {"kind": "entropy", "target": 0.3} and len(trainer.arguments["eval_dataset"]) == 100
