@@ -10,9 +10,9 @@ from typing import Any
 
 from grpo_fast.rewards.runner import EXTRAS
 
-__all__ = ["Prompts", "check_evaluation", "check_rows", "encode_prompt", "load_prompts"]
+__all__ = ["Prompts", "check_evaluation", "check_rows", "encode_prompt", "load_prompts", "read_rows"]
 
-_LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+_LOADERS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".parquet": "parquet"}
 # What the trainer itself passes to rewards. (Columns of the names completion and completion_ids reach no reward, here as in TRL.)
 _TAKEN = ("prompts", "completions", "extras", *EXTRAS)
 
@@ -53,8 +53,8 @@ def load_prompts(
     stay as they are.
 
     Args:
-        data: a ``datasets.Dataset``; a list of dictionaries; a file (.jsonl, .json, .csv, .parquet); a folder that a data set was saved
-            to (``save_to_disk``); or the name of one on the hub. All but lists need the datasets package.
+        data: a ``datasets.Dataset``; a list of dictionaries; or where `read_rows` finds one: a file, a folder, a name on the hub. All but
+            lists need the datasets package.
         tokenizer: of the model; with a chat template, if prompts are lists of messages.
         max_prompt_length: tokens, with the chat template's; None = any.
         rename: columns to rename, old name to new: ``{"question": "prompt", "solution": "answer"}``. The built-in rewards read ``answer``.
@@ -171,35 +171,58 @@ def encode_prompt(
     return list(ids)
 
 
+def read_rows(name: str | Path, *, split: str = "train", config: str | None = None) -> Any:
+    """A ``datasets.Dataset``, by where it is.
+
+    Args:
+        name: a file (.jsonl, .json, .csv, .parquet); a folder, saved by ``save_to_disk`` or of data files; or a name on the hub.
+        split: with a slice, if wanted: ``train[:100]``. Of a file only the slice counts.
+        config: of a data set on the hub.
+
+    Raises:
+        ValueError: it cannot be had; the message has the reason and the cure.
+    """
+    datasets = _datasets(repr(str(name)))
+    path = Path(name).expanduser()
+    if path.is_file() and path.suffix not in _LOADERS:
+        raise ValueError(f"data set {str(name)!r}: files that end in {path.suffix!r} are not read; expected {', '.join(_LOADERS)}.")
+    if not path.exists() and (isinstance(name, Path) or path.suffix in _LOADERS or str(name).startswith((".", "/", "~"))):
+        raise ValueError(f"data set {str(name)!r}: there is no such file or folder.")
+    try:
+        if path.is_file():
+            whole = "train" + (f"[{split.partition('[')[2]}" if "[" in split else "")
+            return datasets.load_dataset(_LOADERS[path.suffix], data_files=str(path), split=whole)
+        if not any((path / file).is_file() for file in ("state.json", "dataset_dict.json")):
+            return datasets.load_dataset(str(name), config, split=split)
+        found = datasets.load_from_disk(str(path))
+    except Exception as error:  # whatever the readers raise: a typing error, a broken file, no network
+        reason = " ".join(str(error).split())[:400].rstrip(".")
+        raise ValueError(
+            f"data set {str(name)!r} (split {split!r}, config {config!r}) cannot be loaded: {type(error).__name__}: {reason}. "
+            "Expected a name on the hub, a folder, or a file."
+        ) from error
+    return _split_of(found, split)
+
+
 def _rows(data: Any, split: str) -> Any:
     """A list of dictionaries, or a datasets.Dataset."""
     if isinstance(data, (list, tuple)):
         return list(data)
-    if isinstance(data, (str, Path)):
-        datasets = _datasets(repr(str(data)))
-        path = Path(data)
-        if path.is_file():
-            if path.suffix not in _LOADERS:
-                raise ValueError(f"load_prompts: data is {str(data)!r}; expected a file that ends in {', '.join(_LOADERS)}.")
-            data = datasets.load_dataset(_LOADERS[path.suffix], data_files=str(path), split="train")
-        elif path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
-            data = datasets.load_from_disk(str(path))
-        elif isinstance(data, Path) or path.suffix in _LOADERS:
-            raise ValueError(f"load_prompts: there is no file {str(data)!r}.")
-        else:
-            data = datasets.load_dataset(str(data), split=split)
-    if isinstance(data, dict):  # a datasets.DatasetDict is one
-        if split not in data:
-            raise ValueError(
-                f"load_prompts: data has the splits {', '.join(map(str, data))}; expected {split!r} among them. Cure: split=..."
-            )
-        data = data[split]
+    data = _split_of(read_rows(data, split=split) if isinstance(data, (str, Path)) else data, split)
     if not all(hasattr(data, name) for name in ("column_names", "select", "rename_columns", "__len__")):
         raise TypeError(
             f"load_prompts: data is a {type(data).__name__}; expected a datasets.Dataset, a list of dictionaries, or where to find one. "
             "Cure for a stream: datasets.Dataset.from_list(list(itertools.islice(stream, n)))."
         )
     return data
+
+
+def _split_of(data: Any, split: str) -> Any:
+    if not isinstance(data, dict):  # a datasets.DatasetDict is one
+        return data
+    if split not in data:
+        raise ValueError(f"data has the splits {', '.join(map(str, data))}; expected {split!r} among them. Cure: split=...")
+    return data[split]
 
 
 def _datasets(what: str) -> Any:

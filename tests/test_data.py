@@ -162,8 +162,8 @@ def test_what_is_no_data_set_is_said(tokenizer, tmp_path):
     with pytest.raises(TypeError, match="row 0 is a str; expected a dictionary with a 'prompt'"):
         load_prompts(["sort 1="], tokenizer)
     pytest.importorskip("datasets", reason="needs the datasets package: pip install 'grpo-fast[train]'")
-    with pytest.raises(ValueError, match=r"there is no file '.*nothing.jsonl'"):
+    with pytest.raises(ValueError, match=r"data set '.*nothing.jsonl': there is no such file or folder"):
         load_prompts(tmp_path / "nothing.jsonl", tokenizer)
     (tmp_path / "a.txt").write_text("12")
-    with pytest.raises(ValueError, match=r"expected a file that ends in .json, .jsonl, .csv, .parquet"):
+    with pytest.raises(ValueError, match=r"files that end in '.txt' are not read; expected .json, .jsonl, .ndjson, .csv, .parquet"):
         load_prompts(tmp_path / "a.txt", tokenizer)

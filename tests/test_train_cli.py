@@ -19,8 +19,9 @@ pytest.importorskip("datasets", reason="rows are a dataset")
 
 from grpo_fast import monitor
 from grpo_fast.commands import train as command
-from grpo_fast.commands.data import load_rows, make_task, shape_prompts
+from grpo_fast.commands.data import make_task, shape_prompts
 from grpo_fast.commands.settings import SettingsError, TrainOptions, build_parser, parse
+from grpo_fast.data import read_rows
 from grpo_fast.demo.task import make_tokenizer
 from grpo_fast.generation import SAMPLERS, SamplerError
 from grpo_fast.grpo_config import GRPOConfig
@@ -166,7 +167,7 @@ def test_everything_on_the_command_line(here: Path) -> None:
             ["config.yaml", "--reward_isolation", "process", "--rewards", "accuracy", "--reward_weights", "1", "--reward_timeout", "0"],
             "is 0",
         ),
-        (["config.yaml", "--dataset", "gone.jsonl"], "dataset gone.jsonl: there is no such file"),
+        (["config.yaml", "--dataset", "gone.jsonl"], "data set 'gone.jsonl': there is no such file"),
         (["config.yaml", "--dataset", "mine.py"], "files that end in '.py' are not read"),
         (["config.yaml", "--prompt_column", "text"], "prompt_column is 'text'; expected one of prompt, question, answer"),
         (["config.yaml", "--prompt_template", "{text}"], "expected columns in braces"),
@@ -294,7 +295,7 @@ def test_rows_from_files(here: Path, ending: str) -> None:
     else:
         name = f"rows.{ending}"
         {"json": whole.to_json, "parquet": whole.to_parquet, "csv": whole.to_csv}[ending](name)
-    rows = load_rows(name)
+    rows = read_rows(name)
     assert rows[3]["prompt"] == "sort 3=" and len(rows) == 8
     assert shape_prompts(rows, column="question")[3]["prompt"] == "what is 3?"
 

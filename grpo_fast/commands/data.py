@@ -1,19 +1,17 @@
-"""Rows to train on: from the hub, a folder, a file, or a generator of tasks; always with a column ``prompt``."""
+"""Rows to train on: those of a generator of tasks, and any, shaped to have a column ``prompt``."""
 
 from __future__ import annotations
 
 import ast
-from pathlib import Path
 from typing import Any
 
 from grpo_fast.commands.settings import SettingsError
 from grpo_fast.tasks import Task, arithmetic_task, reasoning_gym_task, sorting_task
 
-__all__ = ["load_rows", "make_task", "shape_prompts"]
+__all__ = ["make_task", "shape_prompts"]
 
 TASKS: dict[str, Any] = {"arithmetic": arithmetic_task, "sorting": sorting_task}
 GYM = "reasoning_gym:"
-FORMATS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
 def make_task(name: str, *, size: int = 1000, seed: int = 0) -> Task | None:
@@ -38,45 +36,9 @@ def make_task(name: str, *, size: int = 1000, seed: int = 0) -> Task | None:
             found = reasoning_gym_task(what.removeprefix(GYM), size=size, seed=seed, **options)
     except (SyntaxError, TypeError, ValueError) as error:
         raise SettingsError(
-            f"dataset {name!r}: {error}. Expected {', '.join(TASKS)} or {GYM}TASK, with settings as in TASK(name=1)."
+            f"dataset {name!r}: {str(error).rstrip('.')}. Expected {', '.join(TASKS)} or {GYM}TASK, with settings as in TASK(name=1)."
         ) from error
     return found
-
-
-def load_rows(name: str, *, config: str | None = None, split: str = "train") -> Any:
-    """A `datasets.Dataset` of that name.
-
-    Args:
-        name: on the hub; a folder (saved by `save_to_disk`, or of data files); a .jsonl, .json, .parquet or .csv file.
-        config: of a dataset on the hub.
-        split: with a slice, if wanted: ``train[:100]``. For a file only the slice counts.
-
-    Raises:
-        SettingsError: it cannot be had; the message has the reason and the cure.
-    """
-    import datasets
-
-    path = Path(name).expanduser()
-    try:
-        if path.is_file():
-            if path.suffix not in FORMATS:
-                raise SettingsError(f"dataset {name}: files that end in {path.suffix!r} are not read; expected {', '.join(FORMATS)}.")
-            whole = "train" + (f"[{split.partition('[')[2]}" if "[" in split else "")
-            return datasets.load_dataset(FORMATS[path.suffix], data_files=str(path), split=whole)
-        if path.is_dir() and any((path / file).exists() for file in ("dataset_info.json", "dataset_dict.json", "state.json")):
-            found = datasets.load_from_disk(str(path))
-            return found if isinstance(found, datasets.Dataset) else found[split]
-        if not path.is_dir() and (path.suffix in FORMATS or name.startswith((".", "/", "~"))):
-            raise SettingsError(f"dataset {name}: there is no such file or folder.")
-        return datasets.load_dataset(name, config, split=split)
-    except SettingsError:
-        raise
-    except Exception as error:  # whatever the readers raise: a typing error, a broken file, no network
-        reason = " ".join(str(error).split())[:400]
-        raise SettingsError(
-            f"dataset {name!r} (config {config!r}, split {split!r}) cannot be loaded: {type(error).__name__}: {reason}. "
-            "Expected a name on the hub, a folder, a file, or a task (arithmetic, sorting, reasoning_gym:TASK)."
-        ) from error
 
 
 def shape_prompts(rows: Any, *, column: str | None = None, template: str | None = None, system: str | None = None) -> Any:

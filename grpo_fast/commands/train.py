@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from grpo_fast.commands.data import load_rows, make_task, shape_prompts
+from grpo_fast.commands.data import make_task, shape_prompts
 from grpo_fast.commands.settings import SettingsError, TrainOptions, help_tables, parse
 from grpo_fast.generation import SamplerError, check_options
 from grpo_fast.rewards import RewardError, RewardRunner, load_reward
@@ -66,7 +66,7 @@ def prepare(args: Sequence[str], config_class: Any) -> dict[str, Any]:
     """
     from datasets import Dataset
 
-    from grpo_fast.data import load_prompts
+    from grpo_fast.data import load_prompts, read_rows
 
     options, config, given = parse(args, config_class)
     assert options.model and options.dataset
@@ -83,7 +83,7 @@ def prepare(args: Sequence[str], config_class: Any) -> dict[str, Any]:
     tokenizer = _tokenizer(options)
 
     def rows_of(name: str, split: str, generated: Task | None) -> Any:
-        rows = generated.rows if generated is not None else load_rows(name, config=options.dataset_config, split=split)
+        rows = generated.rows if generated is not None else read_rows(name, split=split, config=options.dataset_config)
         rows = Dataset.from_list(rows) if isinstance(rows, list) else rows
         rows = shape_prompts(rows, column=options.prompt_column, template=options.prompt_template, system=options.system_prompt)
         runner.check_columns([column for column in rows.column_names if column != "prompt"])
