@@ -6,7 +6,6 @@ TRITON_INTERPRET=1 python -m pytest tests/triton_interpreter.py
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import os
 from collections.abc import Iterator
@@ -359,8 +358,10 @@ def test_the_contestants_of_the_benchmark(tmp_path: Path, monkeypatch: pytest.Mo
     gpu_bench.one_shape(12, 301, gpu_bench.Timer("cpu", 1), "cpu", float("inf"), results)
     found = {(entry["step"], entry["name"]): entry for entry in results.whole["bench"]}
     steps = {("loss", "ours"), ("loss", "ours_inplace"), ("logprobs", "ours"), ("logprobs+entropy", "ours"), ("gradient", "ours")}
-    steps |= {("loss", "liger")} if importlib.util.find_spec("liger_kernel") else set()
-    steps |= {("loss", "trl"), ("loss", "trl_entropy"), ("logprobs", "trl")} if importlib.util.find_spec("trl") else set()
+    if gpu_bench.imported("liger_kernel.ops.grpo_loss", "GrpoLossFunction"):
+        steps |= {("loss", "liger")}
+    if gpu_bench.imported("trl.trainer.utils", "selective_log_softmax_and_entropy"):
+        steps |= {("loss", "trl"), ("loss", "trl_entropy"), ("logprobs", "trl")}
     wrong = {key: entry for key, entry in found.items() if "error" in entry and not key[1].startswith("ours_cluster")}
     assert steps <= set(found) and not wrong, wrong
     assert "expected an NVIDIA GPU" in found["loss", "ours_cluster"]["error"]

@@ -753,5 +753,7 @@ extern "C" const char* grpo_loss_cluster_launch(const grpo_fast::ClusterLossArgs
     error =
         cudaLaunchKernelEx(&config, _grpo_loss_cluster_total_kernel, records, args->sequences * args->length, args->loss, args->metrics);
   }
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // told here, and not once more by whoever asks next
+  return cudaGetErrorString(error);
 }

@@ -12,29 +12,24 @@ namespace {
 
 using namespace grpo_fast;
 
-ClusterLossOutput run(const Tensor& logits, const Tensor* gradient, const ClusterLossTensors& given) {
-  const auto device = logits.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  return cluster_loss(logits, gradient, given, [device](const ClusterLossArgs& args) {
-    void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-    return grpo_loss_cluster_launch(&args, stream);
-  });
+// On the logits' device, by its current stream.
+const char* launch(const ClusterLossArgs& args, torch::stable::accelerator::DeviceIndex device) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return grpo_loss_cluster_launch(&args, stream);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> grpo_loss_cluster(
-    const Tensor& logits_in, const Tensor& token_ids, const Tensor& mask, const Tensor& advantages, const Tensor& weights,
+    const Tensor& logits, const Tensor& token_ids, const Tensor& mask, const Tensor& advantages, const Tensor& weights,
     const std::optional<Tensor>& entropy_weights, const std::optional<Tensor>& old_logprobs, const std::optional<Tensor>& ref_logprobs,
     const std::optional<Tensor>& rollout_weights, const std::optional<Tensor>& temperatures, double temperature, double softcap,
     double logit_scale, double loss_scale, std::vector<double> settings, bool only_active, bool want_gradient) {
-  const Tensor logits = unit_stride(logits_in);
-  Tensor gradient = want_gradient ? torch::stable::new_empty(logits, {logits.size(0), logits.size(1), logits.size(2)})
-                                  : torch::stable::new_empty(logits, {0});
-  auto [loss, logprobs, entropy, metrics] =
-      run(logits, want_gradient ? &gradient : nullptr,
-          {token_ids, mask, advantages, weights, entropy_weights, old_logprobs, ref_logprobs, rollout_weights, temperatures, temperature,
-           softcap, logit_scale, loss_scale, settings, only_active});
-  return {loss, logprobs, entropy, metrics, gradient};
+  const auto device = logits.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  return cluster_loss_and_gradient(logits, want_gradient,
+                                   {token_ids, mask, advantages, weights, entropy_weights, old_logprobs, ref_logprobs, rollout_weights,
+                                    temperatures, temperature, softcap, logit_scale, loss_scale, settings, only_active},
+                                   [device](const ClusterLossArgs& args) { return launch(args, device); });
 }
 
 ClusterLossOutput grpo_loss_cluster_inplace(Tensor logits, const Tensor& token_ids, const Tensor& mask, const Tensor& advantages,
@@ -43,9 +38,12 @@ ClusterLossOutput grpo_loss_cluster_inplace(Tensor logits, const Tensor& token_i
                                             const std::optional<Tensor>& rollout_weights, const std::optional<Tensor>& temperatures,
                                             double temperature, double softcap, double logit_scale, double loss_scale,
                                             std::vector<double> settings, bool only_active) {
-  return run(logits, &logits,
-             {token_ids, mask, advantages, weights, entropy_weights, old_logprobs, ref_logprobs, rollout_weights, temperatures, temperature,
-              softcap, logit_scale, loss_scale, settings, only_active});
+  const auto device = logits.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  return cluster_loss(logits, &logits,
+                      {token_ids, mask, advantages, weights, entropy_weights, old_logprobs, ref_logprobs, rollout_weights, temperatures,
+                       temperature, softcap, logit_scale, loss_scale, settings, only_active},
+                      [device](const ClusterLossArgs& args) { return launch(args, device); });
 }
 
 int64_t cluster_row_bytes(int64_t device) {

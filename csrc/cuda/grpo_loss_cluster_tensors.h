@@ -74,4 +74,15 @@ ClusterLossOutput cluster_loss(const Tensor& logits, const Tensor* gradient, con
   return {loss, logprobs, entropy, metrics};
 }
 
+// The same with new memory for the gradient, which is returned last; empty where none is wanted.
+template <typename Launch>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cluster_loss_and_gradient(const Tensor& given_logits, bool want_gradient,
+                                                                             const ClusterLossTensors& given, const Launch& launch) {
+  const Tensor logits = unit_stride(given_logits);
+  Tensor gradient = want_gradient ? torch::stable::new_empty(logits, {logits.size(0), logits.size(1), logits.size(2)})
+                                  : torch::stable::new_empty(logits, {0});
+  auto [loss, logprobs, entropy, metrics] = cluster_loss(logits, want_gradient ? &gradient : nullptr, given, launch);
+  return {loss, logprobs, entropy, metrics, gradient};
+}
+
 }  // namespace grpo_fast

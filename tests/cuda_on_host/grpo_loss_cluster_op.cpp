@@ -22,19 +22,14 @@ const char* launch(const ClusterLossArgs& given) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss(
-    const Tensor& logits_in, const Tensor& token_ids, const Tensor& mask, const Tensor& advantages, const Tensor& weights,
+    const Tensor& logits, const Tensor& token_ids, const Tensor& mask, const Tensor& advantages, const Tensor& weights,
     const std::optional<Tensor>& entropy_weights, const std::optional<Tensor>& old_logprobs, const std::optional<Tensor>& ref_logprobs,
     const std::optional<Tensor>& rollout_weights, const std::optional<Tensor>& temperatures, double temperature, double softcap,
     double logit_scale, double loss_scale, std::vector<double> settings, bool only_active, bool want_gradient) {
-  const Tensor logits = unit_stride(logits_in);
-  Tensor gradient = want_gradient ? torch::stable::new_empty(logits, {logits.size(0), logits.size(1), logits.size(2)})
-                                  : torch::stable::new_empty(logits, {0});
-  auto [loss, logprobs, entropy, metrics] =
-      cluster_loss(logits, want_gradient ? &gradient : nullptr,
-                   {token_ids, mask, advantages, weights, entropy_weights, old_logprobs, ref_logprobs, rollout_weights, temperatures,
-                    temperature, softcap, logit_scale, loss_scale, settings, only_active},
-                   launch);
-  return {loss, logprobs, entropy, metrics, gradient};
+  return cluster_loss_and_gradient(logits, want_gradient,
+                                   {token_ids, mask, advantages, weights, entropy_weights, old_logprobs, ref_logprobs, rollout_weights,
+                                    temperatures, temperature, softcap, logit_scale, loss_scale, settings, only_active},
+                                   launch);
 }
 
 // The gradient goes to where the caller says: the logits themselves, or anything else of their shape.
