@@ -380,10 +380,13 @@ def test_task_errors(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     assert "reasoning-gym package, which is not installed" in refused(capsys, "config.yaml", "--dataset", "reasoning_gym:chain_sum")
 
 
-def test_reasoning_gym(here: Path) -> None:
+def test_reasoning_gym(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("reasoning_gym", reason="its generators are the package's")
-    task = make_task("reasoning_gym:chain_sum(min_terms=2, max_terms=2)", size=4)
-    assert task is not None and len(task.rows) == 4
+    trainer = train("config.yaml", "--reward_weights", "1", "--rewards", "task", "--dataset", "reasoning_gym:gcd", "--dataset_size", "4")
+    assert len(trainer.arguments["train_dataset"]) == 4 and trainer.arguments["reward_funcs"][0].name == "gcd"
+    (line,) = capsys.readouterr().err.splitlines()[:-1]
+    assert line.startswith("grpo-fast train: warning: reasoning_gym_task: gcd's score function gives")
+    assert "name is 'nothing'; expected one of" in refused(capsys, "config.yaml", "--dataset", "reasoning_gym:nothing")
 
 
 # --- the command line's mounts -----------------------------------------------------------------------------------------------------

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import ast
+from functools import partial
 from typing import Any
 
 from grpo_fast.commands.settings import SettingsError
+from grpo_fast.rewards.loading import spelled
 from grpo_fast.tasks import Task, arithmetic_task, reasoning_gym_task, sorting_task
 
 __all__ = ["make_task", "shape_prompts"]
@@ -21,20 +22,14 @@ def make_task(name: str, *, size: int = 1000, seed: int = 0) -> Task | None:
     Raises:
         SettingsError: a task or a setting that there is not.
     """
-    what, bracket, settings = name.partition("(")
-    what = what.strip()
+    what = name.partition("(")[0].strip()
     if what not in TASKS and not what.startswith(GYM):
         return None
+    make = TASKS.get(what) or partial(reasoning_gym_task, what.removeprefix(GYM))
     try:
-        call = ast.parse(f"_({settings}" if bracket else "_()", mode="eval").body
-        if not isinstance(call, ast.Call) or call.args:
-            raise SyntaxError("settings are keywords")
-        options = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
-        if what in TASKS:
-            found: Task = TASKS[what](size, seed=seed, **options)
-        else:
-            found = reasoning_gym_task(what.removeprefix(GYM), size=size, seed=seed, **options)
-    except (SyntaxError, TypeError, ValueError) as error:
+        _, settings = spelled(name)
+        found: Task = make(size=size, seed=seed, **(settings or {}))
+    except (TypeError, ValueError) as error:
         raise SettingsError(
             f"dataset {name!r}: {str(error).rstrip('.')}. Expected {', '.join(TASKS)} or {GYM}TASK, with settings as in TASK(name=1)."
         ) from error

@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,11 +51,13 @@ def app(args: Sequence[str] | None = None, prog_name: str = "grpo-fast train", *
         for table in help_tables(GRPOConfig):
             console.print(table)
         raise SystemExit(0 if args else 2)
-    try:
-        prepared = prepare(args, GRPOConfig)
-    except (ValueError, TypeError, ImportError) as error:
-        _say(f"{prog_name}: {error}")
-        raise SystemExit(2) from error
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *where, **more: _say(f"{prog_name}: warning: {message}")
+        try:
+            prepared = prepare(args, GRPOConfig)
+        except (ValueError, TypeError, ImportError) as error:
+            _say(f"{prog_name}: {error}")
+            raise SystemExit(2) from error
     run(prepared, trainer_class, prog_name=prog_name)
 
 

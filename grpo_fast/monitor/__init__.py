@@ -1,7 +1,7 @@
 """What a user sees of a run: a live progress bar, a table of completions, a metrics file, and curves drawn from it.
 
-    trainer = GRPOTrainer(...)
-    monitor.attach(trainer)            # progress and metrics.jsonl, in place of transformers' own progress bar
+    trainer = Trainer(...)             # of transformers
+    monitor.attach(trainer)            # progress and metrics.jsonl, in place of its own progress bar
 
 GRPOTrainer does so by itself; ``grpo-fast plot RUN`` draws what was written.
 """

@@ -20,7 +20,7 @@ from grpo_fast.rewards.mathematics import MathReward
 from grpo_fast.rewards.repetition import CertainRunPenalty, RepetitionPenalty
 from grpo_fast.rewards.structure import format_reward, tag_count_reward
 
-__all__ = ["BUILT_IN", "load_reward"]
+__all__ = ["BUILT_IN", "load_reward", "spelled"]
 
 BUILT_IN: dict[str, Any] = {
     "accuracy": accuracy_reward,
@@ -55,32 +55,38 @@ def load_reward(name: str) -> Reward:
         >>> load_reward("repetition(ngram_size=6, max_penalty=0.5)")
         RepetitionPenalty(ngram_size=6, max_penalty=0.5)
     """
-    match = _SPELLING.fullmatch(name.strip())
-    if match is None:
-        raise ValueError(f"load_reward: name is {name!r}; expected 'name', 'package.module:function' or 'file.py:function(setting=1)'.")
-    what = match["what"]
+    what, settings = spelled(name)
     found = BUILT_IN[what] if what in BUILT_IN else _imported(what)
-    if match["settings"] is None and not inspect.isclass(found):
+    if settings is None and not inspect.isclass(found):
         reward = found
     else:
-        settings = _settings(name, match["settings"] or "()")
         try:
-            reward = found(**settings)
+            reward = found(**(settings or {}))
         except TypeError as error:
-            raise ValueError(f"load_reward: {what!r} does not take the settings {settings} of {name!r}: {error}") from error
+            raise ValueError(f"load_reward: {what!r} does not take the settings {settings or {}} of {name!r}: {error}") from error
     if not callable(reward):
         raise TypeError(f"load_reward: {name!r} is {reward!r} ({type(reward).__name__}); expected a function that scores completions.")
     return reward
 
 
-def _settings(name: str, text: str) -> dict[str, Any]:
+def spelled(text: str) -> tuple[str, dict[str, Any] | None]:
+    """``"name(setting=1)"`` as the name and its settings; None where there are no parentheses.
+
+    Raises:
+        ValueError: what stands in the parentheses is no list of keywords with plain values.
+    """
+    match = _SPELLING.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"{text!r} is no name; expected 'name', 'package.module:function' or 'file.py:function(setting=1)'.")
+    if match["settings"] is None:
+        return match["what"], None
     try:
-        call = ast.parse(f"_{text}", mode="eval").body
+        call = ast.parse(f"_{match['settings']}", mode="eval").body
         if isinstance(call, ast.Call) and not call.args and all(keyword.arg for keyword in call.keywords):
-            return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+            return match["what"], {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
     except (SyntaxError, ValueError):
         pass
-    raise ValueError(f"load_reward: the settings of {name!r} are {text}; expected keywords with plain values: '(ngram_size=6)'.")
+    raise ValueError(f"the settings of {text!r} are {match['settings']}; expected keywords with plain values: '(ngram_size=6)'.")
 
 
 def _imported(what: str) -> Any:
