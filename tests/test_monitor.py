@@ -311,7 +311,8 @@ def test_completions_of_a_logged_step_are_shown_on_a_terminal(tmp_path: Path) ->
         "advantage": 0.5,
         "temperature": 1.0,
     }
-    (tmp_path / "completions" / "step-000003.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row) + "\n")
+    noted = row | {"extra": {"level": "hard"}}
+    (tmp_path / "completions" / "step-000003.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(noted) + "\n")
     args = SimpleNamespace(output_dir=str(tmp_path), log_completions=True)
     for terminal, wanted, logs, shown in (
         (True, True, LOGS, 2),
@@ -322,7 +323,15 @@ def test_completions_of_a_logged_step_are_shown_on_a_terminal(tmp_path: Path) ->
         console = Console(file=io.StringIO(), force_terminal=terminal, width=100, color_system=None)
         args.log_completions = wanted
         CompletionsCallback(console).on_log(args, state(3), None, logs=logs)
-        assert console.file.getvalue().count("four") == shown
+        assert console.file.getvalue().count("four") == shown and console.file.getvalue().count("hard") == shown / 2
+
+
+def test_many_rewards_share_a_column(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
+    names = ["accuracy_reward", "format_reward", "repetition_penalty", "language_consistency_reward"]
+    print_completions(["2+2?"], ["two and two"], {name: [0.25] for name in names}, [0.5], console=console)
+    shown = console.file.getvalue()
+    assert "two and two" in shown and all(f"{name} 0.25" in shown for name in names)  # nothing is broken up
 
 
 # --- curves ----------------------------------------------------------------------------------------------------------------------

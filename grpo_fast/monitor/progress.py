@@ -159,7 +159,7 @@ class CompletionsCallback(TrainerCallback):
             return
         file = Path(args.output_dir) / "completions" / f"step-{state.global_step:06d}.jsonl"
         if getattr(args, "log_completions", False) and file.is_file():
-            print_completions(*read_completions(file), step=state.global_step, limit=self.limit, console=self.console)
+            print_completions(**read_completions(file), step=state.global_step, limit=self.limit, console=self.console)
 
 
 def numbers(logs: Mapping[str, Any]) -> list[str]:

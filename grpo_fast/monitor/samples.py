@@ -14,6 +14,8 @@ from rich.text import Text
 
 __all__ = ["completions_table", "print_completions", "read_completions"]
 
+MOST_COLUMNS = 3  # beside prompt, completion and advantage: more would leave the texts no room, and go into one column
+
 
 def completions_table(
     prompts: Sequence[Any],
@@ -21,6 +23,7 @@ def completions_table(
     rewards: Mapping[str, Sequence[float | None]],
     advantages: Sequence[float],
     *,
+    extra: Mapping[str, Sequence[Any]] | None = None,
     step: int | None = None,
     limit: int | None = None,
     max_characters: int = 600,
@@ -32,33 +35,42 @@ def completions_table(
         completions: likewise.
         rewards: name -> one number for each completion, None where it did not apply.
         advantages: one for each completion; green above 0, red below.
+        extra: name -> whatever else is to be shown of each completion.
         step: for the title.
         limit: rows, at most, from the largest advantage to the smallest; None = all, as they are.
         max_characters: of a text; the middle of a longer one is left out, for a loop shows at the end.
     """
     lengths = {"prompts": len(prompts), "completions": len(completions), "advantages": len(advantages)}
-    lengths |= {f"rewards[{name!r}]": len(values) for name, values in rewards.items()}
+    shown = {name: [_number(value) for value in values] for name, values in rewards.items()}
+    shown |= {
+        name: ["–" if value is None else _shorten(str(value), max_characters) for value in values] for name, values in (extra or {}).items()
+    }
+    lengths |= {name: len(values) for name, values in shown.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"completions_table: {lengths}; expected as many of each, one for each completion.")
     count = len(prompts)
-    shown = list(range(count))
+    rows = list(range(count))
     if limit is not None and limit < count:
-        by_advantage = sorted(shown, key=lambda index: -advantages[index])
-        shown = [by_advantage[round(i * (count - 1) / max(limit - 1, 1))] for i in range(limit)]
-    of = "" if len(shown) == count else f", {len(shown)} of {count} completions, from the best to the worst"
+        by_advantage = sorted(rows, key=lambda row: -advantages[row])
+        rows = [by_advantage[round(i * (count - 1) / max(limit - 1, 1))] for i in range(limit)]
+    of = "" if len(rows) == count else f", {len(rows)} of {count} completions, from the best to the worst"
     table = Table(title=None if step is None else f"Step {step}{of}", show_lines=True, expand=True)
     table.add_column("prompt", ratio=2, overflow="fold")
     table.add_column("completion", ratio=3, overflow="fold")
-    for name in rewards:
+    apart = len(shown) <= MOST_COLUMNS
+    for name in shown if apart else ("rewards",):
         table.add_column(name, justify="right", overflow="fold")
     table.add_column("advantage", justify="right")
-    for index in shown:
-        advantage = float(advantages[index])
+    for row in rows:
+        advantage = float(advantages[row])
         colour = "green" if advantage > 0 else "red" if advantage < 0 else "dim"
+        values = (
+            [column[row] for column in shown.values()] if apart else ["\n".join(f"{name} {column[row]}" for name, column in shown.items())]
+        )
         table.add_row(
-            Text(_shorten(_text(prompts[index]), max_characters)),
-            Text(_shorten(_text(completions[index]), max_characters)),
-            *(_number(values[index]) for values in rewards.values()),
+            Text(_shorten(_text(prompts[row]), max_characters)),
+            Text(_shorten(_text(completions[row]), max_characters)),
+            *map(Text, values),
             Text(f"{advantage:+.2f}", style=colour),
         )
     return table
@@ -74,12 +86,17 @@ def print_completions(*columns: Any, console: Console | None = None, **options: 
     return True
 
 
-def read_completions(file: str | os.PathLike[str]) -> tuple[list[str], list[str], dict[str, list[float | None]], list[float]]:
-    """What `completions_table` takes, of a file of ``output_dir/completions`` (GRPOConfig's log_completions)."""
+def read_completions(file: str | os.PathLike[str]) -> dict[str, Any]:
+    """The arguments of `completions_table`, of a file of ``output_dir/completions`` (GRPOConfig's log_completions)."""
     rows = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
-    names = list(rows[0]["rewards"]) if rows else []
-    rewards = {name: [row["rewards"].get(name) for row in rows] for name in names}
-    return [row["prompt"] for row in rows], [row["completion"] for row in rows], rewards, [row["advantage"] for row in rows]
+
+    def by_name(column: str) -> dict[str, list[Any]]:
+        names = dict.fromkeys(name for row in rows for name in row.get(column, {}))
+        return {name: [row.get(column, {}).get(name) for row in rows] for name in names}
+
+    plain = {"prompts": "prompt", "completions": "completion", "advantages": "advantage"}
+    found: dict[str, Any] = {argument: [row[column] for row in rows] for argument, column in plain.items()}
+    return found | {"rewards": by_name("rewards"), "extra": by_name("extra")}
 
 
 def _text(message: Any) -> str:
