@@ -31,25 +31,26 @@ def batch(rank: int) -> dict[str, Any]:
     return {"inputs": {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, "advantages": torch.tensor([1.0, -0.4]) * (rank + 1)}
 
 
+def loss_of(model: Any, b: dict[str, Any], by: str) -> Tensor:
+    ids = b["inputs"]["input_ids"][:, -T:]
+    if by == "loss":
+        return gf.linear_loss_from(model, b["inputs"], ids, b["advantages"], temperature=0.9, chunk_bytes=3 * 4 * V).loss
+    return -(gf.linear_logprobs_from(model, b["inputs"], ids).logprobs * b["advantages"].unsqueeze(1)).mean()
+
+
 def step(model: Any, b: dict[str, Any], by: str) -> None:
     """Forward and backward; twice, with the first not counted, for what a wrapper does differently once it has begun."""
-    ids = b["inputs"]["input_ids"][:, -T:]
     for _ in range(2):
         model.zero_grad()
-        if by == "loss":
-            loss = gf.linear_loss_from(model, b["inputs"], ids, b["advantages"], temperature=0.9, chunk_bytes=3 * 4 * V).loss
-        else:
-            loss = -(gf.linear_logprobs_from(model, b["inputs"], ids).logprobs * b["advantages"].unsqueeze(1)).mean()
-        loss.backward()
+        loss_of(model, b, by).backward()
 
 
 def whole(x: Tensor) -> Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def mean_over_processes(kind: str, processes: int, by: str) -> dict[str, Tensor]:
+def mean_over_processes(model: nn.Module, processes: int, by: str) -> dict[str, Tensor]:
     """What one process has, without any wrapper."""
-    model = tiny(KINDS[kind])
     found = []
     for rank in range(processes):
         step(model, batch(rank), by)
@@ -107,7 +108,7 @@ def main() -> None:
     results: dict[str, Any] = {"one weight": one_weight(rank, processes)}
     for kind in KINDS:
         for by in ("loss", "logprobs"):
-            results[f"{kind} {by}"] = mean_over_processes(kind, processes, by)
+            results[f"{kind} {by}"] = mean_over_processes(tiny(KINDS[kind]), processes, by)
             for reshard in (True, False):
                 results[f"{kind} {by} fsdp {reshard}"] = sharded(kind, rank, by, reshard)
             for unused in (True, False):

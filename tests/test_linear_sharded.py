@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ranks import run_ranks
 
 CHILD = Path(__file__).with_name("linear_sharded_ranks.py")
 PROCESSES = 2
@@ -18,20 +16,7 @@ PROCESSES = 2
 @pytest.fixture(scope="module")
 def ranks() -> list[dict[str, Any]]:
     """What each process has found."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(CHILD)]
-        started = [
-            subprocess.Popen([*command, str(rank), str(PROCESSES), folder], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            for rank in range(PROCESSES)
-        ]
-        said = []
-        try:
-            said = [process.communicate(timeout=200)[0] for process in started]
-        finally:
-            for process in started:
-                process.kill()
-        assert all(process.returncode == 0 for process in started), "\n".join(said)
-        return [torch.load(Path(folder, f"{rank}.pt")) for rank in range(PROCESSES)]
+    return run_ranks(CHILD, PROCESSES)
 
 
 @pytest.mark.parametrize("wrapper", ["fsdp True", "fsdp False", "ddp True", "ddp False"])

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import functools
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ranks import run_ranks
 from torch import Tensor
 from vocab_parallel_ranks import V, cases, measured
 
@@ -21,20 +19,7 @@ SPLIT = ("weight", "bias", "adapter_weight", "logits")
 @functools.cache
 def ranks(processes: int) -> list[dict[str, Any]]:
     """What each process of a group has found."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(CHILD)]
-        started = [
-            subprocess.Popen([*command, str(rank), str(processes), folder], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            for rank in range(processes)
-        ]
-        said = []
-        try:
-            said = [process.communicate(timeout=200)[0] for process in started]
-        finally:
-            for process in started:
-                process.kill()
-        assert all(process.returncode == 0 for process in started), "\n".join(said)
-        return [torch.load(Path(folder, f"{rank}.pt")) for rank in range(processes)]
+    return run_ranks(CHILD, processes)
 
 
 @functools.cache

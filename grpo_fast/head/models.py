@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grpo_fast.head.weights import gathered
+from grpo_fast.head.weights import gathered, is_partitioned, unpartitioned
 from grpo_fast.linear import linear_grpo_loss, linear_token_logprobs
 from grpo_fast.loss import GRPOOutput, TokenLogprobs
 
@@ -44,13 +44,14 @@ class ModelHead:
 
     def arguments(self, hidden: Tensor) -> dict[str, Any]:
         """Of linear_grpo_loss and linear_token_logprobs, for these hidden states."""
-        weight = self.weight
+        weight = unpartitioned(self.weight) if isinstance(self.weight, Tensor) else self.weight
         if isinstance(weight, Tensor) and type(weight) not in (Tensor, nn.Parameter):  # sharded: FSDP computes in the type of the states
             weight = weight.to(hidden.dtype)
-        out: dict[str, Any] = {"weight": weight, "bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
+        bias = None if self.bias is None else unpartitioned(self.bias)
+        out: dict[str, Any] = {"weight": weight, "bias": bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
         if self.adapters:
-            adapted = [dropout(hidden.to(a.dtype)) @ gathered(a).T * scale for dropout, a, _, scale in self.adapters]
-            out["adapter"] = (torch.cat(adapted, -1), torch.cat([gathered(b) for _, _, b, _ in self.adapters], -1))
+            adapted = [dropout(hidden.to(a.dtype)) @ _whole(a).T * scale for dropout, a, _, scale in self.adapters]
+            out["adapter"] = (torch.cat(adapted, -1), torch.cat([_whole(b) for _, _, b, _ in self.adapters], -1))
         return out
 
 
@@ -79,7 +80,8 @@ def head_of(model: nn.Module) -> ModelHead:
     inner, adapters = _without_lora(module)
     softcap, logit_scale = _softcap_and_scale(base.config)
     weight: Tensor | nn.Module = getattr(inner, "weight", inner)
-    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() != 2:  # quantised: its forward is all it offers
+    whole = isinstance(weight, Tensor) and weight.is_floating_point() and (weight.dim() == 2 or is_partitioned(weight))
+    if not whole:  # quantised: its forward is all it offers
         if adapters:
             raise ValueError(
                 f"the head is a {type(inner).__name__} (quantised) with LoRA on top; expected a floating-point weight under LoRA. Leave "
@@ -112,7 +114,7 @@ def hidden_states_of(model: nn.Module, model_inputs: dict[str, Any]) -> tuple[Te
     if not known:
         _verify(model, head, hidden[:, -1:], last, output.logits)
         _verified.add(head.module)
-    if any(_is_fsdp(x) for x in (model, _unwrapped(model))):
+    if any(_is_fsdp(x) for x in (model, _unwrapped(model))) or is_partitioned(head.weight):
         hidden = _BackwardByOutput.apply(hidden, output.logits)
     return hidden, head
 
@@ -127,7 +129,7 @@ def linear_loss_from(
     """linear_grpo_loss of a transformers causal language model: runs it up to its head, and the head by chunks.
 
     Args:
-        model: bare or wrapped (PEFT, DistributedDataParallel, FSDP2).
+        model: bare or wrapped (PEFT, DistributedDataParallel, FSDP2, DeepSpeed, whose ``engine.backward(out.loss)`` then takes the loss).
         model_inputs: what the model is called with: ``input_ids`` [B, P + T], ``attention_mask`` and whatever else it wants. Positions
             follow the attention mask unless ``position_ids`` are given, so that padding on the left does not shift them.
         token_ids: [B, T]: the last T tokens of ``input_ids``, each scored by the position before it. [L], with packed ``input_ids`` [1, L]:
@@ -226,8 +228,8 @@ def _passing_out(module: nn.Module, *, probing: bool) -> Iterator[list[tuple[Ten
 
 
 class _BackwardByOutput(torch.autograd.Function):
-    """The hidden states as they are. Their gradient comes with a 0 for the model's output, from which FSDP2 learns that backward begins:
-    what it has freed after forward would else be read as it is, which is no memory at all."""
+    """The hidden states as they are. Their gradient comes with a 0 for the model's output, from which FSDP2 and DeepSpeed learn that
+    backward begins: what they have freed after forward would else be read as it is, which is no memory at all."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, output: Tensor) -> Tensor:
@@ -293,11 +295,15 @@ def _plain_logits(head: ModelHead, hidden: Tensor, last: Tensor) -> Tensor:
     """``hidden @ weight.T + bias`` with LoRA; what the module itself made of it where it is all there is, or where dropout is random."""
     if not isinstance(head.weight, Tensor) or any(dropout.training and getattr(dropout, "p", 0) > 0 for dropout, *_ in head.adapters):
         return last
-    bias = None if head.bias is None else gathered(head.bias).to(last.dtype)
-    out = nn.functional.linear(hidden.to(last.dtype), gathered(head.weight).to(last.dtype), bias)
+    bias = None if head.bias is None else _whole(head.bias).to(last.dtype)
+    out = nn.functional.linear(hidden.to(last.dtype), _whole(head.weight).to(last.dtype), bias)
     for _, a, b, scale in head.adapters:
-        out = out + hidden.to(a.dtype) @ a.T @ b.T * scale
+        out = out + hidden.to(a.dtype) @ _whole(a).T @ _whole(b).T * scale
     return out
+
+
+def _whole(x: Tensor) -> Tensor:
+    return gathered(unpartitioned(x))
 
 
 def _softcap_and_scale(config: Any) -> tuple[float | None, float]:

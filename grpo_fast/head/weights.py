@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["gathered"]
+__all__ = ["gathered", "is_partitioned", "unpartitioned"]
 
 
 def gathered(x: Tensor) -> Tensor:
@@ -17,10 +17,10 @@ def gathered(x: Tensor) -> Tensor:
     Raises:
         ValueError: a parameter that DeepSpeed's third stage has partitioned: its gradient would have nowhere to go.
     """
-    if hasattr(x, "ds_id") and x.numel() == 0:
+    if is_partitioned(x):
         raise ValueError(
-            "weight is partitioned by DeepSpeed's third stage; expected it whole. Compute the logits in the model's own forward and call "
-            "grpo_loss, or take FSDP2, whose shards are gathered here."
+            "weight is partitioned by DeepSpeed's third stage; expected it whole. Call linear_loss_from, which runs the model and finds "
+            "its weight, or keep it whole until backward is done: with deepspeed.zero.GatheredParameters([weight])."
         )
     if type(x) in (Tensor, torch.nn.Parameter):
         return x
@@ -33,3 +33,19 @@ def gathered(x: Tensor) -> Tensor:
         processes = math.prod(x.device_mesh.shape)
         whole.register_hook(lambda gradient: gradient / processes)
     return whole
+
+
+def is_partitioned(x: object) -> bool:
+    """Whether x is a parameter of which DeepSpeed's third stage has left this process a part."""
+    return hasattr(x, "ds_id") and isinstance(x, Tensor) and x.numel() == 0
+
+
+def unpartitioned(x: Tensor) -> Tensor:
+    """Such a parameter whole, for a model that uses it itself in the same backward: then DeepSpeed has gathered it once more when its
+    gradient arrives, of which it takes the mean over the processes. Other tensors as they are."""
+    if not is_partitioned(x):
+        return x
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([x]):
+        return x.view_as(x)  # which keeps the memory for as long as somebody uses it
