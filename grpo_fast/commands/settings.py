@@ -93,7 +93,11 @@ def parse(args: Sequence[str], config_class: Any) -> tuple[TrainOptions, Any, di
     given = {} if file is None else read_settings(file, actions)
     namespace, unknown = parser.parse_known_args(list(args[1:] if file is not None else args))
     if unknown:
-        name = next((word for word in unknown if word.startswith("-")), unknown[0])
+        name = next((word for word in unknown if word.startswith("-")), None)
+        if name is None:
+            raise SettingsError(
+                f"command line: {unknown[0]!r} is no option's value; expected a settings file in the first place, or options."
+            )
         raise SettingsError(f"command line: there is no {name}.{_near(name.lstrip('-').partition('=')[0], actions)}")
     given |= vars(namespace)  # only what was said: the parser has no defaults
     given = {name: None if value == [None] else _from_json(name, value, actions[name]) for name, value in given.items()}
@@ -199,23 +203,17 @@ def _of_the_loss() -> dict[str, str]:
 
 
 def _settings_of(reward_or_sampler: Any) -> str:
-    """Name and default of what a class is made with; a function has none."""
+    """Name and default of the plain values that a class is made with; a function takes none."""
     if not inspect.isclass(reward_or_sampler):
         return ""
-    parameters = list(inspect.signature(reward_or_sampler).parameters.values())
-    return "\n".join(str(_plain(each)) for each in parameters if each.name not in ("model", "tokenizer"))
-
-
-def _plain(parameter: inspect.Parameter) -> inspect.Parameter | str:
-    """Without its type, and without an address where its default is a function."""
-    if callable(parameter.default) and parameter.default is not parameter.empty:
-        return f"{parameter.name}={parameter.default.__name__}"
-    return parameter.replace(annotation=parameter.empty, kind=parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(reward_or_sampler).parameters.values()
+    plain = [each for each in parameters if each.name not in ("model", "tokenizer") and not inspect.isfunction(each.default)]
+    return "\n".join(str(each.replace(annotation=each.empty, kind=each.POSITIONAL_OR_KEYWORD)) for each in plain)
 
 
 def _first_sentence(of: Any) -> str:
     text = inspect.cleandoc(of.__doc__ or "").partition("\n\n")[0].removesuffix("::")
-    return " ".join(text.replace("``", "").replace("`", "").split()).removesuffix(":")
+    return " ".join(text.replace("``", "").replace("`", "").split()).rstrip(":.") + "."
 
 
 def _convert(where: str, value: Any, action: argparse.Action) -> Any:
