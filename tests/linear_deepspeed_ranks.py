@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from linear_sharded_ranks import KINDS, T, batch, loss_of, mean_over_processes
 from peers import PEERS
-from test_linear_models import tiny, with_lora
 from torch import Tensor
 
 import grpo_fast as gf
@@ -57,11 +56,9 @@ def main() -> None:
     deepspeed.init_distributed("gloo")
     results: dict[str, Any] = {}
     for by in ("loss", "logprobs"):
-        for kind, family in KINDS.items():
-            results[f"{kind} {by}"] = mean_over_processes(tiny(family), processes, by)
-            results[f"{kind} {by} zero"] = partitioned(tiny(family), rank, processes, by)
-        results[f"lora {by}"] = mean_over_processes(with_lora(), processes, by)
-        results[f"lora {by} zero"] = partitioned(with_lora(), rank, processes, by)
+        for kind, make in KINDS.items():
+            results[f"{kind} {by}"] = mean_over_processes(make(), processes, by)
+            results[f"{kind} {by} zero"] = partitioned(make(), rank, processes, by)
     torch.save(results, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 

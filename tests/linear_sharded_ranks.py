@@ -6,12 +6,13 @@ By hand: python tests/linear_sharded_ranks.py RANK PROCESSES FOLDER
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from test_linear_models import P, T, V, gradients, tiny
+from test_linear_models import P, T, V, gradients, tiny, with_lora
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -21,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 import grpo_fast as gf
 from grpo_fast.head.weights import gathered
 
-KINDS = {"tied": "Qwen2 tied", "untied": "Qwen2"}
+KINDS: dict[str, Callable[[], Any]] = {"tied": lambda: tiny("Qwen2 tied"), "untied": lambda: tiny("Qwen2"), "lora": with_lora}
 
 
 def batch(rank: int) -> dict[str, Any]:
@@ -59,11 +60,12 @@ def mean_over_processes(model: nn.Module, processes: int, by: str) -> dict[str, 
 
 
 def sharded(kind: str, rank: int, by: str, reshard: bool) -> dict[str, Tensor]:
-    model = tiny(KINDS[kind])
-    for layer in model.model.layers:
+    model = KINDS[kind]()
+    inner = model.get_base_model() if kind == "lora" else model
+    for layer in inner.model.layers:
         fully_shard(layer)
-    if kind == "untied":
-        fully_shard(model.lm_head)
+    if kind != "tied":
+        fully_shard(inner.lm_head)
     fully_shard(model, reshard_after_forward=reshard)
     assert all(isinstance(p, DTensor) for p in model.parameters())
     with torch.no_grad():  # an evaluation in between leaves the root's parameters gathered
@@ -73,7 +75,7 @@ def sharded(kind: str, rank: int, by: str, reshard: bool) -> dict[str, Tensor]:
 
 
 def wrapped(kind: str, rank: int, by: str, unused: bool) -> dict[str, Tensor]:
-    model = DistributedDataParallel(tiny(KINDS[kind]), find_unused_parameters=unused)
+    model = DistributedDataParallel(KINDS[kind](), find_unused_parameters=unused)
     step(model, batch(rank), by)
     return {name.removeprefix("module."): p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -108,7 +110,7 @@ def main() -> None:
     results: dict[str, Any] = {"one weight": one_weight(rank, processes)}
     for kind in KINDS:
         for by in ("loss", "logprobs"):
-            results[f"{kind} {by}"] = mean_over_processes(tiny(KINDS[kind]), processes, by)
+            results[f"{kind} {by}"] = mean_over_processes(KINDS[kind](), processes, by)
             for reshard in (True, False):
                 results[f"{kind} {by} fsdp {reshard}"] = sharded(kind, rank, by, reshard)
             for unused in (True, False):

@@ -21,7 +21,7 @@ def ranks() -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("wrapper", ["fsdp True", "fsdp False", "ddp True", "ddp False"])
 @pytest.mark.parametrize("by", ["loss", "logprobs"])
-@pytest.mark.parametrize("kind", ["tied", "untied"])
+@pytest.mark.parametrize("kind", ["tied", "untied", "lora"])
 def test_gradients_are_the_mean_over_processes(kind: str, by: str, wrapper: str, ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         expected, found = rank[f"{kind} {by}"], rank[f"{kind} {by} {wrapper}"]
