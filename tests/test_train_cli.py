@@ -172,6 +172,7 @@ def test_everything_on_the_command_line(here: Path) -> None:
         (["config.yaml", "--dataset", "mine.py"], "files that end in '.py' are not read"),
         (["config.yaml", "--prompt_column", "text"], "prompt_column is 'text'; expected one of prompt, question, answer"),
         (["config.yaml", "--prompt_template", "{text}"], "expected columns in braces"),
+        (["config.yaml", "--prompt_template", "{answer.value}"], "expected columns in braces"),
         (["config.yaml", "--prompt_template", "{answer}", "--prompt_column", "answer"], "both set"),
         (["config.yaml", "--model", "./gone"], "model is './gone'; there is no such folder"),
         (["config.yaml", "--resume_from_checkpoint", "./gone"], "lacks trainer_state.json"),

@@ -50,7 +50,7 @@ def shape_prompts(rows: Any, *, column: str | None = None, template: str | None 
     if template is not None:
         try:
             template.format(**rows[0])
-        except (KeyError, IndexError, ValueError) as error:
+        except (AttributeError, KeyError, IndexError, ValueError) as error:
             raise SettingsError(f"prompt_template is {template!r}; expected columns in braces ({error}). There are: {columns}.") from error
         rows = rows.map(lambda row: {"prompt": template.format(**row)})
     elif column is not None and column != "prompt":
