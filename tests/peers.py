@@ -41,7 +41,9 @@ class _StandIn(types.ModuleType):
         return type(name, (), {})
 
 
-def peer_module(package: str, version: str, module: str, stand_ins: tuple[str, ...] = ()) -> types.ModuleType:
+def peer_module(
+    package: str, version: str, module: str, stand_ins: tuple[str, ...] = (), distribution: str | None = None
+) -> types.ModuleType:
     """Load ``package.module`` from the peers folder without running the package's own ``__init__``; skip, and say why, where it is not.
 
     Args:
@@ -49,8 +51,9 @@ def peer_module(package: str, version: str, module: str, stand_ins: tuple[str, .
         version: the one whose arithmetic the test knows.
         module: below the package.
         stand_ins: modules that are imported on the way and not used.
+        distribution: the name it is installed by; None = the package's.
     """
-    _skip_without(package, version)
+    _skip_without(distribution or package, version)
     with _only_what_is_needed(package, module, stand_ins):
         return importlib.import_module(f"{package}.{module}")
 

@@ -364,6 +364,13 @@ def test_rollout_settings(library: str, mode: str, generator: torch.Generator) -
     expected = expected.clamp(max=1.2) if mode.endswith("truncate") else expected * (expected <= 1.2)
     torch.testing.assert_close(weights, expected.float())
     assert 0 < (expected != difference.exp()).float().mean() < 1, "the bound must cut somewhere"
+    if library == "verl" and mode.endswith("truncate"):
+        stand_ins = tuple(f"verl.{name}" for name in ("protocol", "trainer.config", "workers.config"))
+        stand_ins += ("verl.trainer.config.algorithm", "verl.workers.config.actor", "tensordict", "omegaconf")
+        helper = peer_module("verl", "0.9.1", "trainer.ppo.rollout_corr_helper", stand_ins)
+        log_ratio, level = batch["old"] - batch["ref"], mode.partition("_")[0]
+        theirs, _ = helper.compute_rollout_correction_weights(log_ratio, batch["mask"].double(), level, 1.2)
+        torch.testing.assert_close(weights.expand(6, 5)[batch["mask"]], theirs[batch["mask"]].float())
     if library == "swift":
         trainer = swift()
         trainer.rollout_importance_sampling_mode, trainer.rollout_importance_sampling_threshold = mode, 1.2
@@ -394,7 +401,6 @@ def test_advantages_of_verl(generator: torch.Generator) -> None:
         ("trl", "group", lambda r: (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-4)),
         ("trl", "batch", lambda r: (r - r.mean(1, keepdim=True)) / (r.std() + 1e-4)),
         ("trl", "none", lambda r: r - r.mean(1, keepdim=True)),
-        ("swift", "group", lambda r: (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-4)),
         ("openrlhf", "group_norm", lambda r: (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-9)),
         ("openrlhf", "rloo", lambda r: r - (r.sum(1, keepdim=True) - r) / 3),
     ],
@@ -403,6 +409,16 @@ def test_advantages(library: str, estimator: str, expected: Any, generator: torc
     rewards = torch.rand(3, 4, generator=generator)
     advantages = gf.group_advantages(rewards.flatten(), group_size=4, **advantage_settings(library, estimator)).advantages
     torch.testing.assert_close(advantages, expected(rewards.double()).flatten().float(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("estimator", ["group", "batch", "none"])
+def test_advantages_of_swift(estimator: str, generator: torch.Generator) -> None:
+    module = peer_module("swift", "4.6.0", "rl_core.advantage", ("swift.utils",), distribution="ms-swift")
+    rewards, weights = torch.rand(12, 2, generator=generator), torch.tensor([1.0, 0.3])
+    expected, _ = module.compute_advantages(rewards, weights, 4, scale_rewards=estimator)
+    settings = advantage_settings("swift", estimator)
+    advantages = gf.group_advantages(rewards, group_size=4, reward_weights=weights, **settings).advantages
+    torch.testing.assert_close(advantages, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_unknown_estimator_is_refused() -> None:
