@@ -29,14 +29,9 @@ class _Loss(nn.Module):
         self.config = LossConfig() if config is None else config
         self.temperature, self.softcap, self.logit_scale, self.metrics_on = temperature, softcap, logit_scale, metrics_on
 
-    def settings(self, options: dict[str, Any]) -> dict[str, Any]:
-        """Those of the module, and those of the call, which go before."""
-        held: dict[str, Any] = {
-            "config": self.config,
-            "temperature": self.temperature,
-            "softcap": self.softcap,
-            "logit_scale": self.logit_scale,
-        }
+    def _with_settings(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Options of a call, which go before the module's settings."""
+        held = {name: getattr(self, name) for name in ("config", "temperature", "softcap", "logit_scale")}
         if self.metrics_on is not None:
             held["metrics_on"] = self.metrics_on
         return {**held, **options}
@@ -65,7 +60,7 @@ class GRPOLoss(_Loss):
         **options: Any,
     ) -> GRPOOutput:
         """gf.grpo_loss with the module's settings; options as there."""
-        return grpo_loss(logits, token_ids, advantages, **self.settings(options))
+        return grpo_loss(logits, token_ids, advantages, **self._with_settings(options))
 
 
 class LinearGRPOLoss(_Loss):
@@ -89,4 +84,4 @@ class LinearGRPOLoss(_Loss):
         **options: Any,
     ) -> GRPOOutput:
         """gf.linear_grpo_loss with the module's settings; options as there."""
-        return linear_grpo_loss(hidden, weight, token_ids, advantages, **self.settings(options))
+        return linear_grpo_loss(hidden, weight, token_ids, advantages, **self._with_settings(options))
