@@ -487,6 +487,19 @@ def test_only_active_tokens(model_path: Path, tmp_path: Path) -> None:
     assert active[2]["entropy"] != pytest.approx(everything[2]["entropy"], rel=1e-3), "a row without an advantage is left out"
 
 
+def test_the_entropy_controller_sees_all_tokens(model_path: Path, tmp_path: Path) -> None:
+    """Also while its coefficient is 0, when a row without an advantage could be left out."""
+    from grpo_fast.integrations.trl import GRPOTrainer
+
+    entropies = {}
+    for metrics_on in ("all", "active"):
+        trainer = build(GRPOTrainer, model_path, tmp_path, use_adaptive_entropy=True)
+        trainer.metrics_on = metrics_on
+        loss_of(trainer, batch(model_path))
+        entropies[metrics_on] = trainer._last_world_entropy
+    assert entropies["active"] == entropies["all"] < 10.0
+
+
 class _HostReads(TorchDispatchMode):
     """Counts what would stall a GPU: reading a value, and shapes that depend on values."""
 

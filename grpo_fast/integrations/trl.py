@@ -168,7 +168,8 @@ class GRPOTrainer(trl.GRPOTrainer):
 
     Args:
         metrics_on: ``"all"``: TRL's metrics over all tokens. ``"active"``: tokens that cannot change the gradient are not computed at all;
-            the entropy is then the mean over the others.
+            the entropy is then the mean over the others, and a token that a mask leaves out counts as not clipped. With
+            use_adaptive_entropy, whose controller wants the entropy of all, it is as ``"all"``.
         args, kwargs: TRL's own.
 
     Raises:
@@ -187,7 +188,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         self.metrics_on = metrics_on
         self._waiting: dict[str, list[tuple[tuple[_Metric, ...], Tensor]]] = {"train": [], "eval": []}
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        self._refuse_what_is_not_known(base)
+        self._refuse_unsupported(base)
         for model in (base, self.ref_model):
             if model is not None:
                 _install(model, lambda: self.temperature, self.args.cast_lm_head_to_fp32)
@@ -212,7 +213,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         sampled_at = torch.tensor(self.temperature, dtype=torch.float64)  # on the CPU, where reading it stalls nothing
         return {**super()._generate_and_score_completions(inputs), "temperature": sampled_at}
 
-    def _refuse_what_is_not_known(self, model: Any) -> None:
+    def _refuse_unsupported(self, model: Any) -> None:
         from transformers.integrations import is_deepspeed_zero3_enabled
 
         if is_deepspeed_zero3_enabled():
@@ -261,7 +262,7 @@ class GRPOTrainer(trl.GRPOTrainer):
                 ref_logprobs=inputs["ref_per_token_logps"] if self.beta != 0.0 else None,
                 mask=mask,
                 rollout_weights=inputs["importance_sampling_ratio"] if corrected else None,
-                metrics_on=self.metrics_on,
+                metrics_on="all" if self.use_adaptive_entropy else self.metrics_on,
                 **scaling,
             )
 
