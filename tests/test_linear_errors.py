@@ -104,6 +104,29 @@ def test_bad_arguments(name: str, what: str) -> None:
             assert torch.equal(x, before[key])
 
 
+@pytest.mark.parametrize("head", [lambda x: (x @ torch.ones(D, V)).int(), lambda x: x[0] @ torch.ones(D, V)], ids=["int", "one row"])
+def test_what_a_callable_makes(head: Callable[[Tensor], Tensor]) -> None:
+    arguments = right()
+    with pytest.raises(
+        ValueError, match=r"weight is a callable that made torch.* of hidden states \[6, 4\]; .* logits \[n, V\] = \[6, 7\]"
+    ):
+        gf.linear_grpo_loss(arguments["hidden"], head, arguments["token_ids"], torch.ones(B))
+
+
+def test_a_group_that_is_none() -> None:
+    arguments = right()
+    first = arguments["hidden"], arguments["weight"], arguments["token_ids"]
+    logits = torch.randn(B, T, V)
+    for call in (
+        lambda: gf.linear_grpo_loss(*first, torch.ones(B), process_group="tp"),  # type: ignore[arg-type]
+        lambda: gf.linear_token_logprobs(*first, process_group="tp"),  # type: ignore[arg-type]
+        lambda: gf.grpo_loss(logits, first[2], torch.ones(B), process_group="tp"),  # type: ignore[arg-type]
+        lambda: gf.token_logprobs(logits, first[2], process_group="tp"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(TypeError, match=r"process_group is a str; expected a ProcessGroup"):
+            call()
+
+
 @pytest.mark.parametrize("value", [-1, 0.5])
 def test_keep_bytes(value: Any) -> None:
     arguments = right()

@@ -21,6 +21,7 @@ __all__ = ["DenseHead", "Head", "HeadTensors", "ModuleHead", "Wants", "per_row"]
 # Only NVIDIA's library gives the sum of a bfloat16 product in float32. For the others this part of the logits' columns at a time is
 # converted, or this many where that is less.
 CONVERTED_PART, LEAST_CONVERTED = 32, 256
+_LOGITS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class HeadTensors(NamedTuple):
@@ -193,6 +194,11 @@ class ModuleHead:
             rows.requires_grad_(self.wants.hidden)
             with torch.autocast(rows.device.type, dtype=self.autocast, enabled=self.autocast is not None):
                 logits = self.module(rows)
+        if logits.shape != (rows.shape[0], self.vocabulary) or logits.dtype not in _LOGITS:
+            raise ValueError(
+                f"weight is a callable that made {logits.dtype} {list(logits.shape)} of hidden states {list(rows.shape)}; expected "
+                f"float32, bfloat16 or float16 logits [n, V] = {[rows.shape[0], self.vocabulary]}. Pass the forward of the model's head."
+            )
         self._made = (rows, logits)
         return logits.detach().clone()  # the module's backward may need its own
 

@@ -99,6 +99,11 @@ class ShardedLogprobsFunction(torch.autograd.Function):
 
 def all_vocabulary_parts(size: int, group: ProcessGroup, device: torch.device) -> Shard:
     """Where this process's part of the vocabulary begins: the parts follow one another in the order of the ranks, of any size each."""
+    if not isinstance(group, ProcessGroup):
+        raise TypeError(
+            f"process_group is a {type(group).__name__}; expected a ProcessGroup that this process belongs to. Take "
+            "torch.distributed.new_group() or a device mesh's get_group()."
+        )
     mine = torch.tensor([size], device=device)
     sizes = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size(group))]
     torch.distributed.all_gather(sizes, mine, group=group)
