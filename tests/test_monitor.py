@@ -341,7 +341,8 @@ def make_run(folder: Path, shift: float = 0.0, steps: int = 6) -> Path:
     folder.mkdir(parents=True)
     with (folder / "metrics.jsonl").open("w") as file:
         for step in range(1, steps):
-            file.write(json.dumps({"step": step, "reward": shift + step / 10, "entropy": 1 / step, "kl": None}) + "\n")
+            times = {"step_time/generate": 1.0 + shift, "step_time/loss": 0.5, "temperature": 1.0}
+            file.write(json.dumps({"step": step, "reward": shift + step / 10, "entropy": 1 / step, "kl": None, **times}) + "\n")
         file.write(json.dumps({"step": steps - 1, "eval_hard_reward": 0.9, "eval_hard_reward_se": 0.05, "eval_easy_reward": 0.95}) + "\n")
     return folder
 
@@ -357,13 +358,18 @@ def test_curves_of_two_runs(tmp_path: Path, ending: str) -> None:
 
     runs = [make_run(tmp_path / "one" / "out"), make_run(tmp_path / "two" / "out", 0.2)]
     picture = tmp_path / "new" / f"curves.{ending}"
-    assert draw(runs, picture, smooth=3) == ["Reward", "Entropy of softmax(z/T)"]
+    assert draw(runs, picture, smooth=3) == ["Reward", "Entropy of softmax(z/T)", "Time of a step"]
     assert picture.stat().st_size > 5000 and [file.name for file in picture.parent.iterdir()] == [picture.name]
     if ending == "svg":
         with rc_context({"svg.fonttype": "none"}):  # text as text
             assert draw([runs[0]], picture)
         words = picture.read_text()
-        assert ">Reward (dotted: evaluation)<" in words and ">Entropy of softmax(z/T)<" in words and ">out<" in words
+        assert (
+            ">Time of a step (dotted: sampling)<" in words
+            and ">Reward (dotted: evaluation)<" in words
+            and ">Entropy of softmax(z/T)<" in words
+            and ">out<" in words
+        )
 
 
 def test_the_command(tmp_path: Path) -> None:
@@ -371,7 +377,7 @@ def test_the_command(tmp_path: Path) -> None:
 
     run = make_run(tmp_path / "run")
     result = CliRunner().invoke(app, [str(run)])
-    assert result.exit_code == 0 and "2 panels: Reward, Entropy" in result.output
+    assert result.exit_code == 0 and "3 panels: Reward, Entropy" in result.output
     assert (run / "curves.png").stat().st_size > 5000
     for arguments, words in (
         ([str(tmp_path / "missing")], "there is no"),

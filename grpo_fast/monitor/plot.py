@@ -30,11 +30,13 @@ PANELS = (  # title, key of the log, label of the axis, factor
     ("Temperature", "temperature", "T", 1),
     ("Gradient norm", "grad_norm", "norm", 1),
     ("Speed", "tokens_per_second", "tokens/s", 1),
+    ("Time of a step", "step_time", "seconds", 1),
     ("Loss", "loss", "loss", 1),
 )
 DOTTED = {  # title -> pattern of further keys, which are drawn dotted and with their standard errors where there are any; what they are
     "Reward": (r"eval(_.+)?_reward", "evaluation"),
     "Length": (r"completions/mean_terminated_length", "those that ended"),
+    "Time of a step": (r"step_time/generate", "sampling"),
 }
 
 
@@ -72,8 +74,10 @@ def draw(runs: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str],
     kind = output.suffix.lstrip(".").lower()
     if kind not in kinds:
         raise ValueError(f"output is {str(output)!r}; expected a name that ends in .png, .pdf or .svg.")
-    data = [(_name(run, runs), read_run(run)) for run in runs]
+    data = [(_name(run, runs), [_with_time(record) for record in read_run(run)]) for run in runs]
     panels = [panel for panel in PANELS if any(series(records, panel[1])[0] for _, records in data)]
+    if len({value for _, records in data for value in series(records, "temperature")[1]}) == 1:  # it says nothing where it never changes
+        panels = [panel for panel in panels if panel[1] != "temperature"]
     if not panels:
         known = ", ".join(sorted({key for _, records in data for key in records[0] if key != "step"})[:12])
         raise RunError(f"{', '.join(name for name, _ in data)}: none of the metrics to draw; the first line has {known or 'only a step'}.")
@@ -82,21 +86,10 @@ def draw(runs: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str],
     figure = Figure(figsize=(4.4 * columns, 2.9 * rows + 0.4), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for panel, (title, key, label, factor) in zip(axes, panels, strict=False):
-        pattern, what = DOTTED.get(title, ("", ""))
-        dotted = False
-        for number, (name, records) in enumerate(data):
-            colour, style = COLOURS[number % len(COLOURS)], STYLES[number // len(COLOURS) % len(STYLES)]
-            _curve(panel, *series(records, key), factor, colour, style, name, smooth)
-            dotted |= _further(panel, records, pattern, colour)
-        panel.set(title=f"{title} (dotted: {what})" if dotted else title, xlabel="step", ylabel=label)
-        panel.title.set_fontsize(10)
-        if factor == 100:  # a share: from 0 on, and a flat line of zeros at the bottom
-            panel.set_ylim(0, max(panel.get_ylim()[1], 1))
-        panel.grid(color="#dddddd", linewidth=0.6)
-        panel.spines[["top", "right"]].set_visible(False)
-    for panel in axes[len(panels) :]:
-        panel.remove()
+    for axis, panel in zip(axes, panels, strict=False):
+        _draw_panel(axis, panel, data, smooth)
+    for axis in axes[len(panels) :]:
+        axis.remove()
     if len(data) > 1:
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=min(len(data), 4), frameon=False)
     else:
@@ -105,26 +98,48 @@ def draw(runs: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str],
     return [panel[0] for panel in panels]
 
 
-def _curve(panel: Any, steps: list[float], values: list[float], factor: float, colour: str, style: str, name: str, smooth: int) -> None:
+def _with_time(record: dict[str, Any]) -> dict[str, Any]:
+    """A record with the time of the whole step."""
+    parts = [value for key, value in record.items() if key.startswith("step_time/") and isinstance(value, (int, float))]
+    return record | ({"step_time": sum(parts)} if parts else {})
+
+
+def _draw_panel(axis: Any, panel: tuple[str, str, str, int], data: Sequence[tuple[str, list[dict[str, Any]]]], smooth: int) -> None:
+    title, key, label, factor = panel
+    pattern, what = DOTTED.get(title, ("", ""))
+    dotted = False
+    for number, (name, records) in enumerate(data):
+        colour, style = COLOURS[number % len(COLOURS)], STYLES[number // len(COLOURS) % len(STYLES)]
+        _curve(axis, *series(records, key), factor, colour, style, name, smooth)
+        dotted |= _further(axis, records, pattern, colour)
+    axis.set(title=f"{title} (dotted: {what})" if dotted else title, xlabel="step", ylabel=label)
+    axis.title.set_fontsize(10)
+    if factor == 100:  # a share: from 0 on, and a flat line of zeros at the bottom
+        axis.set_ylim(0, max(axis.get_ylim()[1], 1))
+    axis.grid(color="#dddddd", linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _curve(axis: Any, steps: list[float], values: list[float], factor: float, colour: str, style: str, name: str, smooth: int) -> None:
     values = [factor * value for value in values]
     if smooth > 1:
-        panel.plot(steps, values, color=colour, linewidth=0.7, alpha=0.35)
+        axis.plot(steps, values, color=colour, linewidth=0.7, alpha=0.35)
         reach = smooth // 2
         windows = [values[max(i - reach, 0) : i + reach + 1] for i in range(len(values))]
         values = [sum(window) / len(window) for window in windows]
     lonely = {"marker": "o", "markersize": 4} if len(values) == 1 else {}
-    panel.plot(steps, values, color=colour, linewidth=1.6, linestyle=style, label=name, **lonely)
+    axis.plot(steps, values, color=colour, linewidth=1.6, linestyle=style, label=name, **lonely)
 
 
-def _further(panel: Any, records: Sequence[dict[str, Any]], pattern: str, colour: str) -> bool:
+def _further(axis: Any, records: Sequence[dict[str, Any]], pattern: str, colour: str) -> bool:
     """Draw the metrics that a pattern fits, dotted. Returns whether there were any."""
     keys = dict.fromkeys(key for record in records for key in record if re.fullmatch(pattern, key))
     for key in keys:
         steps, values = series(records, key)
-        panel.plot(steps, values, color=colour, linewidth=1.2, linestyle=":")
+        axis.plot(steps, values, color=colour, linewidth=1.2, linestyle=":")
         errors = dict(zip(*series(records, f"{key}_se"), strict=True))
         if errors:
-            panel.errorbar(steps, values, [errors.get(step, 0.0) for step in steps], fmt="o", color=colour, markersize=3, capsize=2)
+            axis.errorbar(steps, values, [errors.get(step, 0.0) for step in steps], fmt="o", color=colour, markersize=3, capsize=2)
     return bool(keys)
 
 
