@@ -313,6 +313,9 @@ async def waits(completions, answer):
     await asyncio.sleep(0)
     return [float(a) for a in answer]
 
+def logs(completions, log_metric=None):
+    return [0.0] * len(completions)
+
 def named(completions, logprobs=None, **columns):
     return [None if logprobs is None else len(columns)] * len(completions)
 
@@ -362,6 +365,11 @@ def test_a_process_that_cannot_load_its_function_is_no_reward_of_nan(my_rewards,
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry != str(tmp_path)])
     with pytest.raises(RuntimeError, match=f"reward 'pids' cannot run in a process: (.|\n)*No module named '{my_rewards}'"):
         runner(**BATCH)
+
+
+def test_what_lives_in_the_trainers_process_is_refused_in_another(my_rewards):
+    with pytest.raises(ValueError, match="reward 'logs' takes log_metric, which is of the trainer's process; expected isolation='thread'"):
+        RewardRunner(f"{my_rewards}:logs", isolation="process")
 
 
 def test_the_counters_of_a_reward_are_reported_by_batch(my_rewards):

@@ -111,8 +111,13 @@ class RewardRunner:
         self._abandoned: list[list[threading.Thread]] = [[] for _ in self.reward_funcs]
         self._pools: list[WorkerPool] = []
         if isolation == "process":
-            for name, reward in zip(self.names, self.reward_funcs, strict=True):
+            for name, reward, takes in zip(self.names, self.reward_funcs, self._takes, strict=True):
                 _check_picklable(name, reward)
+                if here := sorted({"log_extra", "log_metric"} & takes.names):
+                    raise ValueError(
+                        f"RewardRunner: reward {name!r} takes {' and '.join(here)}, which is of the trainer's process; expected "
+                        "isolation='thread' (GRPOConfig's reward_isolation) for it."
+                    )
                 self._pools.append(WorkerPool(_Call(reward)))
 
     def close(self) -> None:
