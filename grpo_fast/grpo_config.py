@@ -76,7 +76,8 @@ class GRPOConfig(TrainingArguments):
         sampler_tolerance: largest mean difference of a token's log-probability between sampler and trainer, in nats, on the first step;
             beyond it the run stops. None = 0.02 in float32, 0.1 otherwise.
 
-        packing: remove padding by laying sequences one after the other: True, False, or ``"auto"``: with flash attention.
+        packing: remove padding by laying sequences one after the other: ``"true"`` (or True), ``"false"``, or ``"auto"``: with flash
+            attention.
         fused_head: compute the loss from hidden states wherever the model's head allows it; False: from logits.
         metrics_on: ``"active"``: sequences with an advantage of 0 are not even run through the model, where that cannot change the
             gradient; ``"all"``: they are, and count in entropy and clip ratios.

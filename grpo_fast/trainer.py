@@ -233,7 +233,9 @@ class GRPOTrainer(CompleteCheckpoints):
             self.sampler.update_weights(self.model_wrapped, self.state.global_step)
             self._sampler_step = self.state.global_step
         extra = 0
-        prompts = [encode_prompt(row["prompt"], self.processing_class, self.args.chat_template_kwargs) for row in rows]
+        different = {id(row): row["prompt"] for row in rows}  # a group's rows are one
+        encoded = {key: encode_prompt(text, self.processing_class, self.args.chat_template_kwargs) for key, text in different.items()}
+        prompts = [encoded[id(row)] for row in rows]
         if not rows and is_sharded(self.model_wrapped):  # the others wait for this process in every forward pass
             prompts, temperatures, extra = [[self.processing_class.eos_token_id]], [1.0], 1
         params = SamplingParams(

@@ -1,5 +1,6 @@
 """The demonstration: its task, its loop, its command; and, marked slow, that it learns on five seeds."""
 
+import copy
 import json
 import math
 import random
@@ -14,7 +15,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
 import grpo_fast as gf
-from grpo_fast.demo import grpo, need, report
+from grpo_fast.demo import compare, grpo, need, report
 from grpo_fast.demo.cli import app
 from grpo_fast.demo.evaluate import TEMPERATURES, Quality, evaluate
 from grpo_fast.demo.grpo import Settings, check_on_policy, policy_loss, sample, train
@@ -243,3 +244,47 @@ def test_the_demonstration_learns(seed, tmp_path):
     assert numbers["learned"] is True
     assert numbers["history"][-1]["reward"] > numbers["history"][0]["reward"] + 0.5
     assert time.process_time() - started < 90  # of CPU: the machine may be shared
+
+
+def test_loop_and_trainer_are_compared_from_one_start(tmp_path):
+    pytest.importorskip("accelerate")
+    small = ["--seeds", "2", "--steps", "2", "--warm-start-steps", "2", "--prompts", "2"]
+    result = CliRunner().invoke(compare.app, [*small, "--output", str(tmp_path / "found.json")])
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [(run["seed"], run["way"]) for run in found["runs"]] == [(0, "loop"), (0, "trainer"), (1, "loop"), (1, "trainer")]
+    assert all(len(run["curves"]["reward"]) == 2 and run["seconds"] > 0 for run in found["runs"])
+    summary = found["summary"]["seconds"]
+    assert summary["difference"] == pytest.approx(summary["trainer"] - summary["loop"])
+
+
+def test_the_trainer_of_the_comparison_makes_the_step_of_the_loop(model, tokenizer, tmp_path, monkeypatch):
+    """The same completions: the same loss, and the same weights after the step."""
+
+    def odd(completion_ids, **columns):
+        return [float(sum(ids) % 2) for ids in completion_ids]
+
+    monkeypatch.setattr(compare, "REWARDS", {odd: 1.0})
+    settings = Settings(steps=1, group_size=4, max_new_tokens=6)
+    rows = [question("5281"), question("3631")]
+    trainer = compare.trainer_of(copy.deepcopy(model), tokenizer, rows, settings, 2, 0, tmp_path)
+    trainer.train()
+    drawn = trainer.rollout
+
+    def again(model, tokenizer, prompts, temperature, limit, **options):
+        width = max(map(len, drawn.completion_ids))
+        ids = torch.tensor([ids + [tokenizer.pad_token_id] * (width - len(ids)) for ids in drawn.completion_ids])
+        mask = torch.tensor([[True] * len(ids) + [False] * (width - len(ids)) for ids in drawn.completion_ids])
+        asked = torch.tensor(drawn.prompt_ids)
+        return grpo.Rollout(torch.cat([asked, ids], 1), torch.cat([torch.ones_like(asked), mask.long()], 1), ids, mask, None)
+
+    monkeypatch.setattr(grpo, "sample", again)
+    monkeypatch.setattr(grpo, "check_on_policy", lambda *args: 0.0)
+    by_text = {row["prompt"]: row for row in rows}
+    batch = [by_text[tokenizer.decode(ids, skip_special_tokens=True)] for ids in drawn.prompt_ids[::4]]
+    (record,) = train(model, tokenizer, iter([batch]), {odd: 1.0}, settings)
+    (log,) = [log for log in trainer.state.log_history if "loss" in log]
+    assert record["loss"] == pytest.approx(log["loss"], abs=1e-6) and record["reward"] == pytest.approx(log["reward"], abs=1e-6)
+    assert record["grad_norm"] == pytest.approx(log["grad_norm"], rel=1e-4) and log["grad_norm"] > 0
+    for mine, theirs in zip(trainer.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-4)

@@ -98,6 +98,12 @@ def check_on_policy(model: Any, tokenizer: Any, prompts: Sequence[str], settings
     return gap
 
 
+def optimizer_of(model: Any, settings: Settings) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+    """AdamW, and its learning rate that rises over the first steps and stays."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(settings.warmup_steps, 1)))
+
+
 def train(
     model: Any,
     tokenizer: Any,
@@ -108,8 +114,7 @@ def train(
 ) -> list[dict[str, float]]:
     """Make ``settings.steps`` updates; returns one record of numbers per step."""
     model.eval()  # no dropout: the policy that is updated must be the one that sampled
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
-    warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(settings.warmup_steps, 1)))
+    optimizer, warmup = optimizer_of(model, settings)
     weights = torch.tensor(list(rewards.values()))
     history = []
     for step in range(settings.steps):

@@ -86,7 +86,7 @@ def run(options: Options, output: Path, console: Console) -> dict[str, Any]:
     need(*MODULES)
     output.mkdir(parents=True, exist_ok=True)  # better refused now than after the training
     started = time.perf_counter()
-    with _one_thread():
+    with one_thread():
         stage = _Stage(options, console)
         stage.warm_start()
         before = stage.look("before")
@@ -165,12 +165,7 @@ class _Stage:
         return _Look(table, texts)
 
     def train(self) -> list[dict[str, float]]:
-        rng = random.Random(self.options.seed)
-
-        def batches() -> Iterator[list[dict[str, Any]]]:
-            while True:
-                yield [question(digits) for digits in rng.sample(self.training, self.options.prompts)]
-
+        batches = drawn_from([question(digits) for digits in self.training], self.options.prompts, self.options.seed)
         with self._bar("training", f"GRPO at T = {self.options.temperature:g}", self.options.steps) as step:
 
             def on_step(record: dict[str, float]) -> None:
@@ -180,7 +175,7 @@ class _Stage:
                     self.console.print(f"step {record['step']:3d}  {note}", highlight=False)
 
             torch.manual_seed(self.options.seed)
-            return train(self.model, self.tokenizer, batches(), REWARDS, self.settings, on_step)
+            return train(self.model, self.tokenizer, batches, REWARDS, self.settings, on_step)
 
     @contextmanager
     def _bar(self, name: str, description: str, total: int) -> Iterator[Callable[[str], None]]:
@@ -193,8 +188,15 @@ class _Stage:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
 
 
+def drawn_from(rows: list[dict[str, Any]], count: int, seed: int) -> Iterator[list[dict[str, Any]]]:
+    """Batches of as many different rows, without end."""
+    rng = random.Random(seed)
+    while True:
+        yield rng.sample(rows, count)
+
+
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """A model this small gains nothing from a second thread, and where cores are shared its spinning costs several times the run."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

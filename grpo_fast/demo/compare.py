@@ -1,0 +1,155 @@
+"""``python -m grpo_fast.demo.compare``: the demonstration's plain loop (`grpo.py`) against GRPOTrainer, on several seeds.
+
+Both take the model that imitation left behind, the same questions to draw from, rewards, settings and number of completions per step, and
+note reward and accuracy of every step. Timed is the CPU time of the process from the first step to the last, on one thread. What is
+reported: the learning curves, their means, the accuracy on held-out questions at T = 0.6 in the end, and the time.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from grpo_fast.benchmark.machine import describe, load_average
+from grpo_fast.demo import need
+from grpo_fast.demo.evaluate import evaluate
+from grpo_fast.demo.grpo import Settings, optimizer_of, train
+from grpo_fast.demo.model import imitate, make_model
+from grpo_fast.demo.report import write_json
+from grpo_fast.demo.run import MAX_NEW_TOKENS, REWARDS, Options, drawn_from, one_thread
+from grpo_fast.demo.task import Teacher, make_tokenizer, question, split_questions
+
+__all__ = ["compare", "trainer_of"]
+
+WAYS = ("loop", "trainer")
+CURVES = ("reward", "rewards/accuracy_reward")
+
+
+def trainer_of(model: Any, tokenizer: Any, rows: list[dict[str, Any]], settings: Settings, prompts: int, seed: int, output: Path) -> Any:
+    """A GRPOTrainer that does what the loop does with these settings and as many prompts per step."""
+    from grpo_fast.trainer import GRPOConfig, GRPOTrainer
+
+    loss = settings.loss
+    args = GRPOConfig(
+        str(output),
+        seed=seed,
+        max_steps=settings.steps,
+        temperature=settings.temperature,
+        per_device_train_batch_size=prompts * settings.group_size,
+        num_generations=settings.group_size,
+        max_completion_length=settings.max_new_tokens,
+        max_grad_norm=settings.max_grad_norm,
+        loss_type=loss.loss_type,
+        epsilon=loss.epsilon_low,
+        epsilon_high=loss.epsilon_high,
+        reward_weights=list(REWARDS.values()),
+        packing="true",
+        gradient_checkpointing=False,
+        logging_steps=1,
+        disable_tqdm=True,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+    )
+    optimizers = optimizer_of(model, settings)
+    return GRPOTrainer(model, list(REWARDS), args, train_dataset=rows, processing_class=tokenizer, optimizers=optimizers)
+
+
+def compare(options: Options, seeds: Sequence[int], console: Console) -> dict[str, Any]:
+    """Run both ways from each seed; the answer is what is written to the JSON file."""
+    load, runs = load_average(), []
+    with one_thread():
+        for seed in seeds:
+            for found in _from_seed(options, seed):
+                runs.append(found)
+                shown = f"accuracy at T = 0.6 {found['accuracy']:.3f}, {found['seconds']:.1f} s of CPU"
+                console.print(f"seed {seed}, {found['way']:7}  {shown}", highlight=False)
+    return {
+        "kind": "demo_trainer",
+        "machine": {**describe(), "load_average": [load, load_average()]},
+        "options": {"steps": options.steps, "prompts": options.prompts, "group_size": options.group_size, "seeds": list(seeds)},
+        "timed": "CPU seconds of the process over all steps, one thread",
+        "summary": {name: _paired(runs, name) for name in ("accuracy", "mean_training_reward", "mean_training_accuracy", "seconds")},
+        "runs": runs,
+    }
+
+
+def _from_seed(options: Options, seed: int) -> list[dict[str, Any]]:
+    torch.manual_seed(seed)
+    tokenizer, settings = make_tokenizer(), options.settings()
+    start = make_model(tokenizer)
+    training, held_out = split_questions()
+    imitate(start, tokenizer, training, Teacher(), steps=options.warm_start_steps, max_new_tokens=MAX_NEW_TOKENS, seed=seed)
+    rows = [question(digits) for digits in training]
+    found = []
+    for way in WAYS:
+        model = copy.deepcopy(start)
+        torch.manual_seed(seed)
+        if way == "loop":
+            began = time.process_time()
+            history = train(model, tokenizer, drawn_from(rows, options.prompts, seed), REWARDS, settings)
+            seconds = time.process_time() - began
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                trainer = trainer_of(model, tokenizer, rows, settings, options.prompts, seed, Path(folder))
+                began = time.process_time()
+                trainer.train()
+                seconds = time.process_time() - began
+            history = [{**log, CURVES[1]: log[f"{CURVES[1]}/mean"]} for log in trainer.state.log_history if "loss" in log]
+        asked = [question(digits) for digits in held_out[: options.evaluation_prompts]]
+        draw: dict[str, Any] = {"group_size": options.group_size, "max_new_tokens": MAX_NEW_TOKENS, "seed": seed}
+        (quality,) = evaluate(model, tokenizer, asked, temperatures=[0.6], **draw)
+        curves = {name: [record[name] for record in history] for name in CURVES}
+        means = {"mean_training_reward": fmean(curves[CURVES[0]]), "mean_training_accuracy": fmean(curves[CURVES[1]])}
+        found.append({"seed": seed, "way": way, "seconds": seconds, "accuracy": quality.accuracy, **means, "curves": curves})
+    return found
+
+
+def _paired(runs: list[dict[str, Any]], name: str) -> dict[str, float]:
+    """Means over the seeds, and that of the difference with its standard error: both ways began from the same model."""
+    loop, trainer = ([run[name] for run in runs if run["way"] == way] for way in WAYS)
+    gaps = [mine - theirs for mine, theirs in zip(trainer, loop, strict=True)]
+    error = stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else 0.0
+    return {"loop": fmean(loop), "trainer": fmean(trainer), "difference": fmean(gaps), "standard_error": error}
+
+
+def command(
+    seeds: Annotated[int, typer.Option(help="How many, from 0 on.", min=1)] = 5,
+    steps: Annotated[int, typer.Option(help="GRPO steps.")] = Options.steps,
+    warm_start_steps: Annotated[int, typer.Option(help="Steps of imitation before GRPO.")] = Options.warm_start_steps,
+    prompts: Annotated[int, typer.Option(help="Prompts per step.")] = Options.prompts,
+    output: Annotated[Path, typer.Option(help="The result as JSON.")] = Path("bench/results/demo_trainer.json"),
+) -> None:
+    """The demonstration by its plain loop and by GRPOTrainer. About two minutes a seed."""
+    need("transformers", "tokenizers", "accelerate", "datasets")
+    console = Console()
+    try:
+        options = Options(steps=steps, warm_start_steps=warm_start_steps, prompts=prompts)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    result = compare(options, range(seeds), console)
+    write_json(result, output)
+    table = Table("", *WAYS, "difference", title="Mean over the seeds", title_justify="left")
+    for name, found in result["summary"].items():
+        cells = (f"{found['loop']:.3f}", f"{found['trainer']:.3f}", f"{found['difference']:+.3f} ± {found['standard_error']:.3f}")
+        table.add_row(name.replace("_", " "), *cells)
+    console.print(table)
+    typer.echo(f"Every number: {output}")
+
+
+app = typer.Typer(add_completion=False)
+app.command()(command)
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,56 @@
+"""The benchmark of the trainer's loss stage: what it compares is equal work, and it reports nothing where results differ."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+pytest.importorskip("trl", reason="the batch is that of the comparison with TRL")
+
+from grpo_fast.benchmark import trainer_stage
+from grpo_fast.benchmark.trainer_stage import CONTESTANTS, EagerPasses, app, disagreement
+
+SMALL = ["--sequences", "4", "--group", "2", "--tokens", "7", "--width", "8", "--vocabulary", "61", "--rounds", "2"]
+
+
+def test_all_contestants_agree_and_are_timed(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, [*SMALL, "--output", str(tmp_path / "found.json")])
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert {entry["contestant"] for entry in found["results"]} == set(CONTESTANTS)
+    assert all(len(entry["seconds"]) == 2 and min(entry["seconds"]) > 0 for entry in found["results"])
+    assert len({round(entry["loss"], 6) for entry in found["results"]}) == 1 and found["results"][0]["loss"] != 0
+    differences = found["gate"]["largest_relative_difference"]
+    assert differences["eager"] == 0 < differences["fused"] < found["gate"]["tolerance"]
+
+
+@pytest.mark.parametrize("wrong", ["doubled", "zeroed", "entropy"])
+def test_nothing_is_reported_where_they_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+    honest = trainer_stage.Passes.loss
+
+    def loss(self: Any, model: Any, rows: Any, **options: Any) -> Any:
+        out = honest(self, model, rows, **options)
+        if wrong == "entropy":
+            return out._replace(metrics={**out.metrics, "entropy": out.metrics["entropy"] * 1.001})
+        return out._replace(loss=out.loss * (2.0 if wrong == "doubled" else 0.0))
+
+    monkeypatch.setattr(trainer_stage.Passes, "loss", loss)
+    assert "loss" in vars(EagerPasses)  # its own, which is as it was
+    result = CliRunner().invoke(app, [*SMALL, "--output", str(tmp_path / "found.json")])
+    assert isinstance(result.exception, RuntimeError) and "No times are reported" in str(result.exception)
+    assert not (tmp_path / "found.json").exists()
+
+
+def test_a_gradient_that_is_wrong_in_one_parameter_is_seen() -> None:
+    answer = {"loss": 1.0, "logged": {"entropy": 2.0}}
+    grads = {"a": torch.ones(3), "b": torch.ones(2)}
+    assert disagreement(answer, grads, answer, grads) == 0
+    assert disagreement(answer, {**grads, "b": torch.zeros(2)}, answer, grads) == pytest.approx(1)
+    assert disagreement(answer, {**grads, "b": -grads["b"]}, answer, grads) == pytest.approx(2)
+    assert disagreement(answer, {"a": grads["a"]}, answer, grads) == float("inf")
+    assert disagreement({**answer, "loss": float("nan")}, grads, answer, grads) == float("inf")
