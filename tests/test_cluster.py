@@ -189,6 +189,20 @@ def test_nothing_beside_the_rows_is_touched(cluster: Callable[..., None], on_hos
 
 
 @needs_compiler
+def test_rows_that_lie_two_to_the_31_apart(cluster: Callable[..., None], on_host: Any) -> None:
+    from test_triton import far_apart
+
+    cluster(cluster=2, stages=2, clusters=1, seed=11)
+    given = call(2, 528, torch.float16)
+    ones, settings = torch.ones(1, 2), ops.loss_settings(given["config"])
+    rest = (given["token_ids"], ones.bool(), given["advantages"], ones, ones, None, None, None, None, 0.8, 0.0, 1.0, 1.0, settings, False)
+    results = []
+    for logits in (given["logits"].clone(), far_apart(given["logits"])):
+        results.append((*on_host.loss_to(logits, logits, *rest), logits))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@needs_compiler
 def test_extreme_rows(cluster: Callable[..., None]) -> None:
     """A peak that the guess does not see, a target far above and far below the rest, -inf columns, a constant offset."""
     cluster(cluster=4, stages=3, clusters=1, seed=8)

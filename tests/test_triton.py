@@ -69,6 +69,14 @@ def test_in_the_interpreter_at_length() -> None:
     interpret("-m", "sweep")
 
 
+def far_apart(logits: Tensor) -> Tensor:
+    """A copy of [1, 2, V] of a 16-bit type whose rows lie 2^31 elements apart, in memory of which nothing else is touched."""
+    import numpy
+
+    memory = torch.from_numpy(numpy.empty(2**31 + logits.shape[2], numpy.int16))  # torch's own would be filled with NaN
+    return memory.view(logits.dtype).as_strided(logits.shape, (1, 2**31, 1)).copy_(logits)
+
+
 # ---- nobody waits for the device
 
 

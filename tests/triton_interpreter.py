@@ -23,6 +23,7 @@ import compare
 import test_grpo_loss
 import test_linear
 from cases import random_case
+from test_triton import far_apart
 
 import grpo_fast as gf
 from grpo_fast import reference, triton_ops
@@ -246,6 +247,25 @@ def test_without_the_entropy_the_rest_is_the_same() -> None:
     logprobs, _, lse = token_logprobs_fwd(rows, scoring)
     quick_logprobs, _, quick_lse = token_logprobs_fwd(rows, scoring, want_entropy=False)
     assert torch.equal(logprobs, quick_logprobs) and torch.equal(lse, quick_lse)
+
+
+def test_rows_that_lie_two_to_the_31_apart() -> None:
+    """The same bits as of rows side by side; the gradient where the logits lie, scaled there."""
+    rows, scoring = rows_with_targets(528, [100, 527], torch.float16), Scoring(None, 0.7, 0.0, 1.0)
+    g, h = torch.tensor([[0.7, -0.3]]), torch.tensor([[0.1, 0.2]])
+    results = []
+    for logits in (rows.logits.clone(), far_apart(rows.logits)):
+        own = Rows(logits, *rows[1:])
+        statistics = token_logprobs_fwd(own, scoring, parts=2)
+        gradient = scale_(token_logprobs_bwd(g, h, own, scoring, *statistics, inplace=True, parts=2), torch.tensor(0.5))
+        results.append((*statistics, gradient))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_the_largest_vocabularies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "BLOCK", 4096)
+    for vocabulary in (2**18, 2**18 + 1):
+        check_rows(rows_with_targets(vocabulary, [7, vocabulary - 1], torch.bfloat16), Scoring(None, 0.7, 0.0, 1.0), parts=3)
 
 
 # ---- the reference of the sums is a guess: rows on which it is wrong
