@@ -16,12 +16,14 @@ from grpo_fast.rewards import (
     CertainRunPenalty,
     CoherenceReward,
     CosineLengthReward,
+    FormatReward,
     LanguageConsistencyReward,
     LengthReward,
     ReferenceFluencyReward,
     RepetitionPenalty,
     SentenceReward,
     SoftOverlongPunishment,
+    TagCountReward,
     accuracy_reward,
     extract_answer,
     format_reward,
@@ -105,6 +107,15 @@ def test_format_and_chat_messages():
     assert format_reward(["q"] * 3, [GOOD, chat, GOOD + "!"], [[1]] * 3) == [1.0, 1.0, 0.0]
 
 
+def test_a_prompt_that_opens_the_reasoning():
+    rest = "3 + 4; so 7</think><answer>7</answer>"
+    chat = [{"role": "assistant", "content": rest}]
+    for reward, whole in ((FormatReward, 1.0), (TagCountReward, 1.0), (CoherenceReward, 1.0)):
+        assert reward(think_opened=True)(["What is 3 + 4?"] * 3, [rest, chat, f"<think>{rest}"])[:2] == [whole, whole]
+        assert reward()(["What is 3 + 4?"], [f"<think>{rest}"]) == [whole] and reward()(["What is 3 + 4?"], [rest])[0] < whole
+    assert FormatReward(think_opened=True)(["q"], [f"<think>{rest}"]) == [0.0]  # then it is there twice
+
+
 def test_coherence_reward_reads_the_prompt():
     reward = CoherenceReward()
     assert reward(["What is 3 + 4?", "What is 5 + 2?"], [GOOD, GOOD], [[1], [1]]) == [1.0, pytest.approx(2 / 3)]
@@ -154,6 +165,8 @@ def test_reward_matrix_names_the_reward_that_returned_too_few():
 
 
 REWARDS = (
+    FormatReward(),
+    TagCountReward(think_opened=True),
     CoherenceReward(key_pattern="x"),
     RepetitionPenalty(3),
     CertainRunPenalty(run=9),
@@ -222,7 +235,7 @@ LOOPS = (
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-@pytest.mark.parametrize("reward", [accuracy_reward, format_reward, tag_count_reward, *REWARDS], ids=lambda reward: reward.__name__)
+@pytest.mark.parametrize("reward", [accuracy_reward, *REWARDS], ids=lambda reward: reward.__name__)
 def test_an_endless_loop_is_scored_in_no_time(reward, loop):
     """Half a megabyte of the same: regular expressions that take quadratic time would take minutes, and hold up the training."""
     text = "<think>" + loop * (500_000 // len(loop))

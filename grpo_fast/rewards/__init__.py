@@ -21,7 +21,7 @@ from grpo_fast.rewards.mathematics import MathReward, math_reward
 from grpo_fast.rewards.pool import WorkerPool
 from grpo_fast.rewards.repetition import CertainRunPenalty, RepetitionPenalty
 from grpo_fast.rewards.runner import RewardError, RewardRunner, RewardTable, reward_matrix
-from grpo_fast.rewards.structure import format_reward, tag_count_reward
+from grpo_fast.rewards.structure import FormatReward, TagCountReward, format_reward, tag_count_reward
 
 __all__ = [
     "BUILT_IN",
@@ -29,6 +29,7 @@ __all__ = [
     "CoherenceReward",
     "Completion",
     "CosineLengthReward",
+    "FormatReward",
     "LanguageConsistencyReward",
     "LengthReward",
     "MathReward",
@@ -40,6 +41,7 @@ __all__ = [
     "RewardTable",
     "SentenceReward",
     "SoftOverlongPunishment",
+    "TagCountReward",
     "WorkerPool",
     "accuracy_reward",
     "canonical_answer",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from grpo_fast.metrics import NUMBER, STEP, coherence
-from grpo_fast.rewards.common import Completion, check_same_length, text_of
+from grpo_fast.rewards.common import Completion, check_same_length, text_of, with_opening
 
 __all__ = ["CoherenceReward"]
 
@@ -23,6 +23,7 @@ class CoherenceReward:
     Args:
         key_pattern: regular expression of what the reasoning must take up from the question.
         step_pattern: regular expression of what separates two steps of the reasoning.
+        think_opened: as of `FormatReward`: the prompt ends with ``<think>``.
 
     Example:
         >>> CoherenceReward()(["What is 3 + 4?"], ["<think>3 + 4; so 7</think><answer>7</answer>"])
@@ -31,6 +32,7 @@ class CoherenceReward:
 
     key_pattern: str = NUMBER
     step_pattern: str = STEP
+    think_opened: bool = False
     __name__ = "coherence_reward"  # the name under which trainers log it
 
     def __call__(
@@ -42,4 +44,5 @@ class CoherenceReward:
     ) -> list[float | None]:
         check_same_length(self.__name__, prompts=prompts, completions=completions)
         rules = {"key_pattern": self.key_pattern, "step_pattern": self.step_pattern}
-        return [coherence(text_of(p), text_of(c), **rules) for p, c in zip(prompts, completions, strict=True)]
+        texts = [with_opening(completion, self.think_opened) for completion in completions]
+        return [coherence(text_of(prompt), text, **rules) for prompt, text in zip(prompts, texts, strict=True)]

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from grpo_fast.metrics import parse_sections
 
-__all__ = ["Completion", "Reward", "check_range", "check_same_length", "name_of", "reasoning_of", "rows_of", "text_of"]
+__all__ = ["Completion", "Reward", "check_range", "check_same_length", "name_of", "reasoning_of", "rows_of", "text_of", "with_opening"]
 
 Completion: TypeAlias = "str | Sequence[dict[str, str]]"
 Reward: TypeAlias = Callable[..., "list[float | None]"]
@@ -26,6 +26,11 @@ def text_of(completion: Completion) -> str:
     if isinstance(content, (list, tuple)):  # in parts, as models that see images have it
         return "".join(part.get("text") or "" for part in content)
     return content or ""
+
+
+def with_opening(completion: Completion, think_opened: bool) -> str:
+    """The text of a completion, with the ``<think>`` that the prompt has opened, if it has."""
+    return f"<think>{text_of(completion)}" if think_opened else text_of(completion)
 
 
 def reasoning_of(text: str) -> str:

@@ -18,15 +18,15 @@ from grpo_fast.rewards.language import LanguageConsistencyReward
 from grpo_fast.rewards.length import CosineLengthReward, LengthReward, SoftOverlongPunishment
 from grpo_fast.rewards.mathematics import MathReward
 from grpo_fast.rewards.repetition import CertainRunPenalty, RepetitionPenalty
-from grpo_fast.rewards.structure import format_reward, tag_count_reward
+from grpo_fast.rewards.structure import FormatReward, TagCountReward
 
 __all__ = ["BUILT_IN", "load_reward", "spelled"]
 
 BUILT_IN: dict[str, Any] = {
     "accuracy": accuracy_reward,
     "math": MathReward,
-    "format": format_reward,
-    "tag_count": tag_count_reward,
+    "format": FormatReward,
+    "tag_count": TagCountReward,
     "coherence": CoherenceReward,
     "sentences": SentenceReward,
     "reference_fluency": ReferenceFluencyReward,
