@@ -328,6 +328,9 @@ def test_the_parser_leaves_types_as_they_were_said() -> None:
             GRPOConfig,
         )
         assert config.scale_rewards == {True: "group", False: "none"}.get(expected, expected)
+    own = ["--model", "m", "--dataset", "d", "--rewards", "format", "--use_cpu", "--report_to", "none"]
+    for words, expected in ((["--bf16"], True), (["--bf16", "false"], False), ([], False), (["--bf16", "none"], False)):
+        assert parse([*own, *words, "--vllm_importance_sampling_correction"], GRPOConfig)[1].bf16 is expected
     with pytest.raises(SettingsError, match="dataset is not set"):
         parse(["--model", "m"], GRPOConfig)
 

@@ -79,7 +79,7 @@ class TrainOptions:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise SettingsError(f"command line: {message}.")
+        raise SettingsError(f"command line: {message.rstrip('.')}.")
 
 
 def parse(args: Sequence[str], config_class: Any) -> tuple[TrainOptions, Any, dict[str, Any]]:
@@ -112,6 +112,7 @@ def parse(args: Sequence[str], config_class: Any) -> tuple[TrainOptions, Any, di
 def build_parser(config_class: Any) -> tuple[_Parser, dict[str, argparse.Action]]:
     """A parser of all fields, and its actions by name. HfArgumentParser reads the types; what it misreads (bool or text) is mended."""
     from transformers import HfArgumentParser
+    from transformers.hf_argparser import string_to_bool
 
     made = HfArgumentParser([TrainOptions, config_class], allow_abbrev=False, add_help=False)
     parser = _Parser(allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS)
@@ -122,7 +123,9 @@ def build_parser(config_class: Any) -> tuple[_Parser, dict[str, argparse.Action]
         if isinstance(action, argparse._StoreAction):
             if bool in kinds and str in kinds:
                 action.type, action.nargs, action.const = _true_false_or_text, None, None
-            if type(None) in kinds and action.type in (int, float, bool):  # a text may well be "none": report_to, say
+            elif bool in kinds:
+                action.nargs, action.const = "?", True  # --bf16 alone is true, also where the default is None
+            if type(None) in kinds and action.type in (int, float, string_to_bool):  # a text may well be "none": report_to, say
                 action.type = _or_none(action.type)
             if any((typing.get_origin(kind) or kind) is dict for kind in kinds):
                 action.type, action.metavar = str, "JSON"

@@ -55,7 +55,7 @@ def app(args: Sequence[str] | None = None, prog_name: str = "grpo-fast train", *
         warnings.showwarning = lambda message, *where, **more: _say(f"{prog_name}: warning: {message}")
         try:
             prepared = prepare(args, GRPOConfig)
-        except (ValueError, TypeError, ImportError) as error:
+        except (ValueError, TypeError, ImportError, OSError) as error:
             _say(f"{prog_name}: {error}")
             raise SystemExit(2) from error
     run(prepared, trainer_class, prog_name=prog_name)
