@@ -20,7 +20,7 @@ from grpo_fast.head.loss import LINEAR_METRICS, linear_loss
 from grpo_fast.head.ops import compiled_logprobs, compiled_loss
 from grpo_fast.head.products import DenseHead, Head, HeadTensors, ModuleHead, Wants
 from grpo_fast.head.rows import Rows, Shard, all_vocabulary_parts, fewest
-from grpo_fast.head.weights import gathered
+from grpo_fast.head.weights import gathered, is_quantised
 from grpo_fast.inputs import ANY_VOCABULARY, TokenInputs, check_ids, token_inputs
 from grpo_fast.loss import GRPOOutput, TokenLogprobs, by_reference, grpo_loss, scoring, token_logprobs
 from grpo_fast.policy import checked_policy
@@ -346,6 +346,10 @@ def _product_dtype(hidden: Tensor, weight: Tensor | None, autocast: torch.dtype 
 
 def _check_weight(hidden: Tensor, weight: Tensor, bias: Tensor | None, adapter: tuple[Tensor, Tensor] | None) -> None:
     checks.tensor("weight", weight, like=hidden, like_name="hidden")
+    if not torch.compiler.is_compiling() and is_quantised(weight):
+        raise TypeError(
+            f"weight is a {type(weight).__name__} (quantised); expected a plain tensor. Pass the frozen head itself, weight=model.lm_head."
+        )
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"weight has shape {list(weight.shape)}; expected [V, D] = [V, {hidden.shape[-1]}], D being the last dimension of hidden "

@@ -187,6 +187,51 @@ def test_packed_inputs() -> None:
         torch.testing.assert_close(found[name], x, rtol=1e-3, atol=1e-6)
 
 
+# ---- quantised
+
+
+class Int8(Tensor):
+    """A weight as torchao makes them: says that it is float32 and holds whole numbers and a scale, which only F.linear knows to use."""
+
+    @staticmethod
+    def __new__(cls, whole: Tensor, scale: Tensor) -> Int8:
+        return Tensor._make_wrapper_subclass(cls, whole.shape, dtype=scale.dtype)  # type: ignore[attr-defined]
+
+    def __init__(self, whole: Tensor, scale: Tensor):
+        self.whole, self.scale = whole, scale
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["whole", "scale"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], *_: Any) -> Int8:
+        return Int8(inner["whole"], inner["scale"])
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.linear:
+            x, weight, *rest = args
+            return nn.functional.linear(x, weight.whole.float() * weight.scale, *rest)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return Int8(args[0].whole, args[0].scale)
+        raise NotImplementedError(f"{func} of a quantised weight")
+
+
+def test_a_quantised_weight_that_says_it_is_a_matrix() -> None:
+    model = tiny("Qwen2")
+    scale = model.lm_head.weight.detach().abs().max() / 127
+    weight = Int8((model.lm_head.weight.detach() / scale).round().to(torch.int8), scale)
+    model.lm_head.weight = nn.Parameter(weight, requires_grad=False)
+    assert isinstance(model.lm_head.weight, Int8) and gf.head_of(model).weight is model.lm_head
+    check(model)
+    with pytest.raises(TypeError, match=r"weight is a Int8 \(quantised\); expected a plain tensor. Pass the frozen head itself"):
+        gf.linear_grpo_loss(torch.randn(1, 2, 16), model.lm_head.weight, torch.zeros(1, 2, dtype=torch.int64), torch.ones(1))
+
+
 # ---- PEFT
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grpo_fast.head.weights import gathered, is_partitioned, unpartitioned
+from grpo_fast.head.weights import gathered, is_partitioned, is_quantised, unpartitioned
 from grpo_fast.linear import linear_grpo_loss, linear_token_logprobs
 from grpo_fast.loss import GRPOOutput, TokenLogprobs
 
@@ -80,8 +80,7 @@ def head_of(model: nn.Module) -> ModelHead:
     inner, adapters = _without_lora(module)
     softcap, logit_scale = _softcap_and_scale(base.config)
     weight: Tensor | nn.Module = getattr(inner, "weight", inner)
-    whole = isinstance(weight, Tensor) and weight.is_floating_point() and (weight.dim() == 2 or is_partitioned(weight))
-    if not whole:  # quantised: its forward is all it offers
+    if not isinstance(weight, Tensor) or not _is_matrix(weight):  # quantised: its forward is all it offers
         if adapters:
             raise ValueError(
                 f"the head is a {type(inner).__name__} (quantised) with LoRA on top; expected a floating-point weight under LoRA. Leave "
@@ -304,6 +303,10 @@ def _plain_logits(head: ModelHead, hidden: Tensor, last: Tensor) -> Tensor:
 
 def _whole(x: Tensor) -> Tensor:
     return gathered(unpartitioned(x))
+
+
+def _is_matrix(weight: Tensor) -> bool:
+    return is_partitioned(weight) or (weight.is_floating_point() and weight.dim() == 2 and not is_quantised(weight))
 
 
 def _softcap_and_scale(config: Any) -> tuple[float | None, float]:

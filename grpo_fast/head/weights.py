@@ -6,8 +6,9 @@ import math
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-__all__ = ["gathered", "is_partitioned", "unpartitioned"]
+__all__ = ["gathered", "is_partitioned", "is_quantised", "unpartitioned"]
 
 
 def gathered(x: Tensor) -> Tensor:
@@ -38,6 +39,11 @@ def gathered(x: Tensor) -> Tensor:
 def is_partitioned(x: object) -> bool:
     """Whether x is a parameter of which DeepSpeed's third stage has left this process a part."""
     return hasattr(x, "ds_id") and isinstance(x, Tensor) and x.numel() == 0
+
+
+def is_quantised(x: object) -> bool:
+    """Whether x keeps its numbers in tensors of other types, as torchao's weights do: a matrix for its module's forward alone."""
+    return type(x) not in (Tensor, torch.nn.Parameter) and is_traceable_wrapper_subclass(x) and not hasattr(x, "device_mesh")
 
 
 def unpartitioned(x: Tensor) -> Tensor:
