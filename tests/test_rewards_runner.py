@@ -441,6 +441,20 @@ def test_load_built_in():
         assert callable(load_reward(name + settings.get(name, "")))
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def f(:", r"cannot be imported: SyntaxError: invalid syntax \(broken_rewards.py, line 1\)"),
+        ("x = 1\ny = x + missing", r"cannot be imported: NameError: .*'missing'.* \(.*broken_rewards.py, line 2\)"),
+    ],
+)
+def test_a_file_with_a_mistake_is_told_by_its_line(text, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "broken_rewards.py").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_reward(f"{tmp_path}/broken_rewards.py:f")
+
+
 def test_load_from_a_module_and_from_a_file(my_rewards, tmp_path):
     assert load_reward(f"{my_rewards}:pids") is load_reward(f"{my_rewards}.pids") is load_reward(str(tmp_path / f"{my_rewards}.py:pids"))
     assert load_reward(f"{my_rewards}:maker(value=3)")(completions=["a", "b"]) == [3, 3]

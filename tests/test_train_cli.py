@@ -200,6 +200,8 @@ def test_what_is_wrong_is_said_before_the_model_loads(here: Path, capsys: pytest
         ("eval_strategy: sometimes", "expected one of no, steps, epoch"),
         ("beta: {a: 1}", "expected a number"),
         ("- a", "holds a list"),
+        ("", "bad.yaml is empty"),
+        ("seed: 1\nmax_steps: 2\nseed: 3", "bad.yaml is no YAML: seed is set twice"),
         ("a: [", "is no YAML"),
     ],
 )

@@ -141,14 +141,17 @@ def read_settings(file: str, actions: dict[str, argparse.Action]) -> dict[str, A
     path = Path(file)
     if not path.is_file():
         raise SettingsError(f"there is no settings file {file}; expected a .yaml or .json file, or options that begin with --.")
-    try:
-        import yaml
+    import yaml
 
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+    try:
+        found = yaml.load(path.read_text(encoding="utf-8"), _once_each())  # JSON is YAML
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{file} cannot be read: {error}.") from error
     except yaml.YAMLError as error:
         raise SettingsError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict):
-        raise SettingsError(f"{file} holds a {type(found).__name__}; expected lines of 'name: value'.")
+        what = "is empty" if found is None else f"holds a {type(found).__name__}"
+        raise SettingsError(f"{file} {what}; expected lines of 'name: value'.")
     settings = {}
     for key, value in found.items():
         name = str(key).replace("-", "_")
@@ -156,6 +159,21 @@ def read_settings(file: str, actions: dict[str, argparse.Action]) -> dict[str, A
             raise SettingsError(f"{file}: there is no setting {key!r}.{_near(name, actions)}")
         settings[name] = _convert(f"{file}: {key}", value, actions[name])
     return settings
+
+
+def _once_each() -> Any:
+    """YAML's safe loader, which takes the last of several lines with one name, made to refuse them."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            names = [key.value for key, _ in node.value]
+            for name in names:
+                if names.count(name) > 1:
+                    raise yaml.constructor.ConstructorError(problem=f"{name} is set twice", problem_mark=node.start_mark)
+            return super().construct_mapping(node, deep)
+
+    return Loader
 
 
 def help_tables(config_class: Any) -> list[Any]:

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import re
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def spelled(text: str) -> tuple[str, dict[str, Any] | None]:
     """
     match = _SPELLING.fullmatch(text.strip())
     if match is None:
-        raise ValueError(f"{text!r} is no name; expected 'name', 'package.module:function' or 'file.py:function(setting=1)'.")
+        raise ValueError(f"{text!r} is no name; expected 'name', or 'name(setting=1)'.")
     if match["settings"] is None:
         return match["what"], None
     try:
@@ -124,7 +125,12 @@ def _from_file(path: Path) -> Any:
     if str(path.parent) not in sys.path:
         sys.path.insert(0, str(path.parent))  # as `python path/to/file.py` does; so worker processes can import it by name, too
     importlib.invalidate_caches()
-    module = importlib.import_module(path.stem)
+    try:
+        module = importlib.import_module(path.stem)
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        line = "" if isinstance(error, SyntaxError) else f" ({where.filename}, line {where.lineno})"  # a syntax error has its own
+        raise ValueError(f"load_reward: {path} cannot be imported: {type(error).__name__}: {error}{line}.") from error
     if Path(module.__file__ or "").resolve() != path:
         raise ValueError(f"load_reward: the name of {path} is taken by the module {module.__file__}. Cure: rename the file.")
     return module
