@@ -39,6 +39,14 @@ class ReferencePolicy:
                     "copy, or neither."
                 )
             self.copy = copy.deepcopy(model).eval().requires_grad_(False).to(args.device)
+            self._take_from_first_process()
+
+    @torch.no_grad()
+    def _take_from_first_process(self) -> None:
+        """FSDP's default is to load the weights in one process, and to leave zeros in the others until the policy is divided among them."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            for tensor in (*self.copy.parameters(), *self.copy.buffers()):
+                torch.distributed.broadcast(tensor, src=0)
 
     @contextmanager
     def of(self, model: Any, unwrapped: Any) -> Iterator[Any]:
@@ -52,10 +60,12 @@ class ReferencePolicy:
     @torch.no_grad()
     def follow(self, model: Any, unwrapped: Any, step: int) -> None:
         """Every ``ref_model_sync_steps``: reference = alpha policy + (1 - alpha) reference."""
-        if not self.args.sync_ref_model or step == 0 or step % self.args.ref_model_sync_steps:
+        if not self.args.sync_ref_model:
             return
-        if is_sharded(model):
+        if is_sharded(model):  # known since training began, and said at its first step
             raise ValueError("sync_ref_model is True with a sharded model; expected False, or DDP.")
+        if step == 0 or step % self.args.ref_model_sync_steps:
+            return
         for mine, theirs in zip(self.copy.parameters(), unwrapped.parameters(), strict=True):
             mine.lerp_(theirs.to(mine.dtype), self.args.ref_model_mixup_alpha)
 

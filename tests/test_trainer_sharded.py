@@ -29,7 +29,7 @@ def lora() -> Any:
 
 def losses(output: Path, *, processes: int, resume: int | None = None, **settings: Any) -> list[dict[str, float]]:
     torch.manual_seed(0)  # of LoRA's weights
-    run = trainer(output, of=model(), **{**COMMON, "per_device_train_batch_size": 8 // processes, **settings})
+    run = trainer(output, **{"of": model(), **COMMON, "per_device_train_batch_size": 8 // processes, **settings})
     assert (processes == 2) == hasattr(run.accelerator.state, "fsdp_plugin") == (str(run.accelerator.distributed_type).endswith("FSDP"))
     run.train(resume_from_checkpoint=None if resume is None else str(output / f"checkpoint-{resume}"))
     return [{key: log[key] for key in KEYS if key in log} for log in logs(run)]
@@ -59,6 +59,11 @@ def main(output: Path) -> None:
     saving = {"steps_per_generation": 4, "save_strategy": "steps", "save_steps": 1}  # half a rollout is in every other checkpoint
     found: dict[str, Any] = {"whole": losses(output, processes=2, sampler=Scripted(), **saving)}
     found["resumed"] = losses(output, processes=2, sampler=Scripted(), resume=3, **{**saving, "save_strategy": "no"})
+    model().save_pretrained(output / "model")  # by name, and loaded in one process alone: accelerate's default
+    torch.distributed.barrier()
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "true"
+    found["by name"] = losses(output, processes=2, of=str(output / "model"), sampler=Scripted(), steps_per_generation=4)
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     found["lora"] = losses(output / "lora", processes=2, sampler=Scripted(), peft_config=lora())
     # Their own completions, which differ from one process's: it is enough that they are those of the policy.
     drawing: dict[str, Any] = {
@@ -75,6 +80,8 @@ def main(output: Path) -> None:
         run = trainer(output / "drawn", of=model(), per_device_train_batch_size=4, **{**COMMON, **drawing, **settings})
         run.train()
         found[name] = [logs(run)[0]["sampling/sampling_logp_difference/max"], run.state.log_history[-2].get("eval_rounds")]
+    with pytest.raises(ValueError, match="sync_ref_model is True with a sharded model"):
+        losses(output, processes=2, sampler=Scripted(), sync_ref_model=True)
     if os.environ["RANK"] == "0":
         (output / "found.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
@@ -87,7 +94,7 @@ def test_divided_between_two_processes_it_trains_as_in_one(tmp_path: Path) -> No
     found = json.loads((tmp_path / "found.json").read_text())
     whole = losses(tmp_path / "alone", processes=1, sampler=Scripted(), steps_per_generation=4)
     with_lora = losses(tmp_path / "alone", processes=1, sampler=Scripted(), peft_config=lora())
-    for name, expected in {"whole": whole, "resumed": whole, "lora": with_lora}.items():
+    for name, expected in {"whole": whole, "resumed": whole, "by name": whole, "lora": with_lora}.items():
         assert len(found[name]) == len(expected) == 4
         for theirs, ours in zip(found[name], expected, strict=True):
             assert theirs == pytest.approx(ours, abs=1e-5), name
