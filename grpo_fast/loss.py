@@ -11,9 +11,10 @@ from torch.distributed import ProcessGroup
 from grpo_fast.backends import select
 from grpo_fast.cluster import check_impl
 from grpo_fast.config import LossConfig
+from grpo_fast.head.loss import loss_arguments
 from grpo_fast.head.rows import Rows, ShardedLogprobsFunction, all_vocabulary_parts
 from grpo_fast.inputs import ANY_VOCABULARY, TokenInputs, check_ids, token_inputs
-from grpo_fast.ops import METRICS, GrpoLossFunction, TokenLogprobsFunction, loss_settings
+from grpo_fast.ops import METRICS, GrpoLossFunction, TokenLogprobsFunction
 from grpo_fast.policy import checked_policy
 from grpo_fast.reference import Policy, policy_loss, token_statistics
 
@@ -240,13 +241,10 @@ def _reference_loss(inputs: TokenInputs, policy: Policy, computed: Tensor) -> tu
     return loss, logprobs.detach(), entropy.detach(), metrics
 
 
-def _float32(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.float()
-
-
 def scoring(inputs: TokenInputs) -> tuple[Tensor | None, float, float, float]:
     """Temperatures, temperature, soft cap and logit scale as the operators take them."""
-    temperatures, temperature = _float32(inputs.temperatures), inputs.temperature
+    temperatures = None if inputs.temperatures is None else inputs.temperatures.float()
+    temperature = inputs.temperature
     if temperatures is None and torch.compiler.is_compiling():  # as a number it would be part of the graph: each value, a compilation
         temperatures, temperature = torch.ones(1, 1, device=inputs.scored.device) * temperature, 1.0
     return temperatures, temperature, inputs.softcap or 0.0, inputs.logit_scale
@@ -269,21 +267,7 @@ def _one_pass_loss(
     inputs: TokenInputs, policy: Policy, token_level: Policy, computed: Tensor, inplace: bool, *, cluster: bool
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
     """token_level: the policy itself, or what its gradient is on-policy."""
-    logits, original, policy = inputs.scored, policy, token_level
-    arguments = (
-        inputs.token_ids,
-        computed,
-        policy.advantages.float(),
-        policy.weights,
-        policy.entropy_weights if policy.config.entropy_coef != 0 else None,
-        _float32(policy.old_logprobs),
-        _float32(policy.ref_logprobs),
-        _float32(policy.rollout_weights),
-        *scoring(inputs),
-        policy.loss_scale,
-        loss_settings(policy.config),
-        False,
-    )
+    logits, arguments = inputs.scored, loss_arguments(Rows(inputs.token_ids, computed, *scoring(inputs)), token_level)
     wants_gradient = _wants_gradient(logits)
     if wants_gradient and not torch.compiler.is_compiling():
         loss, logprobs, entropy, metrics = GrpoLossFunction.apply(logits, inplace, arguments, cluster)
@@ -291,5 +275,5 @@ def _one_pass_loss(
         operator = torch.ops.grpo_fast.grpo_loss_cluster if cluster else torch.ops.grpo_fast.grpo_loss
         loss, logprobs, entropy, metrics, _ = operator.default(logits, *arguments, wants_gradient)
     named = dict(zip(METRICS, metrics.unbind(), strict=True))
-    named["active_fraction"] = original.active_fraction()
+    named["active_fraction"] = policy.active_fraction()
     return loss, logprobs, entropy, named

@@ -18,7 +18,7 @@ from grpo_fast.head.rows import Rows, RowStatistics
 from grpo_fast.ops import METRICS, call_below_autograd, loss_settings
 from grpo_fast.reference import Policy, policy_loss
 
-__all__ = ["LINEAR_METRICS", "LinearLoss", "coefficients", "linear_loss"]
+__all__ = ["LINEAR_METRICS", "LinearLoss", "linear_loss", "loss_arguments"]
 
 LINEAR_METRICS = (*METRICS, "recomputed_fraction")
 
@@ -98,7 +98,7 @@ def linear_loss(
 
 
 def loss_arguments(rows: Rows, policy: Policy) -> tuple[Any, ...]:
-    """What the operator grpo_loss_ takes behind the logits."""
+    """What the operators grpo_loss and grpo_loss_ take behind the logits."""
     floats = (None if x is None else x.float() for x in (policy.old_logprobs, policy.ref_logprobs, policy.rollout_weights))
     return (
         rows.token_ids,
