@@ -256,6 +256,11 @@ class GRPOConfig(TrainingArguments):
         """Whether the sampler draws from a part of the vocabulary."""
         return self.top_p < 1 or self.top_k > 0 or bool(self.min_p)
 
+    @property
+    def most_left_out(self) -> float:
+        """By how many nats truncation can raise a token's log-probability: minus the logarithm of the least mass that is kept."""
+        return math.inf if self.top_k > 0 or self.min_p else -math.log(self.top_p)
+
     def _choose_sampler(self) -> None:
         chosen = {"vllm": self.use_vllm, "continuous_batching": self.use_transformers_continuous_batching}
         for name, wanted in chosen.items():

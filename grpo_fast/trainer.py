@@ -429,7 +429,7 @@ class GRPOTrainer(CompleteCheckpoints):
         args = self.args
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
         tolerance = args.sampler_tolerance or TOLERANCES[dtype]
-        if args.truncates or max(gather_object([sampler_gap(losses)])) <= tolerance:  # truncated ones are renormalised, and must differ
+        if max(gather_object([sampler_gap(losses, args.most_left_out)])) <= tolerance:
             return
         rows = losses[0][1].rows
         assumed = float(rows.temperature.mean())

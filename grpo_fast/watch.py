@@ -106,14 +106,16 @@ def measure_loss(meters: Meters, out: gf.GRPOOutput, rows: Rollout, batch: Micro
             meters.add("sampling/kept_mass", (gap.exp() * out.active).sum(), computed)
 
 
-def sampler_gap(losses: Sequence[tuple[gf.GRPOOutput, MicroBatch]]) -> float:
-    """Mean absolute difference of a token's log-probability between sampler and loss, in nats; 0 where the sampler says none."""
+def sampler_gap(losses: Sequence[tuple[gf.GRPOOutput, MicroBatch]], most_left_out: float = 0.0) -> float:
+    """Mean absolute difference of a token's log-probability between sampler and loss, in nats; 0 where the sampler says none.
+
+    most_left_out: a sampler that truncates gives the tokens it keeps up to so much more; that is no difference.
+    """
     gaps = [
-        (out.logprobs - batch.rows.tokens["sampler"])[out.active].abs()
-        for out, batch in losses
-        if batch.fresh and "sampler" in batch.rows.tokens
+        (batch.rows.tokens["sampler"] - out.logprobs)[out.active] for out, batch in losses if batch.fresh and "sampler" in batch.rows.tokens
     ]
     together = torch.cat(gaps) if gaps else torch.zeros(0)
+    together = (-together).clamp(min=0) + (together - most_left_out).clamp(min=0)
     return float(together.mean()) if together.numel() else 0.0
 
 

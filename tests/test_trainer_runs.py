@@ -255,6 +255,13 @@ def test_a_sampler_at_another_temperature_is_found_out_before_anything_is_traine
     assert logs(fine)[0]["sampling/sampling_logp_difference/max"] < 1e-4
 
 
+@pytest.mark.parametrize("cut", [{"top_p": 0.95}, {"top_k": 20}, {"min_p": 0.05}], ids=str)
+def test_truncation_does_not_hide_another_temperature(tmp_path: Path, cut: dict[str, Any]) -> None:
+    with pytest.raises(RuntimeError, match=r"differ from ours at T = 1 by .* Nothing was trained"):
+        trainer(tmp_path, sampler=Scripted(logprobs=at_temperature(2.0)), **cut).train()
+    trainer(tmp_path, **cut).train()  # what truncation itself changes is no mismatch
+
+
 def test_temperatures_that_differ_within_a_group_reach_the_loss(tmp_path: Path) -> None:
     spread = {"kind": "constant", "value": 0.9, "spread": 0.4}
     run = trainer(tmp_path, sampler=Scripted(logprobs=at_temperature(1.0)), temperature_schedule=spread)
