@@ -46,13 +46,15 @@ def test_the_trainers_agree(name: str, active: float, answers: dict[tuple[str, f
     assert abs(stock["loss"] - answers["stock", 1.5 - active]["loss"]) > 1e-3, "a degenerate group must show in the loss"
 
 
-@pytest.mark.parametrize("factor", [0.0, 1.001, 2.0, float("nan")])
+@pytest.mark.parametrize("factor", [0.0, 1.001, 2.0, -1.0, float("nan")])
 def test_the_gate_refuses_another_gradient_and_another_loss(factor: float, answers: dict[tuple[str, float], dict[str, Any]]) -> None:
     stock = answers["stock", 1.0]
     name = max(stock["norms"], key=stock["norms"].get)
     assert not disagreement({**stock, "norms": {**stock["norms"], name: stock["norms"][name] * factor}}, stock) <= trl_stage.TOLERANCE
     assert not disagreement({**stock, "loss": stock["loss"] * factor}, stock) <= trl_stage.TOLERANCE
     assert not disagreement({**stock, "norms": {}}, stock) <= trl_stage.TOLERANCE
+    scaled = {name: [entry * factor for entry in entries] for name, entries in stock["entries"].items()}
+    assert not disagreement({**stock, "entries": scaled}, stock) <= trl_stage.TOLERANCE
 
 
 class Child:
@@ -64,7 +66,8 @@ class Child:
     def ask(self, active: float) -> dict[str, Any]:
         seconds = {"stock": 3.0, "ours": 1.5, "ours_active": 1.0}[self.name] + 0.1 * self.asked
         self.asked += 1
-        return {"seconds": seconds, "peak_bytes": 2**20, "loss": 0.5, "norms": {"w": 2.0 if self.name == "stock" else self.norm}}
+        norm = 2.0 if self.name == "stock" else self.norm
+        return {"seconds": seconds, "peak_bytes": 2**20, "loss": 0.5, "norms": {"w": norm}, "entries": {"w": [norm, 0.0]}}
 
     norm = 2.0
 

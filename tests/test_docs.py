@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import importlib.util
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -95,33 +97,36 @@ def test_plain(names: dict[str, Any], model_path: Path, tmp_path: Path) -> None:
     from transformers import TrainingArguments
 
     logits = names["model"](names["input_ids"]).logits[:, -6:].detach()
-    expected = gf.grpo_loss(
-        logits,
-        names["completion_ids"],
-        names["advantages"],
-        old_logprobs=names["old_logprobs"],
-        mask=names["mask"],
-        temperature=0.7,
-        config=gf.LossConfig(loss_type="dapo", epsilon_high=0.28),
-    )
+
+    def expected(rows: list[int]) -> float:
+        given = {name: names[name][rows] for name in ("completion_ids", "advantages", "old_logprobs", "mask")}
+        config = gf.LossConfig(loss_type="dapo", epsilon_high=0.28)
+        token_ids, advantages = given.pop("completion_ids"), given.pop("advantages")
+        return gf.grpo_loss(logits[rows], token_ids, advantages, **given, temperature=0.7, config=config).loss.item()
+
     columns = {"input_ids": "input_ids", "attention_mask": "attention_mask", "token_ids": "completion_ids", "advantages": "advantages"}
     columns |= {"old_logprobs": "old_logprobs", "mask": "mask"}
     names["rollouts"] = [{name: names[given][row] for name, given in columns.items()} for row in range(4)]
-    names["arguments"] = TrainingArguments(
-        output_dir=str(tmp_path),
-        use_cpu=True,
-        max_steps=2,
-        logging_steps=1,
-        per_device_train_batch_size=4,
-        report_to="none",
-        save_strategy="no",
-        remove_unused_columns=False,
-        disable_tqdm=True,
-    )
-    run(trainer, names)
-    history = names["trainer"].state.log_history
-    assert history[0]["loss"] == pytest.approx(expected.loss.item(), rel=1e-4)
-    assert history[1]["loss"] < history[0]["loss"]
+    before = copy.deepcopy(names["model"].state_dict())
+    halves = [(expected([0, i]) + expected([j for j in (1, 2, 3) if j != i])) / 2 for i in (1, 2, 3)]  # by what the sampler puts together
+    for accumulation, losses in ((1, [expected([0, 1, 2, 3])]), (2, halves)):
+        names["model"].load_state_dict(before)
+        names["arguments"] = TrainingArguments(
+            output_dir=str(tmp_path),
+            use_cpu=True,
+            max_steps=2,
+            logging_steps=1,
+            per_device_train_batch_size=4 // accumulation,
+            gradient_accumulation_steps=accumulation,
+            report_to="none",
+            save_strategy="no",
+            remove_unused_columns=False,
+            disable_tqdm=True,
+        )
+        run(trainer, names)
+        history = names["trainer"].state.log_history
+        assert any(history[0]["loss"] == pytest.approx(loss, rel=1e-4) for loss in losses)
+        assert history[1]["loss"] < history[0]["loss"]
     run(like, names)
     assert names["config"].dual_clip == 3.0
 
@@ -187,3 +192,22 @@ def test_openrlhf(names: dict[str, Any], model_path: Path) -> None:
     names.pop("out")
     run(logprobs, names)
     assert names["logprobs"].grad.abs().max() > 1e-3
+
+
+def test_the_table_of_the_guide_to_trl_says_what_was_measured() -> None:
+    result = json.loads((DOCS.parent / "bench/results/trl_cpu.json").read_text())
+    names = {"stock": "TRL 1.16.0", "ours": "`GRPOTrainer`", "ours_active": '`GRPOTrainer(metrics_on="active")`'}
+    expected = []
+    for contestant, name in names.items():
+        entries = {entry["active"]: entry for entry in result["results"] if entry["contestant"] == contestant}
+        faster = {active: "" if contestant == "stock" else f" ({entry['faster_than_stock']:.2f}x)" for active, entry in entries.items()}
+        times = [f"{entries[active]['median']:.1f} s{faster[active]}" for active in (1.0, 0.5)]
+        memory = max(entry["peak_bytes"] for entry in entries.values()) / 2**20
+        expected.append(f"| {name} | {times[0]} | {times[1]} | {memory:,.0f} MiB |")
+    rows = [line for line in (DOCS / "trl.md").read_text().splitlines() if re.match(r"\|.* MiB \|$", line)]
+    assert rows == expected, "the rows of this guide's table are:\n" + "\n".join(expected)
+    ours = {entry["active"]: entry for entry in result["results"] if entry["contestant"] == "ours"}
+    stock = min(entry["peak_bytes"] for entry in result["results"] if entry["contestant"] == "stock")
+    assert ours[1.0]["faster_than_stock"] >= 1.3
+    assert ours[0.5]["faster_than_stock"] >= 2.0
+    assert max(entry["peak_bytes"] for entry in ours.values()) < stock

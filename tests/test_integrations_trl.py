@@ -95,7 +95,7 @@ def same_runs(ours: list[dict[str, float]], theirs: list[dict[str, float]], tole
     for key in sorted(keys):
         mine, stock = [entry.get(key) for entry in ours], [entry.get(key) for entry in theirs]
         kind = "loss" if key == "train_loss" else key  # the mean of all steps'
-        largest = max(1e-2, *(abs(entry[kind]) for entry in theirs if kind in entry))
+        largest = max(1e-2, *(abs(entry[kind]) for entry in theirs if entry.get(kind) is not None))  # None: it was no number
         scale = largest if key in ("loss", "policy_loss", "eval_loss", "train_loss", "kl") else 0.1 * largest
         for step, (x, y) in enumerate(zip(mine, stock, strict=True)):
             assert (x is None) == (y is None), f"{key} at {step}: {x} and {y}"

@@ -37,7 +37,8 @@ CONTESTANTS = {
     "ours": "grpo_fast",
     "ours_active": "grpo_fast, metrics on active",
 }
-TOLERANCE = 1e-4  # relative, of losses and of the norm of each parameter's gradient
+TOLERANCE = 1e-4  # relative, of losses, of the norm of each parameter's gradient, and of some of its entries to the largest of them
+_ENTRIES = 64  # of each parameter's gradient, that are compared
 _NOISE = 0.2  # nats between the old log-probabilities and the model's: ratios on both sides of the clip band
 
 SKIPPED = {
@@ -167,7 +168,7 @@ def make_trainer(name: str, settings: Settings, folder: str) -> Any:
 
 def repetition(trainer: Any, batch: dict[str, Tensor], active: float, threads: int) -> dict[str, Any]:
     """One loss stage: seconds (CPU time of the thread; wall time with several), peak_bytes above what was resident before, the loss, and
-    the norms of the gradients by parameter."""
+    by parameter the norm of the gradient and _ENTRIES of its entries."""
     alive = round(active * len(batch["advantages"]))
     inputs = {**batch, "advantages": batch["advantages"] * (torch.arange(len(batch["advantages"])) < alive)}
     trainer.model.train()
@@ -180,12 +181,23 @@ def repetition(trainer: Any, batch: dict[str, Tensor], active: float, threads: i
     loss.backward()
     trainer.log({})
     seconds = clock() - start
+    peak = None if before is None else max(0, resident_peak() - before)
+    gradients = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
     return {
         "seconds": seconds,
-        "peak_bytes": None if before is None else max(0, resident_peak() - before),
+        "peak_bytes": peak,
         "loss": loss.item(),
-        "norms": {name: p.grad.norm().item() for name, p in trainer.model.named_parameters() if p.grad is not None},
+        "norms": {name: gradient.norm().item() for name, gradient in gradients.items()},
+        "entries": {name: _entries(gradient, inputs["completion_ids"]) for name, gradient in gradients.items()},
     }
+
+
+def _entries(gradient: Tensor, token_ids: Tensor) -> list[float]:
+    """The same of every contestant's; where the parameter has a row for each token of the vocabulary, in rows of the batch's tokens."""
+    rows = token_ids.flatten()[:_ENTRIES] % len(gradient)
+    if gradient.dim() == 1:
+        return gradient[rows].tolist()
+    return gradient[rows, torch.arange(len(rows)) % gradient.shape[1]].tolist()
 
 
 def work() -> None:
@@ -230,11 +242,16 @@ class _Child:
 
 
 def disagreement(answer: dict[str, Any], stock: dict[str, Any]) -> float:
-    """The largest relative difference of the loss and of the gradients' norms; infinite if they are of other parameters, or not numbers."""
+    """The largest relative difference of the loss, of the gradients' norms and of their entries; infinite if they are of other parameters,
+    or not numbers."""
     if answer["norms"].keys() != stock["norms"].keys() or not stock["norms"]:
         return math.inf
-    pairs = [(answer["loss"], stock["loss"]), *((answer["norms"][name], norm) for name, norm in stock["norms"].items())]
-    found = max((abs(mine - theirs) / max(abs(theirs), 1e-6) if math.isfinite(mine + theirs) else math.inf) for mine, theirs in pairs)
+    triples = [(answer["loss"], stock["loss"], abs(stock["loss"]))]
+    triples += [(answer["norms"][name], norm, norm) for name, norm in stock["norms"].items()]
+    for name, entries in stock["entries"].items():
+        largest = max(map(abs, entries))
+        triples += [(mine, entry, largest) for mine, entry in zip(answer["entries"][name], entries, strict=True)]
+    found = max((abs(mine - theirs) / max(size, 1e-6) if math.isfinite(mine + theirs) else math.inf) for mine, theirs, size in triples)
     return float(found)
 
 
@@ -262,7 +279,7 @@ def run(settings: Settings, report: Callable[[str], None]) -> dict[str, Any]:
                     gate[child.name] = max(gate[child.name], disagreement(answer, stock))
                     if not gate[child.name] <= TOLERANCE:
                         raise RuntimeError(
-                            f"{CONTESTANTS[child.name]} at {active:.0%} active: loss and gradient norms differ from the "
+                            f"{CONTESTANTS[child.name]} at {active:.0%} active: loss and gradients differ from the "
                             f"stock ones by {gate[child.name]:.2g} relative; expected {TOLERANCE:g} at most. No times are reported."
                         )
                     if number:  # the first is the warm-up
