@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 pytest.importorskip("transformers", reason="the callbacks are transformers'")
 
-from transformers import TrainerState
+from transformers import TrainerControl, TrainerState
 
 from grpo_fast import monitor
 from grpo_fast.monitor import (
@@ -153,7 +153,7 @@ def play(console: Console, folder: Path, **more: Any) -> None:
     begin(bar, folder, **more)
     for step in (1, 2):
         log(bar, folder, step, LOGS, **more)
-        bar.on_step_end(args, state(step, **more), None)
+        bar.on_step_end(args, state(step, **more), TrainerControl())
     bar.on_train_end(args, state(2, **more), None)
     assert bar.progress is None
 
@@ -182,6 +182,28 @@ def test_evaluations_have_lines_of_their_own(tmp_path: Path) -> None:
         assert "step 1/10  eval 0.750 ±0.013" in shown
         assert "step 2/10  eval_hard 0.500 ±0.000\n" in shown.replace(" \n", "\n") and "easy" not in shown
         assert not terminal or "reward 0.512" in shown.rpartition("eval_hard")[2]  # the numbers of training stay
+
+
+def test_what_a_step_without_a_rollout_does_not_measure_stays(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=200, color_system=None)
+    bar = ProgressBarCallback(console)
+    begin(bar, tmp_path)
+    log(bar, tmp_path, 1, LOGS)
+    log(bar, tmp_path, 2, {"entropy": 0.25})
+    bar.stop()
+    assert "reward 0.512 ±0.31  entropy 0.250" in console.file.getvalue()
+
+
+def test_an_evaluation_is_announced(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=200, color_system=None)
+    bar = ProgressBarCallback(console)
+    begin(bar, tmp_path)
+    assert bar.progress is not None
+    bar.on_step_end(SimpleNamespace(), state(1), TrainerControl(should_evaluate=True))
+    assert bar.progress.tasks[0].description == "evaluating" and bar.progress.tasks[0].completed == 1
+    bar.on_evaluate(SimpleNamespace(), state(1), TrainerControl())
+    assert bar.progress.tasks[0].description == "GRPO"
+    bar.stop()
 
 
 def test_transformers_own_bars_are_silent_meanwhile_and_the_cursor_comes_back_after_an_error(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ _MEANING = {
     "errors": "failed or returned what is no number, and does not apply there",
     "scorer_raised": "met answers that the task's own score function raises at, and counts them as wrong",
 }
+TRAINING = "GRPO"
 DEAD = 0.8  # share of groups without a signal from which on a hint is given, once
 
 
@@ -72,7 +73,11 @@ class ProgressBarCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.progress is not None:
-            self.progress.update(self.progress.task_ids[0], completed=state.global_step)
+            self.progress.show(completed=state.global_step, description="evaluating" if control.should_evaluate else TRAINING)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.progress is not None:
+            self.progress.show(description=TRAINING)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
@@ -80,8 +85,8 @@ class ProgressBarCallback(TrainerCallback):
         if not state.is_world_process_zero or not logs:
             return
         words, evaluations = numbers(logs), _evaluations(logs)
-        if self.progress is not None and words:
-            self.progress.numbers = words
+        if self.progress is not None:
+            self.progress.logs |= logs
         lines = [evaluations] if self.progress is not None else [words, evaluations]
         for line in filter(None, lines):
             self._print(f"step {state.global_step}/{state.max_steps}  {'  '.join(line)}")
@@ -127,15 +132,18 @@ class _Bar(Progress):
     """One task, and its numbers below it."""
 
     def __init__(self, console: Console, step: int, steps: int) -> None:
-        self.numbers: list[str] = []
+        self.logs: dict[str, Any] = {}  # the last of each kind: a step without a rollout says nothing of rewards
         columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         super().__init__(*columns, console=console, expand=True)
-        self.add_task("GRPO", total=steps, completed=step)
+        self._task = self.add_task(TRAINING, total=steps, completed=step)
+
+    def show(self, **changes: Any) -> None:
+        self.update(self._task, **changes)
 
     def get_renderables(self) -> Iterable[RenderableType]:
         yield from super().get_renderables()
-        if self.numbers:
-            whole = "  ".join(word.replace(" ", "\xa0") for word in self.numbers)  # a number stays on the line of its name
+        if words := numbers(self.logs):
+            whole = "  ".join(word.replace(" ", "\xa0") for word in words)  # a number stays on the line of its name
             yield Text("\n".join(textwrap.wrap(whole, self.console.width)).replace("\xa0", " "))
 
 
