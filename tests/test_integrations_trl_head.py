@@ -100,6 +100,21 @@ def test_the_patch_is_taken_back() -> None:
     assert (utils._ChunkedLogProbFunction, utils._use_triton) == before
 
 
+def test_a_trl_that_always_leaves_positions_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1.15 has no switch for that."""
+    import trl.trainer.utils as utils
+
+    from grpo_fast.integrations.trl import fused_lm_head
+
+    monkeypatch.delattr(utils, "_use_triton")
+    before = utils._ChunkedLogProbFunction
+    with fused_lm_head():
+        assert utils._ChunkedLogProbFunction is not before
+        assert not hasattr(utils, "_use_triton")
+    assert utils._ChunkedLogProbFunction is before
+    assert not hasattr(utils, "_use_triton")
+
+
 def trainer_of(kind: str, model_path: Path, out: Path) -> Any:
     import trl
     from datasets import Dataset
