@@ -12,6 +12,7 @@ import torch
 from trainer_cases import ROWS, TOKENIZER, Scripted, logs, model, odd_tokens, parameters, short, trainer
 
 import grpo_fast as gf
+from grpo_fast import trainer as trainer_module
 from grpo_fast.packing import pack, sees_across
 from grpo_fast.passes import LEAK
 from grpo_fast.rollout import Rollout
@@ -202,6 +203,10 @@ def test_prompts_of_an_epoch_come_once_each_and_in_an_order_of_the_seed(tmp_path
     assert sorted(first) == sorted(row["prompt"] for row in ROWS)
     assert first == again != other
     assert asked(shuffle_dataset=False) == [row["prompt"] for row in ROWS]
+
+
+def test_the_trainer_is_still_to_be_read_from_top_to_bottom() -> None:
+    assert len(Path(trainer_module.__file__).read_text().splitlines()) < 600
 
 
 @pytest.mark.parametrize("name", ["meters", "rollout", "watch", "grpo_config"])

@@ -10,12 +10,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-pytest.importorskip("trl", reason="the batch is that of the comparison with TRL")
-
 from grpo_fast.benchmark import trainer_stage
 from grpo_fast.benchmark.trainer_stage import CONTESTANTS, EagerPasses, app, disagreement
 
-SMALL = ["--sequences", "4", "--group", "2", "--tokens", "7", "--width", "8", "--vocabulary", "61", "--rounds", "2"]
+SMALL = ["--quick", "--rounds", "2"]
 
 
 def test_all_contestants_agree_and_are_timed(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -190,19 +190,16 @@ def run(settings: Settings, report: Callable[[str], None]) -> dict[str, Any]:
     }
 
 
-_DEFAULTS = Settings()
+_DEFAULTS = Settings(active=(1.0,))
+_QUICK = Settings(sequences=4, group=2, tokens=7, width=8, vocabulary=61, active=(1.0,))
 app = typer.Typer(add_completion=False)
 
 
 @app.command()
 def bench_trainer(
-    sequences: Annotated[int, typer.Option(help="Of a batch.")] = _DEFAULTS.sequences,
-    group: Annotated[int, typer.Option(help="Sequences of one prompt.")] = _DEFAULTS.group,
-    tokens: Annotated[int, typer.Option(help="Of each completion.")] = _DEFAULTS.tokens,
-    width: Annotated[int, typer.Option(help="Of the hidden states.")] = _DEFAULTS.width,
-    vocabulary: Annotated[int, typer.Option(help="Rows of the head's weight.")] = _DEFAULTS.vocabulary,
     rounds: Annotated[int, typer.Option(help="Repetitions after a warm-up.")] = _DEFAULTS.rounds,
     threads: Annotated[int, typer.Option(help="One thread is timed by its CPU time, several by the wall clock.")] = _DEFAULTS.threads,
+    quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes: does it run?")] = False,
     output: Annotated[Path, typer.Option(help="The result as JSON.")] = Path("bench/results/trainer_cpu.json"),
 ) -> None:
     """Time the loss stage of GRPOTrainer against itself with an eager loss. Four minutes, 8 GiB."""
@@ -210,7 +207,7 @@ def bench_trainer(
     from rich.table import Table
 
     try:
-        settings = Settings(sequences, group, tokens, width, vocabulary, (1.0,), rounds, threads)
+        settings = replace(_QUICK if quick else _DEFAULTS, rounds=rounds, threads=threads)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     torch.set_num_threads(threads)
