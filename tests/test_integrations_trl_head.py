@@ -88,6 +88,19 @@ def test_what_is_not_asked_for_is_none() -> None:
     assert [x is None for x in out] == [False, True, True, True, True]
 
 
+def test_no_position_at_all() -> None:
+    """A micro-batch that is masked as a whole still has a gradient, of 0."""
+    from grpo_fast.integrations.trl import _LogProbs
+
+    hidden, weight = torch.randn(0, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    outputs = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+    out = _LogProbs.apply(hidden, weight, None, torch.zeros(0, dtype=torch.int64), 1.0, 16, None, 1.0, outputs)
+    assert [tuple(x.shape) for x in out] == [(0,)] * 5
+    (out[0].sum() + out[1].sum()).backward()
+    assert hidden.grad.shape == (0, 4)
+    assert (weight.grad == 0).all()
+
+
 def test_the_patch_is_taken_back() -> None:
     import trl.trainer.utils as utils
 
