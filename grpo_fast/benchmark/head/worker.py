@@ -17,28 +17,30 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from grpo_fast.benchmark.head.case import SEQUENCES, Case, errors, make_cases, passes
-from grpo_fast.benchmark.head.contestants import COMPILED, Step, make
+from grpo_fast.benchmark.head.contestants import COMPILED, make
 from grpo_fast.benchmark.measure import reset_peak, resident_peak, trim
 
 
 def measure(name: str, case: Case, trainable: bool, rounds: int, threads: int) -> dict[str, Any]:
     """Count the products of a small case, which is also what warms up everything but compiled code; then time, the first result held to the
     truth. What is compiled for this number of tokens is called once more beforehand."""
-    step = make(name)
-    multiple = flop_multiple(step, trainable, case)
+    multiple, step = flop_multiple(name, trainable, case), make(name, case)
     hidden, weight = case.hidden.requires_grad_(), case.weight.requires_grad_(trainable)
     clock = time.thread_time if threads == 1 else time.perf_counter
     seconds: list[float] = []
     peaks: list[int] = []
+    before: int | None = None  # above it memory counts, that too which a contestant keeps from call to call
     verdict: dict[str, float] | None = None
     for repetition in range(rounds + (name in COMPILED)):
         hidden.grad, weight.grad = None, None
         trim()
-        before, start = reset_peak(), clock()
-        loss = step(case, hidden, weight)
+        resident = reset_peak()
+        before = resident if repetition == 0 else before
+        start = clock()
+        loss = step(hidden, weight)
         loss.backward()
         seconds.append(clock() - start)
-        if before is not None:
+        if before is not None and name != "floor":
             peaks.append(resident_peak() - before)
         if repetition == 0 and name != "floor":
             verdict = errors(case.truth, loss.item(), case.hidden.grad, weight.grad)
@@ -52,15 +54,15 @@ def measure(name: str, case: Case, trainable: bool, rounds: int, threads: int) -
     }
 
 
-def flop_multiple(step: Step, trainable: bool, like: Case) -> float:
-    """The operations of a step's matrix products in units of N D V, which are the same at any size: counted at a small one with the same
-    share of active tokens. Compiled code runs as it is written."""
+def flop_multiple(name: str, trainable: bool, like: Case) -> float:
+    """The operations of a contestant's matrix products in units of N D V, which are the same at any size: counted at a small one with the
+    same share of active tokens. Compiled code runs as it is written."""
     share = float((like.mask.bool() & (like.advantages != 0)[:, None]).float().mean())
     (case,) = make_cases(SEQUENCES * 40, 16, 512, like.hidden.dtype, [share], seed=0)
     hidden, weight = case.hidden.requires_grad_(), case.weight.requires_grad_(trainable)
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _addmm_flops})
     with torch.compiler.set_stance("force_eager"), counter:
-        step(case, hidden, weight).backward()
+        make(name, case)(hidden, weight).backward()
     return counter.get_total_flops() / (case.token_ids.numel() * weight.numel())
 
 
