@@ -42,6 +42,7 @@ from grpo_fast.watch import (
     Answer,
     MicroBatch,
     completion_records,
+    gradient_norm,
     measure_loss,
     measure_rewards,
     measure_rollout,
@@ -49,6 +50,7 @@ from grpo_fast.watch import (
     summary_of_round,
     summary_of_rounds,
     what_is_not_finite,
+    whole,
 )
 
 __all__ = ["GRPOConfig", "GRPOTrainer"]
@@ -406,15 +408,14 @@ class GRPOTrainer(CompleteCheckpoints):
         return (out.loss, out) if return_outputs else out.loss
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        norm = super()._clip_grad_norm(model)
-        self._grad_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2's is a sum that is still to be made
+        self._grad_norm = whole(super()._clip_grad_norm(model))
         return self._grad_norm
 
     def before_optimizer(self) -> None:
         """The last look before the weights change: are the numbers finite, and is the sampler's policy ours?"""
         losses, self._losses = self._losses, []
         finite = torch.stack([out.loss for out, _ in losses]).isfinite().all()
-        norm = self._grad_norm
+        norm = self._grad_norm if self.args.max_grad_norm else gradient_norm(self.model)
         if isinstance(norm, Tensor) and getattr(self.accelerator, "scaler", None) is None:  # a scaler meets infinities, and skips them
             finite = finite & norm.isfinite().to(finite.device)
         if self.accelerator.reduce(finite.float(), reduction="sum") < self.accelerator.num_processes:  # all processes stop, not some

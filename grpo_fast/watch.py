@@ -20,6 +20,7 @@ __all__ = [
     "Answer",
     "MicroBatch",
     "completion_records",
+    "gradient_norm",
     "measure_loss",
     "measure_rewards",
     "measure_rollout",
@@ -27,6 +28,7 @@ __all__ = [
     "summary_of_round",
     "summary_of_rounds",
     "what_is_not_finite",
+    "whole",
 ]
 
 _LOSS_METRICS = {
@@ -117,6 +119,16 @@ def sampler_gap(losses: Sequence[tuple[gf.GRPOOutput, MicroBatch]], most_left_ou
     together = torch.cat(gaps) if gaps else torch.zeros(0)
     together = (-together).clamp(min=0) + (together - most_left_out).clamp(min=0)
     return float(together.mean()) if together.numel() else 0.0
+
+
+def whole(norm: Any) -> Any:
+    """A norm under FSDP2 is a DTensor, divided among the processes, which all must call this; any other is as it is."""
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+def gradient_norm(model: nn.Module) -> Tensor:  # []
+    """Where nobody clips gradients, and so nobody has looked at them."""
+    return torch.as_tensor(whole(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])))
 
 
 def what_is_not_finite(losses: Sequence[tuple[gf.GRPOOutput, MicroBatch]], norm: Any, model: nn.Module, where: str) -> str:

@@ -219,6 +219,39 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_step(tmp_path: Path)
     assert all(torch.equal(value, weights[1][name]) for name, value in parameters(of).items())
 
 
+class PoisonBackward(torch.autograd.Function):
+    """The identity, whose gradient is NaN."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return grad * float("nan")
+
+
+@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step(tmp_path: Path, max_grad_norm: float) -> None:
+    of = model()
+    of.model.norm.register_forward_hook(lambda module, inputs, output: PoisonBackward.apply(output))
+    run = trainer(tmp_path, of=of, sampler=Scripted(), max_grad_norm=max_grad_norm)
+    with pytest.raises(FloatingPointError, match=r"The gradient is not finite at step 1, process 0; .* Parameters: all finite"):
+        run.train()
+    assert all(torch.equal(value, before) for value, before in zip(parameters(of).values(), parameters(model()).values(), strict=True))
+
+
+@pytest.mark.parametrize("settings", [{}, {"fused_head": False}, {"gradient_checkpointing": True}], ids=str)
+def test_in_bfloat16_the_weights_stay_in_float32_and_sampler_and_loss_agree(tmp_path: Path, settings: dict[str, Any]) -> None:
+    of, seen = model(), set()
+    of.model.layers[0].self_attn.q_proj.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+    run = trainer(tmp_path, of=of, bf16=True, max_steps=2, num_iterations=2, **settings)
+    run.train()
+    assert torch.bfloat16 in seen and {p.dtype for p in of.parameters()} == {torch.float32}
+    assert logs(run)[0]["sampling/sampling_logp_difference/mean"] < 0.02  # nats, of some 3
+    assert logs(run)[1]["loss"] != logs(run)[0]["loss"]
+
+
 class _Remember(TrainerCallback):
     def __init__(self, weights: dict[int, Any], of: Any) -> None:
         self.weights, self.of = weights, of
