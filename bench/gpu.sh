@@ -27,7 +27,8 @@ build() {
     install "$wheels"/*.whl || code=1  # all at once: packages that share a folder would take it from each other
   fi
   here=$("$python" -c 'import torch; print("{}.{}".format(*torch.cuda.get_device_capability()))' 2>/dev/null) || here=9.0
-  TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$here} install --no-build-isolation . 2>&1 | tee "$out/build.log" && return $code
+  GRPO_FAST_BUILD=${GRPO_FAST_BUILD:-cuda} TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$here} install --no-build-isolation . 2>&1 |
+    tee "$out/build.log" && return $code
   GRPO_FAST_BUILD=none install --no-build-isolation .
   return 1
 }

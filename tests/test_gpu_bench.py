@@ -117,6 +117,53 @@ def test_what_was_measured_stands_beside_what_is_asked(few: ModuleType) -> None:
     ]
 
 
+def test_the_timer_on_a_gpu(few: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By stand-ins: the device is busy while the call is enqueued, caches are cold, and nothing but the call lies between the events."""
+    done: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool):
+            assert enable_timing
+
+        def record(self) -> None:
+            done.append("event")
+
+        def synchronize(self) -> None:
+            done.append("wait")
+
+        def elapsed_time(self, other: Event) -> float:
+            return float(len(done))
+
+    timer = few.Timer("cpu", 3)
+    timer.device = "cuda"
+    monkeypatch.setattr(timer, "flush", type("Flush", (), {"zero_": lambda self: done.append("flush")})())
+    stand_ins: dict[str, Any] = {
+        "Event": Event,
+        "_sleep": lambda cycles: done.append("sleep"),
+        "reset_peak_memory_stats": lambda: None,
+        "memory_allocated": lambda: 100,
+        "max_memory_allocated": lambda: 350,
+    }
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    found = timer(lambda given: done.append("call"), lambda: done.append("prepare"))
+    assert done[:6] == ["prepare", "call"] * 3 and found["peak_bytes"] == 250
+    assert done[6:14] == ["prepare", "sleep", "flush", "event", "call", "event", "wait", "prepare"]
+    assert found["repetitions"] == 3 and found["ms"] == len(done) - 7  # the median of the last three, 7 steps apart
+
+
+def test_a_gpu_machine_is_described(few: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = type("Properties", (), {"name": "a GPU", "total_memory": 80, "multi_processor_count": 132})()
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    found = few.machine("cuda")
+    assert (found["device"], found["bytes"], found["multiprocessors"]) == ("a GPU", 80, 132) and found["versions"]["torch"]
+    assert few.clocks() is None or set(few.clocks()) == {"mhz", "celsius", "watts"}
+    monkeypatch.setattr(torch.cuda, "clock_rate", lambda: 1980)
+    monkeypatch.setattr(torch.cuda, "temperature", lambda: 40)
+    monkeypatch.setattr(torch.cuda, "power_draw", lambda: 350_000)
+    assert few.clocks() == {"mhz": 1980, "celsius": 40, "watts": 350.0}
+
+
 def test_memory_is_counted_beforehand(few: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (100 * 2**30, 140 * 2**30))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
