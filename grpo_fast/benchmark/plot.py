@@ -123,32 +123,39 @@ def _caption(result: dict[str, Any]) -> str:
 
 
 def write_gpu_plot(result: dict[str, Any], path: Path) -> None:
-    """One PNG of a result of bench/gpu_bench.py: loss and gradient in multiples of a copy; hatched: less precise than the gate asks.
+    """One PNG of a result of bench/gpu_bench.py: loss and gradient in multiples of a copy, over the rows, a panel for each vocabulary.
 
     Raises:
         ValueError: there are no times in it.
     """
+    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     entries = [e for e in result.get("bench", []) if e["step"] == "loss" and e.get("times_copy") is not None]
     if not entries:
         raise ValueError("result has no times of loss and gradient; expected what `bench/gpu.sh bench` writes on a GPU.")
-    cases = sorted({(e["rows"], e["vocabulary"]) for e in entries})
+    vocabularies = sorted({e["vocabulary"] for e in entries})
     names = list(dict.fromkeys(e["name"] for e in entries))
-    figure = Figure(figsize=(max(7.0, 0.9 * len(cases)), 4.5), dpi=150, layout="constrained")
+    figure = Figure(figsize=(1.5 + 2.9 * len(vocabularies), 4.3), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for i, name in enumerate(names):
-        found = {(e["rows"], e["vocabulary"]): e for e in entries if e["name"] == name}
-        width, shift = 0.8 / len(names), (i - (len(names) - 1) / 2) * 0.8 / len(names)
-        there = [(n + shift, found[case]) for n, case in enumerate(cases) if case in found]
-        hatches = ["//" if e.get("less_precise") else "" for _, e in there]
-        axes.bar([x for x, _ in there], [e["times_copy"] for _, e in there], width, label=name, hatch=hatches, color=f"C{i % 10}")
-    axes.axhline(1, color="black", linewidth=1)
-    axes.set_yscale("log")
-    axes.set_xticks(range(len(cases)), [f"{rows}\n× {vocabulary}" for rows, vocabulary in cases], fontsize=7)
-    axes.set_ylabel("multiples of a copy of the logits")
-    axes.set_title(f"GRPO loss and gradient, {result['machine']['device']}", fontsize=10)
-    figure.legend(loc="outside lower center", frameon=False, fontsize=8, ncols=len(names))
+    panels = figure.subplots(1, len(vocabularies), sharey=True, squeeze=False)[0]
+    lines: dict[str, Any] = {}
+    for panel, vocabulary in zip(panels, vocabularies, strict=True):
+        for name in names:
+            found = sorted((e["rows"], e["times_copy"]) for e in entries if (e["name"], e["vocabulary"]) == (name, vocabulary))
+            if not found:
+                continue
+            coarse = any(e.get("less_precise") for e in entries if e["name"] == name)
+            style = {"marker": "o", "markersize": 4, "fillstyle": "none" if coarse else "full"}
+            style |= {"linewidth": 2 if name.startswith("ours") else 1, "color": colormaps["tab20"](names.index(name))}
+            (lines[name],) = panel.plot(*zip(*found, strict=True), **style)
+        rows = sorted({e["rows"] for e in entries if e["vocabulary"] == vocabulary})
+        panel.axhline(1, color="black", linewidth=1)
+        panel.set(xscale="log", yscale="log", title=f"{vocabulary} logits", xlabel="rows")
+        panel.set_xticks(rows, [str(n) for n in rows], fontsize=7, rotation=45)
+        panel.minorticks_off()
+    panels[0].set_ylabel("multiples of a copy of the logits")
+    figure.suptitle(f"GRPO loss and gradient, {result['machine']['device']} (hollow: less precise than the gate asks of ours)", fontsize=10)
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", frameon=False, fontsize=8, ncols=6)
     write_atomically(path, lambda partial: figure.savefig(partial, format="png"))
