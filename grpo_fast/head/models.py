@@ -22,6 +22,7 @@ _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_ca
 # Names under which configurations keep a factor of the logits, and whether they are divided by it. A number that stands for none is None.
 _SCALES = (("logit_scale", False), ("output_multiplier", False), ("lm_head_multiplier", False), ("logits_scaling", True))
 _MULTIPLIED_ALL_THE_SAME = ("hyperclovax",)  # model types that multiply by logits_scaling
+_NOT_THE_LOGITS = ("minicpm3", "mpt")  # model types that divide the hidden states instead, or do nothing
 
 # Largest difference between a model's own logits and ours: of the product relative to the largest logit, of what follows it relative to
 # each logit.
@@ -312,7 +313,7 @@ def _is_matrix(weight: Tensor) -> bool:
 def _softcap_and_scale(config: Any) -> tuple[float | None, float]:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     softcap = next((value for name in _SOFTCAPS if (value := getattr(text, name, None)) is not None), None)
-    for name, divided in _SCALES:
+    for name, divided in () if text.model_type in _NOT_THE_LOGITS else _SCALES:
         value = getattr(text, name, None)
         if value is not None:
             divided = divided and text.model_type not in _MULTIPLIED_ALL_THE_SAME
