@@ -38,14 +38,16 @@ def test_the_script_of_the_library_itself(on_disk: Path, monkeypatch: pytest.Mon
         )
         assert count == 1
     (on_disk / "script.py").write_text(source)
-    (on_disk / "my_rewards.py").write_text(
+    (on_disk / "rewards_of_a_script.py").write_text(
         "def length(completion_ids, **kwargs):\n    return [float(len(ids)) for ids in completion_ids]\n"
     )
     monkeypatch.chdir(on_disk)
-    named = "--model_name_or_path model --dataset_name data --output_dir out --reward_funcs my_rewards.length --report_to none"
+    named = "--model_name_or_path model --dataset_name data --output_dir out --reward_funcs rewards_of_a_script.length --report_to none"
     short = "--max_steps 1 --per_device_train_batch_size 8 --max_completion_length 8 --use_cpu --save_strategy no"
     monkeypatch.setattr(sys, "argv", ["script.py", *f"{named} {short} --use_peft --lora_target_modules all-linear".split()])
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the script adds this folder
     runpy.run_path("script.py", run_name="__main__")
+    del sys.modules["rewards_of_a_script"]
     assert (on_disk / "out" / "adapter_model.safetensors").exists()
 
 
