@@ -34,7 +34,7 @@ def bench_head(
     ),
     plot: Annotated[bool, typer.Option("--plot", help="Measure nothing: draw FILES, each as a PNG beside it.")] = False,
 ) -> None:
-    """Time the loss from hidden states against what you would use instead, and against its bare matrix products. Some 20 minutes."""
+    """Time the loss from hidden states against what you would use instead, and against its bare matrix products. 22 minutes."""
     from rich.console import Console
 
     from grpo_fast.benchmark.head.report import print_report, write_plot

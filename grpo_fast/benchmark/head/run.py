@@ -34,7 +34,7 @@ class Settings:
     dtypes: tuple[str, ...] = ("float32",)
     active: tuple[float, ...] = (1.0, 0.6, 0.3)
     contestants: tuple[str, ...] = CONTESTANTS
-    rounds: int = 3  # of the smallest number of tokens; in proportion fewer of the others, at least one
+    rounds: int = 2  # of the smallest number of tokens; in proportion fewer of the others, at least one
     threads: int = 1
     seed: int = 0
 
