@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 what=${1:-test}
 torch_pin=torch==2.13.0
-peers="verl==0.9.1 openrlhf==0.11.2"
+peers="verl==0.9.1 openrlhf==0.11.2 ms-swift==4.6.0"
 triton_pin=triton==3.7.1  # beside a CPU build of torch, which names none; a CUDA build brings its own
 
 fail() { echo "grpo_fast: $*" >&2; exit 1; }
@@ -61,13 +61,17 @@ install_packages() {
   [ "$what" = demo ] || install_peers
 }
 
-# Libraries that cannot live beside the pinned ones, for comparison with single functions of theirs: tests/peers.py says how.
+# Libraries that cannot live beside the pinned ones, for comparison with single functions of theirs (tests/peers.py says how), and the oldest
+# TRL that the adapter takes.
 install_peers() {
   rm -rf .venv/peers
   local peer
-  for peer in $peers; do
-    $python -m pip install -qq --no-compile --no-deps --target .venv/peers "$peer" || say "$peer cannot be had here: the tests that compare with it are skipped"
-  done
+  for peer in $peers; do put_aside "$peer" .venv/peers; done
+  put_aside trl==1.15.0 .venv/peers/trl-1.15.0
+}
+
+put_aside() {  # requirement, folder
+  $python -m pip install -qq --no-compile --no-deps --target "$2" "$1" || say "$1 cannot be had here: the tests that compare with it are skipped"
 }
 
 [ -x $python ] && $python -c '' 2>/dev/null || make_venv
