@@ -67,7 +67,7 @@ def _grpo_loss_terms_kernel(
 
     counts = per_token(mask_ptr, b, t, mask_sequence_stride, mask_token_stride, inside, 0) != 0
     advantage = per_token(advantages_ptr, b, t, advantages_sequence_stride, advantages_token_stride, counts, 0.0)
-    active = counts & ((advantage != 0) | (all_active != 0))
+    active = tl.where(all_active != 0, counts, counts & (advantage != 0))
     computed = tl.where(only_active != 0, active, counts)
     logprob, entropy, lse = finished_tokens(
         logits_ptr, token_ids_ptr, temperatures_ptr, sums_ptr,

@@ -151,7 +151,8 @@ def edge_columns(head, middle, vocabulary, part, VECTOR: tl.constexpr):
     """The columns that are in no whole vector, and which of these lanes are columns; the row's first part has them."""
     lane = tl.arange(0, 2 * VECTOR)
     column = tl.where(lane < VECTOR, lane, head + middle + lane - VECTOR)
-    return column, (part == 0) & (column < tl.where(lane < VECTOR, head, vocabulary))
+    end = tl.where(lane < VECTOR, head, vocabulary)
+    return column, column < tl.where(part == 0, end, 0)  # no scalar & block: the interpreter makes no mask of that
 
 
 # Statistics ----------------------------------------------------------------------------------------------------------------------
