@@ -18,7 +18,7 @@ from transformers.utils import logging
 import grpo_fast as gf
 from grpo_fast.generation.unwrap import eval_mode, inner_model, is_peft, is_sharded
 from grpo_fast.grpo_config import GRPOConfig
-from grpo_fast.head.models import head_of, hidden_states_of
+from grpo_fast.head.models import ModelHead, head_of, hidden_states_of
 from grpo_fast.packing import FLASH, Packed, attention_of, choose_attention, pack, sees_across, takes_positions
 from grpo_fast.rollout import Rollout
 
@@ -41,7 +41,7 @@ class Passes:
     def __init__(self, args: GRPOConfig, accelerator: Any, pad_token_id: int) -> None:
         self.args, self.accelerator, self.pad_token_id = args, accelerator, pad_token_id
         self._how: str | None = None  # decided with the first rows
-        self._takes_head: bool | None = None
+        self._takes_head = args.fused_head
 
     def loss(self, model: Any, rows: Rollout, **options: Any) -> gf.GRPOOutput:
         """Loss of the rows, with the gradient; ``options`` of gf.grpo_loss."""
@@ -122,22 +122,24 @@ class Passes:
             columns, index = torch.unique(scored_at % width, return_inverse=True)
             inputs, scored_at = {**inputs, "logits_to_keep": columns}, scored_at // width * columns.shape[0] + index
         with self.accelerator.autocast():
-            if self._fused(model):
-                hidden, head = hidden_states_of(model, inputs)
-                hidden = hidden.flatten(0, 1)[scored_at]
-                return from_hidden(hidden, head.arguments(hidden))
-            return from_logits(model(**inputs).logits.flatten(0, 1)[scored_at])
+            found = self._hidden_states(model, inputs)
+            if found is None:
+                return from_logits(model(**inputs).logits.flatten(0, 1)[scored_at])
+            hidden, head = found[0].flatten(0, 1)[scored_at], found[1]
+            return from_hidden(hidden, head.arguments(hidden))
 
-    def _fused(self, model: Any) -> bool:
-        if self._takes_head is None:
-            self._takes_head = self.args.fused_head
-            try:
-                if self.args.fused_head and hasattr(head_of(model).weight, "ds_id"):
-                    raise ValueError("DeepSpeed's third stage keeps the head's weight in parts.")
-            except ValueError as error:
-                self._takes_head = False
-                logger.warning(f"The loss is computed from logits, which takes more memory: {error}")
-        return self._takes_head
+    def _hidden_states(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, ModelHead] | None:
+        """What the head is fed, and the head; None, which is said once, where the loss has to go by the logits."""
+        if not self._takes_head:
+            return None
+        try:
+            if hasattr(head_of(model).weight, "ds_id"):
+                raise ValueError("DeepSpeed's third stage keeps the head's weight in parts.")
+            return hidden_states_of(model, inputs)
+        except ValueError as error:
+            self._takes_head = False
+            logger.warning(f"The loss is computed from logits, which takes more memory: {error}")
+            return None
 
     def _pack(self, model: Any, rows: Rollout) -> Packed:
         device = self.accelerator.device

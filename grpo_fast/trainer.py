@@ -123,8 +123,7 @@ class GRPOTrainer(CompleteCheckpoints):
         )
         self.model_accepts_loss_kwargs = True  # the loss is normalised over the whole step here, not by the number of micro-batches
         self.passes = Passes(args, self.accelerator, tokenizer.pad_token_id)
-        options: Any = args.sampler_options or {}
-        self.sampler = make_sampler(sampler if sampler is not None else args.sampler, self.model, tokenizer, **options)
+        self.sampler = make_sampler(sampler or args.sampler, self.model, tokenizer, **(args.sampler_options or {}))  # type: ignore[arg-type]
         correction = args.vllm_importance_sampling_correction
         self.corrects_sampler = not isinstance(self.sampler, TransformersSampler) if correction is None else correction
         self.meters, self.meters_to_log = Meters(), Meters()  # of this step; of those since the last log
@@ -509,8 +508,9 @@ class GRPOTrainer(CompleteCheckpoints):
             logs, self.meters_to_log = {**logs, **self.meters_to_log.read()}, Meters()
             now, tokens = time.perf_counter(), self.state.num_input_tokens_seen
             logs["num_tokens"] = tokens
-            logs["tokens_per_second"] = (tokens - self._tokens_logged) / max(now - self._logged_at, 1e-9)
-            self._logged_at, self._tokens_logged = now, tokens
+            if tokens != self._tokens_logged:  # steps that draw nothing belong to the next rollout's time
+                logs["tokens_per_second"] = (tokens - self._tokens_logged) / max(now - self._logged_at, 1e-9)
+                self._logged_at, self._tokens_logged = now, tokens
             if self.args.log_completions and self.accelerator.is_main_process:
                 folder = Path(self.args.output_dir) / "completions"
                 folder.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import pickle
 import random
@@ -539,6 +540,25 @@ class _Code:
         return Path.touch, (self.path,)
 
 
+def test_a_head_that_is_not_understood_goes_by_its_logits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def capped() -> Any:
+        of = model()
+        of.register_forward_hook(lambda module, inputs, output: output.__setitem__("logits", output.logits.tanh()))
+        return of
+
+    transformers_log = logging.getLogger("transformers")
+    transformers_log.addHandler(caplog.handler)
+    try:
+        found = trainer(tmp_path / "a", of=capped(), sampler=Scripted())
+        found.train()
+    finally:
+        transformers_log.removeHandler(caplog.handler)
+    assert "computed from logits" in caplog.text
+    asked = trainer(tmp_path / "b", of=capped(), sampler=Scripted(), fused_head=False)
+    asked.train()
+    assert logs(found)[0]["loss"] == logs(asked)[0]["loss"] and logs(found)[0]["grad_norm"] == logs(asked)[0]["grad_norm"] > 0
+
+
 def test_a_step_is_broken_down_into_its_times(tmp_path: Path) -> None:
     run = trainer(tmp_path, max_steps=3, num_iterations=3, beta=0.1, rewards=lambda completions, **_: time.sleep(0.2) or [*range(16)])
     started = time.perf_counter()
@@ -549,3 +569,8 @@ def test_a_step_is_broken_down_into_its_times(tmp_path: Path) -> None:
     assert all(first[part] > 0 for part in parts) and first["reward"] > 0.2
     assert second["generate"] == second["reward"] == second["logprobs"] == 0 < second["loss"]  # the rollout is used again
     assert sum(first.values()) + sum(second.values()) < total
+    assert ["tokens_per_second" in log for log in logs(run)] == [
+        True,
+        False,
+        False,
+    ]  # of what was drawn
