@@ -345,7 +345,9 @@ def aggregation_weights(
     if aggregation == "sequence_sum":
         return torch.full((), 1 / count, dtype=dtype, device=mask.device)
     if aggregation == "global_token_mean" and num_items is not None:
-        return torch.as_tensor(num_items, dtype=dtype, device=mask.device).clamp(min=1).reciprocal()
+        if not isinstance(num_items, Tensor):  # filled on the device: a number copied there would be waited for
+            num_items = torch.full((), num_items, dtype=dtype, device=mask.device)
+        return num_items.to(mask.device, dtype).clamp(min=1).reciprocal()
     return mask.sum().to(dtype).clamp(min=1).reciprocal()
 
 

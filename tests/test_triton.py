@@ -136,9 +136,10 @@ def test_no_value_is_asked_for(loss_type: str, inplace: bool, no_values: str) ->
         padded = {"mask": per_token > 0, "temperature": torch.ones(2, device=no_values), "num_items": torch.ones((), device=no_values)}
         out = gf.grpo_loss(logits * 1, ids, per_token[:, 0], **constants, **padded, **settings)
         (0.5 * out.loss).backward()
-        flat = {name: x.flatten() for name, x in constants.items()}
+        flat: dict[str, Any] = {name: x.flatten() for name, x in constants.items()}
         bounds = torch.zeros(3, dtype=torch.int32, device=no_values)
-        packed = gf.grpo_loss(logits[:, 1:].flatten(0, 1) * 1, ids.flatten(), per_token.flatten(), cu_seqlens=bounds, **flat, **settings)
+        flat |= {"cu_seqlens": bounds, "num_items": 100}
+        packed = gf.grpo_loss(logits[:, 1:].flatten(0, 1) * 1, ids.flatten(), per_token.flatten(), **flat, **settings)
         packed.loss.backward()
         statistics = gf.token_logprobs(logits, ids, mask=per_token > 0, softcap=5.0, temperature=0.7)
         (statistics.logprobs + statistics.entropy).sum().backward()
