@@ -1,4 +1,4 @@
-"""The command line: ``grpo-fast doctor | train | plot | demo | bench | bench-head | bench-trl``."""
+"""The command line: ``grpo-fast doctor | train | plot | demo | bench ...``."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ import typer
 # Errors that nobody foresaw are shown as Python shows them: in the log of a run a traceback in a frame is hard to read and to search.
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="grpo_fast: the GRPO core, fused.")
 
-# Commands with optional dependencies: a module with ``app(args=..., prog_name=...)``, imported when the command runs.
+# Commands with optional dependencies: a module with ``app(args=..., prog_name=...)``, imported when the command runs; and its help here.
 MOUNTED = {
-    "train": "grpo_fast.commands.train",
-    "plot": "grpo_fast.monitor.cli",
-    "demo": "grpo_fast.demo.cli",
-    "bench": "grpo_fast.benchmark.cli",
-    "bench-head": "grpo_fast.benchmark.head.cli",
-    "bench-trl": "grpo_fast.benchmark.trl_stage",
+    "train": ("grpo_fast.commands.train", "Train a language model by GRPO, from a settings file and the command line."),
+    "plot": ("grpo_fast.monitor.cli", "Draw the curves of one run or several."),
+    "demo": ("grpo_fast.demo.cli", "Watch a small language model learn by GRPO."),
+    "bench": ("grpo_fast.benchmark.cli", "Time the loss against what you would use instead."),
+    "bench-head": ("grpo_fast.benchmark.head.cli", "Time the fused head against what you would use instead."),
+    "bench-trainer": ("grpo_fast.benchmark.trainer_stage", "Time the trainer's loss stage against an eager loss."),
+    "bench-trl": ("grpo_fast.benchmark.trl_stage", "Time the loss stage of TRL's trainer, stock and with this loss."),
+    "bench-drop-ins": ("grpo_fast.benchmark.drop_ins", "Time what the guides' drop-ins replace."),
 }
 
 # What a mounted command gets is handed through untouched, --help too: importing it for the list of commands would import transformers.
@@ -31,44 +33,8 @@ def doctor() -> None:
     raise typer.Exit(report.run())
 
 
-@app.command(context_settings=_PASS_ON)
-def train(context: typer.Context) -> None:
-    """Train a language model by GRPO, from a settings file and the command line."""
-    _run_mounted("train", context.args)
-
-
-@app.command(context_settings=_PASS_ON)
-def plot(context: typer.Context) -> None:
-    """Draw the curves of one run or several."""
-    _run_mounted("plot", context.args)
-
-
-@app.command(context_settings=_PASS_ON)
-def demo(context: typer.Context) -> None:
-    """Watch a small language model learn by GRPO."""
-    _run_mounted("demo", context.args)
-
-
-@app.command(context_settings=_PASS_ON)
-def bench(context: typer.Context) -> None:
-    """Time the loss against what you would use instead."""
-    _run_mounted("bench", context.args)
-
-
-@app.command("bench-head", context_settings=_PASS_ON)
-def bench_head(context: typer.Context) -> None:
-    """Time the fused head against what you would use instead."""
-    _run_mounted("bench-head", context.args)
-
-
-@app.command("bench-trl", context_settings=_PASS_ON)
-def bench_trl(context: typer.Context) -> None:
-    """Time the loss stage of TRL's trainer, stock and with this loss."""
-    _run_mounted("bench-trl", context.args)
-
-
 def _run_mounted(command: str, args: list[str]) -> None:
-    module_name = MOUNTED[command]
+    module_name, _ = MOUNTED[command]
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -83,6 +49,15 @@ def _run_mounted(command: str, args: list[str]) -> None:
         raise typer.Exit(2) from error
     module.app(args=args, prog_name=f"grpo-fast {command}")
 
+
+def _mount(command: str, description: str) -> None:
+    @app.command(command, help=description, context_settings=_PASS_ON)
+    def run(context: typer.Context) -> None:
+        _run_mounted(command, context.args)
+
+
+for _command, (_, _description) in MOUNTED.items():
+    _mount(_command, _description)
 
 if __name__ == "__main__":
     app()

@@ -342,7 +342,7 @@ def mounted(monkeypatch, tmp_path):
         (tmp_path / "mounted_command.py").write_text(text)
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.delitem(sys.modules, "mounted_command", raising=False)
-        monkeypatch.setitem(cli.MOUNTED, "bench", "mounted_command")
+        monkeypatch.setitem(cli.MOUNTED, "bench", ("mounted_command", ""))
         return CliRunner().invoke(cli.app, ["bench", *args])
 
     return run
