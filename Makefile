@@ -12,7 +12,7 @@ demo:  ## a small language model learns by GRPO (make demo ARGS="--temperature 0
 test: check  ## checks of the sources, then the tests (make test ARGS="-k advantages")
 	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not sweep" $(ARGS)
 
-sweep:  ## the tests that take many minutes: every Triton kernel for every GPU, all random cases in the interpreter
+sweep:  ## the tests that take many minutes: all random cases in the interpreter, long runs, kills at any moment
 	@PYTHON="$(PYTHON)" tools/bootstrap.sh test
 	@$(BIN)/python -m pytest -n auto --maxprocesses 4 -m sweep $(ARGS)
 
