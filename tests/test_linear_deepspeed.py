@@ -22,7 +22,7 @@ from grpo_fast.head.weights import unpartitioned
 
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None and not (PEERS / "deepspeed").exists(),
-    reason="needs deepspeed: pip install --no-deps --target .venv/peers deepspeed hjson py-cpuinfo msgpack ninja einops",
+    reason="needs deepspeed: pip install --no-deps --target .venv/peers deepspeed hjson py-cpuinfo msgpack einops",
 )
 
 

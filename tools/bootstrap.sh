@@ -6,7 +6,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 what=${1:-test}
 torch_pin=torch==2.13.0
-peers="verl==0.9.1 openrlhf==0.11.2 ms-swift==4.6.0"
+peers="verl==0.9.1 openrlhf==0.11.2 ms-swift==4.6.0 deepspeed==0.19.8"
+needed_by_deepspeed="hjson==3.1.0 py-cpuinfo==9.0.0 msgpack==1.2.4 einops==0.8.2"
 triton_pin=triton==3.7.1  # beside a CPU build of torch, which names none; a CUDA build brings its own
 
 fail() { echo "grpo_fast: $*" >&2; exit 1; }
@@ -66,7 +67,7 @@ install_packages() {
 install_peers() {
   rm -rf .venv/peers
   local peer
-  for peer in $peers; do put_aside "$peer" .venv/peers; done
+  for peer in $peers $needed_by_deepspeed; do put_aside "$peer" .venv/peers; done
   put_aside trl==1.15.0 .venv/peers/trl-1.15.0
 }
 
