@@ -110,6 +110,13 @@ def test_the_version_stands_once():
     assert importlib.metadata.version("grpo_fast") == grpo_fast.__version__
 
 
+def test_every_extra_that_is_named_exists():
+    declared = set(importlib.metadata.metadata("grpo_fast").get_all("Provides-Extra"))
+    files = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.py"), *(ROOT / "grpo_fast").rglob("*.py")]
+    named = {name for path in files for name in re.findall(r"(?:grpo[-_]fast|'\.)\[([a-z]+)\]'", path.read_text())}
+    assert {"train", "math"} <= named <= declared
+
+
 def test_the_build_requirements_do_not_name_torch():
     text = (ROOT / "pyproject.toml").read_text()
     (requires,) = re.findall(r"^requires = \[(.*)\]", text, flags=re.MULTILINE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import grpo_fast as gf
+from grpo_fast.benchmark.head.report import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -23,10 +25,14 @@ COMMANDS = [
 # Where a command of the README is run, if not here: a command that is in no list fails the test below.
 RUN_ELSEWHERE = {
     "pip install .": "tests/test_packaging.py builds and installs the wheel",
+    "pip install '.[train]'": "tests/test_packaging.py knows the extras",
     "pip install --no-build-isolation -e .": "tools/bootstrap.sh does it, for every run of these tests",
     "make demo": "tests/test_demo.py runs the command behind it",
     "make test": "is what runs this",
     "make bench": "tests/test_benchmark.py runs the command behind it",
+    "make sweep": "runs the tests that this run leaves out",
+    "grpo-fast bench-trainer": "tests/test_trainer_stage.py runs it at toy size",
+    "grpo-fast bench-drop-ins": "tests/test_benchmark_drop_ins.py runs it at toy size",
     "grpo-fast bench-trl": "tests/test_benchmark_trl.py runs it at toy size",
     "grpo-fast bench-head": "tests/test_benchmark_head.py runs it at toy size",
     "grpo-fast train --model Qwen/Qwen3-0.6B --dataset 'reasoning_gym:chain_sum' --rewards task format --output_dir runs/sums": (
@@ -122,6 +128,45 @@ def test_every_command_is_run_somewhere() -> None:
     commands = [command.split("#")[0].strip() for command in COMMANDS]
     assert commands, "README.md has no commands"
     assert sorted(set(commands)) == sorted([*RUN_ELSEWHERE, *RUN_HERE])
+
+
+CONTESTANTS = {
+    "grpo_fast (with the entropy)": "ours",
+    "grpo_fast": "ours",
+    "grpo_fast, `inplace=True`": "ours_inplace",
+    "torch.compile": "compile",
+    "PyTorch eager": "eager",
+    "TRL `selective_log_softmax`": "trl",
+    "TRL's loss": "trl",
+}
+
+
+def rows_of(header: str) -> list[list[str]]:
+    """The cells of the table whose header begins so."""
+    table = TEXT[TEXT.index(f"| {header} |") :].split("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in table[2:]]
+
+
+@pytest.mark.parametrize(("header", "step"), [("log-probabilities, no gradient", "forward"), ("loss and gradient", "forward_backward")])
+def test_the_tables_of_the_loss_say_what_was_measured(header: str, step: str) -> None:
+    result = json.loads((ROOT / "bench/results/cpu.json").read_text())
+    found = {(e["case"], e["contestant"], e["malloc"]): e["summary"] for e in result["results"] if e["step"] == step}
+    cases = list(dict.fromkeys(case for case, _, _ in found))
+    rows = rows_of(header)
+    assert [CONTESTANTS[name.replace("**", "")] for name, *_ in rows] == [
+        name for name in ("ours", "ours_inplace", "compile", "eager", "trl") if (cases[0], name, "touched") in found
+    ]
+    for name, *cells in rows:
+        for case, cell in zip(cases, cells, strict=False):
+            touched, default = (found[case, CONTESTANTS[name.replace("**", "")], malloc] for malloc in ("touched", "default"))
+            expected = f"{touched['median_ms']:.0f} ({touched['times_floor']:.1f}x) / {default['median_ms']:.0f}"
+            assert cell.replace("**", "") == expected, f"{name}, {case}"
+
+
+def test_the_table_of_the_heads_says_what_was_measured() -> None:
+    expected = markdown(json.loads((ROOT / "bench/results/head_cpu.json").read_text()))
+    rows = [f"| {' | '.join(cells)} |" for cells in rows_of("loss and gradients from hidden states")]
+    assert rows == expected, "the rows of the table are:\n" + "\n".join(expected)
 
 
 @pytest.mark.parametrize("command", RUN_HERE)

@@ -1,4 +1,4 @@
-"""``python -m grpo_fast.benchmark.drop_ins``: what the guides of Liger, verl and a loop of one's own replace, against what replaces it.
+"""``grpo-fast bench-drop-ins``: what the guides of Liger, verl and a loop of one's own replace, against what replaces it.
 
 Timed is loss and gradient of hidden states and weight, from hidden states that are there. Repetitions are interleaved, on the same data. No
 time is reported unless loss and gradients agree. Where half of the groups are degenerate, their rewards are all equal and their advantages

@@ -1,4 +1,4 @@
-"""``python -m grpo_fast.benchmark.trainer_stage``: the loss stage of GRPOTrainer, against the same trainer with the loss in eager PyTorch.
+"""``grpo-fast bench-trainer``: the loss stage of GRPOTrainer, against the same trainer with the loss in eager PyTorch.
 
 Timed is what happens between a prepared batch and its gradients: compute_loss (model, head, loss, metrics), backward, and the metrics read.
 No generation, no optimizer. All contestants are this trainer, on one batch and one model, which has a real head on one thin layer, so that

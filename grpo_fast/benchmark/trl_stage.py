@@ -1,4 +1,4 @@
-"""``python -m grpo_fast.benchmark.trl_stage``: the loss stage of a training step, TRL's GRPOTrainer against this package's subclass of it.
+"""``grpo-fast bench-trl``: the loss stage of a training step, TRL's GRPOTrainer against this package's subclass of it.
 
 Timed is what happens between a prepared batch and its gradients: compute_loss (backbone, head, loss), backward, and the metrics read as
 they are logged. No generation, no optimizer. The model has a real head on one thin layer, so that the head is what is timed. Each trainer

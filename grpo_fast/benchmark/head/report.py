@@ -12,7 +12,7 @@ from grpo_fast.benchmark.head.contestants import LABELS
 from grpo_fast.benchmark.machine import caption
 from grpo_fast.benchmark.report import write_atomically
 
-__all__ = ["print_report", "write_plot"]
+__all__ = ["markdown", "print_report", "write_plot"]
 
 _COLOURS = {  # Okabe and Ito's palette
     "ours": "#0072B2",
@@ -46,6 +46,22 @@ def print_report(result: dict[str, Any], console: Console) -> None:
         console.print(f"[yellow]not there: {entry['contestant']}: {entry['reason']}[/yellow]")
     console.print(caption(result["machine"], result["settings"]["threads"]))
     console.print(f"{result['settings']['clock']}; the run took {result['settings']['minutes']:.0f} minutes.")
+
+
+def markdown(result: dict[str, Any]) -> list[str]:
+    """The rows of the README's table: in each case seconds, multiples of the bare products, extra memory."""
+    cells: dict[tuple[str, float], list[str]] = {}
+    for case in _cases(result):
+        for entry in _of(result, *case):
+            cell = f"{entry['median']:.1f} s ({entry['times_floor']:.2f}x), {entry['peak_bytes'] / 2**30:.2f} GiB"
+            cells.setdefault((entry["contestant"], entry["active"]), []).append(cell)
+    rows = []
+    for (contestant, active), found in cells.items():
+        if contestant != "floor":
+            name = LABELS[contestant] + ("" if active == 1 else f", {active:.0%} active")
+            bold = "**" if contestant == "ours" else ""
+            rows.append(f"| {bold}{name}{bold} | {' | '.join(found)} |")
+    return rows
 
 
 def write_plot(result: dict[str, Any], path: Path) -> None:
