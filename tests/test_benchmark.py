@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,10 +13,10 @@ import torch
 from typer.testing import CliRunner
 
 import grpo_fast as gf
-from grpo_fast.benchmark import gate, overhead, report, settings
+from grpo_fast.benchmark import contestants, gate, overhead, report, settings
 from grpo_fast.benchmark.arena import Arena, arena_bytes
 from grpo_fast.benchmark.cli import app, bench
-from grpo_fast.benchmark.contestants import UnavailableError, make
+from grpo_fast.benchmark.contestants import Result, UnavailableError, make
 from grpo_fast.benchmark.data import CONFIG, batch_bytes, expected_loss, fill, shared_batch, write_truth
 from grpo_fast.benchmark.measure import private, repetition
 from grpo_fast.benchmark.schedule import needed_memory
@@ -181,12 +182,27 @@ def test_peak_memory_is_what_came_on_top():
 
     def step(_):
         torch.zeros(size // 4)  # and gone again
-        return make("floor", temperature=1.0, entropy=False, threads=1).forward(batch)
+        return Result()
 
     times, _ = repetition(step, batch, torch.empty_like(batch.logits), torch.zeros(1, dtype=torch.int64), 1)
     if times["peak_bytes"] is None:
         pytest.skip("this system does not let a process reset its high-water mark")
     assert 0.98 * size < times["peak_bytes"] < 1.2 * size  # the system counts in portions of 64 pages
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_every_way_to_the_floor_touches_every_logit(dtype):
+    """A read that ends early, or of too few bytes, would be no floor."""
+    source = torch.randn(3 * 50_001).to(getattr(torch, dtype))
+    for way in contestants._WAYS["forward_backward"]:
+        target = torch.zeros_like(source)
+        way(source, target)
+        assert torch.equal(target, source)
+    contestants._copy_into_the_cache(source, target)
+    seen, size = contestants._CACHED.raw, source.numel() * source.element_size()
+    assert seen[: size % len(seen)] == bytes(source.view(torch.uint8).tolist())[size - size % len(seen) :]
+    words = source.numel() * source.element_size() // 8 * 8 // source.element_size()
+    assert contestants._sum_of_words(source, target) == source[:words].view(torch.int64).sum() and source.numel() - words < 4
 
 
 def test_overhead_adds_up():
@@ -224,7 +240,8 @@ def test_the_json_says_everything(measured):
     fields = {"schema", "date", "seconds", "machine", "load_average", "settings", "results", "gates", "skipped", "overhead"}
     assert set(result) == fields and result["schema"] == report.SCHEMA and result["skipped"] == []
     machine = {"cpu", "logical_cpus", "isa", "torch_isa", "largest_cache_bytes", "memory_bytes", "huge_pages", "kernel", "libc"}
-    assert set(result["machine"]) == machine | {"python", "torch", "trl", "grpo_fast"}
+    assert set(result["machine"]) == machine | {"python", "torch", "trl", "grpo_fast", "commit"}
+    assert result["machine"]["commit"] is None or re.fullmatch(r"[0-9a-f]{7,}(-dirty)?", result["machine"]["commit"])
     assert result["machine"]["torch"] == torch.__version__ and result["machine"]["grpo_fast"] == gf.__version__
     assert {"threads", "temperature", "clock", "flush_bytes", "equal_work", "entropy", "seed"} <= set(result["settings"])
     assert result["settings"]["threads"] == 1 and result["settings"]["equal_work"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import torch
 
 from grpo_fast import __version__
 from grpo_fast.backends import backends, cpu_isa, installed_version
-from grpo_fast.benchmark.measure import cache_bytes
 
-__all__ = ["available_memory", "caption", "describe", "load_average"]
+__all__ = ["available_memory", "cache_bytes", "caption", "describe", "load_average"]
+
+ASSUMED_CACHE = 64 << 20
 
 
 def describe() -> dict[str, Any]:
@@ -33,6 +35,7 @@ def describe() -> dict[str, Any]:
         "torch": torch.__version__,
         "trl": installed_version("trl"),
         "grpo_fast": __version__,
+        "commit": _commit(),
     }
 
 
@@ -47,6 +50,16 @@ def caption(machine: dict[str, Any], threads: int) -> str:
     )
 
 
+def cache_bytes() -> int:
+    """The largest cache of this machine; ASSUMED_CACHE where the system does not say."""
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        if text[:-1].isdigit() and text[-1] in "KMG":
+            sizes.append(int(text[:-1]) << {"K": 10, "M": 20, "G": 30}[text[-1]])
+    return max(sizes, default=ASSUMED_CACHE)
+
+
 def available_memory() -> int | None:
     """Bytes that can be had without swapping; None where the system does not say."""
     return _meminfo("MemAvailable")
@@ -55,6 +68,18 @@ def available_memory() -> int | None:
 def load_average() -> float | None:
     """Of the last minute: what else was running."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def _commit() -> str | None:
+    """Of the checkout that this is, with "-dirty" where its files are others; None for an installed package."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or a folder of somebody else's
+        return None
 
 
 def _cpu_model() -> str:

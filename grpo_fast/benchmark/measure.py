@@ -16,21 +16,10 @@ from torch import Tensor
 from grpo_fast.benchmark.contestants import Result
 from grpo_fast.benchmark.data import Batch
 
-__all__ = ["cache_bytes", "keep_freed_memory", "private", "repetition", "reset_peak", "resident_peak", "trim"]
+__all__ = ["keep_freed_memory", "private", "repetition", "reset_peak", "resident_peak", "trim"]
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-ASSUMED_CACHE = 64 << 20
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
-
-
-def cache_bytes() -> int:
-    """The largest cache of this machine; ASSUMED_CACHE where the system does not say."""
-    sizes = []
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = path.read_text().strip()
-        if text[:-1].isdigit() and text[-1] in "KMG":
-            sizes.append(int(text[:-1]) << {"K": 10, "M": 20, "G": 30}[text[-1]])
-    return max(sizes, default=ASSUMED_CACHE)
 
 
 def private(shared: Batch, storage: Tensor) -> Batch:
