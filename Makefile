@@ -16,7 +16,7 @@ sweep:  ## the tests that take many minutes: all random cases in the interpreter
 	@PYTHON="$(PYTHON)" tools/bootstrap.sh test
 	@$(BIN)/python -m pytest -n auto --maxprocesses 4 -m sweep $(ARGS)
 
-bench:  ## regressions with pytest-benchmark, then the comparison with what else there is
+bench:  ## regressions with pytest-benchmark, then the comparison with what else there is, into runs/bench
 	@PYTHON="$(PYTHON)" tools/bootstrap.sh test
 	@$(BIN)/python -m pytest bench
 	@$(BIN)/grpo-fast bench $(ARGS)

@@ -1,4 +1,4 @@
-"""A task of the reasoning-gym package (pip install 'grpo-fast[tasks]'), which makes its questions and checks its answers by rule.
+"""A task of the reasoning-gym package (pip install '.[tasks]'), which makes its questions and checks its answers by rule.
 
 python examples/reasoning_gym_task.py --task chain_sum --model Qwen/Qwen3-0.6B --steps 200
 python examples/reasoning_gym_task.py --steps 2     # a tiny model with random weights, no download

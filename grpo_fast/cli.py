@@ -3,26 +3,51 @@
 from __future__ import annotations
 
 import importlib
+from typing import Annotated, NamedTuple
 
 import typer
 
-# Errors that nobody foresaw are shown as Python shows them: in the log of a run a traceback in a frame is hard to read and to search.
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="grpo_fast: the GRPO core, fused.")
+from grpo_fast import __version__
+from grpo_fast.extras import install
 
-# Commands with optional dependencies: a module with ``app(args=..., prog_name=...)``, imported when the command runs; and its help here.
+# Errors that nobody foresaw are shown as Python shows them: in the log of a run a traceback in a frame is hard to read and to search.
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+class Mounted(NamedTuple):
+    """A command with optional dependencies."""
+
+    module: str  # with ``app(args=..., prog_name=...)``, imported when the command runs
+    extra: str  # that installs what it needs
+    help: str
+
+
 MOUNTED = {
-    "train": ("grpo_fast.commands.train", "Train a language model by GRPO, from a settings file and the command line."),
-    "plot": ("grpo_fast.monitor.cli", "Draw the curves of one run or several."),
-    "demo": ("grpo_fast.demo.cli", "Watch a small language model learn by GRPO."),
-    "bench": ("grpo_fast.benchmark.cli", "Time the loss against what you would use instead."),
-    "bench-head": ("grpo_fast.benchmark.head.cli", "Time the fused head against what you would use instead."),
-    "bench-trainer": ("grpo_fast.benchmark.trainer_stage", "Time the trainer's loss stage against an eager loss."),
-    "bench-trl": ("grpo_fast.benchmark.trl_stage", "Time the loss stage of TRL's trainer, stock and with this loss."),
-    "bench-drop-ins": ("grpo_fast.benchmark.drop_ins", "Time what the guides' drop-ins replace."),
+    "train": Mounted("grpo_fast.commands.train", "train", "Train a language model by GRPO, from a settings file and the command line."),
+    "plot": Mounted("grpo_fast.monitor.cli", "plot", "Draw the curves of one run or several."),
+    "demo": Mounted("grpo_fast.demo.cli", "demo", "Watch a small language model learn by GRPO."),
+    "bench": Mounted("grpo_fast.benchmark.cli", "bench", "Time the loss against what you would use instead."),
+    "bench-head": Mounted("grpo_fast.benchmark.head.cli", "bench", "Time the fused head against what you would use instead."),
+    "bench-trainer": Mounted("grpo_fast.benchmark.trainer_stage", "bench", "Time the trainer's loss stage against an eager loss."),
+    "bench-trl": Mounted("grpo_fast.benchmark.trl_stage", "bench", "Time the loss stage of TRL's trainer, stock and with this loss."),
+    "bench-drop-ins": Mounted("grpo_fast.benchmark.drop_ins", "bench", "Time what the guides' drop-ins replace."),
 }
 
 # What a mounted command gets is handed through untouched, --help too: importing it for the list of commands would import transformers.
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"grpo_fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")] = False,
+) -> None:
+    """grpo_fast: the GRPO core, fused."""
 
 
 @app.command()
@@ -34,7 +59,7 @@ def doctor() -> None:
 
 
 def _run_mounted(command: str, args: list[str]) -> None:
-    module_name, _ = MOUNTED[command]
+    module_name, extra, _ = MOUNTED[command]
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -44,7 +69,7 @@ def _run_mounted(command: str, args: list[str]) -> None:
         elif missing.startswith("grpo_fast."):
             raise  # a mistake of ours, not a missing dependency
         else:
-            cure = f"it needs the package {missing!r}, which is not installed. Cure: pip install 'grpo_fast[{command.partition('-')[0]}]'"
+            cure = f"it needs the package {missing!r}, which is not installed. Cure: {install(extra)}"
         typer.echo(f"grpo-fast {command}: {cure}", err=True)
         raise typer.Exit(2) from error
     module.app(args=args, prog_name=f"grpo-fast {command}")
@@ -56,8 +81,8 @@ def _mount(command: str, description: str) -> None:
         _run_mounted(command, context.args)
 
 
-for _command, (_, _description) in MOUNTED.items():
-    _mount(_command, _description)
+for _command, _mounted in MOUNTED.items():
+    _mount(_command, _mounted.help)
 
 if __name__ == "__main__":
     app()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grpo_fast.extras import install
 from grpo_fast.rewards.runner import EXTRAS
 
 __all__ = ["Prompts", "check_evaluation", "check_rows", "encode_prompt", "load_prompts", "read_rows"]
@@ -230,7 +231,7 @@ def _datasets(what: str) -> Any:
         import datasets
     except ImportError as error:
         raise ImportError(
-            f"load_prompts needs the datasets package for {what}, which is not installed. Cure: pip install 'grpo-fast[train]'"
+            f"load_prompts needs the datasets package for {what}, which is not installed. Cure: {install('train')}"
         ) from error
     return datasets
 

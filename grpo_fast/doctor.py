@@ -14,6 +14,7 @@ from rich.table import Table
 
 from grpo_fast import __version__, _build, _extension
 from grpo_fast.backends import BACKENDS, BackendStatus, backends, cpu_isa, installed_version
+from grpo_fast.extras import install
 
 _PACKAGES = ("triton", "trl", "liger-kernel", "numpy")
 _OPTIONAL = {  # package -> what needs it, the extra of this package that installs it ("": none does)
@@ -43,7 +44,7 @@ def run(console: Console | None = None) -> int:
     cures = [f"{name}: {status.cure}" for name, status in found.items() if not status.usable and status.cure]
     extras = sorted({extra for package, (_, extra) in _OPTIONAL.items() if extra and installed_version(package) is None})
     if extras:
-        cures.append(f"packages: pip install 'grpo_fast[{','.join(extras)}]'")
+        cures.append(f"packages: {install(*extras)}")
     for cure in cures:
         console.print(cure, highlight=False, markup=False)
     return 0 if _reference_works() else 1

@@ -16,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from grpo_fast.extras import install
 from grpo_fast.rewards.accuracy import accuracy_reward, canonical_answer, extract_answer
 from grpo_fast.rewards.common import Completion, Reward, check_range, check_same_length, text_of
 from grpo_fast.rewards.pool import Outcome, WorkerPool
@@ -176,7 +177,7 @@ def reasoning_gym_task(
         config: the generator's own settings, ``min_terms=2`` for instance; plain values, since they are kept as JSON.
 
     Raises:
-        ImportError: the package is missing: ``pip install 'grpo-fast[tasks]'``.
+        ImportError: the package is missing: ``pip install '.[tasks]'`` in the checkout.
         ValueError: no such generator, a setting that it does not take, or scores that cannot be trusted.
     """
     check_range("reasoning_gym_task", "size", size, 1)
@@ -248,7 +249,7 @@ def _generator(name: str, settings: str, *, size: int = 1, seed: int = 0) -> Any
         from reasoning_gym.factory import DATASETS
     except ImportError as error:
         raise ImportError(
-            "reasoning_gym_task needs the reasoning-gym package, which is not installed. Cure: pip install 'grpo-fast[tasks]'"
+            f"reasoning_gym_task needs the reasoning-gym package, which is not installed. Cure: {install('tasks')}"
         ) from error
     if name not in DATASETS:
         raise ValueError(f"reasoning_gym_task: name is {name!r}; expected one of {', '.join(sorted(DATASETS))}.")

@@ -333,6 +333,14 @@ def test_doctor_lists_backends_and_tools_and_succeeds():
         assert word in result.output
 
 
+def test_the_version_is_an_option():
+    from grpo_fast.cli import app
+
+    result = CliRunner().invoke(app, ["--version"])
+    assert (result.exit_code, result.output) == (0, f"grpo_fast {gf.__version__}\n")
+    assert "doctor" in CliRunner().invoke(app, []).output, "without a command there is the help"
+
+
 @pytest.fixture
 def mounted(monkeypatch, tmp_path):
     """Put a module of this text where `grpo-fast bench` looks, and run the command."""
@@ -342,7 +350,7 @@ def mounted(monkeypatch, tmp_path):
         (tmp_path / "mounted_command.py").write_text(text)
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.delitem(sys.modules, "mounted_command", raising=False)
-        monkeypatch.setitem(cli.MOUNTED, "bench", ("mounted_command", ""))
+        monkeypatch.setitem(cli.MOUNTED, "bench", cli.Mounted("mounted_command", "bench", ""))
         return CliRunner().invoke(cli.app, ["bench", *args])
 
     return run
@@ -363,7 +371,7 @@ def test_a_mounted_command_without_its_dependency_names_the_cure(mounted):
     result = mounted("import a_package_that_is_not_there")
     assert result.exit_code == 2
     assert "needs the package 'a_package_that_is_not_there'" in result.output
-    assert "pip install 'grpo_fast[bench]'" in result.output
+    assert "pip install '.[bench]' in the checkout" in result.output
 
 
 def test_a_mistake_inside_a_mounted_command_is_not_taken_for_a_missing_package(mounted):

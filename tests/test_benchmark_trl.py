@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 from grpo_fast.benchmark import trl_stage
 from grpo_fast.benchmark.trl_stage import CONTESTANTS, Settings, disagreement, make_batch, make_trainer, repetition
+from grpo_fast.integrations import versions
 
 pytestmark = needs_trl
 
@@ -94,6 +96,24 @@ def test_each_trainer_in_its_own_process() -> None:
     result = trl_stage.run(TOY, lambda line: None)
     assert {(entry["contestant"], entry["active"]) for entry in result["results"]} == {(n, a) for n in CONTESTANTS for a in TOY.active}
     assert max(result["gate"]["largest_relative_difference"].values()) <= trl_stage.TOLERANCE
+
+
+@pytest.mark.parametrize(("installed", "message"), [(None, "trl is not installed"), ("1.14.0", "trl is 1.14.0; expected one of")])
+def test_a_missing_trl_is_said_in_one_line_before_anything_runs(
+    installed: str | None, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def version(name: str) -> str:
+        if installed is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed
+
+    monkeypatch.setattr(versions.importlib.metadata, "version", version)
+    versions.refuse_other_versions.cache_clear()
+    monkeypatch.setattr(trl_stage, "run", lambda *_: pytest.fail("it ran"))
+    done = CliRunner().invoke(trl_stage.app, ["--output", str(tmp_path / "trl.json")])
+    assert done.exit_code == 2
+    (line,) = done.output.strip().splitlines()
+    assert message in line and "pip install '.[bench]' in the checkout" in line
 
 
 def test_bad_settings_are_refused() -> None:

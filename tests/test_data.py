@@ -87,7 +87,7 @@ def test_a_template_is_needed_for_conversations():
 
 
 def test_files_and_datasets(tokenizer, tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets", reason="needs the datasets package: pip install 'grpo-fast[train]'")
+    datasets = pytest.importorskip("datasets", reason="needs the datasets package: pip install '.[train]'")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     data = [{"question": "12", "answer": "x"}, {"question": "12345", "answer": "y"}]
     expected = [{"prompt": "12", "answer": "x"}]
@@ -161,7 +161,7 @@ def test_what_is_no_data_set_is_said(tokenizer, tmp_path):
         load_prompts(3, tokenizer)
     with pytest.raises(TypeError, match="row 0 is a str; expected a dictionary with a 'prompt'"):
         load_prompts(["sort 1="], tokenizer)
-    pytest.importorskip("datasets", reason="needs the datasets package: pip install 'grpo-fast[train]'")
+    pytest.importorskip("datasets", reason="needs the datasets package: pip install '.[train]'")
     with pytest.raises(ValueError, match=r"data set '.*nothing.jsonl': there is no such file or folder"):
         load_prompts(tmp_path / "nothing.jsonl", tokenizer)
     (tmp_path / "a.txt").write_text("12")

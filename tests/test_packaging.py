@@ -15,9 +15,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import grpo_fast
-from grpo_fast import _build
+from grpo_fast import _build, cli, doctor
+from grpo_fast.integrations.versions import COMPARED
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ("pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "README.md", "Makefile", "csrc", "grpo_fast", "kernels", "tools")
@@ -113,8 +115,32 @@ def test_the_version_stands_once():
 def test_every_extra_that_is_named_exists():
     declared = set(importlib.metadata.metadata("grpo_fast").get_all("Provides-Extra"))
     files = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.py"), *(ROOT / "grpo_fast").rglob("*.py")]
-    named = {name for path in files for name in re.findall(r"(?:grpo[-_]fast|'\.)\[([a-z]+)\]'", path.read_text())}
-    assert {"train", "math"} <= named <= declared
+    text = "\n".join(path.read_text() for path in files)
+    written = {name for names in re.findall(r"'\.\[([a-z,]+)\]'", text) for name in names.split(",")}
+    asked = set(re.findall(r"\binstall\([\"']([a-z]+)[\"']\)", text))
+    tables = {mounted.extra for mounted in cli.MOUNTED.values()} | {extra for _, extra in doctor._OPTIONAL.values() if extra}
+    assert {"train", "math"} <= written <= declared
+    assert {"train", "math", "bench"} <= asked <= declared
+    assert {"train", "plot", "bench", "demo"} <= tables <= declared
+
+
+def test_no_cure_installs_this_package_from_a_registry():
+    """It comes as a checkout: the name on a registry may be somebody else's."""
+    files = [
+        *ROOT.glob("*.md"),
+        *(path for folder in ("docs", "bench", "examples", "grpo_fast", "tests") for path in (ROOT / folder).rglob("*")),
+    ]
+    for path in files:
+        if path.suffix in (".md", ".py") and path != Path(__file__):
+            assert not re.search(r"grpo[-_]fast\[[a-z,{]", path.read_text()), path
+
+
+def test_the_benchmarks_extra_brings_versions_that_were_compared_with():
+    for line in importlib.metadata.requires("grpo_fast"):
+        requirement = Requirement(line)
+        if "bench" in str(requirement.marker) and requirement.name in COMPARED:
+            assert requirement.specifier.contains(COMPARED[requirement.name][-1]), line
+            assert not requirement.specifier.contains("99"), line
 
 
 def test_the_build_requirements_do_not_name_torch():

@@ -204,7 +204,7 @@ MODULES = ["grpo_fast.metrics"] + [f"grpo_fast.rewards.{module.name}" for module
 @pytest.mark.parametrize("name", MODULES)
 def test_the_examples_of_the_docstrings(name):
     if name.rpartition(".")[2] in ("mathematics", "math_check"):
-        pytest.importorskip("math_verify", reason="needs the math-verify package: pip install 'grpo-fast[math]'")
+        pytest.importorskip("math_verify", reason="needs the math-verify package: pip install '.[math]'")
     assert doctest.testmod(importlib.import_module(name)).failed == 0
 
 

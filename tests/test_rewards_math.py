@@ -13,7 +13,7 @@ import pytest
 from grpo_fast.rewards import MathReward, math_reward
 
 needs_math_verify = pytest.mark.skipif(
-    importlib.util.find_spec("math_verify") is None, reason="needs the math-verify package: pip install 'grpo-fast[math]'"
+    importlib.util.find_spec("math_verify") is None, reason="needs the math-verify package: pip install '.[math]'"
 )
 FOREVER = r"\boxed{9^{9^{9^{9}}}}"  # sympy would write it out
 

@@ -22,7 +22,7 @@ def answers(task, texts):
 
 @pytest.fixture(scope="module")
 def reasoning_gym():
-    return pytest.importorskip("reasoning_gym", reason="needs the reasoning-gym package: pip install 'grpo-fast[tasks]'")
+    return pytest.importorskip("reasoning_gym", reason="needs the reasoning-gym package: pip install '.[tasks]'")
 
 
 def test_the_examples_of_the_docstrings():

@@ -420,7 +420,7 @@ def test_doctor_names_what_training_lacks(monkeypatch: pytest.MonkeyPatch) -> No
     shown = CliRunner().invoke(cli.app, ["doctor"], env={"COLUMNS": "120"}).output
     lines = {line.split("│")[1].strip(): line for line in shown.splitlines() if line.startswith("│")}
     assert "5.17.0" in lines["transformers"] and "not installed" in lines["math-verify"] and "--rewards math" in lines["math-verify"]
-    assert "pip install 'grpo_fast[math,peft,tasks,train]'" in shown
+    assert "pip install '.[math,peft,tasks,train]' in the checkout" in shown
 
 
 # --- the page on training ----------------------------------------------------------------------------------------------------------

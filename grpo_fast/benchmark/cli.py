@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from grpo_fast.benchmark.settings import CONTESTANTS, DTYPES, MALLOC_MODES, Settings, parse_shape
+from grpo_fast.extras import install
 
 __all__ = ["app", "bench"]
 
@@ -33,7 +34,7 @@ def bench(
     entropy: Annotated[bool, typer.Option("--entropy", help="The others compute the entropy too, as grpo_fast always does.")] = False,
     device: Annotated[str, typer.Option(help="Only cpu so far.")] = _DEFAULTS.device,
     seed: Annotated[int, typer.Option(help="Of the data.")] = _DEFAULTS.seed,
-    output: Annotated[Path, typer.Option(help="The result as JSON; the figure goes beside it as PNG.")] = Path("bench/results/cpu.json"),
+    output: Annotated[Path, typer.Option(help="The result as JSON; the figure goes beside it as PNG.")] = Path("runs/bench/cpu.json"),
     quick: Annotated[
         bool, typer.Option("--quick", help="Tiny shapes, one process, warm caches, no torch.compile, no TRL: does it run?")
     ] = False,
@@ -74,7 +75,7 @@ def bench(
     print_report(result, Console())
     typer.echo(f"Every number: {output}")
     if importlib.util.find_spec("matplotlib") is None:
-        typer.echo("No figure: matplotlib is not installed. Cure: pip install 'grpo_fast[bench]'", err=True)
+        typer.echo(f"No figure: matplotlib is not installed. Cure: {install('plot')}", err=True)
     elif result["results"]:
         _plot([output])
     if any(entry["contestant"].startswith("ours") for entry in result["skipped"]):
@@ -102,7 +103,7 @@ def _plot(files: list[Path]) -> None:
     if not files:
         raise ValueError("FILES is empty; expected the JSON files to draw, as in: grpo-fast bench --plot bench/results/cpu.json.")
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--plot needs matplotlib, which is not installed; expected it. Cure: pip install 'grpo_fast[bench]'.")
+        raise ValueError(f"--plot needs matplotlib, which is not installed; expected it. Cure: {install('plot')}.")
     from grpo_fast.benchmark.plot import write_gpu_plot, write_plot
     from grpo_fast.benchmark.report import load
 

@@ -240,9 +240,9 @@ def bench_drop_ins(
     vocabulary: Annotated[int, typer.Option(help="Rows of the head's weight.", min=_ROWS)] = _DEFAULTS.vocabulary,
     rounds: Annotated[int, typer.Option(help="Repetitions after a warm-up.", min=1)] = _DEFAULTS.rounds,
     threads: Annotated[int, typer.Option(help="One thread is timed by its CPU time, several by the clock.", min=1)] = _DEFAULTS.threads,
-    output: Annotated[Path, typer.Option(help="The result as JSON.")] = Path("bench/results/drop_ins_cpu.json"),
+    output: Annotated[Path, typer.Option(help="The result as JSON.")] = Path("runs/bench/drop_ins_cpu.json"),
 ) -> None:
-    """Time what the guides replace against what replaces it. Six minutes, 8 GiB."""
+    """Time what the guides replace against what replaces it. Ten minutes, 8 GiB."""
     torch.set_num_threads(threads)
     result = run(Settings(sequences, tokens, width, vocabulary, rounds, threads), lambda line: typer.echo(line, err=True))
     write_atomically(output, lambda partial: Path(partial).write_text(json.dumps(result, indent=1) + "\n"))

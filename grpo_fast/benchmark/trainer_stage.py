@@ -200,7 +200,7 @@ def bench_trainer(
     rounds: Annotated[int, typer.Option(help="Repetitions after a warm-up.")] = _DEFAULTS.rounds,
     threads: Annotated[int, typer.Option(help="One thread is timed by its CPU time, several by the wall clock.")] = _DEFAULTS.threads,
     quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes: does it run?")] = False,
-    output: Annotated[Path, typer.Option(help="The result as JSON.")] = Path("bench/results/trainer_cpu.json"),
+    output: Annotated[Path, typer.Option(help="The result as JSON.")] = Path("runs/bench/trainer_cpu.json"),
 ) -> None:
     """Time the loss stage of GRPOTrainer against itself with an eager loss. Four minutes, 8 GiB."""
     from rich.console import Console
@@ -214,7 +214,6 @@ def bench_trainer(
     console = Console()
     with console.status("starting") as status:
         result = run(settings, status.update)
-    output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(output, lambda partial: Path(partial).write_text(json.dumps(result, indent=1) + "\n"))
     table = Table(title="Loss stage of GRPOTrainer: compute_loss, backward, metrics", title_justify="left")
     for column in ("", "seconds", "faster than eager", "extra memory, MiB"):

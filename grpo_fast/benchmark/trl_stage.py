@@ -29,6 +29,8 @@ from torch import Tensor
 from grpo_fast.benchmark.machine import caption, describe, load_average
 from grpo_fast.benchmark.measure import reset_peak, resident_peak, trim
 from grpo_fast.benchmark.report import write_atomically
+from grpo_fast.extras import install
+from grpo_fast.integrations.versions import refuse_other_versions
 
 __all__ = ["CONTESTANTS", "Settings", "app", "disagreement", "run"]
 
@@ -328,7 +330,7 @@ def bench_trl(
     active: Annotated[list[float] | None, typer.Option(help=f"Share of groups with unequal rewards. Default: {_DEFAULTS.active}.")] = None,
     rounds: Annotated[int, typer.Option(help="Repetitions after a warm-up.")] = _DEFAULTS.rounds,
     threads: Annotated[int, typer.Option(help="One thread is timed by its CPU time, several by the wall clock.")] = _DEFAULTS.threads,
-    output: Annotated[Path, typer.Option(help="The result as JSON.")] = Path("bench/results/trl_cpu.json"),
+    output: Annotated[Path, typer.Option(help="The result as JSON.")] = Path("runs/bench/trl_cpu.json"),
 ) -> None:
     """Time the loss stage of TRL's GRPOTrainer against this package's. Seven minutes, 8 GiB."""
     from rich.console import Console
@@ -337,13 +339,16 @@ def bench_trl(
     try:
         shares = tuple(active or _DEFAULTS.active)
         settings = Settings(sequences, group, tokens, width, vocabulary, shares, rounds, threads)
+        refuse_other_versions("trl", "grpo-fast bench-trl", "Another one may work otherwise inside.", needed=True)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+    except ImportError as error:
+        typer.echo(f"{error} Cure: {install('bench')}.", err=True)
+        raise typer.Exit(2) from error
     torch.set_num_threads(threads)
     console = Console()
     with console.status("starting") as status:
         result = run(settings, status.update)
-    output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(output, lambda partial: Path(partial).write_text(json.dumps(result, indent=1) + "\n"))
     table = Table(title="Loss stage: compute_loss, backward, log", title_justify="left")
     for column in ("", "groups active", "seconds", "faster than stock", "extra memory, MiB"):

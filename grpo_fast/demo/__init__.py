@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import importlib.util
 
+from grpo_fast.extras import install
+
 __all__ = ["need"]
 
 
-def need(*modules: str) -> None:
-    """Raise the ImportError that says what to install, if one of these optional modules is missing."""
+def need(*modules: str, extras: tuple[str, ...] = ("demo",)) -> None:
+    """Raise the ImportError that says what to install, if one of these optional modules, which the extras hold, is missing."""
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
-        raise ImportError(f"The demo needs {' and '.join(missing)}, which is not installed. Cure: pip install 'grpo-fast[demo]'")
+        raise ImportError(f"The demo needs {' and '.join(missing)}, which is not installed. Cure: {install(*extras)}")

@@ -129,10 +129,10 @@ def command(
     steps: Annotated[int, typer.Option(help="GRPO steps.")] = Options.steps,
     warm_start_steps: Annotated[int, typer.Option(help="Steps of imitation before GRPO.")] = Options.warm_start_steps,
     prompts: Annotated[int, typer.Option(help="Prompts per step.")] = Options.prompts,
-    output: Annotated[Path, typer.Option(help="The result as JSON.")] = Path("bench/results/demo_trainer.json"),
+    output: Annotated[Path, typer.Option(help="The result as JSON.")] = Path("runs/bench/demo_trainer.json"),
 ) -> None:
     """The demonstration by its plain loop and by GRPOTrainer. About two minutes a seed."""
-    need("transformers", "tokenizers", "accelerate", "datasets")
+    need("transformers", "tokenizers", "accelerate", "datasets", extras=("demo", "train"))
     console = Console()
     try:
         options = Options(steps=steps, warm_start_steps=warm_start_steps, prompts=prompts)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from grpo_fast.extras import install
 from grpo_fast.rewards.accuracy import extract_answer
 from grpo_fast.rewards.common import Completion, check_range, check_same_length, text_of
 from grpo_fast.rewards.pool import WorkerPool
@@ -28,10 +29,10 @@ class MathReward:
     The stated answer is what `extract_answer` finds, and nothing stated is wrong. None where the true answer is None, or is nothing that
     math-verify can read (other packages give 1 there): such a question teaches nothing. A true answer in words is compared as a text.
 
-    Needs the math-verify package: ``pip install 'grpo-fast[math]'``. It compares with sympy, which can think forever about an answer like
-    ``9^{9^{9^{9}}}``, and limits its time by SIGALRM, which works in no thread. So it runs in worker processes, which any thread may use:
-    an item that takes longer than ``timeout`` has its worker killed and replaced, is counted in ``counters["timeouts"]``, and gets
-    ``undecided``. What crashes its worker is counted in ``counters["errors"]``, and is undecided too.
+    Needs the math-verify package: ``pip install '.[math]'`` in the checkout. It compares with sympy, which can think forever about an
+    answer like ``9^{9^{9^{9}}}``, and limits its time by SIGALRM, which works in no thread. So it runs in worker processes, which any
+    thread may use: an item that takes longer than ``timeout`` has its worker killed and replaced, is counted in ``counters["timeouts"]``,
+    and gets ``undecided``. What crashes its worker is counted in ``counters["errors"]``, and is undecided too.
 
     Args:
         timeout: seconds for one item, above 0.
@@ -71,7 +72,7 @@ class MathReward:
     ) -> list[float | None]:
         check_same_length(self.__name__, prompts=prompts, completions=completions, answer=answer)
         if importlib.util.find_spec("math_verify") is None:
-            raise ImportError("math_reward needs the math-verify package, which is not installed. Cure: pip install 'grpo-fast[math]'")
+            raise ImportError(f"math_reward needs the math-verify package, which is not installed. Cure: {install('math')}")
         items = [self._item(text_of(c), str(truth)) for c, truth in zip(completions, answer, strict=True) if truth is not None]
         different = list(dict.fromkeys(items))  # a group often states the same answer many times
         known = dict(zip(different, self._pool().map(different, timeout=self.timeout), strict=True))

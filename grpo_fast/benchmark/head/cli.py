@@ -29,9 +29,7 @@ def bench_head(
         int, typer.Option(help="Repetitions of the smallest number of tokens; of more tokens in proportion fewer, at least one.")
     ] = _DEFAULTS.rounds,
     threads: Annotated[int, typer.Option(help="One thread is timed by its CPU time, several by the wall clock.")] = _DEFAULTS.threads,
-    output: Annotated[Path, typer.Option(help="The result as JSON; the figure goes beside it as PNG.")] = Path(
-        "bench/results/head_cpu.json"
-    ),
+    output: Annotated[Path, typer.Option(help="The result as JSON; the figure goes beside it as PNG.")] = Path("runs/bench/head_cpu.json"),
     plot: Annotated[bool, typer.Option("--plot", help="Measure nothing: draw FILES, each as a PNG beside it.")] = False,
 ) -> None:
     """Time the loss from hidden states against what you would use instead, and against its bare matrix products. 22 minutes."""
@@ -64,7 +62,6 @@ def bench_head(
     console = Console()
     with console.status("starting") as status:
         result = run(settings, status.update)
-    output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(output, lambda partial: Path(partial).write_text(json.dumps(result, indent=1) + "\n"))
     print_report(result, console)
     if result["results"]:
