@@ -121,7 +121,15 @@ def test_reading_says_what_is_missing(tmp_path: Path) -> None:
         read_run(tmp_path)
     (tmp_path / "good").mkdir()
     (tmp_path / "good" / "metrics.jsonl").write_text('{"step": 1}\n')
-    with pytest.raises(RunError, match="Runs beside it: good"):
+    (tmp_path / "no run").mkdir()
+    with pytest.raises(RunError, match=r"Runs beside it, the latest first: good\.$"):
+        read_run(tmp_path / "god")
+    for number in range(8):
+        run = tmp_path / f"run{number}"
+        run.mkdir()
+        (run / "metrics.jsonl").write_text('{"step": 1}\n')
+        os.utime(run / "metrics.jsonl", (2e9 + number, 2e9 + number))
+    with pytest.raises(RunError, match=r"the latest first: run7, run6, run5, run4, run3 and 4 more\.$"):
         read_run(tmp_path / "god")
     empty = tmp_path / "metrics.jsonl"
     empty.write_text("")

@@ -11,6 +11,7 @@ from typing import Any
 __all__ = ["METRICS_FILE", "RunError", "drop_after", "read_run"]
 
 METRICS_FILE = "metrics.jsonl"
+_NAMED = 5  # runs, in the message that one is not there
 
 
 class RunError(ValueError):
@@ -46,8 +47,9 @@ def read_run(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
     if path.is_dir():
         path = path / METRICS_FILE
     if not path.is_file():
-        found = sorted(file.parent.name for file in path.parent.glob(f"*/{METRICS_FILE}")) if path.parent.is_dir() else []
-        near = f" Runs beside it: {', '.join(found)}." if found else ""
+        found = sorted(path.parent.glob(f"*/{METRICS_FILE}"), key=os.path.getmtime, reverse=True)
+        names, more = [file.parent.name for file in found[:_NAMED]], len(found) - _NAMED
+        near = f" Runs beside it, the latest first: {', '.join(names)}{f' and {more} more' if more > 0 else ''}." if found else ""
         raise RunError(f"there is no {path}; expected a run's folder (its output_dir) or its {METRICS_FILE}.{near}")
     records = _records(path)
     if not records:
