@@ -53,14 +53,14 @@ def markdown(result: dict[str, Any]) -> list[str]:
     cells: dict[tuple[str, float], list[str]] = {}
     for case in _cases(result):
         for entry in _of(result, *case):
-            cell = f"{entry['median']:.1f} s ({entry['times_floor']:.2f}x), {entry['peak_bytes'] / 2**30:.2f} GiB"
-            cells.setdefault((entry["contestant"], entry["active"]), []).append(cell)
+            if entry["contestant"] != "floor":
+                cell = f"{entry['median']:.1f} s ({entry['times_floor']:.2f}x), {entry['peak_bytes'] / 2**30:.2f} GiB"
+                cells.setdefault((entry["contestant"], entry["active"]), []).append(cell)
     rows = []
     for (contestant, active), found in cells.items():
-        if contestant != "floor":
-            name = LABELS[contestant] + ("" if active == 1 else f", {active:.0%} active")
-            bold = "**" if contestant == "ours" else ""
-            rows.append(f"| {bold}{name}{bold} | {' | '.join(found)} |")
+        name = LABELS[contestant] + ("" if active == 1 else f", {active:.0%} active")
+        bold = "**" if contestant == "ours" else ""
+        rows.append(f"| {bold}{name}{bold} | {' | '.join(found)} |")
     return rows
 
 
