@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-import grpo_fast  # noqa: F401  registers the operators
+import grpo_fast
 
 OPERATORS = torch.ops.grpo_fast
 
@@ -88,3 +88,40 @@ def test_a_row_of_nothing_but_minus_infinity_beside_the_target() -> None:
         torch.ones(1, 3), torch.zeros(1, 3), logits, ids, mask, None, 1.0, 0.0, 1.0, logprobs, entropy, lse
     )
     assert gradient.abs().max() < 1e-37
+
+
+def truth_at(temperature: float, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """T * d sum(logprob) / d logits in float64; differences first, which a low temperature makes huge."""
+    margins = (logits.double() - logits.double().gather(-1, ids[..., None])) / temperature
+    return torch.nn.functional.one_hot(ids, logits.shape[-1]) - margins.softmax(-1)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("temperature", [0.1, 3e-3, 1e-4, 1e-8, 1e-18, 1e-30])
+@pytest.mark.parametrize("how", ["token_logprobs", "dapo", "gspo", "linear_token_logprobs"])
+def test_a_temperature_however_low_has_its_gradient(how: str, temperature: float, softcap: float | None) -> None:
+    """log-probabilities of -1e18 have no digit left in which two tokens differ. Half of the targets are the likeliest token."""
+    logits, ids = 3 * torch.randn(6, 8, 50), torch.randint(50, (6, 8))
+    ids[:, ::2] = logits[:, ::2].argmax(-1)
+    capped = logits.double() if softcap is None else softcap * torch.tanh(logits.double() / softcap)
+    expected = truth_at(temperature, capped, ids)
+    if softcap is not None:
+        expected = expected * (1 - (capped / softcap).square())
+    logits.requires_grad_()
+    scoring = {"temperature": temperature, "softcap": softcap}
+    if how == "token_logprobs":
+        loss = grpo_fast.token_logprobs(logits, ids, **scoring).logprobs.sum() * temperature
+    elif how == "linear_token_logprobs":
+        head = torch.eye(50, requires_grad=True)
+        loss = grpo_fast.linear_token_logprobs(logits, head, ids, **scoring).logprobs.sum() * temperature
+    else:
+        old = grpo_fast.token_logprobs(logits.detach(), ids, **scoring).logprobs if how == "gspo" else None
+        config = grpo_fast.LossConfig(how, aggregation="sequence_sum" if how == "dapo" else "sequence_mean")
+        scale = -temperature * 6 * (1 if how == "dapo" else 8)
+        loss = grpo_fast.grpo_loss(logits, ids, torch.ones(6), config=config, old_logprobs=old, loss_scale=scale, **scoring).loss
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert gradient.isfinite().all()
+    if softcap is None:
+        torch.testing.assert_close(gradient.double(), expected, rtol=0, atol=5e-6)
+    elif temperature == 0.1:  # below it, roundings of tanh in float32 outweigh the differences of logits
+        torch.testing.assert_close(gradient.double(), expected, rtol=0, atol=1e-4)

@@ -16,8 +16,9 @@ struct RowTransform {
 struct RowStatistics {
   double logprob;  // of the target, exact also when its probability is almost 1
   double entropy;
-  double lse;    // log sum exp over the whole row, target included
-  double pivot;  // a reference near the largest logit, in the units of f(z): keeps exp's argument small and exact
+  double lse;        // log sum exp over the whole row, target included
+  double pivot;      // a reference near the largest logit, in the units of f(z): keeps exp's argument small and exact
+  double log_pivot;  // log-probability of a column with f(z) = pivot: pivot / temperature - lse, without the cancellation
 };
 
 // A row whose target is not among its columns: it lies in another process's part of the vocabulary, or nowhere, and then lse is NaN.

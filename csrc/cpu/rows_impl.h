@@ -212,16 +212,16 @@ GF_INLINE RowStatistics statistics_of(const T* row, int64_t vocabulary, int64_t 
   }
 
   RowStatistics out;
-  const double s_target = column<T, kCapped>(row, target, transform) * slope;
-  const double lse_others = sums.reference * slope + std::log(sums.e), d = lse_others - s_target;
+  const double f_target = column<T, kCapped>(row, target, transform);
+  out.pivot = std::isinf(sums.reference) ? f_target : sums.reference;  // no finite logit but the target's
+  // Differences of logits before the slope, which a low temperature makes huge: no digit of theirs is lost.
+  const double s_target = (f_target - out.pivot) * slope, log_others = std::log(sums.e), d = log_others - s_target;
   out.logprob = d > 0 ? -(d + std::log1p(std::exp(-d))) : -std::log1p(std::exp(d));
-  out.lse = s_target - out.logprob;
-  out.pivot = sums.reference;
+  out.log_pivot = d > 0 ? -(log_others + std::log1p(std::exp(-d))) : -(s_target + std::log1p(std::exp(d)));
+  out.lse = f_target * slope - out.logprob;
   out.entropy = -std::exp(out.logprob) * out.logprob;
-  if (sums.e > 0) {  // - sum p log p over the others, with log p = t ln 2 + log_factor
-    const double log_factor = sums.reference * slope - out.lse;
-    out.entropy -= std::exp(log_factor) * (sums.et * kLn2 + sums.e * log_factor);
-  }
+  if (sums.e > 0)  // - sum p log p over the others, with log p = t ln 2 + log_pivot
+    out.entropy -= std::exp(out.log_pivot) * (sums.et * kLn2 + sums.e * out.log_pivot);
   if (sums.e != sums.e) out.entropy = sums.e;
   return out;
 }
@@ -249,13 +249,11 @@ GF_INLINE void gradient_of(const T* row, T* gradient, int64_t vocabulary, int64_
                            const RowStatistics& statistics, double g, double h) {
   alignas(64) float buffer[kBlock];
   const double f_target = target == kNoTarget ? 0 : column<T, kCapped>(row, target, transform);
-  const double pivot = std::isinf(statistics.pivot) ? f_target : statistics.pivot;  // no finite logit but the target's
-  const double slope = slope_of<kCapped>(transform), log_factor = pivot * slope - statistics.lse;
-  const double factor = std::exp(log_factor) * transform.logit_scale / transform.temperature;
+  const double factor = std::exp(statistics.log_pivot) * transform.logit_scale / transform.temperature;
   GradientTerms terms;
-  terms.pivot = static_cast<float>(pivot);
-  terms.k = static_cast<float>(slope * kLog2E);
-  terms.constant = static_cast<float>(factor * (-g - h * (statistics.entropy + log_factor)));
+  terms.pivot = static_cast<float>(statistics.pivot);
+  terms.k = static_cast<float>(slope_of<kCapped>(transform) * kLog2E);
+  terms.constant = static_cast<float>(factor * (-g - h * (statistics.entropy + statistics.log_pivot)));
   terms.linear = static_cast<float>(factor * -h * kLn2);
   terms.inverse_softcap2 = kCapped ? static_cast<float>(1 / (transform.softcap * transform.softcap)) : 0.0f;
 

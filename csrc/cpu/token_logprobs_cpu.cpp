@@ -1,4 +1,5 @@
 // Log-probability and entropy of the sampled tokens, and the gradient of the logits from their upstream gradients.
+#include <algorithm>
 #include <cmath>
 #include <tuple>
 
@@ -34,6 +35,25 @@ std::tuple<Tensor, Tensor, Tensor> token_logprobs_cpu(const Tensor& logits_in, c
   return {logprobs, entropy, lse};
 }
 
+// Where the exponentials of a row begin, from its lse in float32: that of the whole vocabulary, of which the row may be a part. A large lse
+// has lost the digits that tell one probability from another (at a low temperature all of them), and the row is summed up again.
+static void set_pivot(RowStatistics* statistics, const RowKernels& kernels, const void* row, int64_t vocabulary, int64_t target,
+                      const RowTransform& transform) {
+  constexpr double kExactLse = 256;  // float32 keeps a probability to 1.5e-5 of itself there
+  const double lse = statistics->lse, slope = (transform.softcap > 0 ? 1.0 : transform.logit_scale) / transform.temperature;
+  if (!(std::fabs(lse) > kExactLse)) {  // NaN stays NaN
+    // The pivot within half a nat of the lse, and so few digits that f - pivot is exact.
+    const double steps = std::scalbn(1.0, std::max(0, std::ilogb(slope) + 1));
+    statistics->pivot = std::nearbyint(lse / slope * steps) / steps;
+    statistics->log_pivot = statistics->pivot * slope - lse;
+    return;
+  }
+  const RowStatistics own = kernels.statistics(row, vocabulary, target == kNoTarget ? 0 : target, transform);
+  const bool is_part = static_cast<float>(own.lse) < lse;
+  statistics->pivot = own.pivot;
+  statistics->log_pivot = is_part ? own.log_pivot + own.lse - lse : own.log_pivot;
+}
+
 static void token_logprobs_gradient(const Tensor& logits, const Tensor& gradient, const Tensor& grad_logprobs, const Tensor& grad_entropy,
                                     const Tensor& token_ids, const Tensor& mask, const std::optional<Tensor>& temperatures,
                                     double temperature, double softcap, double logit_scale, const Tensor& logprobs, const Tensor& entropy,
@@ -50,9 +70,9 @@ static void token_logprobs_gradient(const Tensor& logits, const Tensor& gradient
     const bool counts = t < length && tokens.mask.at(b, t) && (g.at(b, t) != 0 || h.at(b, t) != 0);
     if (!counts) return out.clear(b, t);
     const RowTransform transform = tokens.transform(b, t);
-    RowStatistics row{logprob.at(b, t), row_entropy.at(b, t), row_lse.at(b, t), 0};
-    row.pivot = std::nearbyint(row.lse * transform.temperature / (softcap > 0 ? 1.0 : logit_scale));  // a whole number: f - pivot is exact
+    RowStatistics row{logprob.at(b, t), row_entropy.at(b, t), row_lse.at(b, t), 0, 0};
     const int64_t target = tokens.in_vocabulary(b, t, in.vocabulary) ? tokens.ids.at(b, t) : kNoTarget;
+    set_pivot(&row, kernels, in.at(b, t), in.vocabulary, target, transform);
     kernels.gradient(in.at(b, t), out.at(b, t), in.vocabulary, target, transform, row, g.at(b, t), h.at(b, t));
   });
 }

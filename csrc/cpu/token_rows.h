@@ -102,7 +102,7 @@ inline Tensor like_tokens(const Tensor& token_ids) {
 // What a token gets whose id lies outside the vocabulary: nothing is read, and the loss turns into NaN.
 inline RowStatistics no_statistics() {
   const double nan = std::numeric_limits<double>::quiet_NaN();
-  return {nan, nan, nan, nan};
+  return {nan, nan, nan, nan, nan};
 }
 
 // Calls work(row) for every row in [0, count), rows handed out in small runs so that masked stretches do not leave a thread idle. Each row
