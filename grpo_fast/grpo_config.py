@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+import numbers
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -179,12 +182,15 @@ class GRPOConfig(TrainingArguments):
     num_completions_to_print: int | None = None
 
     def __post_init__(self) -> None:
+        for name, annotation in GRPOConfig.__annotations__.items():
+            setattr(self, name, _typed(name, getattr(self, name), annotation))
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         super().__post_init__()
         self._choose_sampler()
         self.packing = _true_or_false(self.packing)
-        self.scale_rewards = {True: "group", False: "none"}.get(_true_or_false(self.scale_rewards), self.scale_rewards)
+        scale = _true_or_false(self.scale_rewards)
+        self.scale_rewards = ("group" if scale else "none") if isinstance(scale, bool) else scale
         self._check_batches()
         self._check_sampling()
         self._check_rewards()
@@ -278,6 +284,8 @@ class GRPOConfig(TrainingArguments):
         check_options(self.sampler, options)
 
     def _check_batches(self) -> None:
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            _check_count(name, getattr(self, name), 1)
         for name in ("num_generations", "max_completion_length", "num_iterations", "eval_rounds"):
             _check_count(name, getattr(self, name), 1)
         if self.num_generations < 2:
@@ -341,6 +349,10 @@ class GRPOConfig(TrainingArguments):
             raise _bad("soft_punish_cache", self.soft_punish_cache, expected)
         _one_of("vllm_importance_sampling_mode", self.vllm_importance_sampling_mode, CORRECTIONS)
         low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
+        if low is not None and not 0 <= low < math.inf:
+            raise _bad("vllm_importance_sampling_clip_min", low, "a finite number of at least 0, or None: a weight is never below 0")
+        if high is not None and not 0 < high < math.inf:
+            raise _bad("vllm_importance_sampling_clip_max", high, "a finite number above 0, or None for no bound")
         if low is not None and high is not None and low >= high:
             raise _bad("vllm_importance_sampling_clip_min", low, f"less than vllm_importance_sampling_clip_max = {high}")
         if not 0 < self.top_entropy_quantile <= 1:
@@ -349,6 +361,11 @@ class GRPOConfig(TrainingArguments):
     def _check_training(self) -> None:
         _one_of("packing", self.packing, ("auto", True, False))
         _one_of("metrics_on", self.metrics_on, ("active", "all"))
+        if self.num_completions_to_print is not None:
+            _check_count("num_completions_to_print", self.num_completions_to_print, 1)
+        if self.use_liger_kernel:
+            cure = "it replaces the model's layers and forward, which has not been run with this trainer. The loss is fused without it"
+            raise _bad("use_liger_kernel", True, f"False: {cure}, see fused_head")
         if self.sync_ref_model:
             _check_count("ref_model_sync_steps", self.ref_model_sync_steps, 1)
             if self.beta == 0:
@@ -366,6 +383,48 @@ class GRPOConfig(TrainingArguments):
 
 def _bad(name: str, value: Any, expected: str) -> ValueError:
     return ValueError(f"GRPOConfig: {name} is {value!r}; expected {expected}.")
+
+
+def _typed(name: str, value: Any, annotation: str) -> Any:
+    """The value, if it is what the field's annotation says, a number of NumPy as Python's own."""
+    kind = annotation.removesuffix(" | None")
+    if (value is None and kind != annotation) or (name in _OR_MORE and not isinstance(value, str)):
+        return value
+    is_right, expected = _TYPES[kind]
+    if not is_right(value):
+        raise _bad(name, value, expected if kind == annotation else f"{expected}, or None")
+    if kind == "float" and not isinstance(value, int):
+        return float(value)
+    return int(value) if kind == "int" else value
+
+
+def _is_number(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, numbers.Real) and not math.isnan(value)
+
+
+def _are_finite(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(_is_number(each) and math.isfinite(each) for each in value)
+
+
+def _is_mapping(value: Any) -> bool:
+    """A dictionary, or the text of one as a command line gives it."""
+    if not isinstance(value, str):
+        return isinstance(value, Mapping)
+    try:
+        return value.startswith("{") and isinstance(json.loads(value), dict)
+    except ValueError:
+        return False
+
+
+_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {  # annotation -> what has it, in words
+    "bool": (lambda value: isinstance(value, bool), "True or False"),
+    "int": (lambda value: _is_number(value) and isinstance(value, numbers.Integral), "a whole number"),
+    "float": (_is_number, "a number"),
+    "str": (lambda value: isinstance(value, str), "a text"),
+    "list[float]": (_are_finite, "a list of finite numbers"),
+    "dict[str, Any] | str": (_is_mapping, "a dictionary, or JSON for one"),
+}
+_OR_MORE = ("packing", "scale_rewards", "temperature_schedule")  # take more than their annotations say, which are for the command line
 
 
 def _true_or_false(value: Any) -> Any:

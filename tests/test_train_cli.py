@@ -160,7 +160,7 @@ def test_everything_on_the_command_line(here: Path) -> None:
         (["config.yaml", "--loss_type", "ppo"], "ppo"),
         (["config.yaml", "--rewards", "acuracy"], "'acuracy' is none of the package's own rewards"),
         (["config.yaml", "--rewards", "accuracy"], "weights has 3 numbers; expected 1, one for each of accuracy_reward"),
-        (["config.yaml", "--reward_weights", "1", "none", "1"], "the weight of repetition_penalty is None"),
+        (["config.yaml", "--reward_weights", "1", "none", "1"], "reward_weights is [1.0, None, 1.0]; expected a list of finite numbers"),
         (["config.yaml", "--output_dir", "rows.jsonl/run"], "output_dir is 'rows.jsonl/run'; expected a folder to write to"),
         (["config.yaml", "--sampler", "tensorrt"], "tensorrt"),
         (["config.yaml", "--sampler_options", '{"batchsize": 2}'], "has no option batchsize; it has batch_size, cache_implementation"),

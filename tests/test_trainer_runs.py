@@ -401,6 +401,29 @@ BAD = {
     "reward_isolation is 'none'": {"reward_isolation": "none"},
     "reward_timeout is 0": {"reward_timeout": 0},
     "packing is 'yes'": {"packing": "yes"},
+    "temperature is '1'; expected a number.": {"temperature": "1"},
+    "temperature is nan; expected a number.": {"temperature": math.nan},
+    "temperature is True; expected a number.": {"temperature": True},
+    "top_p is 'a'; expected a number.": {"top_p": "a"},
+    "reward_timeout is 'a'; expected a number, or None.": {"reward_timeout": "a"},
+    "sampler_options is '{bad'; expected a dictionary, or JSON for one, or None.": {"sampler_options": "{bad"},
+    "sampler_options is 5; expected a dictionary": {"sampler_options": 5},
+    "temperature_schedule is '[1]'; expected a dictionary": {"temperature_schedule": "[1]"},
+    "per_device_train_batch_size is 0; expected a whole number of at least 1": {"per_device_train_batch_size": 0},
+    "gradient_accumulation_steps is 0; expected a whole number of at least 1": {"gradient_accumulation_steps": 0},
+    "num_generations is 2.0; expected a whole number.": {"num_generations": 2.0},
+    "vllm_importance_sampling_clip_max is 'a'; expected a number, or None.": {"vllm_importance_sampling_clip_max": "a"},
+    "vllm_importance_sampling_clip_max is -1.0; expected a finite number above 0": {"vllm_importance_sampling_clip_max": -1.0},
+    "vllm_importance_sampling_clip_min is -1.0; expected a finite number of at least 0": {"vllm_importance_sampling_clip_min": -1.0},
+    "reward_weights is [1, 'a']; expected a list of finite numbers, or None.": {"reward_weights": [1, "a"]},
+    "reward_weights is [nan]; expected a list of finite numbers": {"reward_weights": [math.nan]},
+    "fused_head is 'no'; expected True or False.": {"fused_head": "no"},
+    "shuffle_dataset is 'no'; expected True or False.": {"shuffle_dataset": "no"},
+    "bf16 is 'no'; expected True or False, or None.": {"bf16": "no"},
+    "loss_type is ['dapo']; expected a text.": {"loss_type": ["dapo"]},
+    "scale_rewards is ['group']; expected one of 'group', 'batch', 'none'.": {"scale_rewards": ["group"]},
+    "num_completions_to_print is -3; expected a whole number of at least 1": {"num_completions_to_print": -3},
+    "use_liger_kernel is True; expected False: it replaces the model's layers": {"use_liger_kernel": True},
 }
 
 
@@ -408,6 +431,16 @@ BAD = {
 def test_bad_settings_are_refused_before_a_model_is_loaded(tmp_path: Path, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         config(tmp_path, **BAD[message])
+
+
+def test_numbers_of_numpy_and_json_for_dictionaries_are_taken(tmp_path: Path) -> None:
+    np = pytest.importorskip("numpy", reason="its numbers are what is passed")
+    given = config(tmp_path, temperature=np.float32(0.75), num_generations=np.int64(4), reward_weights=(1, np.float32(0.5)), packing=False)
+    assert (
+        (given.temperature, given.num_generations) == (0.75, 4) and type(given.temperature) is float and type(given.num_generations) is int
+    )
+    assert config(tmp_path, temperature_schedule='{"kind": "constant", "value": 0.9}').schedule().coldest == 0.9
+    assert config(tmp_path, temperature_schedule=0.9).schedule().coldest == 0.9
 
 
 def solved(completions: list[str], solution: list[str], **columns: Any) -> list[float]:
