@@ -23,7 +23,7 @@ import torch
 from grpo_fast import _build
 
 _HERE = Path(__file__).resolve().parent
-_INSTALL = "Run `pip install --no-build-isolation --force-reinstall --no-deps grpo_fast` (`-e .` in a checkout) and read what it prints."
+_INSTALL = "Run `pip install --no-build-isolation --force-reinstall --no-deps .` in the checkout of grpo_fast and read what it prints."
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def _load_compiled() -> ExtensionStatus:
         return _failed("the extension is not supported on Windows", "Use Linux (WSL), or the reference backend.")
     csrc = _source_folder()
     if csrc is None:
-        cure = "Install again without GRPO_FAST_BUILD=none: `pip install --force-reinstall --no-deps grpo_fast`."
+        cure = f"Install again without GRPO_FAST_BUILD=none. {_INSTALL}"
         return _failed("this install is pure Python (built with GRPO_FAST_BUILD=none): it carries no C++ sources", cure)
 
     cuda_home = None

@@ -15,11 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
 import grpo_fast as gf
 from grpo_fast import _build, _extension
 from grpo_fast.backends import BACKENDS, _say_once, select, use_backend
+from grpo_fast.cli import MOUNTED
 
 CPU = torch.device("cpu")
 backends_module = importlib.import_module("grpo_fast.backends")  # `grpo_fast.backends`, the attribute, is the function of that name
@@ -339,6 +341,14 @@ def test_the_version_is_an_option():
     result = CliRunner().invoke(app, ["--version"])
     assert (result.exit_code, result.output) == (0, f"grpo_fast {gf.__version__}\n")
     assert "doctor" in CliRunner().invoke(app, []).output, "without a command there is the help"
+
+
+@pytest.mark.parametrize("name", [name for name in MOUNTED if name.startswith("bench")])
+def test_a_benchmark_overwrites_no_kept_result_unasked(name):
+    pytest.importorskip("transformers", reason="bench-trainer needs it")
+    command = typer.main.get_command(importlib.import_module(MOUNTED[name].module).app)
+    (output,) = (parameter.default for parameter in command.params if parameter.name == "output")
+    assert Path(output).parent == Path("runs/bench")
 
 
 @pytest.fixture
