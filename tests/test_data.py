@@ -127,7 +127,7 @@ def test_a_list_needs_no_package(tokenizer, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     assert len(load_prompts(rows("12"), tokenizer).rows) == 1
-    with pytest.raises(ImportError, match=r"needs the datasets package for 'name', .* Cure: pip install 'grpo-fast\[train\]'"):
+    with pytest.raises(ImportError, match=r"needs the datasets package for 'name', .* Cure: pip install '\.\[train\]'"):
         load_prompts("name", tokenizer)
 
 

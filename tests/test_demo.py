@@ -204,7 +204,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
 
 
 def test_a_missing_package_is_named_with_its_cure():
-    with pytest.raises(ImportError, match=r"needs no_such_package, which is not installed. Cure: pip install 'grpo-fast\[demo\]'"):
+    with pytest.raises(ImportError, match=r"needs no_such_package, which is not installed. Cure: pip install '\.\[demo\]'"):
         need("json", "no_such_package")
 
 

@@ -86,7 +86,7 @@ def test_from_any_thread():
 
 def test_missing_package_names_the_cure(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"math-verify package, which is not installed. Cure: pip install 'grpo-fast\[math\]'"):
+    with pytest.raises(ImportError, match=r"math-verify package, which is not installed. Cure: pip install '\.\[math\]'"):
         score(math_reward, ("7", "7"))
 
 
