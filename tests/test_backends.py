@@ -351,6 +351,16 @@ def test_a_benchmark_overwrites_no_kept_result_unasked(name):
     assert Path(output).parent == Path("runs/bench")
 
 
+@pytest.mark.parametrize("name", [name for name in MOUNTED if name.startswith("bench")])
+def test_a_benchmark_refuses_a_place_it_cannot_write_to_before_it_measures(name, tmp_path):
+    pytest.importorskip("transformers", reason="bench-trainer needs it")
+    (tmp_path / "file").write_text("")
+    module = importlib.import_module(MOUNTED[name].module)
+    for output, message in ((tmp_path / "found.txt", "a .json file"), (tmp_path / "file" / "found.json", "a place to write to")):
+        done = CliRunner().invoke(module.app, ["--output", str(output)])
+        assert done.exit_code == 2 and message in " ".join(done.output.replace("│", "").split())
+
+
 @pytest.fixture
 def mounted(monkeypatch, tmp_path):
     """Put a module of this text where `grpo-fast bench` looks, and run the command."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 
 import grpo_fast as gf
 from grpo_fast.benchmark.contestants import UnavailableError
-from grpo_fast.benchmark.head import contestants, run, worker
+from grpo_fast.benchmark.head import contestants, report, run, worker
 from grpo_fast.benchmark.head.case import SEQUENCES, Case, arguments, make_cases
 from grpo_fast.benchmark.head.cli import app
 from grpo_fast.benchmark.head.run import Settings
@@ -148,6 +149,29 @@ def test_the_command_writes_what_it_can_draw(tmp_path: Path, monkeypatch: pytest
     output.with_suffix(".png").unlink()
     assert CliRunner().invoke(app, ["--plot", str(output)]).exit_code == 0
     assert output.with_suffix(".png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, "cannot be read"), ("{", "cannot be read"), ("{}", "holds no results"), ("[]", "holds no results"), ("", "FILES is empty")],
+)
+def test_what_cannot_be_drawn_is_said(text: str | None, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "found.json"
+    if text:
+        file.write_text(text)
+    done = CliRunner().invoke(app, ["--plot", *([] if text == "" else [str(file)])])
+    assert done.exit_code == 2 and message in " ".join(done.output.replace("│", "").split())
+
+
+def test_without_matplotlib_nothing_is_drawn_and_the_cure_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *package: None)
+    monkeypatch.setattr(run, "run", lambda *_: {"results": [{}], "skipped": []})
+    monkeypatch.setattr(report, "print_report", lambda *_: None)
+    done = CliRunner().invoke(app, ["--output", str(tmp_path / "found.json")])
+    assert done.exit_code == 0 and "No figure" in done.output and "pip install '.[plot]'" in done.output
+    assert (tmp_path / "found.json").exists()
+    done = CliRunner().invoke(app, ["--plot", str(tmp_path / "found.json")])
+    assert done.exit_code == 2 and "pip install '.[plot]'" in " ".join(done.output.replace("│", "").split())
 
 
 def test_bad_settings_are_refused() -> None:

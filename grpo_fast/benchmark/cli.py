@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from grpo_fast.benchmark.settings import CONTESTANTS, DTYPES, MALLOC_MODES, Settings, parse_shape
+from grpo_fast.benchmark.settings import CONTESTANTS, DTYPES, MALLOC_MODES, Settings, check_output, parse_shape
 from grpo_fast.extras import install
 
 __all__ = ["app", "bench"]
@@ -62,7 +61,7 @@ def bench(
             isolated=not quick,
             cold=not quick,
         )
-        _check_output(output)
+        check_output(output)
         result = _measure(settings)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
@@ -121,16 +120,6 @@ def _gpu_result(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return result if isinstance(result, dict) and result.get("kind") == "gpu" else None
-
-
-def _check_output(output: Path) -> None:
-    if output.suffix != ".json" or output.is_dir():
-        raise ValueError(f"output is {str(output)!r}; expected the name of a .json file. The figure takes the same name with .png.")
-    folder = output.parent
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ValueError(f"output is {str(output)!r}; expected a place to write to, which {str(folder)!r} is not. Choose another --output.")
 
 
 app = typer.Typer(add_completion=False)

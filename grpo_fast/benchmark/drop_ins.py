@@ -29,6 +29,7 @@ from grpo_fast.benchmark.data import CONFIG
 from grpo_fast.benchmark.machine import caption, describe, load_average
 from grpo_fast.benchmark.measure import reset_peak, resident_peak, trim
 from grpo_fast.benchmark.report import write_atomically
+from grpo_fast.benchmark.settings import check_output
 
 __all__ = ["PAIRS", "Settings", "app", "markdown", "run"]
 
@@ -243,6 +244,10 @@ def bench_drop_ins(
     output: Annotated[Path, typer.Option(help="The result as JSON.")] = Path("runs/bench/drop_ins_cpu.json"),
 ) -> None:
     """Time what the guides replace against what replaces it. Ten minutes, 8 GiB."""
+    try:
+        check_output(output)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     torch.set_num_threads(threads)
     result = run(Settings(sequences, tokens, width, vocabulary, rounds, threads), lambda line: typer.echo(line, err=True))
     write_atomically(output, lambda partial: Path(partial).write_text(json.dumps(result, indent=1) + "\n"))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["CONTESTANTS", "DTYPES", "MALLOC_MODES", "PASSES", "Case", "Settings", "parse_shape"]
+__all__ = ["CONTESTANTS", "DTYPES", "MALLOC_MODES", "PASSES", "Case", "Settings", "check_output", "parse_shape"]
 
 PASSES = ("forward", "forward_backward")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -129,3 +131,18 @@ def _names(name: str, given: tuple[str, ...], allowed: tuple[str, ...]) -> None:
 def _require(ok: bool, name: str, value: object, expected: str) -> None:
     if not ok:
         raise ValueError(f"{name} is {value!r}; expected {expected}.")
+
+
+def check_output(output: Path) -> None:
+    """Whether a result can be written there: nobody wants to hear it when everything has been measured.
+
+    Raises:
+        ValueError: says what is expected.
+    """
+    if output.suffix != ".json" or output.is_dir():
+        raise ValueError(f"output is {str(output)!r}; expected the name of a .json file. A figure takes the same name with .png.")
+    folder = output.parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"output is {str(output)!r}; expected a place to write to, which {str(folder)!r} is not. Choose another --output.")

@@ -27,6 +27,7 @@ import grpo_fast as gf
 from grpo_fast.benchmark.machine import caption, describe, load_average
 from grpo_fast.benchmark.measure import reset_peak, resident_peak, trim
 from grpo_fast.benchmark.report import write_atomically
+from grpo_fast.benchmark.settings import check_output
 from grpo_fast.benchmark.trl_stage import Settings, make_batch, make_model
 from grpo_fast.grpo_config import GRPOConfig
 from grpo_fast.passes import Passes
@@ -207,6 +208,7 @@ def bench_trainer(
     from rich.table import Table
 
     try:
+        check_output(output)
         settings = replace(_QUICK if quick else _DEFAULTS, rounds=rounds, threads=threads)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error

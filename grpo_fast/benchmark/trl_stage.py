@@ -29,6 +29,7 @@ from torch import Tensor
 from grpo_fast.benchmark.machine import caption, describe, load_average
 from grpo_fast.benchmark.measure import reset_peak, resident_peak, trim
 from grpo_fast.benchmark.report import write_atomically
+from grpo_fast.benchmark.settings import check_output
 from grpo_fast.extras import install
 from grpo_fast.integrations.versions import refuse_other_versions
 
@@ -339,6 +340,7 @@ def bench_trl(
     try:
         shares = tuple(active or _DEFAULTS.active)
         settings = Settings(sequences, group, tokens, width, vocabulary, shares, rounds, threads)
+        check_output(output)
         refuse_other_versions("trl", "grpo-fast bench-trl", "Another one may work otherwise inside.", needed=True)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error

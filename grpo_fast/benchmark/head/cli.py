@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from grpo_fast.benchmark.head.run import Settings
+from grpo_fast.benchmark.settings import check_output
+from grpo_fast.extras import install
 
 __all__ = ["app", "bench_head"]
 
@@ -39,14 +42,18 @@ def bench_head(
     from grpo_fast.benchmark.head.run import run
     from grpo_fast.benchmark.report import write_atomically
 
-    if plot:
-        for path in files or []:
-            write_plot(json.loads(path.read_text()), path.with_suffix(".png"))
-            typer.echo(f"Drawn: {path.with_suffix('.png')}")
-        return
-    if output.suffix != ".json":
-        raise typer.BadParameter(f"output is {str(output)!r}; expected the name of a .json file. The figure takes the same name with .png.")
+    can_draw = importlib.util.find_spec("matplotlib") is not None
     try:
+        if plot:
+            if not files:
+                raise ValueError("FILES is empty; expected the JSON files to draw.")
+            if not can_draw:
+                raise ValueError(f"--plot needs matplotlib, which is not installed; expected it. Cure: {install('plot')}.")
+            for path, found in [(path, _read(path)) for path in files]:
+                write_plot(found, path.with_suffix(".png"))
+                typer.echo(f"Drawn: {path.with_suffix('.png')}")
+            return
+        check_output(output)
         settings = Settings(
             tokens=tuple(tokens or _DEFAULTS.tokens),
             width=width,
@@ -64,11 +71,23 @@ def bench_head(
         result = run(settings, status.update)
     write_atomically(output, lambda partial: Path(partial).write_text(json.dumps(result, indent=1) + "\n"))
     print_report(result, console)
-    if result["results"]:
+    if not can_draw:
+        typer.echo(f"No figure: matplotlib is not installed. Cure: {install('plot')}", err=True)
+    elif result["results"]:
         write_plot(result, output.with_suffix(".png"))
     typer.echo(f"Every number: {output}")
     if any(entry["contestant"] == "ours" for entry in result["skipped"]):
         raise typer.Exit(1)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"file {str(path)!r} cannot be read ({error}); expected the JSON of `grpo-fast bench-head --output`.") from error
+    if not isinstance(result, dict) or not result.get("results"):
+        raise ValueError(f"file {str(path)!r} holds no results; expected the JSON of `grpo-fast bench-head --output`.")
+    return result
 
 
 app = typer.Typer(add_completion=False)
