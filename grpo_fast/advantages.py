@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -98,7 +99,7 @@ def group_advantages(
             repr(scale),
             "'group' with normalize='normalize_then_sum', which divides by the group's and then by the batch's std itself",
         )
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+    if isinstance(eps, bool) or not isinstance(eps, (int, float, numbers.Real)):
         raise TypeError(f"group_advantages: eps is {eps!r} ({type(eps).__name__}); expected a number, 1e-4 for instance.")
     if not 0 <= eps < math.inf:
         _fail("eps", repr(eps), "a finite number of at least 0")
@@ -115,7 +116,7 @@ def group_advantages(
             *torch.ops.grpo_fast.group_advantages(
                 values.contiguous(),
                 None if group_offsets is None else group_offsets.contiguous(),
-                group_size or 0,
+                int(group_size or 0),
                 weights,
                 SCALES.index(scale),
                 baseline == "leave_one_out",
@@ -125,13 +126,13 @@ def group_advantages(
         )
     advantages, mean, std, degenerate = reference.group_advantages(
         values,
-        group_size=group_size or 0,
+        group_size=int(group_size or 0),
         group_offsets=group_offsets,
         scale=scale,
         baseline=baseline,
         reward_weights=weights,
         normalize=normalize,
-        eps=eps,
+        eps=float(eps),
     )
     return GroupAdvantages(advantages.float(), mean.float(), std.float(), degenerate)
 
@@ -187,7 +188,7 @@ def _check_groups(rewards: Tensor, group_size: Any, group_offsets: Any) -> None:
             "offsets [G+1] where they are not."
         )
     if group_offsets is None:
-        if isinstance(group_size, bool) or not isinstance(group_size, int):
+        if isinstance(group_size, bool) or not isinstance(group_size, (int, numbers.Integral)):
             raise TypeError(f"group_advantages: group_size is {group_size!r} ({type(group_size).__name__}); expected an int.")
         if group_size < 1:
             _fail("group_size", str(group_size), "at least 1, the number of completions per prompt")

@@ -7,7 +7,9 @@ weight per token that the aggregation has made. To add a loss type, add a row.
 from __future__ import annotations
 
 import math
+import numbers
 import sys
+import warnings
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -27,6 +29,10 @@ AGGREGATIONS = (
     "nonempty_sequence_sum",
 )
 ENTROPY_AGGREGATIONS = ("same", "token_mean")
+_REAL: tuple[type, ...] = (int, float, numbers.Real)  # NumPy's are among the last
+LARGEST_LOG_RATIO = 80  # exp(88.8) overflows float32
+
+_known_cispo_bounds: set[float] = set()  # below 1, and spoken of or meant
 
 
 class LossRow(NamedTuple):
@@ -59,7 +65,7 @@ class LossConfig:
         loss_type: a name of ``LOSS_TYPES``; it sets surrogate, ratio level and aggregation.
         epsilon_low: the ratio is clipped below ``1 - epsilon_low``.
         epsilon_high: the ratio is clipped above ``1 + epsilon_high``. With ``loss_type="cispo"`` it is the raw upper bound of the ratio
-            (as in TRL and MiniMax-M1), so 5.0 rather than 0.2.
+            (as in TRL and MiniMax-M1), so 5.0 rather than 0.2: a bound below 1 makes every ratio smaller, and a warning says so.
         delta: upper bound of the unclipped ratio, ``> 1 + epsilon_high`` (two-sided clipping, INTELLECT-2, arXiv:2505.07291).
         dual_clip: bound ``c > 1`` of the loss of a negative advantage: at most ``-c * A`` (Dual-clip PPO, arXiv:1912.09729).
         beta: weight of the KL penalty against the reference policy; 0 needs no ``ref_logprobs``.
@@ -74,7 +80,8 @@ class LossConfig:
         log_ratio_clamp: every log-ratio is clamped to ``±log_ratio_clamp`` before ``exp`` (and has no gradient beyond).
         sapo_temperature_pos: SAPO's temperature for a positive advantage.
         sapo_temperature_neg: SAPO's temperature for the others.
-        vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: VESPO's shape parameters for ``A >= 0`` and ``A < 0``.
+        vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: VESPO's shape parameters for ``A >= 0`` and ``A < 0``, at least 0:
+            with a negative k its weight W^k exp(lambda (1 - W)) would grow without bound where W goes to 0.
         max_completion_length: the fixed length of ``"fixed_length"`` (Dr. GRPO), in tokens; required there.
 
     Raises:
@@ -117,24 +124,41 @@ class LossConfig:
             _one_of("aggregation", self.aggregation, AGGREGATIONS)
         for field in fields(self):
             if field.type in ("float", "float | None"):
-                _finite(field.name, getattr(self, field.name), optional=field.type == "float | None")
+                self._set_finite(field.name, optional=field.type == "float | None")
         switch: Any = self.bias_corrected_kl
         if not isinstance(switch, bool):
             raise TypeError(f"LossConfig: bias_corrected_kl is {switch!r} ({type(switch).__name__}); expected True or False.")
         self._check_ranges()
         self._check_combinations()
+        self._warn_of_cispo_bound()
+
+    def _set_finite(self, name: str, *, optional: bool) -> None:
+        value: Any = getattr(self, name)
+        if value is None and optional:
+            return
+        is_number = isinstance(value, _REAL) and not isinstance(value, bool)
+        if not is_number:
+            raise TypeError(f"LossConfig: {name} is {value!r} ({type(value).__name__}); expected a number{' or None' if optional else ''}.")
+        if not isinstance(value, (int, float)):  # NumPy's
+            value = float(value)
+            object.__setattr__(self, name, value)
+        _require(abs(value) < math.inf and abs(value) <= sys.float_info.max, name, value, "a finite number")
 
     def _check_ranges(self) -> None:
-        for name in ("epsilon_low", "epsilon_high", "beta", "vespo_lambda_pos", "vespo_lambda_neg"):
+        for name in ("epsilon_low", "epsilon_high", "beta", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "a number >= 0")
         for name in ("log_ratio_clamp", "sapo_temperature_pos", "sapo_temperature_neg"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "a number > 0")
-        _require(self.log_ratio_clamp <= 80, "log_ratio_clamp", self.log_ratio_clamp, "at most 80, since exp(88.8) overflows float32")
+        most = f"at most {LARGEST_LOG_RATIO}, since exp(88.8) overflows float32"
+        _require(self.log_ratio_clamp <= LARGEST_LOG_RATIO, "log_ratio_clamp", self.log_ratio_clamp, most)
         if self.surrogate == "clip":
             _require(self.epsilon_low <= 1, "epsilon_low", self.epsilon_low, "at most 1: a ratio is never below 0")
         if self.max_completion_length is not None:
-            is_int = isinstance(self.max_completion_length, int) and not isinstance(self.max_completion_length, bool)
-            _require(is_int and self.max_completion_length > 0, "max_completion_length", self.max_completion_length, "an int > 0")
+            length: Any = self.max_completion_length
+            is_int = isinstance(length, (int, numbers.Integral)) and not isinstance(length, bool)
+            _require(is_int and length > 0, "max_completion_length", length, "an int > 0")
+            if not isinstance(length, int):
+                object.__setattr__(self, "max_completion_length", int(length))
 
     def _check_combinations(self) -> None:
         if self.surrogate != "clip":
@@ -151,6 +175,17 @@ class LossConfig:
         if self.resolved_aggregation == "fixed_length":
             cure = "set max_completion_length to the generation limit of the run, so that the scale of the loss is the same in every batch"
             _require(self.max_completion_length is not None, "max_completion_length", None, f"an int for a fixed-length mean; {cure}")
+
+    def _warn_of_cispo_bound(self) -> None:
+        """Once for each bound; a library's own (``like``) is meant."""
+        if self.surrogate == "cispo" and self.epsilon_high < 1 and self.epsilon_high not in _known_cispo_bounds:
+            _known_cispo_bounds.add(self.epsilon_high)
+            warnings.warn(
+                f"LossConfig: epsilon_high is {self.epsilon_high:g} with loss_type='cispo', where it is the bound of the ratio itself, not "
+                "its distance from 1: every ratio becomes at most that. 5.0 is usual.",
+                UserWarning,
+                stacklevel=4,
+            )
 
     @classmethod
     def like(cls, library: str, **options: Any) -> LossConfig:
@@ -200,11 +235,3 @@ def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     if not isinstance(value, str):
         raise TypeError(f"LossConfig: {name} is {value!r} ({type(value).__name__}); expected one of the names {', '.join(allowed)}.")
     _require(value in allowed, name, value, f"one of {', '.join(allowed)}")
-
-
-def _finite(name: str, value: Any, *, optional: bool) -> None:
-    if value is None and optional:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"LossConfig: {name} is {value!r} ({type(value).__name__}); expected a number{' or None' if optional else ''}.")
-    _require(abs(value) < math.inf and abs(value) <= sys.float_info.max, name, value, "a finite number")

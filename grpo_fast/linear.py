@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -44,7 +45,7 @@ def linear_grpo_loss(
     ref_logprobs: Tensor | None = None,  # like token_ids
     mask: Tensor | None = None,  # like token_ids
     rollout_weights: Tensor | None = None,  # [B, T], [B, 1] or [N]
-    temperature: float | Tensor = 1.0,  # number, [B], [B, T] or [N]
+    temperature: float | Tensor = 1.0,  # number, 0-d, [B], [B, 1], [B, T] or [N]
     cu_seqlens: Tensor | None = None,  # int32 [S + 1]
     num_items: int | float | Tensor | None = None,
     softcap: float | None = None,
@@ -55,7 +56,8 @@ def linear_grpo_loss(
     adapter: tuple[Tensor, Tensor] | None = None,  # like hidden with R in place of D, and [V, R]
     process_group: ProcessGroup | None = None,
 ) -> GRPOOutput:
-    """grpo_loss of ``logits = hidden @ weight.T + bias``, without the logits: values, gradients and metrics are the same.
+    """grpo_loss of ``logits = hidden @ weight.T + bias``, without the logits: values and gradients are the same, and with
+    ``metrics_on="all"`` the metrics (here ``"active"`` unless said otherwise); ``recomputed_fraction`` is added.
 
     Tokens are taken a chunk at a time; a chunk's logits become their gradient in the same memory and are multiplied out at once. A
     trainable head costs 6 N D V operations and a frozen one 4, N being the tokens that can change the gradient (with
@@ -76,7 +78,13 @@ def linear_grpo_loss(
         process_group: each process holds a part of the vocabulary, ``weight`` (and bias) [V of the part, D], one after the other in
             the order of the ranks; everything else is the same in all of them, and so are results and the gradient of ``hidden``.
 
-    The other arguments, the result and the errors are those of grpo_loss.
+    The other arguments are those of grpo_loss.
+
+    Returns:
+        GRPOOutput(loss, logprobs, entropy, active, metrics), as of grpo_loss.
+
+    Raises:
+        TypeError, ValueError: names the argument, what it was, what was expected and the cure, before anything is written.
 
     Example:
         >>> hidden = torch.randn(4, 8, 16, requires_grad=True)
@@ -151,7 +159,7 @@ def linear_token_logprobs(
     *,
     bias: Tensor | None = None,  # [V]
     mask: Tensor | None = None,  # like token_ids
-    temperature: float | Tensor = 1.0,  # number, [B], [B, T] or [N]
+    temperature: float | Tensor = 1.0,  # number, 0-d, [B], [B, 1], [B, T] or [N]
     softcap: float | None = None,
     logit_scale: float = 1.0,
     chunk_bytes: int | None = None,
@@ -169,7 +177,13 @@ def linear_token_logprobs(
         keep_bytes: memory for logits kept from forward to backward, trainable heads only. None: a quarter of what is free. Where
             torch.compile traces the call nothing is kept.
 
-    The other arguments are those of linear_grpo_loss, the result is that of token_logprobs.
+    The other arguments are those of linear_grpo_loss.
+
+    Returns:
+        TokenLogprobs(logprobs, entropy), float32 and shaped like token_ids, 0 under the mask's zeros.
+
+    Raises:
+        TypeError, ValueError: names the argument, what it was, what was expected and the cure, before anything is written.
 
     Example:
         >>> out = linear_token_logprobs(torch.zeros(1, 3, 4), torch.zeros(8, 4), torch.tensor([[1, 2, 3]]))
@@ -189,7 +203,7 @@ def linear_token_logprobs(
         adapter=adapter,
         process_group=process_group,
     )
-    _check_bytes("keep_bytes", keep_bytes, least=0)
+    keep_bytes = _checked_bytes("keep_bytes", keep_bytes, least=0)
     if call.by_reference:
         return token_logprobs(call.full_logits(), token_ids, mask=mask, **call.scoring_as_given)
     rows = call.rows()
@@ -323,7 +337,7 @@ def _checked(
         name="hidden",
         vocabulary=vocabulary if process_group is None else ANY_VOCABULARY,
     )
-    _check_bytes("chunk_bytes", chunk_bytes, least=1)
+    chunk_bytes = _checked_bytes("chunk_bytes", chunk_bytes, least=1)
     adapted, adapter_weight = (None, None) if adapter is None else adapter
     if adapted is not None and inputs.packed:
         adapted = adapted.unsqueeze(0)
@@ -367,7 +381,9 @@ def _check_weight(hidden: Tensor, weight: Tensor, bias: Tensor | None, adapter: 
     adapted, adapter_weight = adapter
     checks.tensor("adapter[0]", adapted, like=hidden, like_name="hidden")
     checks.tensor("adapter[1]", adapter_weight, like=hidden, like_name="hidden")
-    rank = adapter_weight.shape[-1]
+    if adapter_weight.dim() != 2:
+        raise ValueError(f"adapter[1] has shape {list(adapter_weight.shape)}; expected [V, R] = [{weight.shape[0]}, R]. It is LoRA's B.")
+    rank = adapter_weight.shape[1]
     checks.shape("adapter[0]", adapted, ((*hidden.shape[:-1], rank), "the shape of hidden with R in place of D"), source="hidden")
     checks.shape("adapter[1]", adapter_weight, ((weight.shape[0], rank), "[V, R]"), source="weight")
 
@@ -396,13 +412,21 @@ def _vocabulary_of(module: Callable[[Tensor], Tensor], hidden: Tensor) -> int:
     if isinstance(size, int):
         return size
     with torch.no_grad():
-        return int(module(hidden.detach().reshape(-1, hidden.shape[-1])[:1]).shape[-1])
+        logits = module(hidden.detach().reshape(-1, hidden.shape[-1])[:1])
+    if not isinstance(logits, Tensor) or logits.dim() == 0:
+        made = "a number" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        raise ValueError(
+            f"weight is a callable that made {made} of hidden states [1, {hidden.shape[-1]}]; expected logits [1, V]. Pass the forward of "
+            "the model's head."
+        )
+    return logits.shape[-1]
 
 
-def _check_bytes(name: str, value: int | None, *, least: int) -> None:
+def _checked_bytes(name: str, value: int | None, *, least: int) -> int | None:
     if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int):
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
         raise TypeError(f"{name} is {value!r} ({type(value).__name__}); expected an int, a number of bytes, or None.")
     if value < least:
         raise ValueError(f"{name} is {value}; expected at least {least}. Leave it out to have it chosen by the free memory.")
+    return int(value)

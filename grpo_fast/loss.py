@@ -56,7 +56,7 @@ def grpo_loss(
     ref_logprobs: Tensor | None = None,  # like token_ids
     mask: Tensor | None = None,  # like token_ids
     rollout_weights: Tensor | None = None,  # [B, T], [B, 1] or [N]
-    temperature: float | Tensor = 1.0,  # number, [B], [B, T] or [N]
+    temperature: float | Tensor = 1.0,  # number, 0-d, [B], [B, 1], [B, T] or [N]
     cu_seqlens: Tensor | None = None,  # int32 [S + 1]
     num_items: int | float | Tensor | None = None,
     softcap: float | None = None,
@@ -86,7 +86,8 @@ def grpo_loss(
         rollout_weights: correction for a sampler that differs from the trainer; multiplies the surrogate, not the KL.
         temperature: the one that sampled; the policy is ``softmax(f(logits) / temperature)``.
         cu_seqlens: with packed input, where sequences begin, ``0 ... N``; needed where a setting speaks of sequences.
-        num_items: the token count of the whole optimiser step, for ``global_token_mean``; None = this call's own.
+        num_items: the token count of the whole optimiser step, for ``global_token_mean`` (ignored by the other aggregations); None = this
+            call's own.
         softcap: ``c * tanh(logits / c)`` before the temperature (Gemma 2); None = none.
         logit_scale: multiplies the logits before soft cap and temperature (Cohere, Granite).
         loss_scale: multiplies the loss while its gradient is formed: 1 / gradient-accumulation steps, say.
@@ -97,14 +98,17 @@ def grpo_loss(
         process_group: each process holds a part of the vocabulary, logits [B, T, V of the part], one after the other in the order of
             the ranks; everything else is the same in all of them, and so are the results.
         impl: which GPU kernels compute: ``"triton"``, or ``"cluster"``: CUDA kernels that read the logits once and write the gradient once
-            (compute capability 9.0 or newer, losses of token-level ratios, rows of up to 456,704 logits in bfloat16 on an H200). They are
-            not taken unasked until they have been timed. None = what is best here.
+            (compute capability 9.0 or newer, losses of token-level ratios, rows of up to 456,704 logits in bfloat16 with 227 KiB
+            of shared memory per block). They are not taken unasked until they have been timed. None = what is best here.
 
     Returns:
         GRPOOutput(loss, logprobs, entropy, active, metrics).
 
     Raises:
-        TypeError, ValueError: names the argument, what it was, what was expected and the cure, before anything is written.
+        TypeError, ValueError: names the argument, what it was, what was expected and the cure, before anything is written. Values of
+            tensors (ids, mask, temperatures, advantages and log-probabilities of tokens that count) are looked at on the CPU, or on every
+            device with ``debug_checks``; elsewhere a bad one shows as a loss of NaN.
+        RuntimeError: ``impl`` names kernels that cannot compute on this machine or for these logits.
 
     Example:
         >>> logits = torch.randn(4, 8, 100, requires_grad=True)
@@ -156,17 +160,30 @@ def token_logprobs(
     token_ids: Tensor,  # int64 [B, T] or [N]
     *,
     mask: Tensor | None = None,  # like token_ids
-    temperature: float | Tensor = 1.0,  # number, [B], [B, T] or [N]
+    temperature: float | Tensor = 1.0,  # number, 0-d, [B], [B, 1], [B, T] or [N]
     softcap: float | None = None,
     logit_scale: float = 1.0,
     process_group: ProcessGroup | None = None,
 ) -> TokenLogprobs:
     """Log-probability of each token under ``softmax(f(logits) / temperature)``, and that policy's entropy; one pass, both differentiable.
 
-    Exact also for confident tokens, where ``s_y - lse`` rounds to 0. Arguments and errors as in grpo_loss.
+    Exact also for confident tokens, where ``s_y - lse`` rounds to 0.
+
+    Args:
+        logits: float32, bfloat16 or float16 (float64: computed by the reference). ``[B, T + 1, V]``: the last position is ignored, nothing
+            is copied.
+        token_ids: ``token_ids[b, t]`` is scored by ``logits[b, t]``.
+        mask: bool or 0/1; what stands under a 0 may be anything. None = every token counts.
+        temperature: the policy is ``softmax(f(logits) / temperature)``.
+        softcap: ``c * tanh(logits / c)`` before the temperature (Gemma 2); None = none.
+        logit_scale: multiplies the logits before soft cap and temperature (Cohere, Granite).
+        process_group: each process holds a part of the vocabulary, as in grpo_loss.
 
     Returns:
         TokenLogprobs(logprobs, entropy), float32 and shaped like token_ids, 0 under the mask's zeros.
+
+    Raises:
+        TypeError, ValueError: names the argument, what it was, what was expected and the cure, before anything is written.
 
     Example:
         >>> out = token_logprobs(torch.zeros(1, 3, 8), torch.tensor([[1, 2, 3]]))

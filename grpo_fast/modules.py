@@ -7,8 +7,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from grpo_fast.config import LossConfig
+from grpo_fast.inputs import checked_scoring
 from grpo_fast.linear import linear_grpo_loss
 from grpo_fast.loss import GRPOOutput, grpo_loss
+from grpo_fast.policy import check_config, check_metrics_on
 
 __all__ = ["GRPOLoss", "LinearGRPOLoss"]
 
@@ -24,9 +26,19 @@ class _Loss(nn.Module):
         softcap: float | None = None,
         logit_scale: float = 1.0,
         metrics_on: str | None = None,
+        **unknown: Any,
     ):
         super().__init__()
+        if unknown:
+            raise TypeError(
+                f"{type(self).__name__} has no argument {', '.join(unknown)}; expected config, temperature, softcap, logit_scale and "
+                f"metrics_on. Settings of the loss go into the config: config=LossConfig({next(iter(unknown))}=...)."
+            )
         self.config = LossConfig() if config is None else config
+        check_config(self.config)
+        checked_scoring(temperature, softcap, logit_scale)
+        if metrics_on is not None:
+            check_metrics_on(metrics_on)
         self.temperature, self.softcap, self.logit_scale, self.metrics_on = temperature, softcap, logit_scale, metrics_on
 
     def _with_settings(self, options: dict[str, Any]) -> dict[str, Any]:
@@ -46,6 +58,9 @@ class GRPOLoss(_Loss):
     Args:
         config: which member of the family; None = LossConfig().
         temperature, softcap, logit_scale, metrics_on: as in gf.grpo_loss, which has the defaults.
+
+    Raises:
+        TypeError, ValueError: names the argument, what it was, what was expected and the cure.
 
     Example:
         >>> loss = GRPOLoss(LossConfig(loss_type="grpo"), temperature=0.7)
@@ -69,6 +84,9 @@ class LinearGRPOLoss(_Loss):
     Args:
         config: which member of the family; None = LossConfig().
         temperature, softcap, logit_scale, metrics_on: as in gf.linear_grpo_loss, which has the defaults.
+
+    Raises:
+        TypeError, ValueError: names the argument, what it was, what was expected and the cure.
 
     Example:
         >>> head, loss = torch.nn.Linear(4, 8, bias=False), LinearGRPOLoss(temperature=0.7)

@@ -7,10 +7,12 @@ from torch import Tensor
 
 from grpo_fast import checks
 from grpo_fast.config import LossConfig
-from grpo_fast.inputs import TokenInputs
+from grpo_fast.inputs import TokenInputs, check_cu_seqlens
 from grpo_fast.reference import Policy, Sequences, aggregation_weights
 
-__all__ = ["checked_policy"]
+__all__ = ["check_config", "check_metrics_on", "checked_policy"]
+
+MEANING_OF_NUM_ITEMS = "It is the number of tokens that count in the whole optimiser step."
 
 
 def checked_policy(
@@ -31,10 +33,17 @@ def checked_policy(
     Raises:
         TypeError, ValueError: names the argument, what it was, what was expected and the cure.
     """
-    _check_settings(config, ref_logprobs, metrics_on, loss_scale)
-    sequences = Sequences(inputs.token_ids, _checked_cu_seqlens(cu_seqlens, inputs, config))
+    check_config(config)
+    if config.beta != 0 and ref_logprobs is None:
+        raise ValueError(
+            f"ref_logprobs is None; expected a tensor like token_ids, since config.beta = {config.beta:g}. Pass them, or set beta=0."
+        )
+    check_metrics_on(metrics_on)
+    loss_scale = checks.finite("loss_scale", loss_scale, "Multiply the loss by a tensor afterwards.")
+    _check_cu_seqlens(cu_seqlens, inputs, config)
+    sequences = Sequences(inputs.token_ids, cu_seqlens)
     weights, entropy_weights = _weights(inputs, sequences, config, num_items)
-    return Policy(
+    policy = Policy(
         config=config,
         mask=inputs.mask,
         sequences=sequences,
@@ -47,26 +56,48 @@ def checked_policy(
         rollout_per_sequence=rollout_weights is not None and not inputs.packed and rollout_weights.shape != inputs.shape,
         loss_scale=loss_scale,
     )
+    if checks.value_checks_wanted(inputs.scored):
+        _check_values(inputs, policy)
+    return policy
 
 
-def _check_settings(config: LossConfig, ref_logprobs: Tensor | None, metrics_on: str, loss_scale: float) -> None:
+def check_config(config: LossConfig) -> None:
+    """It is a LossConfig, which has checked itself."""
     if not isinstance(config, LossConfig):
         raise TypeError(f"config is a {type(config).__name__}; expected a LossConfig, for example LossConfig(loss_type='dapo').")
-    if config.beta != 0 and ref_logprobs is None:
-        raise ValueError(
-            f"ref_logprobs is None; expected a tensor like token_ids, since config.beta = {config.beta:g}. Pass them, or set beta=0."
-        )
+
+
+def check_metrics_on(metrics_on: str) -> None:
+    """Which tokens are computed: all that count, or the active ones."""
     if metrics_on not in ("all", "active"):
         raise ValueError(f"metrics_on is {metrics_on!r}; expected 'all' or 'active'.")
-    if isinstance(loss_scale, bool) or not isinstance(loss_scale, (int, float, torch.SymFloat)):
-        raise TypeError(
-            f"loss_scale is {loss_scale!r} ({type(loss_scale).__name__}); expected a number. Multiply the loss by a tensor afterwards."
-        )
-    if not abs(loss_scale) <= checks.LARGEST:
-        raise ValueError(f"loss_scale is {loss_scale!r}; expected a finite number.")
 
 
-def _checked_cu_seqlens(cu_seqlens: Tensor | None, inputs: TokenInputs, config: LossConfig) -> Tensor | None:
+def _check_values(inputs: TokenInputs, policy: Policy) -> None:
+    """No token that counts has an advantage or a log-probability that would make the loss NaN. A log-probability of -inf is one that a
+    sampler or a reference may give: the log-ratio is clamped."""
+    for name, finite, x in (
+        ("advantages", True, policy.advantages),
+        ("old_logprobs", False, policy.old_logprobs),
+        ("ref_logprobs", False, policy.ref_logprobs),
+        ("rollout_weights", True, policy.rollout_weights),
+    ):
+        if x is None:
+            continue
+        total = x.sum().item()  # quick, and not finite where an element is not
+        if total - total == 0 or (not finite and total == total):
+            continue
+        bad = inputs.mask & ~(x.isfinite() if finite else ~x.isnan())
+        if bool(bad.any()):
+            where = checks.first_index(bad)
+            value, expected = x.expand_as(bad)[tuple(where)].item(), "a finite number" if finite else "a log-probability"
+            raise ValueError(
+                f"{name} of token {inputs.given_index(where)} is {value}; expected {expected} on every token that counts. Mend where they "
+                "are made, or set the mask to 0 there."
+            )
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor | None, inputs: TokenInputs, config: LossConfig) -> None:
     if cu_seqlens is None:
         by_sequence = (
             config.level != "token" or config.surrogate == "vespo" or config.resolved_aggregation not in ("token_mean", "global_token_mean")
@@ -76,38 +107,24 @@ def _checked_cu_seqlens(cu_seqlens: Tensor | None, inputs: TokenInputs, config: 
                 f"cu_seqlens is None; expected int32 [S + 1], since loss_type={config.loss_type!r} speaks of sequences and the input is "
                 "packed. Pass where the sequences begin, 0 ... N, or give a padded batch."
             )
-        return None
-    if not inputs.packed:
-        raise ValueError(
-            f"cu_seqlens was given with token_ids of shape {list(inputs.shape)}; expected packed input [N]. Drop it for a padded batch."
-        )
-    checks.tensor("cu_seqlens", cu_seqlens, like=inputs.scored, like_name=inputs.name, floating=False)
-    if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"cu_seqlens has dtype {cu_seqlens.dtype}; expected torch.int32. Convert it: cu_seqlens.int().")
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-        raise ValueError(f"cu_seqlens has shape {list(cu_seqlens.shape)}; expected [S + 1]: the first position of each sequence, then N.")
-    if checks.value_checks_wanted(cu_seqlens):
-        total = inputs.shape[0]
-        if cu_seqlens[0] != 0 or cu_seqlens[-1] != total or bool((cu_seqlens.diff() < 0).any()):
-            raise ValueError(f"cu_seqlens is {cu_seqlens.tolist()}; expected to begin with 0, never to fall, and to end with N = {total}.")
-    return cu_seqlens
-
-
-def _check_num_items(num_items: int | float | Tensor, inputs: TokenInputs) -> None:
-    meaning = "It is the number of tokens that count in the whole optimiser step."
-    if isinstance(num_items, bool) or not isinstance(num_items, (int, float, Tensor)):
-        raise TypeError(f"num_items is {num_items!r} ({type(num_items).__name__}); expected a number or a 0-d tensor. {meaning}")
-    if not isinstance(num_items, Tensor):
-        checks.positive("num_items", num_items, meaning)
         return
+    tokens = inputs.token_ids.squeeze(0) if inputs.packed else inputs.token_ids
+    check_cu_seqlens(cu_seqlens, tokens, "token_ids", scored=inputs.name)
+
+
+def _checked_num_items(num_items: int | float | Tensor, inputs: TokenInputs) -> float | Tensor:
+    """0 where nothing counts in the whole step, and the loss is 0."""
+    if not isinstance(num_items, Tensor):
+        return checks.not_negative("num_items", num_items, MEANING_OF_NUM_ITEMS, expected="a number or a 0-d tensor")
     if num_items.dim() != 0:
         raise ValueError(f"num_items has shape {list(num_items.shape)}; expected one number. Sum it over the batches first.")
     if num_items.is_complex() or num_items.dtype == torch.bool:
-        raise TypeError(f"num_items has dtype {num_items.dtype}; expected an integer or floating-point type. {meaning}")
+        raise TypeError(f"num_items has dtype {num_items.dtype}; expected an integer or floating-point type. {MEANING_OF_NUM_ITEMS}")
     if num_items.device.type != "cpu":  # a number on the CPU goes anywhere without a synchronisation
         checks.tensor("num_items", num_items, like=inputs.scored, like_name=inputs.name, floating=False)
-    if checks.value_checks_wanted(num_items) and not 0 <= num_items.item() < float("inf"):  # 0: nothing counts, and the loss is 0
-        raise ValueError(f"num_items is {num_items.item()}; expected a finite number >= 0. {meaning}")
+    if checks.value_checks_wanted(num_items) and not 0 <= num_items.item() < float("inf"):
+        raise ValueError(f"num_items is {num_items.item()}; expected a finite number >= 0. {MEANING_OF_NUM_ITEMS}")
+    return num_items
 
 
 def _weights(
@@ -115,7 +132,7 @@ def _weights(
 ) -> tuple[Tensor, Tensor]:
     """Of every token in the loss and in the entropy bonus, broadcastable to [B, T]."""
     if num_items is not None:
-        _check_num_items(num_items, inputs)
+        num_items = _checked_num_items(num_items, inputs)
     dtype = torch.float64 if inputs.scored.dtype == torch.float64 else torch.float32
     weights = aggregation_weights(config.resolved_aggregation, inputs.mask, sequences, num_items, config.max_completion_length, dtype)
     if config.entropy_coef == 0 or config.entropy_aggregation == "same":

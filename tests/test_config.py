@@ -6,6 +6,8 @@ import copy
 import dataclasses
 import pickle
 import re
+import sys
+import warnings
 from typing import Any
 
 import numpy as np
@@ -62,6 +64,8 @@ RANGES = [
     ("epsilon_low", 1.1, "at most 1: a ratio is never below 0"),
     ("epsilon_high", -0.1, "a number >= 0"),
     ("beta", -1e-9, "a number >= 0"),
+    ("vespo_k_pos", -5.0, "a number >= 0"),
+    ("vespo_k_neg", -1e-3, "a number >= 0"),
     ("vespo_lambda_pos", -1.0, "a number >= 0"),
     ("vespo_lambda_neg", -1.0, "a number >= 0"),
     ("log_ratio_clamp", 0.0, "a number > 0"),
@@ -98,10 +102,11 @@ def test_a_value_out_of_range(name: str, value: Any, expected: str) -> None:
         {"dual_clip": 1.001},
         {"beta": 0},
         {"entropy_coef": -0.1},  # a penalty of entropy is a thing one may want
-        {"vespo_k_pos": -1.0},
+        {"vespo_k_pos": 0.0},
         {"vespo_lambda_pos": 0.0},
         {"max_completion_length": 1},
         {"epsilon_low": np.float64(0.2)},  # a float
+        {"epsilon_high": np.float32(0.25), "delta": np.float16(2), "beta": np.int64(1), "max_completion_length": np.int32(7)},
         {"loss_type": "dapo", "importance_sampling_level": "sequence_token", "aggregation": "sequence_mean"},
     ],
     ids=repr,
@@ -110,6 +115,7 @@ def test_the_edges_that_are_taken(settings: dict[str, Any]) -> None:
     config = LossConfig(**settings)
     for name, value in settings.items():
         assert getattr(config, name) == value
+        assert isinstance(getattr(config, name), (int, float, str))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -161,6 +167,21 @@ def test_a_switch_is_a_bool(value: Any) -> None:
     refused(TypeError, "bias_corrected_kl is ", "expected True or False", bias_corrected_kl=value)
 
 
+def test_a_bound_of_cispo_that_was_meant_as_a_distance(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[LossConfig.__module__], "_known_cispo_bounds", set())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        LossConfig("cispo", epsilon_high=1.0)
+        LossConfig("dapo", epsilon_high=0.28)
+        gf.LossConfig.like("trl", loss_type="cispo")  # its own default
+    with pytest.warns(UserWarning, match=r"epsilon_high is 0\.28 with loss_type='cispo'.*5\.0 is usual") as caught:
+        config = LossConfig("cispo", epsilon_high=0.28)
+    assert [warning.filename for warning in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dataclasses.replace(config, beta=0.1)  # said already
+
+
 def test_an_unknown_setting() -> None:
     with pytest.raises(TypeError, match="epsilon"):
         LossConfig(epsilon=0.2)  # type: ignore[call-arg]
@@ -203,7 +224,7 @@ def test_a_changed_copy_is_checked_too() -> None:
 )
 def test_the_table_of_loss_types(loss_type: str, row: tuple[str, str, str]) -> None:
     assert LOSS_TYPES[loss_type] == LossRow(*row)
-    config = LossConfig(loss_type=loss_type, max_completion_length=3)
+    config = LossConfig(loss_type=loss_type, epsilon_high=5.0, max_completion_length=3)
     assert (config.surrogate, config.level, config.resolved_aggregation) == row
 
 

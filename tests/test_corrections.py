@@ -73,12 +73,80 @@ def test_parity_with_trl() -> None:
         (lambda x, m: gf.rollout_weights(x.flatten(), x.flatten(), m.flatten(), level="sequence"), "cu_seqlens is None with packed input"),
         (lambda x, m: gf.top_entropy_mask(x, m, quantile=0.0), "quantile is 0.0; expected a finite number > 0"),
         (lambda x, m: gf.top_entropy_mask(x, m, quantile=1.5), "quantile is 1.5; expected at most 1"),
-        (lambda x, m: gf.top_entropy_mask(x, m[:1], quantile=0.5), r"mask has shape \[1, 3\]; expected"),
+        (lambda x, m: gf.top_entropy_mask(x, m[:1], quantile=0.5), r"mask has shape \[1, 3\]; expected .*sizes follow from entropy\)"),
+        (lambda x, m: gf.rollout_weights(x, x, 2 * m), r"mask\[0, 0\] is 2.0; expected bool, or numbers 0 and 1"),
+        (lambda x, m: gf.rollout_weights(x[None], x[None], m[None]), r"old_logprobs has shape \[1, 2, 3\]; expected \[B, T\] or packed"),
+        (lambda x, m: gf.rollout_weights(x, x.to("meta"), m), r"rollout_logprobs is on meta, old_logprobs is on cpu; .*to\(old_logprobs"),
+        (lambda x, m: gf.rollout_weights(x, x, m, high=NAN), "high is nan; expected a finite number >= 0"),
+        (lambda x, m: gf.rollout_weights(x, x, m, high=-1.0), "high is -1.0; expected a finite number >= 0.*Pass None for no bound"),
+        (lambda x, m: gf.rollout_weights(x, x, m, low=-0.5), "low is -0.5; expected a finite number >= 0"),
+        (lambda x, m: gf.rollout_weights(x, x, m, log_ratio_clamp=-1.0), "log_ratio_clamp is -1.0; expected a finite number > 0"),
+        (lambda x, m: gf.rollout_weights(x, x, m, log_ratio_clamp=100), "log_ratio_clamp is 100; expected at most 80"),
+        (lambda x, m: gf.rollout_weights(x, x, m, cu_seqlens=torch.tensor([0, 2])), "cu_seqlens was given with old_logprobs of shape"),
+        (lambda x, m: packed(x, m, torch.tensor([0, 5])), r"cu_seqlens is \[0, 5\]; expected to begin with 0, .* end with N = 6"),
+        (lambda x, m: packed(x, m, torch.zeros(1, 2).int()), r"cu_seqlens has shape \[1, 2\]; expected \[S \+ 1\]"),
+        (lambda x, m: gf.off_policy_sequence_mask(x, x, torch.ones(3), m, threshold=0.5), r"advantages has shape \[3\]; .*\[B\] = \[2\]"),
+        (lambda x, m: gf.off_policy_sequence_mask(x, x, torch.ones(1, 3), m, threshold=0.5), r"advantages has shape \[1, 3\]; expected"),
+        (lambda x, m: gf.off_policy_sequence_mask(x, x, torch.ones(2), m, threshold=NAN), "threshold is nan; expected a finite number"),
+        (
+            lambda x, m: gf.off_policy_sequence_mask(
+                x[0], x[0], torch.ones(1), m[0], threshold=0.5, cu_seqlens=torch.tensor([0, 3], dtype=torch.int32)
+            ),
+            r"advantages has shape \[1\]; expected \[N\] = \[3\]",
+        ),
     ],
 )
 def test_bad_input(call, message) -> None:
     with pytest.raises(ValueError, match=message):
         call(torch.randn(2, 3), torch.ones(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x, m: gf.rollout_weights(x, x, m, low="a"), r"low is 'a' \(str\); expected a number >= 0"),
+        (lambda x, m: gf.rollout_weights(x, x, m, log_ratio_clamp="x"), r"log_ratio_clamp is 'x' \(str\); expected a number > 0"),
+        (lambda x, m: gf.rollout_weights(x.tolist(), x, m), r"old_logprobs is a list; .*Wrap it: torch.as_tensor\(old_logprobs\)"),
+        (lambda x, m: gf.rollout_weights(x, x.tolist(), m), r"rollout_logprobs is a list; .*device=old_logprobs.device"),
+        (lambda x, m: gf.rollout_weights(x.long(), x, m), r"old_logprobs has dtype torch.int64; .*old_logprobs.float\(\)"),
+        (lambda x, m: packed(x, m, [0, 6]), "cu_seqlens is a list; expected a torch.Tensor"),
+        (lambda x, m: packed(x, m, torch.tensor([0.0, 6.0])), "cu_seqlens has dtype torch.float32; expected torch.int32"),
+        (lambda x, m: gf.off_policy_sequence_mask(x, x, [1.0, 1.0], m, threshold=0.5), "advantages is a list; expected a torch.Tensor"),
+        (lambda x, m: gf.off_policy_sequence_mask(x, x, torch.ones(2), m, threshold="x"), r"threshold is 'x' \(str\); expected a number"),
+        (lambda x, m: gf.top_entropy_mask(x, m, quantile=True), r"quantile is True \(bool\); expected a number > 0"),
+    ],
+)
+def test_bad_types(call, message) -> None:
+    with pytest.raises(TypeError, match=message):
+        call(torch.randn(2, 3), torch.ones(2, 3))
+
+
+def packed(x: torch.Tensor, mask: torch.Tensor, cu_seqlens: object) -> torch.Tensor:
+    flat = x.flatten()
+    return gf.rollout_weights(flat, flat, mask.flatten(), level="sequence", cu_seqlens=cu_seqlens)
+
+
+def test_ties_of_entropy_are_kept_and_nan_is_not() -> None:
+    assert torch.equal(gf.top_entropy_mask(torch.full((2, 5), 0.5), torch.ones(2, 5), quantile=0.2), torch.ones(2, 5))
+    entropy = torch.arange(12.0).view(2, 6)
+    entropy[0, 0] = NAN
+    kept = gf.top_entropy_mask(entropy, torch.ones(2, 6), quantile=0.25)
+    assert kept.sum() == 3
+    assert kept[1, 3:].all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("count", [1, 2, 7, 1000])
+def test_the_threshold_is_the_quantile(count: int, dtype: torch.dtype) -> None:
+    entropy = torch.rand(count, dtype=torch.float64).to(dtype)
+    for quantile in (0.1, 0.2, 0.3, 0.5, 0.7, 0.999, 1.0):
+        expected = entropy.double() >= torch.quantile(entropy.double(), 1 - quantile) - 1e-12
+        assert torch.equal(gf.top_entropy_mask(entropy, torch.ones(count), quantile=quantile), expected.float()), quantile
+
+
+def test_more_tokens_than_torch_quantile_takes() -> None:
+    kept = gf.top_entropy_mask(torch.rand(17_000_000), torch.ones(17_000_000, dtype=torch.bool), quantile=0.2)
+    assert kept.sum() == pytest.approx(3_400_000, abs=100)
 
 
 def test_nothing_counts() -> None:

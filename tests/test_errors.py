@@ -334,9 +334,9 @@ LOSS_CASES: list[Case] = [
             f"num_items-{value!r}",
             to(value),
             ValueError,
-            (f"num_items is {re.escape(repr(value))}; expected a finite number > 0", "optimiser"),
+            (f"num_items is {re.escape(repr(value))}; expected a finite number >= 0", "optimiser"),
         )
-        for value in (0, -3, 0.0, NAN, INF)
+        for value in (-3, -0.5, NAN, INF)
     ],
     *[
         Case(
@@ -592,10 +592,65 @@ def test_all_but_the_logits_are_constants(name: str, loss_type: str, backend: st
 
 @on_every_backend
 def test_no_token_at_all_counts_in_the_whole_step(backend: str) -> None:
-    """num_items as a tensor may be 0: a step whose every completion was cut off has no loss, and is no error."""
-    arguments = {**right(False), "inplace": False, "mask": torch.zeros(B, T), "num_items": torch.tensor(0)}
+    """num_items may be 0: a step whose every completion was cut off has no loss, and is no error."""
+    arguments = {**right(False), "inplace": False, "mask": torch.zeros(B, T)}
     with gf.use_backend(backend):
-        assert gf.grpo_loss(**arguments).loss == 0
+        for nothing in (0, 0.0, torch.tensor(0)):
+            assert gf.grpo_loss(**arguments, num_items=nothing).loss == 0
+
+
+@on_every_backend
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("advantages", NAN),
+        ("advantages", INF),
+        ("advantages", -INF),
+        ("old_logprobs", NAN),
+        ("ref_logprobs", NAN),
+        ("rollout_weights", NAN),
+        ("rollout_weights", INF),
+    ],
+)
+def test_a_value_that_would_make_the_loss_nan(name: str, value: float, packed: bool, backend: str) -> None:
+    where = (1,) if packed or name == "advantages" else (1, 2)
+    case = Case(f"{name}-", lambda x: with_item(where, value)(x[name]), ValueError, (f"{name} of token ", f"is {value}; expected"), packed)
+    arguments = changed(case)
+    with gf.use_backend(backend):
+        assert_refused(case, gf.grpo_loss, arguments)
+        masked = {**arguments, "inplace": False, "mask": arguments["mask"].clone()}
+        masked["mask"][1 if name == "advantages" else where] = False
+        assert gf.grpo_loss(**masked).loss.isfinite()
+
+
+@on_every_backend
+@pytest.mark.parametrize("loss_type", ["dapo", "gspo", "sapo"])
+def test_a_token_that_the_sampler_could_not_have_drawn(loss_type: str, backend: str) -> None:
+    """Its log-ratio is clamped; and a sum of finite values that overflows is no error either."""
+    arguments = {**right(False), "inplace": False, "config": LossConfig(loss_type)}
+    arguments["old_logprobs"][0, 1], arguments["old_logprobs"][1, 1] = -INF, -3e38
+    arguments["rollout_weights"] = arguments["rollout_weights"].double() * 0 + 1e-3
+    arguments["advantages"] = torch.tensor([6e4, 6e4], dtype=torch.float16)
+    with gf.use_backend(backend):
+        assert gf.grpo_loss(**arguments).loss.isfinite()
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    arguments = {**right(False), "inplace": False}
+    plain = {"temperature": 0.5, "softcap": 30.0, "logit_scale": 2.0, "num_items": 6, "loss_scale": 0.25}
+    expected = gf.grpo_loss(**{**arguments, **plain}).loss
+    for kind in (np.float32, np.float64):
+        given = {name: kind(value) for name, value in plain.items()}
+        assert torch.equal(gf.grpo_loss(**{**arguments, **given, "num_items": np.int64(6)}).loss, expected)
+
+
+@pytest.mark.parametrize("what", ["grpo_loss", "token_logprobs"])
+def test_tensors_without_values(what: str) -> None:
+    logits, ids = torch.randn(B, T, V, device="meta"), torch.zeros(B, T, dtype=torch.long, device="meta")
+    rest = (torch.randn(B, device="meta"),) if what == "grpo_loss" else ()
+    with pytest.raises(ValueError, match="logits are on meta, which holds no values; expected tensors of a CPU or a GPU"):
+        getattr(gf, what)(logits, ids, *rest)
 
 
 def test_debug_checks_do_not_change_the_cpu() -> None:

@@ -17,6 +17,7 @@ from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -493,6 +494,13 @@ def test_gpu_does_not_synchronise():
 def test_dtypes(backend, dtype, generator):
     rewards = torch.randint(0, 5, (24,), generator=generator).to(getattr(torch, dtype))
     assert_close(backend(rewards, group_size=8), truth(rewards.double(), group_size=8))
+
+
+def test_numbers_of_numpy(backend):
+    rewards = torch.tensor([1.0, 0.0, 0.5, 0.25])
+    expected = backend(rewards, group_size=2, eps=0.5)
+    got = backend(rewards, group_size=np.int64(2), eps=np.float32(0.5))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def test_strided_views(backend, generator):

@@ -228,3 +228,10 @@ def test_the_comparison_rejects(given: dict[str, Tensor]) -> None:
     ):
         with pytest.raises(AssertionError):
             same(wrong, right)
+
+
+def test_a_temperature_that_is_none_is_refused_when_it_is_given() -> None:
+    with pytest.raises(ValueError, match="temperature is 0; expected a finite number > 0"):
+        LigerFusedLinearGRPOLoss(temperature=0)
+    with pytest.raises(TypeError, match="temperature is 'hot'"):
+        LigerFusedLinearGRPOLoss(temperature="hot")  # type: ignore[arg-type]

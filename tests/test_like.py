@@ -432,3 +432,13 @@ def test_the_comparison_rejects(generator: torch.Generator) -> None:
     for wrong in ((right[0], 2 * right[1]), (right[0], torch.zeros_like(right[1])), (2 * right[0] + 1, right[1])):
         with pytest.raises(AssertionError):
             assert_same(wrong, right, batch["mask"], TOLERANCE)
+
+
+def test_a_loss_over_logprobs_names_what_is_wrong() -> None:
+    logprobs, mask = torch.randn(2, 3), torch.ones(2, 3)
+    with pytest.raises(TypeError, match="config is a str; expected a LossConfig"):
+        logprob_loss(logprobs, torch.ones(2), config="dapo", mask=mask)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"logprobs is a list; expected a torch.Tensor. Wrap it: torch.as_tensor\(logprobs\)"):
+        logprob_loss([1.0], torch.ones(2), config=LossConfig(), mask=mask)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"old_logprobs has shape \[2\]; expected .*sizes follow from logprobs\)"):
+        logprob_loss(logprobs, torch.ones(2), config=LossConfig(), mask=mask, old_logprobs=torch.ones(2))

@@ -63,6 +63,8 @@ CASES: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = {
     "adapter-type": (changed("adapter", lambda x: x[0]), TypeError, ("adapter is", "pair of tensors (adapted, adapter_weight)")),
     "adapter-three": (changed("adapter", lambda x: (*x, x[0])), TypeError, ("adapter is", "pair of tensors")),
     "adapter-rank": (changed("adapter", lambda x: (x[0][..., :1], x[1])), ValueError, ("adapter[0] has shape [2, 3, 1]", "[2, 3, 2]")),
+    "adapter-0d": (changed("adapter", lambda x: (x[0], x[1][0, 0])), ValueError, ("adapter[1] has shape []", "[V, R] = [7, R]")),
+    "adapter-1d": (changed("adapter", lambda x: (x[0], x[1][0])), ValueError, ("adapter[1] has shape [2]", "[V, R] = [7, R]")),
     "adapter-vocabulary": (changed("adapter", lambda x: (x[0], x[1][1:])), ValueError, ("adapter[1] has shape [6, 2]", "[V, R] = [7, 2]")),
     "token-too-large": (changed("token_ids", lambda x: x.fill_(V)), ValueError, ("token_ids[0, 0] is 7", "0 <= id < 7", "the head")),
     "token-negative": (changed("token_ids", lambda x: x.fill_(-100)), ValueError, ("token_ids[0, 0] is -100", "mask")),
@@ -76,6 +78,16 @@ CASES: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = {
         {**right(), "weight": nn.Linear(D, V), "bias": None, "adapter": None},
         ValueError,
         ("trainable parameters (weight, bias)", "weight=module.weight", "requires_grad_(False)"),
+    ),
+    "module-scalar": (
+        {**right(), "weight": lambda x: x.sum(), "bias": None, "adapter": None},
+        ValueError,
+        ("weight is a callable that made a number of hidden states [1, 4]", "logits [1, V]", "model's head"),
+    ),
+    "module-list": (
+        {**right(), "weight": lambda x: x.tolist(), "bias": None, "adapter": None},
+        ValueError,
+        ("weight is a callable that made a list",),
     ),
     "module-bias": (
         {**right(), "weight": nn.Linear(D, V).requires_grad_(False), "adapter": None},

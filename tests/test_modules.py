@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -72,6 +74,24 @@ def test_the_temperature_may_change_and_a_call_goes_before_the_module(given: dic
     assert torch.equal(module(logits, given["token_ids"], given["advantages"]).entropy, hot.entropy)
     cold = module(logits, given["token_ids"], given["advantages"], temperature=0.5)
     assert cold.metrics["entropy"] < hot.metrics["entropy"]
+
+
+@pytest.mark.parametrize("kind", [gf.GRPOLoss, gf.LinearGRPOLoss])
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"config": "dapo"}, TypeError, "config is a str; expected a LossConfig"),
+        ({"temperature": 0}, ValueError, "temperature is 0; expected a finite number > 0"),
+        ({"temperature": "1"}, TypeError, "temperature is '1'"),
+        ({"softcap": -1.0}, ValueError, "softcap is -1.0"),
+        ({"logit_scale": 0.0}, ValueError, "logit_scale is 0.0"),
+        ({"metrics_on": "some"}, ValueError, "metrics_on is 'some'; expected 'all' or 'active'"),
+        ({"epsilon_high": 0.3}, TypeError, r"Loss has no argument epsilon_high; .*config=LossConfig\(epsilon_high=\.\.\.\)"),
+    ],
+)
+def test_what_is_refused_when_it_is_made(kind: type[nn.Module], settings: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        kind(**settings)
 
 
 def test_no_parameters_and_a_name() -> None:

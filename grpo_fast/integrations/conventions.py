@@ -14,6 +14,7 @@ What has no counterpart is refused by name, and so is a library that is installe
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
@@ -77,7 +78,9 @@ def loss_config(library: str, options: Mapping[str, Any]) -> LossConfig:
     distribution = {"liger": "liger-kernel", "swift": "ms-swift"}.get(library, library)
     refuse_other_versions(distribution, f"LossConfig.like({library!r})", "Its options may mean something else there: make a LossConfig.")
     given = _Options(library, options)
-    config = _LOSSES[library](given)
+    with warnings.catch_warnings():  # a bound of CISPO's that the library has by default is meant
+        warnings.simplefilter("ignore", UserWarning)
+        config = _LOSSES[library](given)
     given.check_all_taken()
     return config
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo_fast.config import LossConfig
+from grpo_fast.inputs import checked_scoring
 from grpo_fast.integrations.logprobs import logprob_policy
 from grpo_fast.linear import linear_grpo_loss, linear_token_logprobs
 from grpo_fast.loss import GRPOOutput, grpo_loss, token_logprobs
@@ -157,6 +158,7 @@ class LigerFusedLinearGRPOLoss(nn.Module):
             vespo_lambda_neg=vespo_lambda_neg,
             max_completion_length=max_completion_length,
         )
+        checked_scoring(temperature, softcap=None, logit_scale=1.0)
         self.beta, self.use_ref_model, self.temperature = beta, use_ref_model, temperature
 
     def forward(

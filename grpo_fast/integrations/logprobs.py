@@ -11,6 +11,7 @@ from torch import Tensor
 
 from grpo_fast import checks
 from grpo_fast.config import LossConfig
+from grpo_fast.policy import check_config
 from grpo_fast.reference import Policy, Sequences, aggregation_weights, policy_loss
 
 __all__ = ["logprob_loss", "lower_bound_of_cispo", "mean_over_tokens", "ratio_of"]
@@ -80,7 +81,8 @@ def logprob_policy(
     loss_scale: float = 1.0,
 ) -> Policy:
     """The arguments of logprob_loss, checked, as reference.policy_loss and reference.token_losses want them."""
-    checks.tensor("logprobs", logprobs, like=logprobs)
+    check_config(config)
+    checks.tensor("logprobs", logprobs, like=None)
     if logprobs.dim() != 2:
         raise ValueError(f"logprobs has shape {list(logprobs.shape)}; expected [B, T].")
     _check("mask", mask, logprobs, floating=False)
