@@ -441,3 +441,17 @@ def test_bad_calls() -> None:
         gf.linear_loss_from(model, b["inputs"], ids, b["advantages"])
     with pytest.raises(ValueError, match=r"token_ids has shape \[9\] .* expected packed"):
         gf.linear_loss_from(model, b["inputs"], ids[0], b["advantages"])
+    last = ids[:, -T:]
+    wrong: list[tuple[Any, Any, type[Exception], str]] = [
+        (b["inputs"], ids.tolist(), TypeError, "token_ids is a list; expected a torch.Tensor"),
+        (b["inputs"], ids[0, 0], ValueError, r"token_ids has shape \[\]; expected \[B, T\], or \[L\] with packed"),
+        (ids, last, TypeError, "model_inputs is a Tensor; expected a dict of what the model is called with"),
+        ({**b["inputs"], "labels": ids}, last, ValueError, "model_inputs has labels; expected none"),
+    ]
+    for inputs, token_ids, error, message in wrong:
+        with pytest.raises(error, match=message):
+            gf.linear_loss_from(model, inputs, token_ids, b["advantages"])
+        with pytest.raises(error, match=message):
+            gf.linear_logprobs_from(model, inputs, token_ids)
+    encoding = transformers.BatchEncoding(dict(b["inputs"]))  # a mapping, and no dict
+    assert torch.equal(gf.linear_logprobs_from(model, encoding, last).logprobs, gf.linear_logprobs_from(model, b["inputs"], last).logprobs)

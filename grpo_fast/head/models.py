@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grpo_fast import checks
 from grpo_fast.head.weights import gathered, is_partitioned, is_quantised, unpartitioned
 from grpo_fast.linear import linear_grpo_loss, linear_token_logprobs
 from grpo_fast.loss import GRPOOutput, TokenLogprobs
@@ -121,7 +122,7 @@ def hidden_states_of(model: nn.Module, model_inputs: dict[str, Any]) -> tuple[Te
 
 def linear_loss_from(
     model: nn.Module,
-    model_inputs: dict[str, Any],
+    model_inputs: Mapping[str, Any],
     token_ids: Tensor,  # int64 [B, T] or [L]
     advantages: Tensor,  # [B], [B, T] or [L]
     **options: Any,
@@ -134,7 +135,14 @@ def linear_loss_from(
             follow the attention mask unless ``position_ids`` are given, so that padding on the left does not shift them.
         token_ids: [B, T]: the last T tokens of ``input_ids``, each scored by the position before it. [L], with packed ``input_ids`` [1, L]:
             ``token_ids[i]`` is scored by position i, so shift them yourself and mask what is not to be scored.
+        advantages: one per sequence or per token.
         options: as of linear_grpo_loss, but for softcap, logit_scale, bias and adapter, which are the model's.
+
+    Returns:
+        GRPOOutput(loss, logprobs, entropy, active, metrics), as of grpo_loss.
+
+    Raises:
+        TypeError, ValueError: names the argument, what it was, what was expected and the cure; or the model has no head that is known here.
 
     Example:
         >>> out = linear_loss_from(model, {"input_ids": ids, "attention_mask": mask}, ids[:, -8:], advantages)  # doctest: +SKIP
@@ -145,14 +153,40 @@ def linear_loss_from(
     return linear_grpo_loss(hidden, weight, token_ids, advantages, **arguments, **options)
 
 
-def linear_logprobs_from(model: nn.Module, model_inputs: dict[str, Any], token_ids: Tensor, **options: Any) -> TokenLogprobs:
-    """linear_token_logprobs of a transformers causal language model; arguments as of linear_loss_from."""
+def linear_logprobs_from(
+    model: nn.Module,
+    model_inputs: Mapping[str, Any],
+    token_ids: Tensor,  # int64 [B, T] or [L]
+    **options: Any,
+) -> TokenLogprobs:
+    """linear_token_logprobs of a transformers causal language model.
+
+    Args:
+        model, model_inputs, token_ids: as of linear_loss_from.
+        options: as of linear_token_logprobs, but for softcap, logit_scale, bias and adapter, which are the model's.
+
+    Returns:
+        TokenLogprobs(logprobs, entropy), as of token_logprobs.
+
+    Raises:
+        TypeError, ValueError: as of linear_loss_from.
+    """
     hidden, arguments = _scored(model, model_inputs, token_ids, options)
     weight = arguments.pop("weight")
     return linear_token_logprobs(hidden, weight, token_ids, **arguments, **options)
 
 
-def _scored(model: nn.Module, model_inputs: dict[str, Any], token_ids: Tensor, options: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+def _scored(model: nn.Module, model_inputs: Mapping[str, Any], token_ids: Tensor, options: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    checks.tensor("token_ids", token_ids, like=None, floating=False)
+    if token_ids.dim() not in (1, 2):
+        raise ValueError(f"token_ids has shape {list(token_ids.shape)}; expected [B, T], or [L] with packed input_ids [1, L].")
+    if not isinstance(model_inputs, Mapping):
+        raise TypeError(
+            f"model_inputs is a {type(model_inputs).__name__}; expected a dict of what the model is called with: "
+            "{'input_ids': input_ids, 'attention_mask': attention_mask}."
+        )
+    if "labels" in model_inputs:
+        raise ValueError("model_inputs has labels; expected none: the model's own loss would want all logits. Leave them out.")
     for name in ("softcap", "logit_scale", "bias", "adapter"):
         if name in options:
             raise ValueError(f"{name} was given; expected it to be left out: it is read from the model. Or call linear_grpo_loss yourself.")
@@ -177,7 +211,7 @@ def _scored(model: nn.Module, model_inputs: dict[str, Any], token_ids: Tensor, o
     return hidden, head.arguments(hidden)
 
 
-def _completed(model: nn.Module, model_inputs: dict[str, Any], keep: int | None) -> dict[str, Any]:
+def _completed(model: nn.Module, model_inputs: Mapping[str, Any], keep: int | None) -> dict[str, Any]:
     """What the caller need not think of: no cache, positions by the attention mask, no more hidden states than are scored."""
     base = _unwrapped(model)
     known = inspect.signature(base.forward).parameters
