@@ -20,6 +20,7 @@ BACKENDS = [
     "reference",
     pytest.param("cpu", marks=pytest.mark.skipif(not _extension.load(), reason=f"the extension is not loaded: {_extension.status().why}")),
 ]
+pytestmark = pytest.mark.filterwarnings("ignore:LossConfig. epsilon_high is:UserWarning")  # any bound of CISPO
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
