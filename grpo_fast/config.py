@@ -195,7 +195,8 @@ class LossConfig:
             library: ``"trl"`` (1.15, 1.16), ``"liger"`` (0.8.1 to 0.8.5), ``"verl"`` (0.9.1), ``"openrlhf"`` (0.11.2) or ``"swift"``
                 (ms-swift 4.6.0). It need not be installed.
             options: the library's own options of its loss; those that are not given have the library's own defaults.
-                grpo_fast/integrations/conventions.py lists them, and what each becomes.
+                grpo_fast/integrations/conventions.py lists them, and what each becomes. ``uncapped_kl=True`` leaves out the cap that
+                some of them put on the KL estimate and that LossConfig does not have (ms-swift's default asks for it).
 
         Raises:
             ValueError: an option is unknown, is an argument of the call rather than a setting, or has no counterpart here: the message
