@@ -7,6 +7,7 @@ accelerate launch --multi_gpu --num_processes 2 examples/two_processes.py --cpu 
 from __future__ import annotations
 
 import argparse
+import gc
 
 from tiny import tiny_model, tiny_tokenizer
 
@@ -50,3 +51,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    gc.collect()  # the trainer, whose cycles of references hold the connection: its threads end now, and not while the interpreter does

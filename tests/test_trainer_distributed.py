@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from ranks import part
 from trainer_cases import ROWS, Scripted, config, logs, model, parameters, trainer
 
 import grpo_fast as gf
@@ -105,7 +106,6 @@ def main(output: Path) -> None:
     gap = sharded_is_the_same()
     if os.environ["RANK"] == "0":
         (output / "found.json").write_text(json.dumps({**found, "resumed the same": same, "sharded": gap}))
-    torch.distributed.destroy_process_group()
 
 
 def launched(*arguments: str) -> str:
@@ -143,3 +143,4 @@ def test_two_processes_make_the_step_of_one(tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    part()

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import part
 from test_trainer_distributed import launched
 from trainer_cases import ROWS, Scripted, logs, model, trainer
 
@@ -84,7 +85,6 @@ def main(output: Path) -> None:
         losses(output, processes=2, sampler=Scripted(), sync_ref_model=True)
     if os.environ["RANK"] == "0":
         (output / "found.json").write_text(json.dumps(found))
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
@@ -106,3 +106,4 @@ def test_divided_between_two_processes_it_trains_as_in_one(tmp_path: Path) -> No
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    part()

@@ -17,6 +17,7 @@ import torch
 
 torch.set_num_threads(1)
 
+from ranks import part  # noqa: E402
 from test_integrations_trl import batch, build, loss_of  # noqa: E402
 
 
@@ -56,3 +57,4 @@ def main(which: str, model_path: str, out: str, options: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    part()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -59,6 +60,7 @@ def app(args: Sequence[str] | None = None, prog_name: str = "grpo-fast train", *
             _say(f"{prog_name}: {error}")
             raise SystemExit(2) from error
     run(prepared, trainer_class, prog_name=prog_name)
+    _part()
 
 
 def prepare(args: Sequence[str], config_class: Any) -> dict[str, Any]:
@@ -137,6 +139,16 @@ def run(prepared: dict[str, Any], trainer_class: Any = None, *, prog_name: str =
     if trainer.is_world_process_zero():
         _say(f"Model, {SETTINGS_FILE} and {monitor.METRICS_FILE} are in {output}. Curves: grpo-fast plot {output}")
     return trainer
+
+
+def _part() -> None:
+    """Several processes end their connection while Python runs. The trainer, whose cycles of references hold it, is collected first: its
+    threads, where they outlive the interpreter, can end the process with an error."""
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        gc.collect()
+        torch.distributed.destroy_process_group()
 
 
 def _how_it_ended(error: BaseException, step: int, output: Path) -> str:
