@@ -12,7 +12,6 @@ import importlib.util
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from grpo_fast.backends import installed_version
 from grpo_fast.benchmark.contestants import UnavailableError, readable_loss
 from grpo_fast.benchmark.data import CONFIG
 from grpo_fast.benchmark.machine import caption, describe, load_average
-from grpo_fast.benchmark.measure import reset_peak, resident_peak, trim
+from grpo_fast.benchmark.measure import timed
 from grpo_fast.benchmark.report import write_atomically
 from grpo_fast.benchmark.settings import check_output
 
@@ -145,14 +144,14 @@ def measured(step: Step, batch: Batch, hidden: Tensor, weight: Tensor, active: f
     alive = torch.arange(len(hidden)) < round(active * len(hidden))
     batch = {**batch, "advantages": batch["advantages"] * alive}
     leaves = [hidden.detach().requires_grad_(), weight.detach().requires_grad_()]
-    clock = time.thread_time if threads == 1 else time.perf_counter
+
+    def stage() -> Tensor:
+        loss = step(batch, *leaves)
+        loss.backward()
+        return loss
+
     gc.collect()
-    trim()
-    before, start = reset_peak(), clock()
-    loss = step(batch, *leaves)
-    loss.backward()
-    seconds = clock() - start
-    peak = None if before is None else max(0, resident_peak() - before)
+    loss, seconds, peak = timed(stage, threads)
     d_hidden, d_weight = (leaf.grad for leaf in leaves)
     assert d_hidden is not None and d_weight is not None
     rows = torch.cat([batch["token_ids"].flatten()[: _ROWS // 2], torch.arange(_ROWS // 2)])

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +16,9 @@ from torch import Tensor
 from grpo_fast.benchmark.contestants import Result
 from grpo_fast.benchmark.data import Batch
 
-__all__ = ["keep_freed_memory", "private", "repetition", "reset_peak", "resident_peak", "trim"]
+__all__ = ["keep_freed_memory", "private", "repetition", "reset_peak", "resident_peak", "timed", "trim"]
+
+Answer = TypeVar("Answer")
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
@@ -64,6 +66,21 @@ def repetition(
         gc.enable()
     peak = None if before is None else max(0, resident_peak() - before)
     return {"wall_ms": wall / 1e6, "cpu_ms": cpu / 1e6 if threads == 1 else None, "peak_bytes": peak}, result
+
+
+def timed(step: Callable[[], Answer], threads: int) -> tuple[Answer, float, int | None]:
+    """Run ``step`` once, after freed memory has gone back to the system.
+
+    Returns:
+        What it gave; seconds, of CPU time of this thread or with several of wall time; and how far the resident memory rose above what was
+        there before, in bytes (None where the system does not tell).
+    """
+    clock = time.thread_time if threads == 1 else time.perf_counter
+    trim()
+    before, start = reset_peak(), clock()
+    answer = step()
+    seconds = clock() - start
+    return answer, seconds, None if before is None else max(0, resident_peak() - before)
 
 
 def trim() -> None:

@@ -13,7 +13,6 @@ import json
 import math
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from torch import Tensor
 
 import grpo_fast as gf
 from grpo_fast.benchmark.machine import caption, describe, load_average
-from grpo_fast.benchmark.measure import reset_peak, resident_peak, trim
+from grpo_fast.benchmark.measure import timed
 from grpo_fast.benchmark.report import write_atomically
 from grpo_fast.benchmark.settings import check_output
 from grpo_fast.benchmark.trl_stage import Settings, make_batch, make_model
@@ -111,14 +110,13 @@ def repetition(trainer: GRPOTrainer, passes: Passes, batch: MicroBatch, threads:
     trainer.passes = passes
     trainer.model.train()
     trainer.model.zero_grad(set_to_none=True)
-    clock = time.thread_time if threads == 1 else time.perf_counter
-    trim()
-    before, start = reset_peak(), clock()
-    loss: Tensor = trainer.compute_loss(trainer.model, batch)
-    loss.backward()
-    logged = trainer.meters.read()
-    seconds = clock() - start
-    peak = None if before is None else max(0, resident_peak() - before)
+
+    def stage() -> tuple[Tensor, dict[str, float]]:
+        loss: Tensor = trainer.compute_loss(trainer.model, batch)
+        loss.backward()
+        return loss, trainer.meters.read()
+
+    (loss, logged), seconds, peak = timed(stage, threads)
     trainer.meters = type(trainer.meters)()
     return {"seconds": seconds, "peak_bytes": peak, "loss": loss.item(), "logged": {name: logged[name] for name in LOGGED}}
 

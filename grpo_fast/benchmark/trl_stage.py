@@ -14,7 +14,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -27,7 +26,7 @@ import typer
 from torch import Tensor
 
 from grpo_fast.benchmark.machine import caption, describe, load_average
-from grpo_fast.benchmark.measure import reset_peak, resident_peak, trim
+from grpo_fast.benchmark.measure import timed
 from grpo_fast.benchmark.report import write_atomically
 from grpo_fast.benchmark.settings import check_output
 from grpo_fast.extras import install
@@ -177,14 +176,14 @@ def repetition(trainer: Any, batch: dict[str, Tensor], active: float, threads: i
     trainer.model.train()
     trainer.model.zero_grad(set_to_none=True)
     trainer.current_gradient_accumulation_steps = 1
-    clock = time.thread_time if threads == 1 else time.perf_counter
-    trim()
-    before, start = reset_peak(), clock()
-    loss = trainer.compute_loss(trainer.model, inputs)
-    loss.backward()
-    trainer.log({})
-    seconds = clock() - start
-    peak = None if before is None else max(0, resident_peak() - before)
+
+    def stage() -> Tensor:
+        loss: Tensor = trainer.compute_loss(trainer.model, inputs)
+        loss.backward()
+        trainer.log({})
+        return loss
+
+    loss, seconds, peak = timed(stage, threads)
     gradients = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
     return {
         "seconds": seconds,
