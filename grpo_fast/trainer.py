@@ -123,7 +123,8 @@ class GRPOTrainer(CompleteCheckpoints):
         )
         self.model_accepts_loss_kwargs = True  # the loss is normalised over the whole step here, not by the number of micro-batches
         self.passes = Passes(args, self.accelerator, tokenizer.pad_token_id)
-        self.sampler = make_sampler(sampler or args.sampler, self.model, tokenizer, **(args.sampler_options or {}))  # type: ignore[arg-type]
+        options: Any = args.sampler_options or {}
+        self.sampler = make_sampler(args.sampler if sampler is None else sampler, self.model, tokenizer, **options)
         correction = args.vllm_importance_sampling_correction
         self.corrects_sampler = not isinstance(self.sampler, TransformersSampler) if correction is None else correction
         self.meters, self.meters_to_log = Meters(), Meters()  # of this step; of those since the last log
@@ -572,8 +573,7 @@ class _Hooks(TrainerCallback):
     """The places of transformers' loop where this trainer has something to do."""
 
     def __init__(self, trainer: GRPOTrainer) -> None:
-        self.trainer = trainer
-        self.started = 0.0
+        self.trainer, self.started = trainer, 0.0
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.trainer._logged_at, self.trainer._tokens_logged = time.perf_counter(), self.trainer.state.num_input_tokens_seen
