@@ -408,6 +408,7 @@ def test_few_instructions(tmp_path: Path) -> None:
     for name, each in passes.items():
         assert each["maximum"] + each["sums"] + each["gradient"] <= bounds[name], (name, each)
         assert each["gradient+entropy"] <= each["gradient"] + 2, (name, each)
+        assert each["fences"] == 2, (name, each)  # at the first and the last meeting of the cluster: none for a row
 
 
 # ---- on a GPU with clusters

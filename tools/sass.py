@@ -71,7 +71,10 @@ def loops(code: str) -> list[Loop]:
 
 
 def cluster_passes(code: str, element: int) -> dict[str, float]:
-    """Instructions per logit of a kernel's passes over its slice: maximum, sums, gradient without and with entropy, by bulk copy."""
+    """Instructions per logit of a kernel's passes over its slice: maximum, sums, gradient without and with entropy, by bulk copy.
+
+    And its "fences" that wait for the whole GPU, anywhere in the code.
+    """
     found: dict[str, list[float]] = {"maximum": [], "sums": [], "gradients": []}
     for loop in loops(code):
         logits, exponentials, others = loop.bytes(r"LDS\.128") / element, loop.count(r"MUFU\.EX2"), loop.count(r"\b(?:LDG|STG|ST|SYNCS)\b")
@@ -83,7 +86,8 @@ def cluster_passes(code: str, element: int) -> dict[str, float]:
             found["maximum"].append(len(loop.instructions) / logits)
     assert all(found.values()) and len(found["gradients"]) == 2, f"the loops are not what they were: {found}"
     plain, entropy = sorted(found["gradients"])
-    return {"maximum": max(found["maximum"]), "sums": max(found["sums"]), "gradient": plain, "gradient+entropy": entropy}
+    fences = float(len(re.findall(r"\bMEMBAR\.\S*\.GPU\b", code)))  # that wait for the whole GPU
+    return {"maximum": max(found["maximum"]), "sums": max(found["sums"]), "gradient": plain, "gradient+entropy": entropy, "fences": fences}
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-// The few instructions that a kernel of thread-block clusters is made of (PTX ISA 8.0, compute capability 9.0), one function each. The
+// The few instructions that a kernel of thread-block clusters is made of (PTX ISA 8.1, compute capability 9.0), one function each. The
 // tests put tests/cuda_on_host/cluster_primitives.h in this file's place and run the same kernels on the CPU: whatever only a GPU has
 // belongs here.
 #pragma once
@@ -48,7 +48,7 @@ __device__ __forceinline__ void barrier_init_fence() { asm volatile("fence.mbarr
 __device__ __forceinline__ void barrier_arrive(Barrier* barrier) {
   asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(address(barrier)) : "memory");
 }
-// Arrives, and makes the phase wait for so many bytes of bulk copies besides.
+// Arrives, and makes the phase wait for so many bytes of bulk copies or messages besides.
 __device__ __forceinline__ void barrier_arrive_expect(Barrier* barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(address(barrier)), "r"(bytes) : "memory");
 }
@@ -63,15 +63,15 @@ __device__ __forceinline__ void barrier_wait(Barrier* barrier, uint32_t parity) 
   } while (!done);
 }
 
-// Writes four floats where `slot` is in block `rank`, and arrives at `barrier` there. Both addresses are this block's own.
+// Writes four floats where `slot` is in block `rank`, which count as 16 bytes at `barrier` there. Both addresses are this block's own.
+// Nobody waits: a store and an arrival that others see in this order would take a fence of the whole GPU.
 __device__ __forceinline__ void send(float4 value, float4* slot, Barrier* barrier, uint32_t rank) {
   uint32_t remote_slot, remote_barrier;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote_slot) : "r"(address(slot)), "r"(rank));
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote_barrier) : "r"(address(barrier)), "r"(rank));
-  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(remote_slot), "f"(value.x), "f"(value.y), "f"(value.z),
-               "f"(value.w)
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(remote_slot),
+               "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w), "r"(remote_barrier)
                : "memory");
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(remote_barrier) : "memory");
 }
 
 // Bulk copies: both addresses and the number of bytes are multiples of 16.

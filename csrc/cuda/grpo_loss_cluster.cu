@@ -468,6 +468,7 @@ __device__ void finish_rows(const ClusterLossArgs& args, Shared& shared, int sta
     if (slot.has_sums) {
       barrier_wait(&shared.summed[exchange.slot], exchange.parity);
       const float4 none = make_float4(0, 0, 0, 0);
+      if (lane == 0) barrier_arrive_expect(&shared.exchanged[exchange.slot], blocks * static_cast<uint32_t>(sizeof(float4)));
       const float4 block = merge(lane < kConsumerWarps ? shared.warp_sums[exchange.slot][lane] : none, lane < kConsumerWarps);
       if (lane < static_cast<int>(blocks)) send(block, &shared.packets[exchange.slot][rank], &shared.exchanged[exchange.slot], lane);
       barrier_wait(&shared.exchanged[exchange.slot], exchange.parity);
@@ -541,7 +542,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     for (int slot = 0; slot < 2; ++slot) {
       barrier_init(&shared.summed[slot], kConsumerWarps);
-      barrier_init(&shared.exchanged[slot], cluster_size());
+      barrier_init(&shared.exchanged[slot], 1);
     }
     barrier_init_fence();
   }

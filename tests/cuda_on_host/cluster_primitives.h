@@ -1,6 +1,6 @@
-// Stands in for csrc/cuda/cluster_primitives.h: its functions on the CPU. Bulk copies happen some time after they were asked for, in
-// another order; until then their target holds NaN. What the hardware would not forgive ends the process: an address or a size that is no
-// multiple of 16, an arrival too many, a message to a block that has returned.
+// Stands in for csrc/cuda/cluster_primitives.h: its functions on the CPU. Bulk copies and messages to other blocks happen some time after
+// they were asked for, in another order; until then their target holds NaN. What the hardware would not forgive ends the process: an
+// address or a size that is no multiple of 16, an arrival too many, a message to a block that has returned.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -62,12 +62,20 @@ inline void barrier_wait(Barrier* barrier, uint32_t parity) {
   while ((static_cast<uint32_t>(state_of(barrier)->parity_and_bytes) & 1) == parity) cuda_on_host::yield();
 }
 
+inline void complete(Barrier* barrier, uint32_t bytes) {
+  state_of(barrier)->parity_and_bytes -= static_cast<int32_t>(bytes) * 2;
+  complete_if_over(state_of(barrier));
+}
 inline void send(float4 value, float4* slot, Barrier* barrier, uint32_t rank) {
-  if (cuda_on_host::block_left(rank)) cuda_on_host::fail("a message to a block that has returned");
   char *own = shared_memory(), *other = cuda_on_host::blocks[rank]->shared;
-  *reinterpret_cast<float4*>(other + (reinterpret_cast<char*>(slot) - own)) = value;
-  sometimes_yield();
-  arrive(reinterpret_cast<Barrier*>(other + (reinterpret_cast<char*>(barrier) - own)), 0);
+  auto* there = reinterpret_cast<float4*>(other + (reinterpret_cast<char*>(slot) - own));
+  auto* counted = reinterpret_cast<Barrier*>(other + (reinterpret_cast<char*>(barrier) - own));
+  *there = make_float4(NAN, NAN, NAN, NAN);
+  cuda_on_host::copies.push_back({[=] {
+    if (cuda_on_host::block_left(rank)) cuda_on_host::fail("a message to a block that has returned");
+    *there = value;
+    complete(counted, sizeof(float4));
+  }});
 }
 
 inline void check_bulk(const void* a, const void* b, uint32_t bytes) {
@@ -80,8 +88,7 @@ inline void load_bulk(void* shared, const void* global, uint32_t bytes, Barrier*
   std::memset(shared, 0xff, bytes);
   cuda_on_host::copies.push_back({[=] {
     std::memcpy(shared, global, bytes);
-    state_of(barrier)->parity_and_bytes -= static_cast<int32_t>(bytes) * 2;
-    complete_if_over(state_of(barrier));
+    complete(barrier, bytes);
   }});
 }
 inline void store_bulk(void* global, const void* shared, uint32_t bytes) {
