@@ -29,7 +29,7 @@ from grpo_fast.checkpoints import STATE, CompleteCheckpoints
 from grpo_fast.data import check_evaluation, encode_prompt
 from grpo_fast.generation import Sampler, SamplingParams, make_sampler
 from grpo_fast.generation.transformers_sampler import TransformersSampler
-from grpo_fast.generation.unwrap import inner_model, is_sharded
+from grpo_fast.generation.unwrap import end_tokens_of, inner_model, is_sharded
 from grpo_fast.grpo_config import GRPOConfig
 from grpo_fast.meters import Meters
 from grpo_fast.metrics import repeated_ngrams
@@ -148,6 +148,8 @@ class GRPOTrainer(CompleteCheckpoints):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[MicroBatch], int]:
         """The micro-batches of the next optimiser step, from the current rollout or a new one."""
+        if self.finished():
+            return [], 0
         for _ in range(num_batches):
             next(epoch_iterator, None)
         step, args = self.state.global_step, self.args
@@ -157,10 +159,8 @@ class GRPOTrainer(CompleteCheckpoints):
             if position != 0:
                 raise ValueError(f"the rollout of step {step} is missing; expected it in the checkpoint that was resumed from.")
             self.rollout = self.roll_out(number)
-        part = position % args.minibatches
-        size = args.per_device_train_batch_size
-        first = part * args.gradient_accumulation_steps
-        tokens = self._step_tokens[part]
+        part, size = position % args.minibatches, args.per_device_train_batch_size
+        first, tokens = part * args.gradient_accumulation_steps, self._step_tokens[part]
         sequences = size * args.gradient_accumulation_steps * self.accelerator.num_processes
         batches = []
         for i in range(args.gradient_accumulation_steps):
@@ -244,7 +244,7 @@ class GRPOTrainer(CompleteCheckpoints):
             self.args.max_completion_length,
             list(temperatures),
             seed=derived_seed(self.args.seed, *seed, self.accelerator.process_index),
-            eos_token_id=self._end_tokens(),
+            eos_token_id=end_tokens_of(self.model, self.processing_class),
             pad_token_id=self.processing_class.pad_token_id,
             **(cut or {"top_p": self.args.top_p, "top_k": self.args.top_k, "min_p": self.args.min_p or 0.0}),
         )
@@ -561,12 +561,6 @@ class GRPOTrainer(CompleteCheckpoints):
         super().create_model_card(*args, **kwargs, **({} if dataset_name is None else {"dataset": dataset_name}))
 
     # Text ----------------------------------------------------------------------------------------------------------------------
-
-    def _end_tokens(self) -> list[int]:
-        """The tokenizer's, and those the model's own generation knows."""
-        known = getattr(getattr(inner_model(self.model), "generation_config", None), "eos_token_id", None)
-        more = known if isinstance(known, list) else [known]
-        return list(dict.fromkeys(token for token in [self.processing_class.eos_token_id, *more] if token is not None))
 
 
 class _Hooks(TrainerCallback):

@@ -92,6 +92,18 @@ def test_killed_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytes
     assert not (tmp_path / UNFINISHED).exists() and last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
 
 
+def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path: Path) -> None:
+    """As a job that is started again until it ends well: transformers' loop would make one more step each time."""
+    run = run_of(tmp_path, steps=3)
+    run.train()
+    resumed = run_of(tmp_path, steps=3)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 3 and logs(resumed) == logs(run)
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
+    for name, value in parameters(resumed.model).items():
+        assert torch.equal(value, parameters(run.model)[name])
+
+
 def test_half_a_checkpoint_is_passed_over(tmp_path: Path) -> None:
     run_of(tmp_path, steps=2).train()
     (tmp_path / "checkpoint-9").mkdir()
