@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything a GPU can say, on a machine without network: bench/gpu.sh [build|test|bench|head|all]... See bench/README.md.
+# Everything a GPU can say, on a machine without network: bench/gpu.sh [build|test|bench|head|tune|all]... See bench/README.md.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3} out=${OUT:-bench/results} wheels=${WHEELS:-wheels} device=${DEVICE:-cuda} site=$PWD/build/gpu
@@ -7,10 +7,10 @@ mkdir -p "$out" "$site"
 # What is built here is imported, and not the checkout, which lacks the package that the install maps into it: see setup.py.
 export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
 
-# Seconds of a part, together 19 minutes. BUDGET_S sets each.
+# Seconds of a part, together 19 minutes without `tune`, which only a person asks for. BUDGET_S sets each.
 budget() {
   case $1 in
-    build | head) echo "${BUDGET_S:-180}" ;;
+    build | head | tune) echo "${BUDGET_S:-180}" ;;
     test) echo "${BUDGET_S:-360}" ;;
     bench) echo "${BUDGET_S:-420}" ;;
   esac
@@ -63,9 +63,10 @@ tests() {
 
 # No case is begun in the last half minute; what was measured before is in the file.
 measure() {
-  local seconds
+  local seconds program=bench/gpu_bench.py
   seconds=$(budget "$1")
-  BUDGET_S=$((seconds > 60 ? seconds - 30 : seconds)) timeout "$seconds" "$python" bench/gpu_bench.py "$1" --device "$device" \
+  [ "$1" = tune ] && program=bench/gpu_tune.py
+  BUDGET_S=$((seconds > 60 ? seconds - 30 : seconds)) timeout "$seconds" "$python" "$program" "$1" --device "$device" \
     --output "$out/gpu.json" 2>&1 | tee "$out/$1.log"
 }
 
@@ -85,7 +86,7 @@ part() {
 for name in "$@"; do
   case $name in
     build) part build ;;
-    test | bench | head)
+    test | bench | head | tune)
       [ -d "$site/grpo_fast" ] || part build
       if [ "$name" = test ]; then
         preflight
@@ -95,7 +96,7 @@ for name in "$@"; do
       fi
       ;;
     *)
-      echo "usage: bench/gpu.sh [build|test|bench|head|all]..." >&2
+      echo "usage: bench/gpu.sh [build|test|bench|head|tune|all]..." >&2
       exit 2
       ;;
   esac

@@ -276,13 +276,13 @@ def libraries() -> dict[str, Contestant]:
     return found
 
 
+def our_loss(impl: str | None, inplace: bool = False) -> Callable[..., Tensor]:
+    options: dict[str, Any] = {"temperature": TEMPERATURE, "config": gf.LossConfig(loss_type="bnpo"), "impl": impl, "inplace": inplace}
+    return lambda z, ids, a, old: gf.grpo_loss(z, ids, a, old_logprobs=old, **options).loss
+
+
 def loss_contestants(device: str, rows: int) -> list[Contestant]:
     """Loss and gradient. Ours computes entropy and metrics besides, always."""
-
-    def ours(impl: str | None, inplace: bool = False) -> Callable[..., Tensor]:
-        options: dict[str, Any] = {"temperature": TEMPERATURE, "config": gf.LossConfig(loss_type="bnpo"), "impl": impl, "inplace": inplace}
-        return lambda z, ids, a, old: gf.grpo_loss(z, ids, a, old_logprobs=old, **options).loss
-
     found = [Contestant("eager", eager, 10)]
     for name, other in libraries().items():
         call = other.call
@@ -296,10 +296,10 @@ def loss_contestants(device: str, rows: int) -> list[Contestant]:
 
         found.append(Contestant("trl_entropy", trl_entropy, 8, "the entropy too, as a metric: the work that ours does"))
     if not by_kernels(device):
-        return [Contestant("ours", ours(None), 1), Contestant("ours_inplace", ours(None, True), 1, inplace=True), *found]
+        return [Contestant("ours", our_loss(None), 1), Contestant("ours_inplace", our_loss(None, True), 1, inplace=True), *found]
     found = [
-        *(Contestant("ours" + end, ours("triton", bool(end)), 1, inplace=bool(end)) for end in ("", "_inplace")),
-        *(Contestant("ours_cluster" + end, ours("cluster", bool(end)), 1, inplace=bool(end)) for end in ("", "_inplace")),
+        *(Contestant("ours" + end, our_loss("triton", bool(end)), 1, inplace=bool(end)) for end in ("", "_inplace")),
+        *(Contestant("ours_cluster" + end, our_loss("cluster", bool(end)), 1, inplace=bool(end)) for end in ("", "_inplace")),
         *found,
     ]
     if rows == COMPILED_ROWS:
@@ -412,41 +412,61 @@ def bench(shapes: list[tuple[int, int]], timer: Timer, device: str, deadline: fl
     print(against_targets(results.whole["bench"]))
 
 
-def one_shape(rows: int, vocabulary: int, timer: Timer, device: str, deadline: float, results: Results) -> None:
+def with_bandwidth(found: dict[str, Any], step: str, given: Given, floor: float | None) -> dict[str, Any]:
+    """And what it is in GB/s and in copies, of which a read is half. floor: milliseconds of a copy, if it could be timed."""
+    reads, unit = (1, "times_read") if step.startswith("logprobs") else (2, "times_copy")
+    size = given.logits.numel() * given.logits.element_size()
+    return {**found, "gbps": reads * size / found["ms"] / 1e6, unit: found["ms"] / floor * 2 / reads if floor else None}
+
+
+@dataclass
+class Shape:
+    """The data of one shape and the time of a copy of its logits; `given` is None where it does not fit: the entry says why."""
+
+    entry: dict[str, Any]
+    given: Given | None = None
+    truth: tuple[Tensor, ...] = ()
+    copy_ms: float | None = None
+
+
+def made(rows: int, vocabulary: int, timer: Timer, device: str, deadline: float, results: Results) -> Shape:
     size = 2 * rows * vocabulary
-    shape: dict[str, Any] = {"rows": rows, "vocabulary": vocabulary, "dtype": "bfloat16"}
-    made: list[Any] = []
+    shape = Shape({"rows": rows, "vocabulary": vocabulary, "dtype": "bfloat16"})
 
     def make() -> dict[str, Any]:
-        given = case(rows, vocabulary, device)
-        made.extend((given, given.truth()))
+        shape.given = case(rows, vocabulary, device)
+        shape.truth = shape.given.truth()
         return {}
 
-    done = recorded({**shape, "step": "loss", "name": "data"}, make, 1.1 * size + 2**31, device, deadline)
-    if not made:
+    done = recorded({**shape.entry, "step": "loss", "name": "data"}, make, 1.1 * size + 2**31, device, deadline)
+    given = shape.given
+    if given is None or "error" in done:
         results.add(done)
-        return
-    given, truth = made
+        shape.given = None
+        return shape
 
     def copy() -> dict[str, Any]:
         target = torch.empty_like(given.logits)
         return timer(lambda _: target.copy_(given.logits))
 
-    floor = results.add(recorded({**shape, "step": "loss", "name": "copy"}, copy, size, device, deadline)).get("ms")
+    done = recorded({**shape.entry, "step": "loss", "name": "copy"}, copy, size, device, deadline)
+    shape.copy_ms = results.add(done).get("ms")
+    return shape
 
-    def per_copy(found: dict[str, Any]) -> dict[str, Any]:
-        return {**found, "gbps": 2 * size / found["ms"] / 1e6, "times_copy": found["ms"] / floor if floor else None}
 
-    def per_read(found: dict[str, Any]) -> dict[str, Any]:
-        return {**found, "gbps": size / found["ms"] / 1e6, "times_read": found["ms"] / floor * 2 if floor else None}
+def one_shape(rows: int, vocabulary: int, timer: Timer, device: str, deadline: float, results: Results) -> None:
+    shape = made(rows, vocabulary, timer, device, deadline, results)
+    given, truth, size = shape.given, shape.truth, 2 * rows * vocabulary
+    if given is None:
+        return
 
     def add(step: str, contestant: Contestant) -> None:
-        def work() -> dict[str, Any]:
-            if step == "loss":
-                return per_copy(measured_loss(contestant, given, truth, timer))
-            return per_read(measured_forward(contestant, given, truth, timer))
+        measured = measured_loss if step == "loss" else measured_forward
 
-        entry = {**shape, "step": step, "name": contestant.name, **({"work": contestant.work} if contestant.work else {})}
+        def work() -> dict[str, Any]:
+            return with_bandwidth(measured(contestant, given, truth, timer), step, given, shape.copy_ms)
+
+        entry = {**shape.entry, "step": step, "name": contestant.name, **({"work": contestant.work} if contestant.work else {})}
         results.add(recorded(entry, work, (contestant.times_logits + contestant.inplace) * size, device, deadline))
 
     for contestant in loss_contestants(device, rows):
@@ -455,8 +475,12 @@ def one_shape(rows: int, vocabulary: int, timer: Timer, device: str, deadline: f
         for contestant in contestants:
             add(step, contestant)
     if by_kernels(device):
-        entry = {**shape, "step": "gradient", "name": "ours"}
-        results.add(recorded(entry, lambda: per_copy(measured_gradient(given, truth, timer)), size, device, deadline))
+        entry = {**shape.entry, "step": "gradient", "name": "ours"}
+
+        def gradient() -> dict[str, Any]:
+            return with_bandwidth(measured_gradient(given, truth, timer), "gradient", given, shape.copy_ms)
+
+        results.add(recorded(entry, gradient, size, device, deadline))
 
 
 # Of a copy's bandwidth, at 4096 rows and more of 32000 logits and more.

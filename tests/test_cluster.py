@@ -59,7 +59,8 @@ def cluster(on_host: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
     library.impl("grpo_loss_cluster_", lambda logits, *rest: on_host.loss_to(logits, logits, *rest), "CPU")
     monkeypatch.setattr("grpo_fast.cluster.why_no_clusters", lambda logits: "")
 
-    def run_with(**settings: int) -> None:
+    def run_with(cluster: int = 0, stages: int = 0, **settings: int) -> None:
+        monkeypatch.setenv("GRPO_FAST_CLUSTER", f"{cluster}x{stages}")
         for name, value in settings.items():
             monkeypatch.setenv(f"CUDA_ON_HOST_{name.upper()}", str(value))
 
@@ -343,6 +344,22 @@ def check_compiled(device: str, backend: str) -> None:
     eager = torch.autograd.grad(step(hidden), weight)[0]
     compiled = torch.autograd.grad(torch.compile(step, fullgraph=True, backend=backend)(hidden), weight)[0]
     torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-5)
+
+
+@needs_compiler
+def test_a_shape_for_measuring(cluster: Callable[..., None]) -> None:
+    """GRPO_FAST_CLUSTER is obeyed: the sums are made of other parts; more than there is is refused."""
+    given = call(8, 4001, torch.float32)
+    entropies = []
+    for blocks in (1, 4):
+        cluster(cluster=blocks, stages=3)
+        entropies.append(gf.grpo_loss(**given, impl="cluster").entropy)
+    torch.testing.assert_close(*entropies, rtol=1e-6, atol=1e-6)
+    assert not torch.equal(*entropies)
+    for stages in (1, 100):
+        cluster(cluster=1, stages=stages)
+        with pytest.raises(RuntimeError, match="GRPO_FAST_CLUSTER asks for what there is not; unset it"):
+            gf.grpo_loss(**given, impl="cluster")
 
 
 @needs_compiler

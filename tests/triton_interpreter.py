@@ -387,6 +387,35 @@ def test_the_contestants_of_the_benchmark(tmp_path: Path, monkeypatch: pytest.Mo
     assert "expected an NVIDIA GPU" in found["loss", "ours_cluster"]["error"]
 
 
+def test_what_tuning_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every launch past the gate, really by the kernels as they are launched then, and the fastest told."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
+    import gpu_bench
+    import gpu_tune
+
+    monkeypatch.setattr(gpu_tune, "PROGRAMS", ((64, 1), (128, 2)))
+    monkeypatch.setattr(gpu_tune, "PER_MULTIPROCESSOR", (8,))
+    monkeypatch.setattr(gpu_tune, "CLUSTERS", ("2x3",))
+    launched = []
+    original = kernels.parts_of
+
+    def seen(rows: int, vocabulary: int, block: int, device: torch.device, parts: int | None) -> int:
+        launched.append((block, kernels.WARPS, found := original(rows, vocabulary, block, device, parts)))
+        return found
+
+    monkeypatch.setattr(kernels, "parts_of", seen)
+    results = gpu_bench.Results(tmp_path / "gpu.json", "tune", "cpu")
+    gpu_tune.tune([(3, 301)], gpu_bench.Timer("cpu", 1), "cpu", float("inf"), results)
+    entries = {(entry["step"], entry["launch"]): entry for entry in results.whole["tune"] if "launch" in entry}
+    launches = ("now", "64 columns, 1 warps", "128 columns, 2 warps", "8 programs per multiprocessor")
+    for step in ("logprobs", "logprobs+entropy", "gradient"):
+        assert all(entries[step, launch]["error_of_allowed"] <= 1 for launch in launches), entries
+    assert {(kernels.BLOCK, kernels.WARPS, 2), (64, 1, 2), (128, 2, 2)} <= set(launched)
+    assert "expected an NVIDIA GPU" in entries["loss", "2x3 clusters"]["error"]
+    told = gpu_tune.fastest(results.whole["tune"]).splitlines()
+    assert [line.split(",")[0] for line in told] == ["logprobs", "logprobs+entropy", "gradient"]
+
+
 # ---- as operators
 
 

@@ -675,8 +675,9 @@ Shape shape_of(const ClusterLossArgs& args, int64_t shared_bytes) {
     for (int cluster = args.force_cluster ? args.force_cluster : 1; cluster <= kMaxCluster; cluster *= 2) {
       // Whole lines of 128 bytes, so that blocks do not share one where rows begin on one.
       const int64_t slice = std::max<int64_t>(ceil_div(ceil_div(vectors, cluster), 8) * 8, 8);
-      const int64_t stages = std::min<int64_t>((shared_bytes - kHead) / (slice * 16), args.force_stages ? args.force_stages : kMaxStages);
-      if (stages >= std::min(wanted, args.force_stages ? args.force_stages : wanted)) {
+      const int64_t available = std::min<int64_t>((shared_bytes - kHead) / (slice * 16), kMaxStages);
+      const int64_t stages = args.force_stages ? args.force_stages : available;
+      if (stages >= 2 && available >= (args.force_stages ? stages : wanted)) {  // with one, consumers would wait for themselves
         shape.slice_vectors = slice, shape.cluster = cluster, shape.stages = static_cast<int>(stages);
         return shape;
       }
@@ -721,6 +722,7 @@ extern "C" const char* grpo_loss_cluster_launch(const grpo_fast::ClusterLossArgs
   const Device& here = device(index);
   if (here.why) return here.why;
   const Shape shape = shape_of(*args, here.shared_bytes);
+  if (shape.cluster == 0 && (args->force_cluster || args->force_stages)) return "GRPO_FAST_CLUSTER asks for what there is not; unset it";
   if (shape.cluster == 0) return "a row of these logits is longer than the shared memory of a cluster; leave impl at None";
 
   cudaLaunchAttribute attribute{};

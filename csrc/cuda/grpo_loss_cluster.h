@@ -48,7 +48,7 @@ struct ClusterLossArgs {
 
   float *logprobs, *entropy, *loss, *metrics;  // [B, T], [B, T], one, kTokenMetrics
   TokenRecord* records;                        // scratch, [B * T]
-  int32_t force_cluster, force_stages;         // 0: chosen by the row's length; otherwise for tests
+  int32_t force_cluster, force_stages;         // 0: chosen by the row's length; otherwise for tests and tuning
 };
 
 }  // namespace grpo_fast

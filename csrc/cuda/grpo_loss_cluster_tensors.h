@@ -1,6 +1,8 @@
 // From tensors to the plain arguments of the cluster kernel, for whoever launches it: the CUDA binding, or the tests on a CPU.
 #pragma once
 #include <cmath>
+#include <cstdio>
+#include <cstdlib>
 #include <tuple>
 #include <vector>
 
@@ -20,6 +22,11 @@ struct ClusterLossTensors {  // the operator's arguments behind the logits; for 
 
 using ClusterLossOutput = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // loss, logprobs, entropy, metrics
 
+// GRPO_FAST_CLUSTER="4x3", blocks by stages, is for measuring which shape is fastest; 0, or nothing: by the row's length.
+inline void take_forced_shape(ClusterLossArgs& args) {
+  if (const char* text = std::getenv("GRPO_FAST_CLUSTER")) std::sscanf(text, "%dx%d", &args.force_cluster, &args.force_stages);
+}
+
 // Calls launch(args), which says in words what went wrong, or null. gradient: null where none is wanted.
 template <typename Launch>
 ClusterLossOutput cluster_loss(const Tensor& logits, const Tensor* gradient, const ClusterLossTensors& given, const Launch& launch) {
@@ -29,6 +36,7 @@ ClusterLossOutput cluster_loss(const Tensor& logits, const Tensor* gradient, con
   STD_TORCH_CHECK(logits.stride(2) == 1 || logits.size(2) == 1, "the cluster kernel needs logits that are contiguous over the vocabulary");
   STD_TORCH_CHECK(logits.size(2) < (int64_t(1) << 31), "the cluster kernel needs a vocabulary below 2^31");
   ClusterLossArgs args{};
+  take_forced_shape(args);
   args.logits = static_cast<const char*>(logits.const_data_ptr());
   args.gradient = gradient ? static_cast<char*>(const_cast<void*>(gradient->const_data_ptr())) : nullptr;
   for (int i = 0; i < 2; ++i) {

@@ -1,25 +1,13 @@
 // csrc/cuda/grpo_loss_cluster.cu, run on the CPU by cuda_runtime.h and cluster_primitives.h beside this file, as operators for the tests.
 #include <torch/csrc/stable/library.h>
 
-#include <cstdlib>
-
 #include "cuda/grpo_loss_cluster_tensors.h"
 
 namespace {
 
 using namespace grpo_fast;
 
-int32_t setting(const char* name) {
-  const char* text = std::getenv(name);
-  return text ? std::atoi(text) : 0;
-}
-
-const char* launch(const ClusterLossArgs& given) {
-  ClusterLossArgs args = given;
-  args.force_cluster = setting("CUDA_ON_HOST_CLUSTER");
-  args.force_stages = setting("CUDA_ON_HOST_STAGES");
-  return grpo_loss_cluster_launch(&args, nullptr);
-}
+const char* launch(const ClusterLossArgs& args) { return grpo_loss_cluster_launch(&args, nullptr); }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss(
     const Tensor& logits, const Tensor& token_ids, const Tensor& mask, const Tensor& advantages, const Tensor& weights,
