@@ -1,4 +1,4 @@
-"""The command line: ``grpo-fast doctor | train | plot | demo | bench ...``."""
+"""The command line: ``grpo-fast doctor | train | plot | demo | study | bench ...``."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ MOUNTED = {
     "train": Mounted("grpo_fast.commands.train", "train", "Train a language model by GRPO, from a settings file and the command line."),
     "plot": Mounted("grpo_fast.monitor.cli", "plot", "Draw the curves of one run or several."),
     "demo": Mounted("grpo_fast.demo.cli", "demo", "Watch a small language model learn by GRPO."),
+    "study": Mounted("grpo_fast.study.cli", "train", "Measure what the temperature does, in sampling and in training."),
     "bench": Mounted("grpo_fast.benchmark.cli", "bench", "Time the loss against what you would use instead."),
     "bench-head": Mounted("grpo_fast.benchmark.head.cli", "bench", "Time the fused head against what you would use instead."),
     "bench-trainer": Mounted("grpo_fast.benchmark.trainer_stage", "bench", "Time the trainer's loss stage against an eager loss."),

@@ -1,4 +1,4 @@
-"""Settings of ``grpo-fast train``: a YAML or JSON file, and every field on the command line too, which wins."""
+"""Settings of ``grpo-fast train`` and ``grpo-fast study``: a YAML or JSON file, and every field on the command line too, which wins."""
 
 from __future__ import annotations
 
@@ -19,7 +19,17 @@ from grpo_fast.config import LOSS_TYPES, LossConfig
 from grpo_fast.generation import SAMPLERS, sampler_class
 from grpo_fast.rewards import BUILT_IN
 
-__all__ = ["SettingsError", "TrainOptions", "build_parser", "help_tables", "parse", "read_settings"]
+__all__ = [
+    "SettingsError",
+    "TrainOptions",
+    "build_parser",
+    "help_tables",
+    "option_table",
+    "parse",
+    "read_settings",
+    "reward_table",
+    "said",
+]
 
 
 class SettingsError(ValueError):
@@ -82,14 +92,25 @@ class _Parser(argparse.ArgumentParser):
         raise SettingsError(f"command line: {message.rstrip('.')}.")
 
 
-def parse(args: Sequence[str], config_class: Any) -> tuple[TrainOptions, Any, dict[str, Any]]:
+def parse(args: Sequence[str], config_class: Any, options_class: Any = TrainOptions) -> tuple[Any, Any, dict[str, Any]]:
     """Options, configuration, and what was set explicitly, from the arguments ``[FILE] [--name value ...]``.
 
     Raises:
         SettingsError: see there. Everything else that is wrong is raised by the configuration itself, as ValueError.
     """
+    given = said(args, config_class, options_class)
+    own = {each.name for each in dataclasses.fields(options_class)}
+    options = options_class(**{name: value for name, value in given.items() if name in own})
+    for name in ("model", "dataset"):
+        if not getattr(options, name):
+            raise SettingsError(f"{name} is not set; expected it in the settings file or as --{name}. See --help.")
+    return options, config_class(**{name: value for name, value in given.items() if name not in own}), given
+
+
+def said(args: Sequence[str], config_class: Any, options_class: Any = TrainOptions) -> dict[str, Any]:
+    """What ``[FILE] [--name value ...]`` sets, by name, of the fields of both classes; ``config_class`` None: of the options alone."""
     file = args[0] if args and not args[0].startswith("-") else None
-    parser, actions = build_parser(config_class)
+    parser, actions = build_parser(config_class, options_class)
     given = {} if file is None else read_settings(file, actions)
     namespace, unknown = parser.parse_known_args(list(args[1:] if file is not None else args))
     if unknown:
@@ -100,23 +121,18 @@ def parse(args: Sequence[str], config_class: Any) -> tuple[TrainOptions, Any, di
             )
         raise SettingsError(f"command line: there is no {name}.{_near(name.lstrip('-').partition('=')[0], actions)}")
     given |= vars(namespace)  # only what was said: the parser has no defaults
-    given = {name: None if value == [None] else _from_json(name, value, actions[name]) for name, value in given.items()}
-    own = {each.name for each in dataclasses.fields(TrainOptions)}
-    options = TrainOptions(**{name: value for name, value in given.items() if name in own})
-    for name in ("model", "dataset"):
-        if not getattr(options, name):
-            raise SettingsError(f"{name} is not set; expected it in the settings file or as --{name}. See grpo-fast train --help.")
-    return options, config_class(**{name: value for name, value in given.items() if name not in own}), given
+    return {name: None if value == [None] else _from_json(name, value, actions[name]) for name, value in given.items()}
 
 
-def build_parser(config_class: Any) -> tuple[_Parser, dict[str, argparse.Action]]:
+def build_parser(config_class: Any, options_class: Any = TrainOptions) -> tuple[_Parser, dict[str, argparse.Action]]:
     """A parser of all fields, and its actions by name. HfArgumentParser reads the types; what it misreads (bool or text) is mended."""
     from transformers import HfArgumentParser
     from transformers.hf_argparser import string_to_bool
 
-    made = HfArgumentParser([TrainOptions, config_class], allow_abbrev=False, add_help=False)
+    classes = [options_class] if config_class is None else [options_class, config_class]
+    made = HfArgumentParser(classes, allow_abbrev=False, add_help=False)
     parser = _Parser(allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS)
-    hints = typing.get_type_hints(config_class) | typing.get_type_hints(TrainOptions)
+    hints = {name: hint for each in reversed(classes) for name, hint in typing.get_type_hints(each).items()}
     actions: dict[str, argparse.Action] = {}
     for action in made._actions:
         kinds = set(typing.get_args(hints[action.dest])) if _is_union(hints[action.dest]) else {hints[action.dest]}
@@ -190,16 +206,27 @@ def help_tables(config_class: Any) -> list[Any]:
         "GRPO (grpo_fast.grpo_config.GRPOConfig)": (config_class, [name for name in own if name not in inherited]),
         "Training (transformers.TrainingArguments)": (config_class, [name for name in own if name in inherited]),
     }
-    tables = []
-    for title, (kind, names) in groups.items():
-        fields = {each.name: each for each in dataclasses.fields(kind)}
-        rows = [(f"--{name}", _default(fields[name]), words.get(name, "")) for name in names]
-        tables.append(_help_table(title, ("option", "default", "meaning"), rows))
-    rewards = [(name, _settings_of(reward), _first_sentence(reward)) for name, reward in BUILT_IN.items()]
-    tables.insert(1, _help_table("Rewards of the package (--rewards)", ("name", "settings", "meaning"), rewards, ratio=(2, 3)))
+    tables = [option_table(title, kind, names, words) for title, (kind, names) in groups.items()]
+    tables.insert(1, reward_table())
     samplers = [(name, _settings_of(sampler_class(name)), _first_sentence(sampler_class(name))) for name in SAMPLERS]
     tables.insert(2, _help_table("Samplers (--sampler, --sampler_options)", ("name", "options", "meaning"), samplers, ratio=(2, 3)))
     return tables
+
+
+def option_table(title: str, kind: Any, names: Sequence[str], words: dict[str, str] | None = None) -> Any:
+    """Rich table of fields of a dataclass: name, default, and meaning, which is what ``words`` or else its docstrings say."""
+    if words is None:
+        words = {name: text for base in reversed(kind.__mro__) for name, text in _described(base).items()}
+    fields = {each.name: each for each in dataclasses.fields(kind)}
+    return _help_table(
+        title, ("option", "default", "meaning"), [(f"--{name}", _default(fields[name]), words.get(name, "")) for name in names]
+    )
+
+
+def reward_table() -> Any:
+    """Rich table of the package's rewards."""
+    rewards = [(name, _settings_of(reward), _first_sentence(reward)) for name, reward in BUILT_IN.items()]
+    return _help_table("Rewards of the package (--rewards)", ("name", "settings", "meaning"), rewards, ratio=(2, 3))
 
 
 def _help_table(title: str, columns: tuple[str, str, str], rows: list[tuple[str, str, str]], ratio: tuple[int, int] = (1, 3)) -> Any:
@@ -299,7 +326,7 @@ def _name(kind: Any) -> str:
 
 def _near(name: str, actions: dict[str, argparse.Action]) -> str:
     close = difflib.get_close_matches(name.replace("-", "_"), actions, 3, 0.6)
-    return f" Did you mean {' or '.join(close)}?" if close else " See grpo-fast train --help."
+    return f" Did you mean {' or '.join(close)}?" if close else " See --help."
 
 
 def _default(each: dataclasses.Field[Any]) -> str:

@@ -15,10 +15,10 @@ from typing import Any
 
 from rich.console import Console
 
-from grpo_fast.commands.data import make_task, shape_prompts
+from grpo_fast.commands.data import load_tokenizer, make_task, named_rewards, prompt_rows
 from grpo_fast.commands.settings import SettingsError, TrainOptions, help_tables, parse
 from grpo_fast.generation import SamplerError, check_options
-from grpo_fast.rewards import RewardError, RewardRunner, load_reward
+from grpo_fast.rewards import RewardError, RewardRunner
 from grpo_fast.tasks import Task
 
 __all__ = ["app", "prepare", "run"]
@@ -69,31 +69,20 @@ def prepare(args: Sequence[str], config_class: Any) -> dict[str, Any]:
     Raises:
         SettingsError, ValueError, TypeError: name the setting, what it was, what was expected and the cure.
     """
-    from datasets import Dataset
-
-    from grpo_fast.data import load_prompts, read_rows
-
     options, config, given = parse(args, config_class)
     assert options.model and options.dataset
     resume = _checkpoint(config)
     _check_writable(config.output_dir)
     seed = config.prompt_seed
     task = make_task(options.dataset, size=options.dataset_size, seed=seed)
-    rewards = [_reward(name, task) for name in (options.rewards or (["task"] if task is not None else []))]
-    if not rewards:
-        raise SettingsError("rewards is not set; expected at least one, in the settings file or as --rewards. See grpo-fast train --help.")
+    rewards = named_rewards(options, task)
     runner = RewardRunner(rewards, weights=config.reward_weights, on_error=config.reward_on_error, isolation=config.reward_isolation)
     check_options(config.sampler, config.sampler_options or {})
     peft_config = _peft(options)
-    tokenizer = _tokenizer(options)
+    tokenizer = load_tokenizer(options)
 
     def rows_of(name: str, split: str, generated: Task | None) -> Any:
-        rows = generated.rows if generated is not None else read_rows(name, split=split, config=options.dataset_config)
-        rows = Dataset.from_list(rows) if isinstance(rows, list) else rows
-        rows = shape_prompts(rows, column=options.prompt_column, template=options.prompt_template, system=options.system_prompt)
-        runner.check_columns([column for column in rows.column_names if column != "prompt"])
-        chat = config.chat_template_kwargs
-        return load_prompts(rows, tokenizer, max_prompt_length=options.max_prompt_length, chat_template_kwargs=chat).rows
+        return prompt_rows(name, split, generated, options, tokenizer, runner, chat=config.chat_template_kwargs)
 
     rows, evaluation = rows_of(options.dataset, options.dataset_split, task), None
     if options.eval_dataset is not None:
@@ -167,28 +156,6 @@ def _how_it_ended(error: BaseException, step: int, output: Path) -> str:
 def _say(message: str) -> None:
     console = Console(stderr=True)
     console.print(message, highlight=False, markup=False, soft_wrap=not console.is_terminal)
-
-
-def _reward(name: str, task: Task | None) -> Any:
-    if name == "task":
-        if task is None:
-            raise SettingsError("rewards has 'task', and the dataset is no task, which brings its own reward; expected other rewards.")
-        return task.reward
-    return load_reward(name)
-
-
-def _tokenizer(options: TrainOptions) -> Any:
-    """Loaded before the model: it is quick, and shows that the name is right."""
-    from transformers import AutoTokenizer
-
-    name = options.tokenizer or options.model
-    if name is not None and name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
-        raise SettingsError(f"{'tokenizer' if options.tokenizer else 'model'} is {name!r}; there is no such folder.")
-    try:
-        return AutoTokenizer.from_pretrained(name, padding_side="left")
-    except Exception as error:  # no such name, no network, a broken file: each library raises its own
-        reason = " ".join(str(error).split())[:400].rstrip(".")
-        raise SettingsError(f"the tokenizer of {name!r} cannot be loaded: {type(error).__name__}: {reason}. Is the name right?") from error
 
 
 def _peft(options: TrainOptions) -> Any:

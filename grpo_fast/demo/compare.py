@@ -12,6 +12,7 @@ import math
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Annotated, Any
@@ -25,10 +26,8 @@ from grpo_fast.benchmark.machine import describe, load_average
 from grpo_fast.demo import need
 from grpo_fast.demo.evaluate import evaluate
 from grpo_fast.demo.grpo import Settings, optimizer_of, train
-from grpo_fast.demo.model import imitate, make_model
 from grpo_fast.demo.report import write_json
-from grpo_fast.demo.run import MAX_NEW_TOKENS, REWARDS, Options, drawn_from, one_thread
-from grpo_fast.demo.task import Teacher, make_tokenizer, question, split_questions
+from grpo_fast.demo.run import MAX_NEW_TOKENS, REWARDS, Options, drawn_from, one_thread, warm_started
 
 __all__ = ["compare", "trainer_of"]
 
@@ -36,8 +35,10 @@ WAYS = ("loop", "trainer")
 CURVES = ("reward", "rewards/accuracy_reward")
 
 
-def trainer_of(model: Any, tokenizer: Any, rows: list[dict[str, Any]], settings: Settings, prompts: int, seed: int, output: Path) -> Any:
-    """A GRPOTrainer that does what the loop does with these settings and as many prompts per step."""
+def trainer_of(
+    model: Any, tokenizer: Any, rows: list[dict[str, Any]], settings: Settings, prompts: int, seed: int, output: Path, **more: Any
+) -> Any:
+    """A GRPOTrainer that does what the loop does with these settings and as many prompts per step; ``more`` for GRPOConfig."""
     from grpo_fast.trainer import GRPOConfig, GRPOTrainer
 
     loss = settings.loss
@@ -45,7 +46,6 @@ def trainer_of(model: Any, tokenizer: Any, rows: list[dict[str, Any]], settings:
         str(output),
         seed=seed,
         max_steps=settings.steps,
-        temperature=settings.temperature,
         per_device_train_batch_size=prompts * settings.group_size,
         num_generations=settings.group_size,
         max_completion_length=settings.max_new_tokens,
@@ -61,6 +61,7 @@ def trainer_of(model: Any, tokenizer: Any, rows: list[dict[str, Any]], settings:
         save_strategy="no",
         report_to="none",
         use_cpu=True,
+        **({"temperature": settings.temperature} | more),
     )
     optimizers = optimizer_of(model, settings)
     return GRPOTrainer(model, list(REWARDS), args, train_dataset=rows, processing_class=tokenizer, optimizers=optimizers)
@@ -86,13 +87,8 @@ def compare(options: Options, seeds: Sequence[int], console: Console) -> dict[st
 
 
 def _from_seed(options: Options, seed: int) -> list[dict[str, Any]]:
-    torch.manual_seed(seed)
-    tokenizer, settings = make_tokenizer(), options.settings()
-    start = make_model(tokenizer)
-    training, held_out = split_questions()
-    imitate(start, tokenizer, training, Teacher(), steps=options.warm_start_steps, max_new_tokens=MAX_NEW_TOKENS, seed=seed)
-    rows = [question(digits) for digits in training]
-    found = []
+    start, tokenizer, rows, held_out = warm_started(replace(options, seed=seed))
+    settings, found = options.settings(), []
     for way in WAYS:
         model = copy.deepcopy(start)
         torch.manual_seed(seed)
@@ -107,9 +103,8 @@ def _from_seed(options: Options, seed: int) -> list[dict[str, Any]]:
                 trainer.train()
                 seconds = time.process_time() - began
             history = [{**log, CURVES[1]: log[f"{CURVES[1]}/mean"]} for log in trainer.state.log_history if "loss" in log]
-        asked = [question(digits) for digits in held_out[: options.evaluation_prompts]]
         draw: dict[str, Any] = {"group_size": options.group_size, "max_new_tokens": MAX_NEW_TOKENS, "seed": seed}
-        (quality,) = evaluate(model, tokenizer, asked, temperatures=[0.6], **draw)
+        (quality,) = evaluate(model, tokenizer, held_out[: options.evaluation_prompts], temperatures=[0.6], **draw)
         curves = {name: [record[name] for record in history] for name in CURVES}
         means = {"mean_training_reward": fmean(curves[CURVES[0]]), "mean_training_accuracy": fmean(curves[CURVES[1]])}
         found.append({"seed": seed, "way": way, "seconds": seconds, "accuracy": quality.accuracy, **means, "curves": curves})

@@ -11,8 +11,9 @@ import torch
 
 import grpo_fast as gf
 from grpo_fast.demo.grpo import sample
-from grpo_fast.metrics import coherence, distinct_share, entropy_summary, is_truncated, loop_period, repeated_ngrams
+from grpo_fast.metrics import coherence, entropy_summary, is_truncated
 from grpo_fast.rewards import accuracy_reward, format_reward
+from grpo_fast.study.measures import distinct_shares, shape_of
 
 TEMPERATURES = (0.0, 0.2, 0.6, 1.0, 1.4)
 KEY_PATTERN = r"\d"  # of this task's questions every single digit counts
@@ -74,13 +75,10 @@ def _evaluate_at(model: Any, tokenizer: Any, rows: Sequence[dict[str, str]], tem
         samples=len(texts),
         accuracy=_mean(accuracy_reward(prompts, texts, ids, answer=answers)),
         format=_mean(format_reward(prompts, texts, ids)),
-        truncated=fmean(cut),
-        endless=fmean(was_cut and loop_period(row) is not None for row, was_cut in zip(ids, cut, strict=True)),
-        repetition=fmean(repeated_ngrams(row, NGRAM) for row in ids),
+        **{name: fmean(values) for name, values in shape_of(ids, cut, NGRAM).items()},
         coherence=fmean(coherence(p, t, key_pattern=KEY_PATTERN) for p, t in zip(prompts, texts, strict=True)),
-        diversity=fmean(distinct_share(texts[i : i + group_size]) for i in range(0, len(texts), group_size)),
+        diversity=fmean(distinct_shares(texts, group_size)),
         entropy=entropy,
-        length=fmean(len(row) for row in ids),
     )
 
 

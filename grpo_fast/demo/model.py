@@ -56,7 +56,8 @@ def imitate(
     """Cross entropy on the teacher's completions, not on the prompts. What is longer than ``max_new_tokens`` is cut, and has no end."""
     rng = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=SFT_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, SFT_LEARNING_RATE, total_steps=max(steps, 1), pct_start=0.1)
+    total = max(steps, 11)  # with ten, the first tenth has a length of 0, by which OneCycleLR divides
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, SFT_LEARNING_RATE, total_steps=total, pct_start=0.1)
     model.train()
     for _ in range(steps):
         batch = rng.sample(digits, SFT_BATCH)

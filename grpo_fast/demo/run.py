@@ -188,6 +188,25 @@ class _Stage:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
 
 
+class Start(NamedTuple):
+    """Where GRPO begins: the model that imitation left behind, its tokenizer, and the questions."""
+
+    model: Any
+    tokenizer: Any
+    training: list[dict[str, str]]  # rows
+    held_out: list[dict[str, str]]
+
+
+def warm_started(options: Options) -> Start:
+    """The demonstration's model after its warm start, a function of the seed."""
+    torch.manual_seed(options.seed)
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer)
+    training, held_out = split_questions()
+    imitate(model, tokenizer, training, Teacher(), steps=options.warm_start_steps, max_new_tokens=MAX_NEW_TOKENS, seed=options.seed)
+    return Start(model, tokenizer, [question(digits) for digits in training], [question(digits) for digits in held_out])
+
+
 def drawn_from(rows: list[dict[str, Any]], count: int, seed: int) -> Iterator[list[dict[str, Any]]]:
     """Batches of as many different rows, without end."""
     rng = random.Random(seed)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["eval_mode", "inner_model", "is_peft", "is_sharded", "whole_parameters"]
+__all__ = ["end_tokens_of", "eval_mode", "inner_model", "is_peft", "is_sharded", "whole_parameters"]
 
 _FSDP1 = "FullyShardedDataParallel"
 
@@ -24,6 +24,13 @@ def inner_model(model: Any) -> Any:
             )
         return _without_wrappers(model.get_base_model())
     return model
+
+
+def end_tokens_of(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end a completion: the tokenizer's, and those the model's own generation knows."""
+    known = getattr(getattr(inner_model(model), "generation_config", None), "eos_token_id", None)
+    more = known if isinstance(known, list) else [known]
+    return list(dict.fromkeys(token for token in [tokenizer.eos_token_id, *more] if token is not None))
 
 
 def is_peft(model: Any) -> bool:

@@ -1,0 +1,69 @@
+"""Means with standard errors over what was drawn independently, and whether two of them can be told apart.
+
+Samples of one prompt are not independent of each other, so what is counted are prompts, not samples: each contributes its own mean
+(clustered standard errors, arXiv:2411.00640). Two temperatures that answer the same prompts are compared prompt by prompt, which leaves
+out what makes one prompt harder than another; two trainings from the same start are compared seed by seed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import fmean, variance
+from typing import NamedTuple
+
+__all__ = ["Estimate", "difference", "estimate", "told_apart"]
+
+# Student's t, the 97.5 % quantile, for 1 to 30 degrees of freedom. Beyond: Cornish and Fisher's expansion, right to four digits there.
+_STUDENT = (
+    *(12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281),
+    *(2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860),
+    *(2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484, 2.0452, 2.0423),
+)
+
+
+class Estimate(NamedTuple):
+    """A mean, its standard error (NaN where there is one value only), and of how many values (prompts, or seeds)."""
+
+    mean: float
+    error: float
+    units: int
+
+    @property
+    def margin(self) -> float:
+        """Half the width of the 95 % confidence interval, by Student's t; infinite where the error is not known."""
+        return math.inf if math.isnan(self.error) else _student(self.units - 1) * self.error
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """The mean of independent values, with ``s / sqrt(N)``, s the unbiased standard deviation.
+
+    Example:
+        >>> estimate([0.0, 1.0, 1.0, 0.0])
+        Estimate(mean=0.5, error=0.28867513459481287, units=4)
+    """
+    if not values:
+        raise ValueError("estimate: values is empty; expected at least one.")
+    return Estimate(fmean(values), math.sqrt(variance(values) / len(values)) if len(values) > 1 else math.nan, len(values))
+
+
+def difference(mine: Sequence[float], theirs: Sequence[float]) -> Estimate:
+    """The mean of the differences of pairs: the same prompts at two temperatures, or the same seeds in two trainings.
+
+    Example:
+        >>> difference([0.5, 1.0], [0.25, 0.25])
+        Estimate(mean=0.5, error=0.25, units=2)
+    """
+    return estimate([a - b for a, b in zip(mine, theirs, strict=True)])
+
+
+def told_apart(gap: Estimate) -> bool:
+    """Whether a difference is larger than its 95 % margin. One pair alone tells nothing."""
+    return abs(gap.mean) > gap.margin
+
+
+def _student(degrees: int) -> float:
+    if degrees <= len(_STUDENT):
+        return _STUDENT[degrees - 1]
+    z = 1.959964
+    return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)

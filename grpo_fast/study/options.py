@@ -1,0 +1,90 @@
+"""What both studies are asked: temperatures, counts, where the result goes. Checked before anything is loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from grpo_fast.benchmark.settings import check_output
+from grpo_fast.commands.settings import SettingsError
+from grpo_fast.extras import install
+
+__all__ = ["check_count", "check_place", "need_packages", "sampling_temperatures", "training_temperatures"]
+
+ARROW = "->"
+
+
+def sampling_temperatures(texts: Sequence[Any], name: str = "temperatures") -> list[float]:
+    """Numbers of at least 0, each once, from cold to hot.
+
+    Raises:
+        SettingsError: names the one that is wrong.
+    """
+    found = [_number(name, text, "a number of at least 0: 0 is greedy decoding, 0.6 is usual", least=0.0) for text in texts]
+    return sorted(_each_once(name, found))
+
+
+def training_temperatures(texts: Sequence[Any], steps: int, name: str = "temperatures") -> dict[str, dict[str, Any]]:
+    """By label, what `TemperatureSchedule.from_config` takes: ``0.6`` is constant, ``0.6->1.4`` goes on a straight line over all steps.
+
+    Raises:
+        SettingsError: names the one that is wrong.
+    """
+    expected = "a number above 0, or two as in '0.6->1.4'. Greedy decoding gives a group one completion, and nothing to learn from"
+    found: dict[str, dict[str, Any]] = {}
+    for text in texts:
+        ends = [_number(name, part, expected, least=math.ulp(0.0), whole=text) for part in str(text).split(ARROW)]
+        if len(ends) > 2:
+            raise SettingsError(f"{name} has {str(text)!r}; expected {expected}.")
+        spec: dict[str, Any] = {"kind": "constant", "value": ends[0]}
+        if len(ends) == 2:
+            spec = {"kind": "linear", "start": ends[0], "end": ends[1], "steps": max(steps - 1, 1)}  # the last step is at the end
+        label = ARROW.join(f"{end:g}" for end in ends)
+        _each_once(name, [*found, label])
+        found[label] = spec
+    if not found:
+        raise SettingsError(f"{name} is empty; expected at least one {expected.removeprefix('a ')}.")
+    return found
+
+
+def check_count(name: str, value: Any, cure: str) -> None:
+    """A whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise SettingsError(f"{name} is {value!r}; expected a whole number of at least 1. {cure}")
+
+
+def check_place(output: str) -> Path:
+    """Where the JSON goes; CSV and PNG stand beside it."""
+    path = Path(output)
+    check_output(path)
+    return path
+
+
+def need_packages(*modules: str, extras: tuple[str, ...]) -> None:
+    """Raise the ImportError that says what to install, if one of these packages is missing."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"the study needs {' and '.join(missing)}, which is not installed. Cure: {install(*extras)}")
+
+
+def _number(name: str, text: Any, expected: str, *, least: float, whole: Any = None) -> float:
+    said = str(text if whole is None else whole)
+    try:
+        value = float(text)
+    except (TypeError, ValueError) as error:
+        raise SettingsError(f"{name} has {said!r}; expected {expected}.") from error
+    if not least <= value < math.inf:
+        raise SettingsError(f"{name} has {said!r}; expected {expected}.")
+    return value
+
+
+def _each_once(name: str, values: Sequence[Any]) -> list[Any]:
+    if not values:
+        raise SettingsError(f"{name} is empty; expected at least one, as in --{name} 0 0.6 1.0.")
+    twice = next((value for i, value in enumerate(values) if value in values[:i]), None)
+    if twice is not None:
+        raise SettingsError(f"{name} has {twice} twice; expected each once.")
+    return list(values)

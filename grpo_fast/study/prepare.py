@@ -1,0 +1,162 @@
+"""What ``grpo-fast study sampling`` is asked for, checked and loaded; the model comes last."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from grpo_fast.commands.data import load_tokenizer, make_task, named_rewards, prompt_rows
+from grpo_fast.commands.settings import SettingsError, TrainOptions, parse
+from grpo_fast.generation import check_options
+from grpo_fast.rewards import CoherenceReward, FormatReward, RewardRunner
+from grpo_fast.study.options import check_count, check_place, need_packages, sampling_temperatures
+from grpo_fast.tasks import Task
+
+__all__ = ["SAMPLED_BY", "Prepared", "SamplingOptions", "load_model", "prepare"]
+
+DEMO = "demo"  # as model and as dataset: what the demonstration begins with
+RIGHT = ("accuracy_reward", "math_reward")  # rewards that say whether an answer is right
+SAMPLED_BY = (  # settings of GRPOConfig that are read
+    *("max_completion_length", "top_p", "top_k", "min_p", "seed", "per_device_eval_batch_size", "sampler", "sampler_options"),
+    *("chat_template_kwargs", "reward_weights", "scale_rewards", "reward_timeout", "reward_on_error", "reward_isolation"),
+    *("model_init_kwargs", "trust_remote_code", "use_cpu", "bf16", "fp16", "fused_head", "packing"),
+)
+QUICK = {"prompts": 8, "samples": 2, "rounds": 1, "max_completion_length": 32, "warm_start_steps": 20}
+
+
+@dataclass
+class SamplingOptions(TrainOptions):
+    """What is measured. Model, dataset and rewards are named as for ``grpo-fast train``; ``demo`` is the demonstration's, before GRPO.
+
+    Args:
+        temperatures: to sample at; 0 is greedy decoding.
+        samples: completions per prompt and round: the group that GRPO would compare, and the k of pass@k and cons@k.
+        rounds: how often each prompt gets its samples.
+        prompts: take no more than the first so many rows.
+        correct: the reward that says whether an answer is right (full marks: 1); by default accuracy, math, or the task's own.
+        ngram: length, in tokens, of the n-grams whose repetition is counted.
+        keep: the share of the highest pass@1 that must be left before a temperature counts as performance collapse.
+        warm_start_steps: of the model 'demo': steps of imitation.
+        output: the result as JSON; table and figure take the same name with .csv and .png.
+        quick: eight prompts and a few short completions, to see whether it runs; its figures mean nothing.
+    """
+
+    temperatures: list[str] = field(default_factory=lambda: ["0", "0.2", "0.6", "1.0", "1.4"])
+    samples: int = 8
+    rounds: int = 4
+    prompts: int = 100
+    correct: str | None = None
+    ngram: int = 4
+    keep: float = 0.5
+    warm_start_steps: int = 160
+    output: str = "runs/study/sampling.json"
+    quick: bool = False
+
+
+@dataclass
+class Prepared:
+    """Everything but the model: it is loaded when all else has been found right."""
+
+    options: SamplingOptions
+    config: Any  # a GRPOConfig
+    temperatures: list[float]
+    tokenizer: Any
+    rows: Any  # N, each with a prompt
+    runner: RewardRunner
+    correct: int  # which of the rewards says whether an answer is right
+    coherence: CoherenceReward | None  # where completions are expected to have a form
+
+
+def prepare(args: Sequence[str], config_class: Any) -> Prepared:
+    """Parse, load rewards, tokenizer and data, check that all fits.
+
+    Raises:
+        SettingsError, ValueError, TypeError, ImportError: name the setting, what it was, what was expected and the cure.
+    """
+    need_packages("datasets", "accelerate", "matplotlib", extras=("train", "plot"))
+    options, config, given = parse(args, config_class, SamplingOptions)
+    if options.quick:
+        for name, value in QUICK.items():
+            if name not in given:
+                setattr(options if hasattr(options, name) else config, name, value)
+        if "output" not in given:
+            options.output = options.output.replace(".json", "_quick.json")
+    temperatures = sampling_temperatures(options.temperatures)
+    check_count("samples", options.samples, "A group has several: 8.")
+    check_count("rounds", options.rounds, "More rounds, smaller errors: 4.")
+    check_count("prompts", options.prompts, "Errors are taken over prompts: 100.")
+    check_count("ngram", options.ngram, "It is the length of the n-grams: 4.")
+    check_count("warm_start_steps", options.warm_start_steps, "The demonstration takes 160.")
+    if not 0 < options.keep < 1:
+        raise SettingsError(f"keep is {options.keep!r}; expected a number above 0 and below 1: the share of the highest pass@1, 0.5.")
+    check_place(options.output)
+    task = _task(options, config.prompt_seed)
+    rewards = named_rewards(options, task)
+    runner = RewardRunner(
+        rewards,
+        weights=config.reward_weights,
+        timeout=config.reward_timeout,
+        on_error=config.reward_on_error,
+        isolation=config.reward_isolation,
+    )
+    correct = _correct(options, runner, rewards, task)
+    check_options(config.sampler, config.sampler_options or {})
+    tokenizer = _demo_tokenizer() if options.model == DEMO else load_tokenizer(options)
+    if tokenizer.eos_token_id is None:
+        raise SettingsError("the tokenizer has no eos_token_id; expected one: a completion ends with it.")
+    assert options.dataset is not None
+    chat = config.chat_template_kwargs
+    rows = prompt_rows(options.dataset, options.dataset_split, task, options, tokenizer, runner, chat=chat, limit=options.prompts)
+    return Prepared(options, config, temperatures, tokenizer, rows, runner, correct, _coherence(rewards))
+
+
+def load_model(prepared: Prepared) -> Any:
+    """The model, on the device of the configuration."""
+    if prepared.options.model == DEMO:
+        from grpo_fast.demo.run import Options, warm_started
+
+        return warm_started(Options(seed=prepared.config.seed, warm_start_steps=prepared.options.warm_start_steps)).model
+    from grpo_fast.passes import load_policy
+
+    model, _ = load_policy(prepared.options.model, prepared.config, prepared.tokenizer)
+    return model.to(prepared.config.device)
+
+
+def _task(options: SamplingOptions, seed: int) -> Task | None:
+    if options.dataset == DEMO:
+        from grpo_fast.demo.task import question, split_questions
+        from grpo_fast.rewards import accuracy_reward
+
+        return Task([question(digits) for digits in split_questions()[1]], accuracy_reward)
+    return make_task(options.dataset or "", size=max(options.dataset_size, options.prompts), seed=seed)
+
+
+def _demo_tokenizer() -> Any:
+    from grpo_fast.demo.task import make_tokenizer
+
+    return make_tokenizer()
+
+
+def _correct(options: SamplingOptions, runner: RewardRunner, rewards: list[Any], task: Task | None) -> int:
+    asked = list(options.rewards or ["task"])
+    if options.correct is not None:
+        for names in (asked, runner.names):
+            if options.correct in names:
+                return names.index(options.correct)
+        raise SettingsError(f"correct is {options.correct!r}; expected one of the rewards: {', '.join(asked)}.")
+    for i, reward in enumerate(rewards):
+        if runner.names[i] in RIGHT or (task is not None and reward is task.reward):
+            return i
+    raise SettingsError(
+        f"no reward says whether an answer is right: rewards are {', '.join(asked)}; expected accuracy, math, or a task's own. "
+        "Cure: --correct NAME, of a reward whose full marks are 1."
+    )
+
+
+def _coherence(rewards: list[Any]) -> CoherenceReward | None:
+    """The one that is asked for, or that which belongs to the format reward; None: nothing says that completions have a form."""
+    for reward in rewards:
+        if isinstance(reward, CoherenceReward):
+            return reward
+    return next((CoherenceReward(think_opened=reward.think_opened) for reward in rewards if isinstance(reward, FormatReward)), None)
