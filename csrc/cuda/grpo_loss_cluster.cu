@@ -570,19 +570,30 @@ __global__ void __launch_bounds__(GF_TOTAL_THREADS, 1)
   enum { kLoss = kTokenMetrics, kCounted, kCount, kSums };
   __shared__ double partials[kSums][GF_TOTAL_THREADS / 32];
   double sum[kSums] = {};
-  for (int64_t n = threadIdx.x; n < tokens; n += GF_TOTAL_THREADS) {
-    const TokenRecord r = records[n];
-    sum[kCounted] += (r.flags & kCounts) != 0;
-    sum[kActiveFraction] += (r.flags & kActive) != 0;
-    if (!(r.flags & kComputed)) continue;
-    sum[kCount] += 1;
-    sum[kLoss] += r.loss;
-    sum[kKl] += r.kl;
-    sum[kEntropy] += r.entropy;
-    sum[kRatioMean] += r.ratio;
-    sum[kClipLowShare] += (r.flags & kClipLow) != 0;
-    sum[kClipHighShare] += (r.flags & kClipHigh) != 0;
-    if (r.ratio > sum[kRatioMax]) sum[kRatioMax] = r.ratio;
+  constexpr int kAtOnce = 4;  // loads under way: one block has little else to hide their latency
+  for (int64_t first = threadIdx.x; first < tokens; first += kAtOnce * GF_TOTAL_THREADS) {
+    TokenRecord found[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int64_t n = first + i * GF_TOTAL_THREADS;
+      found[i] = n < tokens ? records[n] : TokenRecord{};
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const TokenRecord& r = found[i];
+      const auto flag = [&](uint32_t which) { return (r.flags & which) != 0 ? 1.0 : 0.0; };
+      sum[kCounted] += flag(kCounts);
+      sum[kActiveFraction] += flag(kActive);
+      if (!(r.flags & kComputed)) continue;
+      sum[kCount] += 1;
+      sum[kLoss] += r.loss;
+      sum[kKl] += r.kl;
+      sum[kEntropy] += r.entropy;
+      sum[kRatioMean] += r.ratio;
+      sum[kClipLowShare] += flag(kClipLow);
+      sum[kClipHighShare] += flag(kClipHigh);
+      if (r.ratio > sum[kRatioMax]) sum[kRatioMax] = r.ratio;
+    }
   }
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   for (int i = 0; i < kSums; ++i) {
