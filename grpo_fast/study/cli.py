@@ -116,7 +116,7 @@ def _training(args: Sequence[str], name: str, console: Console) -> Path:
     plot.write_training_figure(result, prepared.path.with_suffix(".png"))
     for table in (report.matrix_table(result), report.training_table(result)):
         console.print(report.as_rich(table))
-    _print_reading(result["reading"], console)
+    _print_reading(result["reading"]["sentences"], console)
     return prepared.path
 
 

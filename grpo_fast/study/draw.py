@@ -19,7 +19,7 @@ from grpo_fast.rollout import Rollout, derived_seed
 from grpo_fast.study.measures import shape_of
 from grpo_fast.study.prepare import Prepared
 
-__all__ = ["Drawer", "Drawn"]
+__all__ = ["Call", "Drawer", "Drawn"]
 
 
 @dataclass
@@ -63,17 +63,17 @@ class Drawer:
         greedy = temperature == 0
         rounds = 1 if greedy else options.rounds  # every round of greedy decoding would be the same
         total = rounds * len(starts)
-        calls: list[list[_Call]] = []
+        calls: list[list[Call]] = []
         for number in range(rounds):
             calls.append([])
             for start in starts:
-                calls[-1].append(self._call(range(start, min(start + at_once, len(self.rows))), temperature, number))
+                calls[-1].append(self.call(range(start, min(start + at_once, len(self.rows))), temperature, number))
                 on_calls(temperature, len(calls[-1]) + number * len(starts), total)
         if greedy:
             calls = calls * options.rounds
         return self._put_together(temperature, calls)
 
-    def _call(self, which: range, temperature: float, number: int) -> _Call:
+    def call(self, which: range, temperature: float, number: int) -> Call:
         """One round of some of the prompts. At T = 0 one completion stands for the whole group."""
         options, config = self.prepared.options, self.prepared.config
         copies = 1 if temperature == 0 else options.samples
@@ -113,7 +113,7 @@ class Drawer:
         )
         entropy = 0.0 if temperature == 0 else scored[0].entropy.sum().item()
         sums = (entropy, scored[1].entropy.sum().item(), sum(lengths), gap.sum().item(), gap.numel())
-        return _Call(rows, drawn, texts, rewards, groups.degenerate.tolist(), sums)
+        return Call(rows, drawn, texts, rewards, groups.degenerate.tolist(), sums)
 
     def _entropies(
         self, prompts: list[list[int]], drawn: list[Completion], temperature: float
@@ -145,7 +145,7 @@ class Drawer:
         prompts = [row["prompt"] for row in rows]
         return self.prepared.runner(prompts, chats, [completion.token_ids for completion in drawn], extras=extras, **columns).values
 
-    def _put_together(self, temperature: float, calls: list[list[_Call]]) -> Drawn:
+    def _put_together(self, temperature: float, calls: list[list[Call]]) -> Drawn:
         """From the order in which it was drawn, round by round, to prompt by prompt."""
         options = self.prepared.options
         rounds = [[(call, group) for call in of_round for group in range(len(call.no_signal))] for of_round in calls]
@@ -175,7 +175,7 @@ class Drawer:
 
 
 @dataclass
-class _Call:
+class Call:
     """What one call of the sampler gave: b rows, groups side by side."""
 
     rows: list[dict[str, Any]]

@@ -129,7 +129,7 @@ def _task(options: SamplingOptions, seed: int) -> Task | None:
         from grpo_fast.rewards import accuracy_reward
 
         return Task([question(digits) for digits in split_questions()[1]], accuracy_reward)
-    return make_task(options.dataset or "", size=max(options.dataset_size, options.prompts), seed=seed)
+    return make_task(options.dataset or "", size=min(options.dataset_size, options.prompts), seed=seed)
 
 
 def _demo_tokenizer() -> Any:

@@ -37,7 +37,11 @@ def run(prepared: Prepared, model: Any, on_calls: Progress = lambda temperature,
         on_calls: told the temperature and how many calls of the sampler are done, of how many at this temperature.
     """
     drawer = Drawer(prepared, model)
-    everything = [drawer.at(temperature, on_calls) for temperature in prepared.temperatures]
+    try:
+        everything = [drawer.at(temperature, on_calls) for temperature in prepared.temperatures]
+    finally:
+        drawer.sampler.close()
+        prepared.runner.close()
     rows, points = summarise(everything, prepared)
     reading = read(points, keep=prepared.options.keep) if points else Reading(sentences=[_nothing_to_score(prepared)])
     reading.sentences.extend(_notes(prepared, everything))

@@ -183,10 +183,12 @@ def summarise(prepared: Prepared) -> dict[str, Any]:
         }
         for label in prepared.schedules
     }
-    sentences = _reading(accuracy, curves, prepared.labels[1:], places)
+    reading = _reading(accuracy, curves, prepared.labels[1:], places)
+    if prepared.seeds == 1:
+        reading["sentences"].append("One seed has no errors, so that nothing can be told apart. Cure: --seeds 5.")
     if prepared.quick:
-        sentences.append("This was --quick: its figures mean nothing.")
-    return {"seeds": prepared.seeds, "trained_at": prepared.labels, "matrix": matrix, "training": curves, "reading": sentences}
+        reading["sentences"].append("This was --quick: its figures mean nothing.")
+    return {"seeds": prepared.seeds, "trained_at": prepared.labels, "matrix": matrix, "training": curves, "reading": reading}
 
 
 def _begun(path: Path, told: dict[str, Any]) -> dict[str, Any]:
@@ -249,18 +251,16 @@ def _train(
 
 def _reading(
     accuracy: Mapping[str, Mapping[str, list[float]]], curves: Mapping[str, Any], labels: Sequence[str], places: Sequence[str]
-) -> list[str]:
-    """In words: which training is best at each evaluation temperature, which pair to take, and what the curves did."""
+) -> dict[str, Any]:
+    """The pair to take, and in words: which training is best at each evaluation temperature, and what the curves did."""
     sentences = []
     for place in places:
         best, tied = _best({label: accuracy[label][place] for label in labels})
         mean = fmean(accuracy[best][place])
-        sentences.append(f"Evaluated at T = {place}: best trained at {best} ({mean:.3f}){_not_told(tied)}.")
-    pairs = {(label, place): fmean(accuracy[label][place]) for label in labels for place in places}
-    label, place = max(pairs, key=lambda pair: pairs[pair])
-    _, tied = _best({each: accuracy[label][each] for each in places})
-    chosen = f"Train at {label} and evaluate at T = {place}: the highest accuracy of the table, {pairs[label, place]:.3f}"
-    sentences.append(f"{chosen}; of the evaluation temperatures{_not_told(tied) or ', every other is worse by more than the errors'}.")
+        if len(labels) > 1 and len(tied) == len(labels) - 1:
+            sentences.append(f"Evaluated at T = {place}: the trainings cannot be told apart (highest: {mean:.3f}, of {best}).")
+        else:
+            sentences.append(f"Evaluated at T = {place}: best trained at {best} ({mean:.3f}){_not_told(tied)}.")
     over_all = {label: [fmean(values) for values in zip(*accuracy[label].values(), strict=True)] for label in labels}
     best, tied = _best(over_all)
     average = f"{fmean(over_all[best]):.3f} on average"
@@ -271,7 +271,13 @@ def _reading(
             f"Trained at {label}: groups without a gradient {flat['first']['mean']:.2f} at first, {flat['last']['mean']:.2f} in the end; "
             f"entropy of softmax(z/T) {entropy['first']['mean']:.3f} and {entropy['last']['mean']:.3f} nats a token."
         )
-    return sentences
+    pairs = {(label, place): accuracy[label][place] for label in labels for place in places}
+    train, evaluate = max(pairs, key=lambda pair: fmean(pairs[pair]))
+    rivals = [pair for pair in pairs if pair != (train, evaluate) and not told_apart(difference(pairs[train, evaluate], pairs[pair]))]
+    chosen = f"Train at {train} and evaluate at T = {evaluate}: the highest accuracy of the table, {fmean(pairs[train, evaluate]):.3f}"
+    rest = ", not to be told within the errors from " if rivals else ", by more than the errors"
+    sentences.append(f"{chosen}{rest}{'; '.join(f'{label} at {place}' for label, place in rivals)}.")
+    return {"train": train, "evaluate": float(evaluate), "tied": [[label, float(place)] for label, place in rivals], "sentences": sentences}
 
 
 def _best(values: Mapping[str, Sequence[float]]) -> tuple[str, list[str]]:

@@ -97,7 +97,7 @@ def read(points: Sequence[Point], *, keep: float = 0.5) -> Reading:
     zones = _zones(points, best, keep)
     tied = [point.temperature for point in points if point is not best and not _apart(point, best)]
     sentences = [_of_zones(zones, best, keep), *_of_borders(zones, best, keep), _of_evaluation(points, best, tied)]
-    train, why = _to_train_at(points, zones)
+    train, why = _to_train_at(points, zones, best)
     sentences += why
     if (entropic := _of_entropy(points)) is not None:
         sentences.append(entropic)
@@ -176,7 +176,7 @@ def _of_evaluation(points: Sequence[Point], best: Point, tied: Sequence[float]) 
     return f"{sentence} Not to be told from it within the errors: T = {_list(tied)}."
 
 
-def _to_train_at(points: Sequence[Point], zones: Sequence[Zoned]) -> tuple[float | None, list[str]]:
+def _to_train_at(points: Sequence[Point], zones: Sequence[Zoned], best: Point) -> tuple[float | None, list[str]]:
     zone_of = {zoned.temperature: zoned.zone for zoned in zones}
     exploring = [point for point in points if zone_of[point.temperature] == EXPLORATION and point.temperature > 0]
     robust = [point for point in points if zone_of[point.temperature] == ROBUST and point.temperature > 0]
@@ -185,9 +185,8 @@ def _to_train_at(points: Sequence[Point], zones: Sequence[Zoned]) -> tuple[float
         rule = "the most groups with a gradient in controlled exploration"
         rivals = [p.temperature for p in exploring if p is not chosen and not told_apart(difference(chosen.signal, p.signal))]
         rest = [f"T = {_list(rivals)} gives as many within the errors."] if rivals else []
-        coldest = min((point for point in points if zone_of[point.temperature] == ROBUST), key=lambda point: point.distinct)
-        if chosen.distinct <= coldest.distinct:
-            rest.append(f"But its groups are no more diverse than those at T = {coldest.temperature:g}: there is nothing to explore for.")
+        if chosen.distinct <= best.distinct:
+            rest.append(f"But its groups are no more diverse than those at T = {best.temperature:g}: it costs accuracy and gives nothing.")
     elif robust:
         chosen = robust[-1]
         rule = "the hottest of robust generation, since none of this grid lies in controlled exploration"

@@ -1,0 +1,278 @@
+"""The study's statistics and advice, against tables worked by hand: errors, the unbiased pass@k, votes, zones, recommendations."""
+
+from __future__ import annotations
+
+import doctest
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from grpo_fast.commands.settings import SettingsError
+from grpo_fast.rewards import RewardRunner
+from grpo_fast.study import estimates, measures, options, sampling, zones
+from grpo_fast.study.draw import Drawn
+from grpo_fast.study.estimates import difference, estimate, told_apart
+from grpo_fast.study.zones import COLD, COLLAPSE, EXPLORATION, ROBUST, Point, read, temperature_at_entropy
+
+
+@pytest.mark.parametrize("module", [estimates, zones])
+def test_examples(module: Any) -> None:
+    found = doctest.testmod(module)
+    assert found.attempted > 0 and found.failed == 0
+
+
+# ---- estimates
+
+
+def test_the_error_is_over_prompts_and_not_over_samples() -> None:
+    """Two prompts of which one is always right: a thousand samples of each tell no more than one."""
+    found = estimate([1.0, 0.0])
+    assert (found.mean, found.error) == (0.5, 0.5)
+    assert estimate([3.0]).mean == 3.0 and math.isnan(estimate([3.0]).error) and math.isinf(estimate([3.0]).margin)
+    with pytest.raises(ValueError, match="values is empty"):
+        estimate([])
+
+
+@pytest.mark.parametrize(("units", "quantile"), [(2, 12.7062), (6, 2.5706), (31, 2.0423), (41, 2.0211), (121, 1.9799), (10**6, 1.9600)])
+def test_the_margin_is_students(units: int, quantile: float) -> None:
+    values = [0.0, 1.0] * (units // 2) + [0.5] * (units % 2)
+    found = estimate(values)
+    assert found.margin == pytest.approx(quantile * found.error, rel=1e-4)
+
+
+def test_pairs_are_told_apart_where_two_means_would_not_be() -> None:
+    """Prompts differ by 0.9 from each other, and the second temperature loses a tenth on each but one: that is certain only in pairs."""
+    mine = [0.1 * i for i in range(1, 11)]
+    theirs = [value - 0.1 for value in mine[:-1]] + [mine[-1] - 0.05]
+    assert told_apart(difference(mine, theirs)) and not told_apart(difference(theirs, theirs))
+    assert abs(estimate(mine).mean - estimate(theirs).mean) < estimate(mine).error
+    assert not told_apart(difference([1.0], [0.0])), "one pair tells nothing"
+    assert not told_apart(difference([1.0, 0.0, 1.0], [0.0, 0.0, 0.0])), "2/3 with an error of 1/3, and t is 4.3"
+    with pytest.raises(ValueError, match="zip"):
+        difference([1.0, 2.0], [1.0])
+
+
+# ---- one row of the table
+
+
+def drawn(**changes: Any) -> Drawn:
+    """Four prompts A, B, C, D with two rounds of two samples. C has no true answer; the third sample of D could not be decided."""
+    nan = math.nan
+    right = [1, 1, 1, 0] + [0, 0, 0, 0] + [nan] * 4 + [1, 0, nan, 1]
+    stated = ["7", "7", "7", "8"] + [None, "", "9", "9"] + ["1"] * 4 + ["5", None, "4", "5"]
+    texts = [f"<answer>{text}</answer>" if text else f"no answer {text}" for text in stated]
+    form = [1.0] * 8 + [0.0] * 4 + [1.0, 0.0, 0.0, 0.0]
+    flat = [True, False, True, True, True, True, False, False]  # A, A, B, B, C, C, D, D
+    shape = {"truncated": [0.0] * 15 + [1.0], "endless": [0.0] * 16, "repetition": [0.5] * 16, "length": [float(i) for i in range(16)]}
+    given: dict[str, Any] = {
+        "temperature": 0.6,
+        "samples": 2,
+        "rounds": 2,
+        "rewards": torch.tensor([right, form]).T,
+        "no_signal": flat,
+        "shape": shape,
+        "texts": texts,
+        "coherence": None,
+        "entropy": 0.25,
+        "entropy_at_1": 0.5,
+        "sampler_gap": None,
+    }
+    return Drawn(**{**given, **changes})
+
+
+def prepared(*rewards: str) -> Any:
+    runner = RewardRunner(list(rewards) or ["accuracy", "format"])
+    return SimpleNamespace(runner=runner, correct=0, rows=[None] * 4)
+
+
+def test_a_row_of_the_table_worked_by_hand() -> None:
+    (row,), (point,) = sampling.summarise([drawn()], prepared())
+    assert row["right"] == [0.75, 0.0, 0.5], "C is left out; what is undecided of D is not right"
+    at_1 = row["pass_at_1"]
+    assert at_1["mean"] == pytest.approx(1.25 / 3)
+    assert at_1["error"] == pytest.approx(0.220479, abs=1e-6)  # sqrt(((1/3)^2 + (5/12)^2 + (1/12)^2) / 2 / 3)
+    assert at_1["sampling_error"] == pytest.approx(0.127294, abs=1e-6)  # sqrt((1/4 + 0 + 1/3) / 4) / 3
+    assert row["pass_at_k"]["mean"] == pytest.approx((1 + 0 + 5 / 6) / 3)  # 1 - C(1,2)/C(4,2), 0, 1 - C(2,2)/C(4,2)
+    assert row["cons_at_k"]["mean"] == pytest.approx((0.75 + 0 + 0.75) / 3)  # A: 1 and a tie; D: alone, and a tie
+    assert row["zero_std"]["mean"] == pytest.approx((0.5 + 1 + 0) / 3)
+    assert row["distinct"]["mean"] == pytest.approx((0.75 + 0.75 + 1) / 3)
+    assert row["format"]["mean"] == pytest.approx((1 + 1 + 0.25) / 3) and row["coherence"] is None
+    assert row["length"]["mean"] == pytest.approx((1.5 + 5.5 + 13.5) / 3) and row["truncated"]["mean"] == pytest.approx(0.25 / 3)
+    assert (row["entropy"], row["entropy_at_1"]) == (0.25, 0.5)
+    assert row["rewards"]["accuracy_reward"] == pytest.approx(5 / 11)
+    assert point.right == row["right"] and point.signal == [0.5, 0.0, 1.0] and point.truncated == pytest.approx(0.25 / 3)
+
+
+def test_without_answers_there_is_no_vote_and_without_format_reward_no_form() -> None:
+    bare = drawn(texts=["nothing stated"] * 16, rewards=drawn().rewards[:, :1])
+    (row,), _ = sampling.summarise([bare], prepared("accuracy"))
+    assert row["cons_at_k"] is None and row["format"] is None and row["distinct"]["mean"] == 0.5
+
+
+def test_a_prompt_counts_at_every_temperature_or_at_none() -> None:
+    """C could be scored at the second temperature: at the first its samples are then wrong, and the pairs stay pairs."""
+    rewards = drawn().rewards.clone()
+    rewards[8, 0] = 1.0
+    rows, points = sampling.summarise([drawn(), drawn(temperature=1.0, rewards=rewards)], prepared())
+    assert [row["right"] for row in rows] == [[0.75, 0.0, 0.0, 0.5], [0.75, 0.0, 0.25, 0.5]]
+    assert len(points[0].signal) == len(points[1].signal) == 4
+
+
+def test_nothing_to_score() -> None:
+    assert sampling.summarise([drawn(rewards=torch.full((16, 2), math.nan))], prepared()) == ([], [])
+
+
+def test_measures_by_group() -> None:
+    assert measures.distinct_shares(["a", "a", "a", "b"], 2) == [0.5, 1.0]
+    shape = measures.shape_of([[1, 2] * 6, [1, 2] * 6, [1, 2, 3]], [True, False, True], 2)
+    assert shape["endless"] == [1.0, 0.0, 0.0], "a loop that ended is none, and what is cut may be no loop"
+    assert shape["repetition"] == [pytest.approx(9 / 11), pytest.approx(9 / 11), 0.0]
+    assert shape["truncated"] == [1.0, 0.0, 1.0] and shape["length"] == [12.0, 12.0, 3.0]
+
+
+# ---- zones
+
+
+def table(signal: dict[float, float] | None = None, **by_temperature: float) -> list[Point]:
+    """T0_6=0.7: pass@1 of 0.7 at T = 0.6, the same for each of 40 prompts, so that every difference is told."""
+    points = []
+    for name, right in by_temperature.items():
+        temperature = float(name.removeprefix("T").replace("_", "."))
+        share = (signal or {}).get(temperature, 0.5)
+        points.append(Point(temperature, [right] * 40, [share] * 40, 0.1 + temperature / 2, 0.0, temperature / 2))
+    return points
+
+
+def noisy(temperature: float, right: float, *, spread: float, distinct: float = 0.5, truncated: float = 0.0) -> Point:
+    """Prompts around a mean; at each temperature others lie above it."""
+    values = [right + spread * math.sin(i * (1 + 7 * temperature)) for i in range(40)]
+    return Point(temperature, values, [0.5] * 40, distinct, truncated, temperature)
+
+
+def zones_of(points: list[Point], **more: Any) -> dict[float, str]:
+    return {zoned.temperature: zoned.zone for zoned in read(points, **more).zones}
+
+
+def test_the_three_zones_and_the_cold_side() -> None:
+    points = table(T0=0.0, T0_2=0.3, T0_6=0.8, T1_0=0.6, T1_2=0.4, T1_4=0.39)
+    expected = {0.0: COLD, 0.2: COLD, 0.6: ROBUST, 1.0: EXPLORATION, 1.2: EXPLORATION, 1.4: COLLAPSE}
+    assert zones_of(points) == expected
+    assert zones_of(points[::-1]) == expected, "whatever the order"
+    assert zones_of(points, keep=0.6)[1.2] == COLLAPSE and zones_of(points, keep=0.8)[1.0] == COLLAPSE
+    reading = read(points)
+    assert reading.evaluate == 0.6 and reading.tied == []
+    assert "Evaluate at T = 0.6: the highest pass@1. Every other temperature is worse by more than the errors." in reading.sentences
+    assert reading.sentences[0].startswith("Zones. too cold: 0 and 0.2 ")
+
+
+def test_collapse_stays_collapse() -> None:
+    """Hotter than the first that collapsed, a lucky one is no exploration."""
+    assert zones_of(table(T0_6=0.8, T1_0=0.3, T1_4=0.5)) == {0.6: ROBUST, 1.0: COLLAPSE, 1.4: COLLAPSE}
+
+
+def test_robust_are_the_neighbours_that_cannot_be_told_from_the_best() -> None:
+    points = [noisy(0.2, 0.1, spread=0.05), noisy(0.6, 0.62, spread=0.2), noisy(0.8, 0.64, spread=0.2), noisy(1.0, 0.60, spread=0.2)]
+    points += [noisy(1.4, 0.40, spread=0.05)]
+    reading = read(points)
+    assert zones_of(points) == {0.2: COLD, 0.6: ROBUST, 0.8: ROBUST, 1.0: ROBUST, 1.4: EXPLORATION}
+    assert reading.evaluate == 0.8 and reading.tied == [0.6, 1.0]
+    assert any("Not to be told from it within the errors: T = 0.6 and 1." in sentence for sentence in reading.sentences)
+    assert [zoned.settled for zoned in reading.zones] == [True, False, True, False, True]
+
+
+def test_a_tie_with_the_best_beyond_a_gap_is_not_robust() -> None:
+    points = [noisy(0.2, 0.61, spread=0.3), *table(T0_6=0.3), noisy(1.0, 0.62, spread=0.3)]
+    assert zones_of(points) == {0.2: COLD, 0.6: COLD, 1.0: ROBUST}
+
+
+def test_where_the_data_cannot_tell_it_is_said() -> None:
+    points = [noisy(0.2, 0.60, spread=0.3), noisy(0.6, 0.62, spread=0.3), noisy(1.0, 0.58, spread=0.3)]
+    reading = read(points)
+    assert set(zones_of(points).values()) == {ROBUST}
+    assert any(sentence.startswith("The data cannot tell these temperatures apart.") for sentence in reading.sentences)
+    assert reading.train == 1.0, "none explores: the hottest of the robust ones"
+    assert any("none of this grid lies in controlled exploration" in sentence for sentence in reading.sentences)
+
+
+def test_an_open_border_to_collapse_is_said() -> None:
+    points = [*table(T0_6=0.8), noisy(1.0, 0.41, spread=0.3), noisy(1.4, 0.1, spread=0.05)]
+    reading = read(points)
+    assert zones_of(points) == {0.6: ROBUST, 1.0: EXPLORATION, 1.4: COLLAPSE}
+    assert any("Whether 50% is left at T = 1 is within the errors" in sentence for sentence in reading.sentences)
+    assert not any("Whether 50%" in sentence for sentence in read(table(T0_6=0.8, T1_0=0.6)).sentences)
+
+
+def test_equal_bests_go_to_the_less_truncated_and_then_to_the_colder() -> None:
+    cold, warm, hot = table(T0_6=0.5, T0_8=0.5, T1_0=0.5)
+    assert read([hot, warm, cold]).evaluate == 0.6
+    assert read([Point(0.6, [0.5] * 40, [0.5] * 40, 0.5, 0.2, 0.3), hot, warm]).evaluate == 0.8
+
+
+def test_train_where_most_groups_have_a_gradient_in_controlled_exploration() -> None:
+    points = table(T0_6=0.8, T0_8=0.7, T1_0=0.6, T1_2=0.5, T1_4=0.1, signal={0.6: 0.1, 0.8: 0.3, 1.0: 0.8, 1.2: 0.7, 1.4: 0.9})
+    assert read(points).train == 1.0
+    tie = table(T0_6=0.8, T0_8=0.7, T1_0=0.6, signal={0.8: 0.4, 1.0: 0.4})
+    assert read(tie).train == 0.8, "of equal ones the colder"
+    assert any("T = 1 gives as many within the errors." in sentence for sentence in read(tie).sentences)
+
+
+def test_what_is_no_more_diverse_is_not_worth_its_accuracy() -> None:
+    warm, hot = table(T0_6=0.8, T1_0=0.6)
+    flat = Point(1.0, hot.right, hot.signal, warm.distinct, 0.0, 0.5)
+    assert any("no more diverse" in sentence for sentence in read([warm, flat]).sentences)
+    assert not any("no more diverse" in sentence for sentence in read([warm, hot]).sentences)
+
+
+def test_greedy_is_never_trained_at_and_a_dead_choice_is_named() -> None:
+    alone = read(table(T0=0.8))
+    assert alone.train is None and alone.evaluate == 0.0 and "no advice" in alone.sentences[-1]
+    assert read(table(T0=0.8, T0_6=0.1)).train is None
+    dead = read(table(T0_6=1.0, T1_0=0.9, signal={0.6: 0.0, 1.0: 0.0}))
+    assert dead.train == 1.0 and any("No group at it has a gradient" in sentence for sentence in dead.sentences)
+
+
+def test_the_edge_of_the_grid_is_named() -> None:
+    assert any("at the coldest temperature of the grid" in sentence for sentence in read(table(T0_6=0.8, T1_0=0.6)).sentences)
+    assert any("at the hottest temperature of the grid" in sentence for sentence in read(table(T0_6=0.5, T1_0=0.6)).sentences)
+    inside = read(table(T0_2=0.1, T0_6=0.8, T1_0=0.6)).sentences
+    assert not any("temperature of the grid" in sentence for sentence in inside)
+
+
+def test_nothing_right_has_no_zones() -> None:
+    reading = read(table(T0=0.0, T1_0=0.0))
+    assert reading.zones == [] and reading.evaluate is None and reading.train is None and "No completion was right" in reading.sentences[0]
+
+
+def test_where_the_entropy_passes_its_target() -> None:
+    points = table(T0=0.5, T0_4=0.5, T0_8=0.5, T1_0=0.5)  # entropies 0, 0.2, 0.4, 0.5
+    assert temperature_at_entropy(points) == pytest.approx(0.6)
+    assert temperature_at_entropy(points, 0.6) is None and temperature_at_entropy(points, 0.1) is None, "T = 0 is no neighbour"
+    assert any("here that is T = 0.60" in sentence for sentence in read(points).sentences)
+    assert any("do not pass it" in sentence for sentence in read(table(T0_2=0.5, T0_4=0.4)).sentences)
+
+
+# ---- options
+
+
+def test_temperatures_are_numbers_each_once_from_cold_to_hot() -> None:
+    assert options.sampling_temperatures(["1.0", 0, "0.6"]) == [0.0, 0.6, 1.0]
+    found = options.training_temperatures(["1.0", "0.6->1.4"], steps=5)
+    assert found == {"1": {"kind": "constant", "value": 1.0}, "0.6->1.4": {"kind": "linear", "start": 0.6, "end": 1.4, "steps": 4}}
+
+
+@pytest.mark.parametrize("wrong", [["hot"], ["-1"], ["nan"], ["inf"], ["0.6->1.4"], ["0.6", "0.60"], []])
+def test_wrong_sampling_temperatures_are_named(wrong: list[str]) -> None:
+    with pytest.raises(SettingsError, match=r"^temperatures (has|is) .*; expected"):
+        options.sampling_temperatures(wrong)
+
+
+@pytest.mark.parametrize("wrong", [["hot"], ["-1"], ["0"], ["0->1"], ["1->"], ["1->2->3"], ["1", "1.0"], ["1->2", "1.0->2.0"], []])
+def test_wrong_training_temperatures_are_named(wrong: list[str]) -> None:
+    with pytest.raises(SettingsError, match=r"^temperatures (has|is) .*; expected"):
+        options.training_temperatures(wrong, steps=5)
