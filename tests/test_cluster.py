@@ -347,7 +347,7 @@ def check_compiled(device: str, backend: str) -> None:
 
 
 @needs_compiler
-def test_a_shape_for_measuring(cluster: Callable[..., None]) -> None:
+def test_a_shape_for_measuring(cluster: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     """GRPO_FAST_CLUSTER is obeyed: the sums are made of other parts; more than there is is refused."""
     given = call(8, 4001, torch.float32)
     entropies = []
@@ -359,6 +359,10 @@ def test_a_shape_for_measuring(cluster: Callable[..., None]) -> None:
     for stages in (1, 100):
         cluster(cluster=1, stages=stages)
         with pytest.raises(RuntimeError, match="GRPO_FAST_CLUSTER asks for what there is not; unset it"):
+            gf.grpo_loss(**given, impl="cluster")
+    for text in ("auto", "4", "4x3x2", "-1x2"):
+        monkeypatch.setenv("GRPO_FAST_CLUSTER", text)
+        with pytest.raises(RuntimeError, match=f"GRPO_FAST_CLUSTER is '{text}'; expected blocks by stages, such as 4x3. Unset it."):
             gf.grpo_loss(**given, impl="cluster")
 
 
@@ -426,6 +430,7 @@ def test_few_instructions(tmp_path: Path) -> None:
         assert each["maximum"] + each["sums"] + each["gradient"] <= bounds[name], (name, each)
         assert each["gradient+entropy"] <= each["gradient"] + 2, (name, each)
         assert each["fences"] == 2, (name, each)  # at the first and the last meeting of the cluster: none for a row
+        assert each["invalidations"] <= 5, (name, each)  # there, and in the wait for the other blocks: not in every wait
 
 
 # ---- on a GPU with clusters

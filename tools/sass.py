@@ -73,7 +73,7 @@ def loops(code: str) -> list[Loop]:
 def cluster_passes(code: str, element: int) -> dict[str, float]:
     """Instructions per logit of a kernel's passes over its slice: maximum, sums, gradient without and with entropy, by bulk copy.
 
-    And its "fences" that wait for the whole GPU, anywhere in the code.
+    And anywhere in the code its "fences" that wait for the whole GPU and its "invalidations" of L1.
     """
     found: dict[str, list[float]] = {"maximum": [], "sums": [], "gradients": []}
     for loop in loops(code):
@@ -86,8 +86,8 @@ def cluster_passes(code: str, element: int) -> dict[str, float]:
             found["maximum"].append(len(loop.instructions) / logits)
     assert all(found.values()) and len(found["gradients"]) == 2, f"the loops are not what they were: {found}"
     plain, entropy = sorted(found["gradients"])
-    fences = float(len(re.findall(r"\bMEMBAR\.\S*\.GPU\b", code)))  # that wait for the whole GPU
-    return {"maximum": max(found["maximum"]), "sums": max(found["sums"]), "gradient": plain, "gradient+entropy": entropy, "fences": fences}
+    whole = {"fences": len(re.findall(r"\bMEMBAR\.\S*\.GPU\b", code)), "invalidations": len(re.findall(r"\bCCTL\.IVALL\b", code))}
+    return {"maximum": max(found["maximum"]), "sums": max(found["sums"]), "gradient": plain, "gradient+entropy": entropy, **whole}
 
 
 def main() -> None:

@@ -52,8 +52,19 @@ __device__ __forceinline__ void barrier_arrive(Barrier* barrier) {
 __device__ __forceinline__ void barrier_arrive_expect(Barrier* barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(address(barrier)), "r"(bytes) : "memory");
 }
-// Until the phase of this parity is over; what the arriving threads, of other blocks too, wrote before is seen after.
+// Until the phase of this parity is over. What threads of this block wrote before they arrived, and what bulk copies brought, is seen
+// after.
 __device__ __forceinline__ void barrier_wait(Barrier* barrier, uint32_t parity) {
+  uint32_t done;
+  do {
+    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(done)
+                 : "r"(address(barrier)), "r"(parity)
+                 : "memory");
+  } while (!done);
+}
+// And what other blocks have sent. A wait of its own: each of these drops the multiprocessor's L1.
+__device__ __forceinline__ void barrier_wait_cluster(Barrier* barrier, uint32_t parity) {
   uint32_t done;
   do {
     asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"

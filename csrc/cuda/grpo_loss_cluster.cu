@@ -471,7 +471,7 @@ __device__ void finish_rows(const ClusterLossArgs& args, Shared& shared, int sta
       if (lane == 0) barrier_arrive_expect(&shared.exchanged[exchange.slot], blocks * static_cast<uint32_t>(sizeof(float4)));
       const float4 block = merge(lane < kConsumerWarps ? shared.warp_sums[exchange.slot][lane] : none, lane < kConsumerWarps);
       if (lane < static_cast<int>(blocks)) send(block, &shared.packets[exchange.slot][rank], &shared.exchanged[exchange.slot], lane);
-      barrier_wait(&shared.exchanged[exchange.slot], exchange.parity);
+      barrier_wait_cluster(&shared.exchanged[exchange.slot], exchange.parity);
       const bool there = lane < static_cast<int>(blocks);
       row = statistics_of(merge(there ? shared.packets[exchange.slot][lane] : none, there), slot.f_target, slot.k);
       exchange.next();

@@ -22,9 +22,14 @@ struct ClusterLossTensors {  // the operator's arguments behind the logits; for 
 
 using ClusterLossOutput = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // loss, logprobs, entropy, metrics
 
-// GRPO_FAST_CLUSTER="4x3", blocks by stages, is for measuring which shape is fastest; 0, or nothing: by the row's length.
+// GRPO_FAST_CLUSTER="4x3", blocks by stages, is for measuring which shape is fastest; a 0: by the row's length.
 inline void take_forced_shape(ClusterLossArgs& args) {
-  if (const char* text = std::getenv("GRPO_FAST_CLUSTER")) std::sscanf(text, "%dx%d", &args.force_cluster, &args.force_stages);
+  const char* text = std::getenv("GRPO_FAST_CLUSTER");
+  if (!text || !*text) return;
+  int end = 0;
+  const int read = std::sscanf(text, "%dx%d%n", &args.force_cluster, &args.force_stages, &end);
+  STD_TORCH_CHECK(read == 2 && text[end] == 0 && args.force_cluster >= 0 && args.force_stages >= 0, "GRPO_FAST_CLUSTER is '", text,
+                  "'; expected blocks by stages, such as 4x3. Unset it.");
 }
 
 // Calls launch(args), which says in words what went wrong, or null. gradient: null where none is wanted.

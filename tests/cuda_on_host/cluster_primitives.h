@@ -61,6 +61,7 @@ inline void barrier_wait(Barrier* barrier, uint32_t parity) {
   sometimes_yield();
   while ((static_cast<uint32_t>(state_of(barrier)->parity_and_bytes) & 1) == parity) cuda_on_host::yield();
 }
+inline void barrier_wait_cluster(Barrier* barrier, uint32_t parity) { barrier_wait(barrier, parity); }
 
 inline void complete(Barrier* barrier, uint32_t bytes) {
   state_of(barrier)->parity_and_bytes -= static_cast<int32_t>(bytes) * 2;
