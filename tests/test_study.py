@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import math
 import sys
@@ -114,7 +115,7 @@ def test_sampling_from_the_command_line(here: Path) -> None:
     assert Path("found.png").read_bytes().startswith(b"\x89PNG")
     for sentence in found["reading"]["sentences"]:
         assert sentence in out
-    for line in (f"{row['pass_at_1']['mean']:.3f} ± {row['pass_at_1']['error']:.3f}" for row in found["rows"]):
+    for line in (f"{row['pass_at_1']['mean']:.3f}±{row['pass_at_1']['error']:.3f}" for row in found["rows"]):
         assert line in out
     assert found["machine"]["torch"] == torch.__version__ and found["correct"] == "odd_first"
 
@@ -256,11 +257,12 @@ def test_sampling_refuses_before_any_work(here: Path, monkeypatch: pytest.Monkey
 def test_missing_packages_and_missing_rewards_are_named(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "rewards is not set" in sampled(status=2)
     assert "model is not set" in run("sampling", "--dataset", "rows.jsonl", status=2)
-    find = prepare.need_packages.__globals__["importlib"].util.find_spec
+    find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: None if name == "matplotlib" else find(name, *more))
     cure = "the study needs matplotlib, which is not installed. Cure: pip install '.[{}]'"
     assert cure.format("train,plot") in sampled("--rewards", "accuracy", status=2)
     assert cure.format("demo,train") in run("training", *TRAIN, status=2)
+    assert cure.format("train,plot") in run("sampling", "--help", status=2)
 
 
 def test_where_no_prompt_can_be_scored_it_is_said(here: Path) -> None:

@@ -31,7 +31,10 @@ training: the demonstration's model trained at several temperatures and by sched
 
 Both write JSON, CSV and a figure. --quick shows in some ten seconds whether it runs.
 """
-STUDIES = ("sampling", "training")
+STUDIES = {  # with the packages that each needs, and the extras that bring them
+    "sampling": (("transformers", "datasets", "accelerate", "matplotlib"), ("train", "plot")),
+    "training": (("transformers", "tokenizers", "datasets", "accelerate", "matplotlib"), ("demo", "train")),
+}
 
 
 def app(args: Sequence[str] | None = None, prog_name: str = "grpo-fast study") -> None:
@@ -43,24 +46,34 @@ def app(args: Sequence[str] | None = None, prog_name: str = "grpo-fast study") -
     """
     args = list(sys.argv[1:] if args is None else args)
     console = Console()
-    if not args or "--help" in args or "-h" in args:
-        _help(args[0] if args else "", console)
+    wants_help = not args or "--help" in args or "-h" in args
+    if wants_help and (not args or args[0] not in STUDIES):
+        console.print(USAGE, highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(0 if args else 2)
     study, rest = args[0], args[1:]
     if study not in STUDIES:
         _say(f"{prog_name}: there is no study {study!r}; expected {' or '.join(STUDIES)}. See {prog_name} --help.")
         raise SystemExit(2)
+    name = f"{prog_name} {study}"
+    with _wrong_settings(name):
+        from grpo_fast.study.options import need_packages
+
+        modules, extras = STUDIES[study]
+        need_packages(*modules, extras=extras)
+    if wants_help:
+        _help(study, console)
+        raise SystemExit(0)
     from grpo_fast.generation import SamplerError
     from grpo_fast.rewards import RewardError
 
-    name = f"{prog_name} {study}"
     try:
         path = _sampling(rest, name, console) if study == "sampling" else _training(rest, name, console)
     except (RewardError, SamplerError, FloatingPointError) as error:
         _say(f"{name}: {error}")
         raise SystemExit(1) from error
     except KeyboardInterrupt as error:
-        _say(f"{name}: interrupted.")
+        kept = " The runs that are finished are in the JSON file: the same command goes on from there." if study == "training" else ""
+        _say(f"{name}: interrupted.{kept}")
         raise SystemExit(130) from error
     console.print(f"Every number: {path}; also as {path.with_suffix('.csv').name} and {path.with_suffix('.png').name}.", highlight=False)
 
@@ -68,15 +81,16 @@ def app(args: Sequence[str] | None = None, prog_name: str = "grpo-fast study") -
 def _sampling(args: Sequence[str], name: str, console: Console) -> Path:
     with _wrong_settings(name):
         from grpo_fast.grpo_config import GRPOConfig
-        from grpo_fast.study.prepare import load_model, prepare
+        from grpo_fast.study.prepare import load_model, prepare, threads_of
 
         prepared = prepare(args, GRPOConfig)
-        model = load_model(prepared)
+        with threads_of(prepared):
+            model = load_model(prepared)
     from grpo_fast.benchmark.machine import describe
     from grpo_fast.benchmark.report import write_json
     from grpo_fast.study import plot, report, sampling
 
-    with _progress(console) as bar:
+    with _progress(console) as bar, threads_of(prepared):
         tasks = {temperature: bar.add_task(f"T = {temperature:g}", total=None) for temperature in prepared.temperatures}
 
         def on_calls(temperature: float, done: int, total: int) -> None:
@@ -146,8 +160,6 @@ def _print_reading(sentences: Sequence[str], console: Console) -> None:
 
 def _help(study: str, console: Console) -> None:
     console.print(USAGE, highlight=False, markup=False, soft_wrap=True)
-    if study not in STUDIES:
-        return
     from dataclasses import fields
 
     from grpo_fast.commands.settings import option_table, reward_table

@@ -46,9 +46,10 @@ def write_sampling_figure(result: dict[str, Any], path: Path) -> None:
             axis.legend(frameon=False, fontsize=8)
     options = result["options"]
     drawn = f"{result['prompts']} prompts, {options['rounds']} x {k} samples each"
+    what = "The demonstration's model before GRPO" if options["model"] == "demo" else f"{options['model']} on {options['dataset']}"
     names = dict.fromkeys(zoned["zone"] for zoned in result["reading"]["zones"])
     handles = [_patch(SHADES[name]) for name in names]
-    figure.suptitle(f"{options['model']} on {options['dataset']}: {drawn}; bars: standard errors over the prompts", fontsize=10)
+    figure.suptitle(f"{what}: {drawn}; bars: standard errors over the prompts", fontsize=10)
     if handles:
         figure.legend(handles, list(names), loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
     write_atomically(path, lambda partial: figure.savefig(partial, format="png"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,10 +11,10 @@ from grpo_fast.commands.data import load_tokenizer, make_task, named_rewards, pr
 from grpo_fast.commands.settings import SettingsError, TrainOptions, parse
 from grpo_fast.generation import check_options
 from grpo_fast.rewards import CoherenceReward, FormatReward, RewardRunner
-from grpo_fast.study.options import check_count, check_place, need_packages, sampling_temperatures
+from grpo_fast.study.options import check_count, check_place, sampling_temperatures
 from grpo_fast.tasks import Task
 
-__all__ = ["SAMPLED_BY", "Prepared", "SamplingOptions", "load_model", "prepare"]
+__all__ = ["SAMPLED_BY", "Prepared", "SamplingOptions", "load_model", "prepare", "threads_of"]
 
 DEMO = "demo"  # as model and as dataset: what the demonstration begins with
 RIGHT = ("accuracy_reward", "math_reward")  # rewards that say whether an answer is right
@@ -22,12 +23,14 @@ SAMPLED_BY = (  # settings of GRPOConfig that are read
     *("chat_template_kwargs", "reward_weights", "scale_rewards", "reward_timeout", "reward_on_error", "reward_isolation"),
     *("model_init_kwargs", "trust_remote_code", "use_cpu", "bf16", "fp16", "fused_head", "packing"),
 )
+DEMO_SETTINGS = {"max_completion_length": 32, "ngram": 6, "per_device_eval_batch_size": 512}  # as grpo-fast demo; it fits any machine
 QUICK = {"prompts": 8, "samples": 2, "rounds": 1, "max_completion_length": 32, "warm_start_steps": 20}
 
 
 @dataclass
 class SamplingOptions(TrainOptions):
-    """What is measured. Model, dataset and rewards are named as for ``grpo-fast train``; ``demo`` is the demonstration's, before GRPO.
+    """What is measured. Model, dataset and rewards are named as for ``grpo-fast train``; ``demo`` is the demonstration's,
+    before GRPO, cut at 32 tokens.
 
     Args:
         temperatures: to sample at; 0 is greedy decoding.
@@ -72,16 +75,15 @@ def prepare(args: Sequence[str], config_class: Any) -> Prepared:
     """Parse, load rewards, tokenizer and data, check that all fits.
 
     Raises:
-        SettingsError, ValueError, TypeError, ImportError: name the setting, what it was, what was expected and the cure.
+        SettingsError, ValueError, TypeError: name the setting, what it was, what was expected and the cure.
     """
-    need_packages("datasets", "accelerate", "matplotlib", extras=("train", "plot"))
     options, config, given = parse(args, config_class, SamplingOptions)
-    if options.quick:
-        for name, value in QUICK.items():
-            if name not in given:
-                setattr(options if hasattr(options, name) else config, name, value)
-        if "output" not in given:
-            options.output = options.output.replace(".json", "_quick.json")
+    better = (DEMO_SETTINGS if options.model == DEMO else {}) | (QUICK if options.quick else {})
+    for name, value in better.items():
+        if name not in given:
+            setattr(options if hasattr(options, name) else config, name, value)
+    if options.quick and "output" not in given:
+        options.output = options.output.replace(".json", "_quick.json")
     temperatures = sampling_temperatures(options.temperatures)
     check_count("samples", options.samples, "A group has several: 8.")
     check_count("rounds", options.rounds, "More rounds, smaller errors: 4.")
@@ -109,6 +111,15 @@ def prepare(args: Sequence[str], config_class: Any) -> Prepared:
     chat = config.chat_template_kwargs
     rows = prompt_rows(options.dataset, options.dataset_split, task, options, tokenizer, runner, chat=chat, limit=options.prompts)
     return Prepared(options, config, temperatures, tokenizer, rows, runner, correct, _coherence(rewards))
+
+
+def threads_of(prepared: Prepared) -> Any:
+    """A context: the demonstration's model gains nothing from a second thread, and where cores are shared loses by it."""
+    if prepared.options.model == DEMO:
+        from grpo_fast.demo.run import one_thread
+
+        return one_thread()
+    return nullcontext()
 
 
 def load_model(prepared: Prepared) -> Any:

@@ -27,7 +27,7 @@ from grpo_fast.demo.compare import trainer_of
 from grpo_fast.demo.evaluate import evaluate
 from grpo_fast.demo.run import MAX_NEW_TOKENS, Options, Start, one_thread, warm_started
 from grpo_fast.study.estimates import Estimate, difference, estimate, told_apart
-from grpo_fast.study.options import check_count, check_place, need_packages, sampling_temperatures, training_temperatures
+from grpo_fast.study.options import check_count, check_place, sampling_temperatures, training_temperatures
 
 __all__ = ["BEFORE", "TrainingOptions", "prepare", "run", "summarise"]
 
@@ -106,9 +106,8 @@ def prepare(args: Sequence[str]) -> Prepared:
     """Parse, check, and read what is finished of this study.
 
     Raises:
-        SettingsError, ValueError, ImportError: name the setting, what it was, what was expected and the cure.
+        SettingsError, ValueError: name the setting, what it was, what was expected and the cure.
     """
-    need_packages("tokenizers", "datasets", "accelerate", "matplotlib", extras=("demo", "train"))
     given = said(args, None, TrainingOptions)
     if given.get("quick"):
         given = QUICK | {"output": TrainingOptions.output.replace(".json", "_quick.json")} | given
