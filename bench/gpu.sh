@@ -7,36 +7,49 @@ mkdir -p "$out" "$site"
 # What is built here is imported, and not the checkout, which lacks the package that the install maps into it: see setup.py.
 export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
 
-# Seconds of a part, together 19 minutes without `tune`, which only a person asks for. BUDGET_S sets each.
+# Seconds of a part. With what preflight and a failed build may take besides, `all` ends within 20 minutes, and `build test` within 10.
+# BUDGET_S sets each.
 budget() {
   case $1 in
-    build | head | tune) echo "${BUDGET_S:-180}" ;;
-    test) echo "${BUDGET_S:-360}" ;;
-    bench) echo "${BUDGET_S:-420}" ;;
+    build) echo "${BUDGET_S:-150}" ;;
+    head | tune) echo "${BUDGET_S:-180}" ;;
+    test) echo "${BUDGET_S:-340}" ;;
+    bench) echo "${BUDGET_S:-290}" ;;
+    cluster) echo "${BUDGET_S:-130}" ;;
   esac
 }
 
-install() {
-  timeout "$(budget build)" "$python" -m pip install -q --no-index --no-deps --no-compile --upgrade --target "$site" "$@"
+install() {  # until $until
+  timeout "$((until > SECONDS ? until - SECONDS : 1))" "$python" -m pip install -q --no-index --no-deps --no-compile --upgrade \
+    --target "$site" "$@"
+}
+
+# What the build is made of: the same tree is not built twice, and a changed one is never measured by what was built before.
+sources() {
+  find csrc grpo_fast kernels setup.py pyproject.toml "$wheels" -type f ! -path '*/__pycache__/*' ! -name '*.so' -print0 2>/dev/null |
+    sort -z | xargs -0 sha256sum | sha256sum
 }
 
 # Without the extension there are still the Triton kernels: what they have to say is not lost with it.
 build() {
-  local here code=0
+  local here code=0 until=$((SECONDS + $(budget build)))
+  sources >"$site/sources"
   if compgen -G "$wheels/*.whl" >/dev/null; then
     install "$wheels"/*.whl || code=1  # all at once: packages that share a folder would take it from each other
   fi
   here=$("$python" -c 'import torch; print("{}.{}".format(*torch.cuda.get_device_capability()))' 2>/dev/null) || here=9.0
   GRPO_FAST_BUILD=${GRPO_FAST_BUILD:-cuda} TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$here} install --no-build-isolation . 2>&1 |
     tee "$out/build.log" && return $code
+  rm -f "$site/sources"  # another call tries again
+  until=$((SECONDS + 30))
   GRPO_FAST_BUILD=none install --no-build-isolation .
   return 1
 }
 
 # What is there, in the log of every run: a test whose library is missing is skipped, a file that imports a missing one is an error.
 preflight() {
-  "$python" - <<'END' | tee "$out/preflight.log"
-import importlib.metadata, platform
+  timeout 30 "$python" - <<'END' | tee "$out/preflight.log"
+import importlib, importlib.metadata, platform
 names = "torch triton setuptools pytest pytest-timeout pytest-xdist hypothesis numpy transformers trl liger-kernel verl quack-kernels matplotlib"
 print(f"python {platform.python_version()}")
 for name in names.split():
@@ -44,29 +57,38 @@ for name in names.split():
         print(name, importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:
         print(name, "missing")
+for module in ("trl.trainer.utils", "liger_kernel.ops.grpo_loss"):
+    try:
+        importlib.import_module(module)
+    except Exception as error:
+        print(f"{module} does not import: {type(error).__name__}: {error}")
 END
-  nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>&1 | tee -a "$out/preflight.log"
-  "$python" -c 'from grpo_fast.doctor import run; run()' 2>&1 | tee -a "$out/preflight.log"
+  timeout 10 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>&1 | tee -a "$out/preflight.log"
+  timeout 30 "$python" -c 'from grpo_fast.doctor import run; run()' 2>&1 | tee -a "$out/preflight.log"
 }
 
 # Every file that has a test for a GPU; several at once, since most of the time goes into compiling kernels. Without the strictness of
-# pyproject.toml, which asks for plugins that need not be there.
+# pyproject.toml, which asks for plugins that need not be there. A kernel that hangs takes its worker with it (by a thread: no signal is
+# heard while C code waits for the device), and the others go on.
 tests() {
   local seconds files options=()
   seconds=$(budget test)
   mapfile -t files < <(grep -lE 'mark\.gpu\b' tests/test_*.py)
   "$python" -c 'import xdist' 2>/dev/null && options+=(-n "${WORKERS:-4}" --dist worksteal)
-  "$python" -c 'import pytest_timeout' 2>/dev/null && options+=(--session-timeout "$((seconds > 60 ? seconds - 20 : seconds))")
+  "$python" -c 'import pytest_timeout' 2>/dev/null &&
+    options+=(--timeout 150 --timeout-method thread --session-timeout "$((seconds > 60 ? seconds - 20 : seconds))")
   timeout "$seconds" "$python" -m pytest -q -m gpu -ra --continue-on-collection-errors -p no:cacheprovider \
     -o addopts=--import-mode=importlib --junitxml="$out/test.xml" "${options[@]}" "${files[@]}" 2>&1 | tee "$out/test.log"
 }
 
-# No case is begun in the last half minute; what was measured before is in the file.
+# No case is begun in the last half minute; what was measured before is in the file, which goes on from the one in bench/results where that
+# is this machine's.
 measure() {
   local seconds program=bench/gpu_bench.py
   seconds=$(budget "$1")
   [ "$1" = tune ] && program=bench/gpu_tune.py
-  BUDGET_S=$((seconds > 60 ? seconds - 30 : seconds)) timeout "$seconds" "$python" "$program" "$1" --device "$device" \
+  [ -f "$out/gpu.json" ] || cp bench/results/gpu.json "$out/gpu.json" 2>/dev/null
+  BUDGET_S=$((seconds > 60 ? seconds - 30 : seconds)) timeout -k 10 "$seconds" "$python" "$program" "$1" --device "$device" \
     --output "$out/gpu.json" 2>&1 | tee "$out/$1.log"
 }
 
@@ -87,13 +109,18 @@ for name in "$@"; do
   case $name in
     build) part build ;;
     test | bench | head | tune)
-      [ -d "$site/grpo_fast" ] || part build
-      if [ "$name" = test ]; then
-        preflight
-        part tests
-      else
-        part measure "$name"
-      fi
+      [ "$(cat "$site/sources" 2>/dev/null)" = "$(sources)" ] || part build
+      case $name in
+        test)
+          preflight
+          part tests
+          ;;
+        bench)
+          part measure bench
+          part measure cluster
+          ;;
+        *) part measure "$name" ;;
+      esac
       ;;
     *)
       echo "usage: bench/gpu.sh [build|test|bench|head|tune|all]..." >&2

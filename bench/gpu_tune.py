@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -47,68 +48,40 @@ def cluster(shape: str) -> Iterator[None]:
         yield
 
 
-def steps(shape: Shape, timer: Timer, device: str) -> dict[str, Callable[[], dict[str, Any]]]:
-    """What is timed of the Triton kernels."""
-    given, truth = shape.given, shape.truth
-    assert given is not None
-    found: dict[str, Callable[[], dict[str, Any]]] = {}
-    for step, contestants in gpu_bench.forward_contestants(device).items():
-        ours = next(c for c in contestants if c.name == "ours")
-        found[step] = lambda ours=ours: gpu_bench.measured_forward(ours, given, truth, timer)
-    found["gradient"] = lambda: gpu_bench.measured_gradient(given, truth, timer)
-    return found
-
-
 def tune(shapes: list[tuple[int, int]], timer: Timer, device: str, deadline: float, results: Results) -> None:
-    for rows, vocabulary in shapes:
-        shape = gpu_bench.made(rows, vocabulary, timer, device, deadline, results)
-        if shape.given is not None:
-            if gpu_bench.by_kernels(device):
-                programs(shape, timer, device, deadline, results)
-            clusters(shape, timer, device, deadline, results)
-    print(fastest(results.whole["tune"]))
-
-
-def add(step: str, launch: str, work: Callable[[], dict[str, Any]], shape: Shape, device: str, deadline: float, results: Results) -> None:
-    given = shape.given
-    assert given is not None
-    entry = {**shape.entry, "step": step, "name": "ours", "launch": launch}
-
-    def with_bandwidth() -> dict[str, Any]:
-        return gpu_bench.with_bandwidth(work(), step, given, shape.copy_ms)
-
-    size = given.logits.numel() * given.logits.element_size()
-    results.add(gpu_bench.recorded(entry, with_bandwidth, 2.0 * size, device, deadline))
+    kept = [gpu_bench.made(rows, vocabulary, timer, device, deadline, results) for rows, vocabulary in shapes]
+    if gpu_bench.by_kernels(device):
+        for shape in kept:
+            programs(shape, timer, device, deadline, results)
+    for shape in kept:  # last: they have never run
+        clusters(shape, timer, device, deadline, results)
 
 
 def programs(shape: Shape, timer: Timer, device: str, deadline: float, results: Results) -> None:
-    for step, work in steps(shape, timer, device).items():
-        add(step, NOW, work, shape, device, deadline, results)
+    steps = {step: next(c for c in found if c.name == "ours") for step, found in gpu_bench.forward_contestants(device).items()}
+    steps["gradient"] = Contestant("ours", gpu_bench.gradient_alone, 1)
+    for step, ours in steps.items():
+
+        def add(launch: str, step: str = step, ours: Contestant = ours) -> None:
+            of_launch = dataclasses.replace(shape, entry={**shape.entry, "launch": launch})
+            gpu_bench.add(step, ours, of_launch, timer, device, deadline, results)
+
+        add(NOW)
         for block, warps in PROGRAMS:
             with launched(BLOCK=block, WARPS=warps):
-                add(step, f"{block} columns, {warps} warps", work, shape, device, deadline, results)
+                add(f"{block} columns, {warps} warps")
         if shape.entry["rows"] < 1024:
             for each in PER_MULTIPROCESSOR:
                 with launched(PROGRAMS_PER_MULTIPROCESSOR=each):
-                    add(step, f"{each} programs per multiprocessor", work, shape, device, deadline, results)
+                    add(f"{each} programs per multiprocessor")
 
 
 def clusters(shape: Shape, timer: Timer, device: str, deadline: float, results: Results) -> None:
-    given = shape.given
-    assert given is not None
     ours = Contestant("ours_cluster", gpu_bench.our_loss("cluster"), 1)
-    add("loss", NOW, lambda: gpu_bench.measured_loss(ours, given, shape.truth, timer), shape, device, deadline, results)
-    for each in CLUSTERS:
+    for each in ("", *CLUSTERS):
+        of_launch = dataclasses.replace(shape, entry={**shape.entry, "launch": f"{each} clusters" if each else NOW})
         with cluster(each):
-            add(
-                "loss",
-                f"{each} clusters",
-                lambda: gpu_bench.measured_loss(ours, given, shape.truth, timer),
-                shape,
-                device,
-                deadline,
-                results,
-            )
+            gpu_bench.add("loss", ours, of_launch, timer, device, deadline, results)
 
 
 def fastest(entries: list[dict[str, Any]]) -> str:
@@ -134,7 +107,11 @@ def main() -> None:
     deadline = time.monotonic() + float(os.environ.get("BUDGET_S", "150"))
     shapes: Any = [tuple(int(n) for n in text.split("x")) for text in options.shape or []]
     shapes = shapes or list(SHAPES if options.device == "cuda" else REHEARSAL)
-    tune(shapes, Timer(options.device, 15, seconds=0.1), options.device, deadline, Results(options.output, "tune", options.device))
+    results = Results(options.output, "tune", options.device)
+    try:
+        tune(shapes, Timer(options.device, 15, seconds=0.1), options.device, deadline, results)
+    finally:
+        print(fastest(results.whole["tune"]))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
+import math
 import os
 import re
 import shutil
@@ -25,14 +26,10 @@ from grpo_fast.benchmark import cli
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def gpu_bench() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gpu_bench", ROOT / "bench" / "gpu_bench.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look themselves up
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def gpu_bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    return importlib.import_module("gpu_bench")
 
 
 @pytest.fixture
@@ -42,6 +39,11 @@ def few(gpu_bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return gpu_bench
 
 
+@pytest.fixture
+def measure(gpu_bench: ModuleType) -> ModuleType:
+    return importlib.import_module("gpu_measure")
+
+
 def run(module: ModuleType, part: str, output: Path, shapes: list[Any], budget: float = 1e9) -> dict[str, Any]:
     results = module.Results(output, part, "cpu")
     deadline = module.time.monotonic() + budget
@@ -49,10 +51,16 @@ def run(module: ModuleType, part: str, output: Path, shapes: list[Any], budget: 
     return json.loads(output.read_text())
 
 
-def test_both_parts_write_one_file_and_a_failure_loses_nothing(few: ModuleType, tmp_path: Path) -> None:
+def test_all_parts_write_one_file_and_a_failure_loses_nothing(few: ModuleType, tmp_path: Path) -> None:
     output = tmp_path / "gpu.json"
     run(few, "bench", output, [(20, 101)])
+    run(few, "cluster", output, [(20, 101)])
     result = run(few, "head", output, [(8, 0, 50), (40, 16, 50)])
+    assert [(entry["name"], "expected an NVIDIA GPU" in entry.get("error", "")) for entry in result["cluster"]] == [
+        ("copy", False),
+        ("ours_cluster", True),
+        ("ours_cluster_inplace", True),
+    ]
     assert result["kind"] == "gpu"
     by_step: dict[str, dict[str, Any]] = {}
     for entry in result["bench"]:
@@ -98,23 +106,84 @@ def test_what_was_measured_is_in_the_file_before_the_next_case(few: ModuleType, 
 
 def test_what_was_measured_stands_beside_what_is_asked(few: ModuleType) -> None:
     def entry(step: str, name: str, rows: int, **measured: float) -> dict[str, Any]:
-        return {"step": step, "name": name, "rows": rows, "vocabulary": 32000, **measured}
+        return {"step": step, "name": name, "rows": rows, "vocabulary": 128256, **measured}
 
-    entries = [
-        entry("logprobs", "ours", 4096, ms=1.0, times_read=1.25),
-        entry("logprobs", "ours", 16384, ms=4.0, times_read=1.0),
-        entry("logprobs", "ours", 256, ms=1.0, times_read=9.0),  # too few rows to speak of bandwidth
-        entry("loss", "ours_cluster", 4096, ms=2.0, times_copy=1.25),
-        entry("loss", "liger", 4096, ms=3.0, times_copy=1.9),
-        {**entry("loss", "liger", 16384), "error": "made up"},
+    whole = {
+        "bench": [
+            entry("logprobs", "ours", 4096, ms=1.0, times_read=1.25),
+            entry("logprobs", "ours", 16384, ms=4.0, times_read=1.0),
+            entry("logprobs", "ours", 256, ms=1.0, times_read=9.0),  # too few bytes to speak of bandwidth
+            entry("loss", "ours_cluster", 4096, ms=9.0, times_copy=9.0),  # of an older form of the file
+        ],
+        "cluster": [
+            entry("loss", "ours_cluster", 4096, ms=2.0, times_copy=1.25),
+            entry("loss", "liger", 4096, ms=3.0, times_copy=1.9),
+            {**entry("loss", "liger", 16384), "error": "made up"},
+        ],
+    }
+    assert few.against_targets(whole).splitlines() == [
+        "ours, logprobs, of copy bandwidth, asked 0.93: 0.80 (4096 x 128256), 1.00 (16384 x 128256)",
+        "ours, logprobs+entropy, of copy bandwidth, asked 0.90: not measured",
+        "ours, gradient, of copy bandwidth, asked 0.93: not measured",
+        "ours_cluster, loss, of copy bandwidth, asked 0.85: 0.80 (4096 x 128256)",
+        "ours_cluster over liger, loss and gradient, asked 1.34: 1.50 (4096 x 128256)",
     ]
-    assert few.against_targets(entries).splitlines() == [
-        "ours, logprobs, of copy bandwidth: 0.80 to 1.00 over 2 shapes, asked 0.93",
-        "ours, logprobs+entropy, of copy bandwidth: not measured, asked 0.90",
-        "ours, gradient, of copy bandwidth: not measured, asked 0.93",
-        "ours_cluster, loss, of copy bandwidth: 0.80 to 0.80 over 1 shapes, asked 0.85",
-        "ours_cluster over liger, loss and gradient: 1.50 to 1.50 over 1 shapes, asked 1.34",
-    ]
+
+
+def test_a_lost_device_ends_its_part_and_loses_nothing_else(few: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an illegal access every call raises, also those that ask for memory: the file is whole and says which case it was."""
+    lost = [False]
+
+    def broken(*_: Any) -> Any:
+        if lost[0]:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return (2**40, 2**40)
+
+    def breaks(*_: Any) -> None:
+        lost[0] = True
+        broken()
+
+    for name in ("empty_cache", "synchronize", "mem_get_info"):
+        monkeypatch.setattr(torch.cuda, name, broken)
+    results = few.Results(tmp_path / "gpu.json", "cluster", "cpu")
+    shape = few.made(5, 50, few.Timer("cpu", 3), "cpu", math.inf, results)
+    few.add("loss", few.Contestant("good", few.eager, 1), shape, few.Timer("cpu", 3), "cuda", math.inf, results)
+    with pytest.raises(Exception, match=r"the device is lost to this process.*illegal memory access"):
+        few.add("loss", few.Contestant("bad", breaks, 1), shape, few.Timer("cpu", 3), "cuda", math.inf, results)
+    entries = json.loads((tmp_path / "gpu.json").read_text())["cluster"]
+    assert [(entry["name"], "illegal" in entry.get("error", "")) for entry in entries] == [("copy", False), ("good", False), ("bad", True)]
+    assert "illegal" in few.recorded({}, dict, 0, "cuda", math.inf)["error"]
+
+
+def test_what_another_machine_measured_is_dropped(few: ModuleType, measure: ModuleType, tmp_path: Path) -> None:
+    output = tmp_path / "gpu.json"
+    run(few, "bench", output, [(3, 33)])
+    measure.Results(output, "head", "cpu").add({"name": "ours_head"})
+    kept = json.loads(output.read_text())
+    assert kept["bench"] and kept["head"]
+    kept["machine"]["device"] = "another card"
+    output.write_text(json.dumps(kept))
+    measure.Results(output, "head", "cpu").add({"name": "ours_head"})
+    assert "bench" not in json.loads(output.read_text())
+
+
+def test_why_a_library_is_missing_is_told(
+    gpu_bench: ModuleType, measure: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "NOT_IMPORTED", {})
+    assert measure.imported("json", "loads") is json.loads
+    assert measure.imported("no_such_library.here", "f") is None and measure.imported("json", "no_such_name") is None
+    results = measure.Results(tmp_path / "gpu.json", "bench", "cpu")
+    results.add({"name": "ours"})
+    told = json.loads((tmp_path / "gpu.json").read_text())["not_imported"]
+    assert "ModuleNotFoundError" in told["no_such_library.here"] and "AttributeError" in told["json"]
+
+
+def test_two_are_timed_repetition_by_repetition(few: ModuleType) -> None:
+    done: list[str] = []
+    found = few.Timer("cpu", 5).in_turn((lambda _: done.append("a"), lambda: None), (lambda _: done.append("b"), lambda: None))
+    assert len(found) == 2 and all(each["repetitions"] == 5 for each in found)
+    assert done == ["a", "a", "b", "b", *["a", "b"] * 6]
 
 
 def test_the_timer_on_a_gpu(few: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,16 +221,16 @@ def test_the_timer_on_a_gpu(few: ModuleType, monkeypatch: pytest.MonkeyPatch) ->
     assert found["repetitions"] == 3 and found["ms"] == len(done) - 7  # the median of the last three, 7 steps apart
 
 
-def test_a_gpu_machine_is_described(few: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_machine_is_described(measure: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     properties = type("Properties", (), {"name": "a GPU", "total_memory": 80, "multi_processor_count": 132})()
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
-    found = few.machine("cuda")
+    found = measure.machine("cuda")
     assert (found["device"], found["bytes"], found["multiprocessors"]) == ("a GPU", 80, 132) and found["versions"]["torch"]
-    assert few.clocks() is None or set(few.clocks()) == {"mhz", "celsius", "watts"}
+    assert measure.clocks() is None or set(measure.clocks()) == {"mhz", "celsius", "watts"}
     monkeypatch.setattr(torch.cuda, "clock_rate", lambda: 1980)
     monkeypatch.setattr(torch.cuda, "temperature", lambda: 40)
     monkeypatch.setattr(torch.cuda, "power_draw", lambda: 350_000)
-    assert few.clocks() == {"mhz": 1980, "celsius": 40, "watts": 350.0}
+    assert measure.clocks() == {"mhz": 1980, "celsius": 40, "watts": 350.0}
 
 
 def test_memory_is_counted_beforehand(few: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,6 +244,7 @@ def test_memory_is_counted_beforehand(few: ModuleType, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("wrong", ["zeroed", "doubled", "without the others", "nan", "another row"])
 def test_the_gate_refuses_a_wrong_gradient(wrong: str, few: ModuleType) -> None:
+    lenient = importlib.import_module("gpu_gate").LENIENT
     given = few.case(30, 2000, "cpu")
     truth, ids = given.truth()[0], given.ids[0, given.sample()]
     found = truth.bfloat16()
@@ -190,7 +260,7 @@ def test_the_gate_refuses_a_wrong_gradient(wrong: str, few: ModuleType) -> None:
     else:
         found = found.roll(1, 0)
     worst = few.check_gradient(found, truth, ids)
-    assert worst > few.LENIENT
+    assert worst > lenient
     with pytest.raises(ValueError, match="wrong: off by"):
         few.judged(worst, "eager")
 
@@ -261,6 +331,7 @@ def test_the_script_in_a_bare_checkout(tmp_path: Path) -> None:
         "build",
         "tests",
         "measure bench",
+        "measure cluster",
         "measure head",
         "measure tune",
     ]

@@ -132,7 +132,8 @@ def write_gpu_plot(result: dict[str, Any], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    entries = [e for e in result.get("bench", []) if e["step"] == "loss" and e.get("times_copy") is not None]
+    together = result.get("bench", []) + [e for e in result.get("cluster", []) if e["name"].startswith("ours")]
+    entries = [e for e in together if e["step"] == "loss" and e.get("times_copy") is not None]
     if not entries:
         raise ValueError("result has no times of loss and gradient; expected what `bench/gpu.sh bench` writes on a GPU.")
     vocabularies = sorted({e["vocabulary"] for e in entries})
