@@ -231,7 +231,8 @@ def parts_of(rows: int, vocabulary: int, block: int, device: torch.device, parts
     if parts is not None:
         return parts
     wanted = triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device), max(rows, 1))
-    return max(1, min(wanted, triton.cdiv(vocabulary, block)))
+    blocks = triton.cdiv(vocabulary, block)
+    return triton.cdiv(blocks, max(1, blocks // wanted))  # as many blocks in each: none is left without
 
 
 def token_sums(rows: Rows, scoring: Scoring, *, want_entropy: bool = True, parts: int | None = None) -> Tensor:  # float32 [3, B * T, parts]
