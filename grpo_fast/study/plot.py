@@ -72,10 +72,11 @@ def write_training_figure(result: dict[str, Any], path: Path) -> None:
             marker="o",
             markersize=3,
             capsize=2,
-            label=label if i == 0 else f"T = {label}",
+            label="before GRPO" if i == 0 else f"trained at {label}",
         )
     axes[0].set(title="Accuracy", xlabel="evaluation temperature", ylabel="held-out questions", ylim=(-0.02, 1.02))
-    axes[0].legend(frameon=False, fontsize=8, title="trained at", title_fontsize=8)
+    handles, words = axes[0].get_legend_handles_labels()
+    figure.legend(handles, words, loc="outside lower center", ncols=len(words), frameon=False, fontsize=9)
     _matrix(axes[1], result, places)
     curves = (
         ("accuracy", "Accuracy in training", "share"),

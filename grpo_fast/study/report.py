@@ -53,14 +53,14 @@ def matrix_table(result: dict[str, Any]) -> Rows:
     places = [f"{temperature:g}" for temperature in result["options"]["eval_temperatures"]]
     cells = [[label, *(_cell(result["matrix"][label][place]["accuracy"]) for place in places)] for label in result["trained_at"]]
     seeds = f"{result['seeds']} seed{'' if result['seeds'] == 1 else 's'}"
-    return f"Accuracy, mean and standard error over {seeds}", ["trained at", *(f"evaluated at {place}" for place in places)], cells
+    return f"Accuracy by evaluation temperature, mean and standard error over {seeds}", ["trained at", *(f"at {p}" for p in places)], cells
 
 
 def training_table(result: dict[str, Any]) -> Rows:
     """What the curves did: means of the first and of the last five steps."""
     names = (("accuracy", "accuracy"), ("zero-std groups", "zero_std"), ("entropy at T", "entropy"), ("distinct", "distinct"))
     cells = [
-        [label, *(f"{_cell(curves[name]['first'])} to {_cell(curves[name]['last'])}" for _, name in names)]
+        [label, *(f"{_mean(curves[name]['first'])} to {_mean(curves[name]['last'])}" for _, name in names)]
         for label, curves in result["training"].items()
     ]
     return "In training, the first five steps and the last five", ["trained at", *(heading for heading, _ in names)], cells
