@@ -266,6 +266,18 @@ def test_the_same_bits_in_every_order(cluster: Callable[..., None]) -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("vocabulary", [1024, 1999])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_what_is_copied_out_was_fenced(inplace: bool, vocabulary: int, cluster: Callable[..., None]) -> None:
+    """The copy engine is not ordered with ordinary stores to shared memory; whoever wrote must say so. No order of threads shows that."""
+    rows = torch.tensor([[True, False, True, True, True, True]])
+    given = call(6, vocabulary, torch.bfloat16, mask=rows)
+    for seed in (0, 12):
+        cluster(cluster=2, stages=3, clusters=1, seed=seed, proxies=1)
+        assert_same(given, inplace=inplace)
+
+
+@needs_compiler
 def test_without_a_gradient(cluster: Callable[..., None]) -> None:
     cluster(cluster=2, stages=2, clusters=1, seed=9)
     given = call(5, 600, torch.bfloat16)

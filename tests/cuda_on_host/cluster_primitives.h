@@ -72,9 +72,11 @@ inline void send(float4 value, float4* slot, Barrier* barrier, uint32_t rank) {
   auto* there = reinterpret_cast<float4*>(other + (reinterpret_cast<char*>(slot) - own));
   auto* counted = reinterpret_cast<Barrier*>(other + (reinterpret_cast<char*>(barrier) - own));
   *there = make_float4(NAN, NAN, NAN, NAN);
+  cuda_on_host::note_arrival(*cuda_on_host::blocks[rank], there, sizeof(float4));
   cuda_on_host::copies.push_back({[=] {
     if (cuda_on_host::block_left(rank)) cuda_on_host::fail("a message to a block that has returned");
     *there = value;
+    cuda_on_host::note_arrival(*cuda_on_host::blocks[rank], there, sizeof(float4));
     complete(counted, sizeof(float4));
   }});
 }
@@ -86,15 +88,22 @@ inline void check_bulk(const void* a, const void* b, uint32_t bytes) {
 }
 inline void load_bulk(void* shared, const void* global, uint32_t bytes, Barrier* barrier) {
   check_bulk(shared, global, bytes);
+  cuda_on_host::Block* here = &cuda_on_host::block();
   std::memset(shared, 0xff, bytes);
+  cuda_on_host::note_arrival(*here, shared, bytes);
   cuda_on_host::copies.push_back({[=] {
     std::memcpy(shared, global, bytes);
+    cuda_on_host::note_arrival(*here, shared, bytes);
     complete(barrier, bytes);
   }});
 }
 inline void store_bulk(void* global, const void* shared, uint32_t bytes) {
   check_bulk(shared, global, bytes);
   const unsigned thread = cuda_on_host::current;
+  cuda_on_host::note_writes();
+  if (!cuda_on_host::all_fenced(cuda_on_host::block(), shared, bytes)) {
+    cuda_on_host::fail("a bulk copy of what a thread has written and not fenced");
+  }
   ++cuda_on_host::fibers[thread].stores;
   cuda_on_host::copies.push_back({[=] {
     std::memcpy(global, shared, bytes);
@@ -107,7 +116,10 @@ inline void store_wait_read() {
   while (cuda_on_host::fibers[cuda_on_host::current].stores > 0) cuda_on_host::yield();
 }
 inline void store_wait() { store_wait_read(); }
-inline void fence_async() {}
+inline void fence_async() {
+  cuda_on_host::note_writes();
+  for (unsigned& by : cuda_on_host::block().unfenced) by = by == cuda_on_host::current + 1 ? 0 : by;
+}
 
 inline void warp_barrier() { cuda_on_host::wait(cuda_on_host::block().warps[threadIdx.x / 32]); }
 template <typename Combine>

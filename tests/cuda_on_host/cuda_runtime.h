@@ -4,8 +4,10 @@
 // one stops it before another gets its turn, first warp first or, with CUDA_ON_HOST_REVERSED set, last warp first, or, with
 // CUDA_ON_HOST_SEED set to other than 0, in a random order that the seed makes: warps are as far apart as the barriers let them be, so a
 // missing one shows. A barrier that not all threads reach ends the process. Clusters run one after another, a block alone is a cluster of
-// one, so __shared__ is a static variable, for kernels without clusters. Only what our kernels use is here; a launch `kernel<<<grid, block,
-// shared, stream>>>(arguments)` must have been rewritten to cuda_on_host::launch(kernel, grid, ..., arguments).
+// one, so __shared__ is a static variable, for kernels without clusters. With CUDA_ON_HOST_PROXIES set it is known which thread last
+// changed each byte of dynamic shared memory, and whether it has fenced that for the copy engine. Only what our kernels use is here; a
+// launch `kernel<<<grid, block, shared, stream>>>(arguments)` must have been rewritten to cuda_on_host::launch(kernel, grid, ...,
+// arguments).
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
@@ -73,6 +75,8 @@ struct Block {
   double shuffled[32][32];
   std::vector<char> memory;  // dynamic shared
   char* shared = nullptr;
+  std::vector<char> seen;          // of it, when a thread last stopped; empty where nobody asks
+  std::vector<unsigned> unfenced;  // by which thread a byte was changed since, plus 1; 0: the copy engine may read it
 };
 
 struct Copy {  // by the copy engine: some time after it was asked for
@@ -105,6 +109,26 @@ inline bool block_left(unsigned index) {  // whether any of its threads has retu
   for (unsigned i = 0; i < threads_per_block; ++i)
     if (fibers[index * threads_per_block + i].done) return true;
   return false;
+}
+
+// Whatever of its block's memory has changed since anybody looked, the running thread has changed.
+inline void note_writes() {
+  Block& here = block();
+  for (size_t i = 0; i < here.seen.size(); ++i) {
+    if (here.seen[i] != here.memory[i]) here.seen[i] = here.memory[i], here.unfenced[i] = current + 1;
+  }
+}
+// Not by a thread: the copy engine and other blocks' messages.
+inline void note_arrival(Block& block, const void* first, size_t bytes) {
+  if (block.seen.empty()) return;
+  const size_t at = static_cast<size_t>(static_cast<const char*>(first) - block.memory.data());
+  std::copy_n(block.memory.begin() + static_cast<std::ptrdiff_t>(at), bytes, block.seen.begin() + static_cast<std::ptrdiff_t>(at));
+  std::fill_n(block.unfenced.begin() + static_cast<std::ptrdiff_t>(at), bytes, 0u);
+}
+inline bool all_fenced(const Block& block, const void* first, size_t bytes) {
+  if (block.seen.empty()) return true;
+  const auto at = block.unfenced.begin() + (static_cast<const char*>(first) - block.memory.data());
+  return std::all_of(at, at + static_cast<std::ptrdiff_t>(bytes), [](unsigned by) { return by == 0; });
 }
 
 inline void yield() {
@@ -158,6 +182,9 @@ inline void run_cluster(unsigned first_block, unsigned size, unsigned threads, s
     block.barrier = {threads};
     for (Barrier& warp : block.warps) warp = {32};
     block.memory.assign(shared + 128, static_cast<char>(0xff));  // NaN until it is written
+    const bool watched = std::getenv("CUDA_ON_HOST_PROXIES") != nullptr;
+    block.seen = watched ? block.memory : std::vector<char>();
+    block.unfenced.assign(block.seen.size(), 0);
     block.shared = block.memory.data() + (128 - reinterpret_cast<uintptr_t>(block.memory.data()) % 128) % 128;
   }
   const unsigned all = size * threads;
@@ -192,6 +219,7 @@ inline void run_cluster(unsigned first_block, unsigned size, unsigned threads, s
           threadIdx.x = current % threads;
           blockIdx.x = first_block + current / threads;
           resume(fibers[current]);
+          note_writes();
           done += fibers[current].done;
         }
         stuck = stuck && !progress;
