@@ -15,6 +15,21 @@ import grpo_fast as gf
 POISON = (float("nan"), float("inf"), float("-inf"), 3e38)
 
 
+BEFORE, AFTER = 1, 2  # columns beside a strided row; an odd sum, so that rows are on every offset
+
+
+def apart(logits: Tensor) -> Tensor:  # [..., V]
+    """A view of the same rows with poison beside each: Inf before it, NaN after it."""
+    wide = torch.nn.functional.pad(torch.nn.functional.pad(logits, (BEFORE, 0), value=float("inf")), (0, AFTER), value=float("nan"))
+    return wide[..., BEFORE:-AFTER]
+
+
+def untouched_beside(rows: Tensor) -> bool:
+    """Whether the poison of apart() is still there."""
+    wide = rows.detach().as_strided((*rows.shape[:-1], rows.shape[-1] + BEFORE + AFTER), rows.stride(), rows.storage_offset() - BEFORE)
+    return bool((wide[..., :BEFORE] == float("inf")).all() and wide[..., -AFTER:].isnan().all())
+
+
 @dataclass
 class Case:
     """The arguments of one call."""
@@ -28,13 +43,14 @@ class Case:
         """Forward and backward; returns the output and the gradient of the logits."""
         leaf = (self.logits if logits is None else logits).detach().clone().requires_grad_()
         model_output = leaf * 1  # not a leaf, so that inplace is allowed; memory of its own
-        if self.options.get("strided"):
-            model_output = torch.nn.functional.pad(model_output, (0, 3))[..., :-3]
         options = {**self.options, **changed}
-        options.pop("strided", None)
+        strided = options.pop("strided", False)
+        if strided:
+            model_output = apart(model_output)
         out = gf.grpo_loss(model_output, self.token_ids, self.advantages, **options)
         out.loss.backward()
         assert leaf.grad is not None
+        assert not strided or untouched_beside(model_output), "what lies beside the rows was written to"
         return out, leaf.grad
 
 

@@ -1,9 +1,11 @@
-"""What holds in every test: one thread, fixed seeds, no network, uninitialised memory is NaN, GPU tests skipped where there is no GPU."""
+"""What holds in every test: one thread, fixed seeds, no network, uninitialised memory is NaN, GPU tests skipped where there is no GPU, and
+what one of them has done to its GPU is its own failure and nobody else's."""
 
 from __future__ import annotations
 
 import os
 import random
+import sys
 from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
@@ -14,6 +16,7 @@ import pytest
 import torch
 
 SEED = 1234
+pytest.register_assert_rewrite("row_cases", "vocabulary_cases")  # tests and checks that are not in a test's own file
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -28,6 +31,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def the_gpu_is_left_working(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test's kernels have come to their end when it ends, and an error of theirs is told under its name.
+
+    After an illegal access every call of the process fails with the same message, so a worker of pytest-xdist goes with it: xdist names the
+    test and starts another worker. A run without workers goes on, for its report.
+    """
+    yield
+    if request.node.get_closest_marker("gpu") is None or not torch.cuda.is_available():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        if "PYTEST_XDIST_WORKER" not in os.environ:
+            pytest.fail(f"the GPU is lost: {error}", pytrace=False)
+        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            sys.stderr.write(f"\n{request.node.nodeid}: the GPU is lost, and this worker with it: {error}\n")
+            sys.stderr.flush()
+        os._exit(1)
 
 
 @pytest.fixture(autouse=True)

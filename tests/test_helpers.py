@@ -1,0 +1,122 @@
+"""What the tests for a GPU stand on, tried where there is none: a GPU that is lost, and the comparison of whole vocabularies."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import apart, untouched_beside
+from torch import Tensor
+from vocabulary_cases import assert_true, big, loss_and_gradient, with_options
+
+HERE = Path(__file__).parent
+
+# Three tests of a GPU whose kernels fail from the second one on, as they do after an illegal access: until the process is another.
+LOST = """
+import pathlib, pytest, torch
+
+lost = []
+once = pathlib.Path(__file__).with_suffix(".once")
+torch.cuda.is_available = lambda: True
+
+def synchronize():
+    if lost:
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+torch.cuda.synchronize = synchronize
+
+@pytest.mark.parametrize("number", range(6))
+@pytest.mark.MARK
+def test_on_it(number):
+    if number == 2 and not once.exists():
+        once.touch()
+        lost.append(number)
+"""
+
+
+def run_lost(folder: Path, mark: str, *options: str) -> str:
+    file = folder / "test_lost.py"
+    file.write_text(LOST.replace("MARK", mark))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment["PYTHONPATH"] = os.pathsep.join([str(HERE), *sys.path])
+    settings = ["-c", str(HERE.parent / "pyproject.toml"), "--rootdir", str(folder), "-p", "conftest", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-v", *settings, *options]
+    done = subprocess.run([*command, str(file)], env=environment, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 or mark != "gpu", done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_a_worker_that_has_lost_its_gpu_is_replaced(tmp_path: Path) -> None:
+    """And the test that lost it is named, with the error; the others pass."""
+    pytest.importorskip("xdist")
+    said = run_lost(tmp_path, "gpu", "-n", "1", "--dist", "worksteal")
+    assert "test_on_it[2]: the GPU is lost, and this worker with it: an illegal memory access was encountered" in said
+    assert "crashed while running 'test_lost.py::test_on_it[2]'" in said, said
+    assert "1 failed, 6 passed" in said, said  # it had passed, before its kernels had come to their end
+
+
+def test_without_workers_the_run_ends_with_its_report(tmp_path: Path) -> None:
+    said = run_lost(tmp_path, "gpu", "-p", "no:xdist")
+    assert "the GPU is lost: an illegal memory access was encountered" in said
+    assert "6 passed, 4 errors" in said, said
+
+
+def test_other_tests_wait_for_no_gpu(tmp_path: Path) -> None:
+    assert "6 passed" in run_lost(tmp_path, "slow", "-p", "no:xdist")
+
+
+def test_what_is_written_beside_a_row_is_seen() -> None:
+    for column in (0, 1, -2, -1):
+        rows = apart(torch.zeros(2, 3, 5))
+        assert untouched_beside(rows) and rows.shape == (2, 3, 5) and (rows == 0).all()
+        rows.as_strided((2, 3, 8), rows.stride(), 0)[1, 1, [0, 6, 7][column % 3]] = 0
+        assert not untouched_beside(rows)
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_whole_vocabularies(elsewhere: bool, dtype: torch.dtype, softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the C++ kernels compute them; in pieces, with and without the entropy."""
+    monkeypatch.setattr("vocabulary_cases.LOGITS_AT_ONCE", 2 * 5003)
+    for entropy_coef in (0.1, 0.0):
+        call = with_options(big(5, 5003, dtype, "cpu"), entropy_coef=entropy_coef, softcap=softcap)
+        assert_true(call, *loss_and_gradient(call, elsewhere=elsewhere))
+
+
+def doubled(gradient: Tensor) -> None:
+    gradient *= 2
+
+
+def without_a_block(gradient: Tensor) -> None:
+    gradient[3, 4096:] = 0
+
+
+def one_column(gradient: Tensor) -> None:
+    gradient[3, 17] *= 1.01
+
+
+def moved(gradient: Tensor) -> None:
+    gradient.copy_(gradient.roll(1, -1))
+
+
+@pytest.mark.parametrize("spoil", [doubled, without_a_block, one_column, moved])
+def test_the_comparison_of_whole_vocabularies_rejects(spoil: object) -> None:
+    call = with_options(big(5, 5003, torch.bfloat16, "cpu"), entropy_coef=0.1, softcap=None)
+    out, gradient = loss_and_gradient(call)
+    assert_true(call, out, gradient)
+    spoil(gradient)
+    with pytest.raises(AssertionError, match="row"):
+        assert_true(call, out, gradient)
+
+
+def test_the_comparison_of_whole_vocabularies_rejects_other_statistics() -> None:
+    call = with_options(big(5, 5003, torch.bfloat16, "cpu"), entropy_coef=0.1, softcap=None)
+    out, gradient = loss_and_gradient(call)
+    for wrong in (out._replace(logprobs=out.logprobs + 2e-5), out._replace(entropy=out.entropy - 2e-5), out._replace(loss=out.loss * 1.01)):
+        with pytest.raises(AssertionError):
+            assert_true(call, wrong, gradient)
