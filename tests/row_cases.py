@@ -16,6 +16,7 @@ import test_grpo_loss
 import torch
 from test_triton import far_apart
 from torch import Tensor
+from vocabulary_cases import big
 
 import grpo_fast as gf
 from grpo_fast import reference, triton_ops
@@ -311,3 +312,45 @@ def test_a_fully_masked_batch_gives_zero(device: str) -> None:
 def test_inplace_writes_over_the_logits_and_tells_autograd(config: gf.LossConfig, device: str) -> None:
     with torch.device(device):
         test_grpo_loss.test_inplace_writes_over_the_logits_and_tells_autograd(config)
+
+
+def test_an_upstream_gradient_other_than_one(device: str) -> None:
+    call = big(20, 5000, torch.float32, device)
+    loss = gf.grpo_loss(**call).loss
+    once = torch.autograd.grad(loss, call["logits"], retain_graph=True)[0]
+    kept = once.clone()
+    half = torch.autograd.grad(0.5 * loss, call["logits"], retain_graph=True)[0]
+    assert torch.equal(half, 0.5 * kept) and torch.equal(once, kept)
+    fourfold = torch.autograd.grad(loss.expand(4).sum(), call["logits"])[0]
+    assert torch.equal(fourfold, 4 * kept)
+    view = (call["logits"] * 1).view(4, 5, 5000)[:, :-1]  # written over where it lies, in rows apart
+    rest = (call["token_ids"].view(4, 5)[:, :-1], call["advantages"].view(4, 5)[:, :-1])
+    expected = torch.autograd.grad(gf.grpo_loss(view, *rest).loss, call["logits"], retain_graph=True)[0]
+    found = torch.autograd.grad(0.5 * gf.grpo_loss(view, *rest, inplace=True).loss, call["logits"])[0]
+    assert torch.equal(found, 0.5 * expected)
+
+
+def test_autocast(device: str) -> None:
+    call = big(7, 300, torch.float32, device)
+    expected = gf.grpo_loss(**call).loss
+    with torch.autocast(device, dtype=torch.bfloat16):
+        assert torch.equal(gf.grpo_loss(**call).loss, expected)
+
+
+def test_opcheck(device: str) -> None:
+    logits = normal(2, 4, 37, seed=0, device=device)
+    ids, mask = (
+        torch.tensor([[3, 0, 36], [12, 7, 30]], device=device),
+        torch.tensor([[True, True, False], [True, True, True]], device=device),
+    )
+    per_token, weight = normal(2, 3, seed=1, device=device) - 3, torch.tensor(0.2, device=device)
+    tensors = (normal(2, 1, seed=2, device=device), weight, weight, per_token, per_token.clone(), None, None)
+    rest = (ids, mask, *tensors, 0.7, 0.0, 1.0, 1.0, loss_settings(gf.LossConfig(beta=0.1, entropy_coef=0.1)), False)
+    operators = torch.ops.grpo_fast
+    torch.library.opcheck(operators.grpo_loss.default, (logits.clone().requires_grad_(), *rest, True))
+    torch.library.opcheck(operators.grpo_loss_.default, (logits.clone(), *rest))
+    scoring = (ids, mask, torch.full((1, 1), 0.7, device=device), 1.0, 5.0, 0.5)
+    torch.library.opcheck(operators.token_logprobs.default, (logits.clone().requires_grad_(), *scoring))
+    statistics = operators.token_logprobs(logits, *scoring)
+    for operator in (operators.token_logprobs_backward.default, operators.token_logprobs_backward_.default):
+        torch.library.opcheck(operator, (torch.ones(1, 1, device=device).expand(2, 3), per_token, logits.clone(), *scoring, *statistics))

@@ -85,11 +85,20 @@ class Backend:
         return GroupAdvantages(*(x.cpu() for x in group_advantages(rewards.cuda(), **on_gpu)))
 
 
+@pytest.fixture
+def cuda_kernel() -> None:
+    """The kernel computes what is on a GPU. Without it the reference would, and every test be green."""
+    assert advantages_module._has_kernel("cuda"), f"the CUDA kernel is not there: {_extension.status()}"
+    assert advantages_module._operator_computes(torch.device("cuda")), "the kernel is there, and is not what computes"
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
     if request.param == "cuda_on_host":
         operators = request.getfixturevalue("cuda_on_host")
         monkeypatch.setattr(torch.ops.grpo_fast, "group_advantages", operators.group_advantages)
+    if request.param == "cuda":
+        request.getfixturevalue("cuda_kernel")
     return Backend(request.param)
 
 
@@ -464,6 +473,7 @@ def test_cuda_kernel_compiles_without_spills(arch, tmp_path):
 @pytest.mark.gpu
 @pytest.mark.parametrize(("scale", "baseline", "normalize"), MODES)
 @pytest.mark.parametrize("group_size", [8, 1000, 100_000])
+@pytest.mark.usefixtures("cuda_kernel")
 def test_gpu_repeats_bitwise(scale, baseline, normalize, group_size):
     rewards = torch.randn(100_000, device="cuda")
     arguments = {"group_size": group_size, "scale": scale, "baseline": baseline, "normalize": normalize}
@@ -474,6 +484,7 @@ def test_gpu_repeats_bitwise(scale, baseline, normalize, group_size):
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("cuda_kernel")
 def test_gpu_does_not_synchronise():
     rewards, offsets = torch.randn(24, 2, device="cuda"), torch.tensor([0, 8, 8, 24], device="cuda")
     weights = torch.tensor([1.0, 0.5], device="cuda")
@@ -704,6 +715,13 @@ def test_good_arguments_pass():
 def test_other_devices_get_the_reference():
     result = group_advantages(torch.zeros(8, 2, device="meta"), group_size=4, normalize="normalize_then_sum")
     assert [(x.device.type, tuple(x.shape)) for x in result] == [("meta", (8,)), *[("meta", (2,))] * 3]
+
+
+def test_a_missing_cuda_kernel_is_an_error(monkeypatch, request):
+    """And not a GPU's tests computed by the reference."""
+    monkeypatch.setattr(advantages_module, "_has_kernel", lambda device_type: False)
+    with pytest.raises(AssertionError, match="the CUDA kernel is not there"):
+        request.getfixturevalue("cuda_kernel")
 
 
 def test_values_are_not_read_where_that_would_synchronise(monkeypatch):

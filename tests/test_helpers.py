@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from cases import apart, untouched_beside
+from test_triton import sanitized, sanitizer
 from torch import Tensor
 from vocabulary_cases import assert_true, big, loss_and_gradient, with_options
 
@@ -69,6 +72,67 @@ def test_other_tests_wait_for_no_gpu(tmp_path: Path) -> None:
     assert "6 passed" in run_lost(tmp_path, "slow", "-p", "no:xdist")
 
 
+TOOL = """#!{python}
+import os, subprocess, sys, time
+arguments = sys.argv[1:]
+program = arguments[arguments.index({python!r}):]
+print(*arguments[:arguments.index({python!r})], "caching", os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"])
+{what}
+"""
+
+
+@pytest.fixture
+def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """A compute-sanitizer of one's own, made of Python code; ``program`` is what it is to run."""
+
+    def install(what: str) -> None:
+        file = tmp_path / "compute-sanitizer"
+        file.write_text(TOOL.format(python=sys.executable, what=what))
+        file.chmod(0o755)
+
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    return install
+
+
+def test_what_a_sanitizer_finds(tool: Callable[[str], None]) -> None:
+    tool("sys.exit(subprocess.call(program))")
+    status, said = sanitizer("racecheck", "print('here')", "--num-cuda-barriers", "64")
+    assert status == 0 and said.splitlines()[1:] == ["here", "computed"]
+    options = "--tool racecheck --error-exitcode 9 --target-processes application-only --report-api-errors no"
+    assert said.startswith(f"{options} --racecheck-detect-level error --num-cuda-barriers 64 caching 1")
+    sanitized("memcheck", "print('here')")
+    with pytest.raises(AssertionError, match="made up"):
+        sanitized("memcheck", "raise SystemExit('made up')")
+    tool("subprocess.call(program); sys.exit(9)")
+    with pytest.raises(AssertionError, match="computed"):
+        sanitized("memcheck", "")
+
+
+def test_a_gpu_that_the_sanitizer_does_not_know(tool: Callable[[str], None]) -> None:
+    tool("print('Error: Device not supported. Read on.'); sys.exit(1)")
+    with pytest.raises(pytest.skip.Exception, match="Read on"):
+        sanitized("memcheck", "")
+    tool("print('not supported: an option'); sys.exit(1)")
+    with pytest.raises(AssertionError, match="an option"):
+        sanitized("memcheck", "")
+
+
+def test_what_hangs_under_a_sanitizer_is_killed_with_its_child(
+    tool: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("test_triton.SANITIZER_SECONDS", 5)
+    tool("sys.exit(subprocess.call(program))")
+    child = tmp_path / "child"
+    with pytest.raises(pytest.fail.Exception, match="memcheck was not through after 5 s"):
+        sanitized("memcheck", f"import os, time; open({str(child)!r}, 'w').write(str(os.getpid())); time.sleep(60)")
+    with pytest.raises(ProcessLookupError):
+        for _ in range(50):  # the child of a killed parent is reaped by another process, in its own time
+            os.kill(int(child.read_text()), 0)
+            if "State:\tZ" in Path(f"/proc/{child.read_text()}/status").read_text():
+                raise ProcessLookupError
+            time.sleep(0.1)
+
+
 def test_what_is_written_beside_a_row_is_seen() -> None:
     for column in (0, 1, -2, -1):
         rows = apart(torch.zeros(2, 3, 5))
@@ -105,7 +169,7 @@ def moved(gradient: Tensor) -> None:
 
 
 @pytest.mark.parametrize("spoil", [doubled, without_a_block, one_column, moved])
-def test_the_comparison_of_whole_vocabularies_rejects(spoil: object) -> None:
+def test_the_comparison_of_whole_vocabularies_rejects(spoil: Callable[[Tensor], None]) -> None:
     call = with_options(big(5, 5003, torch.bfloat16, "cpu"), entropy_coef=0.1, softcap=None)
     out, gradient = loss_and_gradient(call)
     assert_true(call, out, gradient)

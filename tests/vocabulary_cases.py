@@ -12,6 +12,10 @@ from torch import Tensor
 
 import grpo_fast as gf
 
+# (vocabulary, dtype, soft cap): of Llama 2, GPT-2, Llama 3, Qwen 2.5 (its tokenizer's, and rounded up) and Gemma.
+VOCABULARIES = [(vocabulary, torch.bfloat16, None) for vocabulary in (32000, 50257, 128256, 151643, 152064, 262144)]
+VOCABULARIES += [(vocabulary, dtype, 30.0) for vocabulary in (50257, 128256) for dtype in (torch.float32, torch.float16)]
+
 LOGITS_AT_ONCE = 2**22  # of which float64 temporaries are made: some hundred megabytes, since several tests share a GPU
 EPSILON = 2.0**-24
 
@@ -36,6 +40,7 @@ def loss_and_gradient(call: dict[str, Any], *, elsewhere: bool = False, **change
     given = call["logits"] * 1
     if elsewhere:
         given = apart(given)
+        assert given.data_ptr() % 16 != 0, "the case is of no use: memory of its own begins on such a boundary"
     out = gf.grpo_loss(**{**call, "logits": given, **changed})
     (gradient,) = torch.autograd.grad(out.loss, given)
     return out, gradient
