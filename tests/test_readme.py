@@ -38,6 +38,8 @@ RUN_ELSEWHERE = {
     "grpo-fast train --model Qwen/Qwen3-0.6B --dataset 'reasoning_gym:chain_sum' --rewards task format --output_dir runs/sums": (
         "tests/test_train_cli.py runs such commands with a model that lies on the disk"
     ),
+    "grpo-fast study sampling --model Qwen/Qwen3-0.6B --dataset 'reasoning_gym:chain_sum' --rewards task format "
+    "--temperatures 0 0.2 0.6 1.0 1.4": "tests/test_study_docs.py runs it with a model that lies on the disk",
     "grpo-fast plot runs/sums": "tests/test_monitor.py draws runs",
 }
 RUN_HERE = ("grpo-fast doctor",)

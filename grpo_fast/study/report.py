@@ -69,7 +69,7 @@ def training_table(result: dict[str, Any]) -> Rows:
 def as_rich(rows: Rows) -> Table:
     """For a terminal: narrow enough for 80 columns."""
     title, headings, cells = rows
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=f"\n{title}", title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=0)
     for i, heading in enumerate(headings):
         table.add_column(heading, justify="left" if i == 0 else "right")
     for row in cells:
