@@ -30,7 +30,7 @@ from grpo_fast.study import sampling as study
 
 ROWS = [question(digits) for digits in ("5281", "3316", "9070", "4498")]
 FAST = ["--use_cpu", "--max_completion_length", "6", "--per_device_eval_batch_size", "64"]
-TRAIN = ["--steps", "3", "--warm_start_steps", "2", "--prompts", "2", "--group_size", "2", "--evaluation_prompts", "3"]
+TRAIN = ["--steps", "3", "--warm_start_steps", "2", "--prompts", "3", "--group_size", "4", "--evaluation_prompts", "3"]
 TRAIN += ["--eval_temperatures", "0", "1.0", "--output", "training.json"]
 
 
@@ -191,6 +191,18 @@ def test_completions_stand_prompt_by_prompt_and_round_by_round(here: Path, monke
     assert sampler.closed
 
 
+def test_rounds_differ_and_the_seed_repeats_them(here: Path) -> None:
+    def texts(seed: str) -> list[str]:
+        prepared = made("--samples", "2", "--rounds", "2", "--seed", seed)
+        drawn = draw.Drawer(prepared, prepare.load_model(prepared)).at(1.5, lambda temperature, done, total: None)
+        return drawn.texts
+
+    first = texts("5")
+    rounds = [first[start : start + 2] for start in range(0, len(first), 2)]
+    assert rounds[0::2] != rounds[1::2] and len(first) == 4 * 4
+    assert texts("5") == first != texts("6")
+
+
 def test_a_sampler_at_another_temperature_is_found_out(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Hotter(Counting):
         def generate(self, prompts: list[list[int]], params: Any) -> list[Completion]:
@@ -306,6 +318,7 @@ def test_training_from_the_command_line_interrupted_resumed_and_extended(here: P
     assert cold["curves"]["temperature"] == [0.5] * 3
     assert rising["curves"]["temperature"] == pytest.approx([0.6, 1.0, 1.4])
     assert all(len(curve) == 3 for curve in rising["curves"].values())
+    assert min(rising["curves"]["zero_std"]) < 1, "or nothing is trained, and no run could disturb the next"
     assert cold["curves"]["entropy"][0] < rising["curves"]["entropy"][0], "the same weights are more certain at 0.5 than at 0.6"
     assert all(sentence in whole for sentence in found["reading"]["sentences"])
     assert Path("training.png").read_bytes().startswith(b"\x89PNG")

@@ -62,9 +62,10 @@ def test_pairs_are_told_apart_where_two_means_would_not_be() -> None:
 
 
 def drawn(**changes: Any) -> Drawn:
-    """Four prompts A, B, C, D with two rounds of two samples. C has no true answer; the third sample of D could not be decided."""
+    """Four prompts A, B, C, D with two rounds of two samples. C has no true answer; the third sample of D could not be decided;
+    B has half marks once, and almost full ones."""
     nan = math.nan
-    right = [1, 1, 1, 0] + [0, 0, 0, 0] + [nan] * 4 + [1, 0, nan, 1]
+    right = [1, 1, 1, 0] + [0, 0.5, 0, 0.99] + [nan] * 4 + [1, 0, nan, 1]
     stated = ["7", "7", "7", "8"] + [None, "", "9", "9"] + ["1"] * 4 + ["5", None, "4", "5"]
     texts = [f"<answer>{text}</answer>" if text else f"no answer {text}" for text in stated]
     form = [1.0] * 8 + [0.0] * 4 + [1.0, 0.0, 0.0, 0.0]
@@ -93,7 +94,7 @@ def prepared(*rewards: str) -> Any:
 
 def test_a_row_of_the_table_worked_by_hand() -> None:
     (row,), (point,) = sampling.summarise([drawn()], prepared())
-    assert row["right"] == [0.75, 0.0, 0.5], "C is left out; what is undecided of D is not right"
+    assert row["right"] == [0.75, 0.0, 0.5], "C is left out; half marks of B are not right, nor is what is undecided of D"
     at_1 = row["pass_at_1"]
     assert at_1["mean"] == pytest.approx(1.25 / 3)
     assert at_1["error"] == pytest.approx(0.220479, abs=1e-6)  # sqrt(((1/3)^2 + (5/12)^2 + (1/12)^2) / 2 / 3)
@@ -105,7 +106,7 @@ def test_a_row_of_the_table_worked_by_hand() -> None:
     assert row["format"]["mean"] == pytest.approx((1 + 1 + 0.25) / 3) and row["coherence"] is None
     assert row["length"]["mean"] == pytest.approx((1.5 + 5.5 + 13.5) / 3) and row["truncated"]["mean"] == pytest.approx(0.25 / 3)
     assert (row["entropy"], row["entropy_at_1"]) == (0.25, 0.5)
-    assert row["rewards"]["accuracy_reward"] == pytest.approx(5 / 11)
+    assert row["rewards"]["accuracy_reward"] == pytest.approx(6.49 / 11)
     assert point.right == row["right"] and point.signal == [0.5, 0.0, 1.0] and point.truncated == pytest.approx(0.25 / 3)
 
 

@@ -178,7 +178,7 @@ def _of_evaluation(points: Sequence[Point], best: Point, tied: Sequence[float]) 
 
 def _to_train_at(points: Sequence[Point], zones: Sequence[Zoned], best: Point) -> tuple[float | None, list[str]]:
     zone_of = {zoned.temperature: zoned.zone for zoned in zones}
-    exploring = [point for point in points if zone_of[point.temperature] == EXPLORATION and point.temperature > 0]
+    exploring = [point for point in points if zone_of[point.temperature] == EXPLORATION]
     robust = [point for point in points if zone_of[point.temperature] == ROBUST and point.temperature > 0]
     if exploring:
         chosen = max(exploring, key=lambda point: (point.with_signal, -point.temperature))
