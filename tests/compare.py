@@ -13,6 +13,12 @@ from torch import Tensor
 ALLOWANCE = {torch.float32: 2.0**-19, torch.float16: 2.0**-11 + 2.0**-19, torch.bfloat16: 2.0**-8 + 2.0**-19}
 
 
+def of_two_ulps(logprobs: Tensor) -> float:
+    """How far, relatively, two ulps of the largest log-probability move a ratio. The slack for what ratios are in: where a token has
+    log p = -24, 32 ulps of the ratio are less than one of log p."""
+    return 2.0**-22 * logprobs.abs().max().item() if logprobs.numel() else 0.0
+
+
 def assert_close(actual: Tensor, truth: Tensor, naive: Tensor, what: str, scale: float | None = None, slack: float = 0.0) -> None:
     """actual, of any type, against float64 truth; naive is plain PyTorch's answer in the type of actual.
 
