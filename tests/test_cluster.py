@@ -592,7 +592,7 @@ torch.cuda.synchronize()
 """
 
 
-BARRIERS = ("--num-cuda-barriers", "64")  # more than a block has: of mbarriers that no cuda::barrier stands for, tools count none
+BARRIERS = ("--num-cuda-barriers", "64")  # more than a block has; no cuda::barrier stands for them, from which tools would know
 
 
 @pytest.mark.gpu
@@ -605,8 +605,8 @@ def test_gpu_compute_sanitizer(tool: str, gpu: None) -> None:
 
 @pytest.mark.gpu
 def test_gpu_racecheck_is_heard(gpu: None) -> None:
-    """What it says is kept for a reader, and not judged: it does not know that a wait for an mbarrier comes after the bulk copy that
-    completes it, nor after the other warps' arrivals, and takes each row's hand-over for a race."""
+    """What it says is kept for a reader, and not judged: it knows no order between warps that meet at mbarriers by the instructions
+    themselves, nor between a bulk copy and who waits for it there, and so may call each row's hand-over a race."""
     from test_triton import sanitizer
 
     _, said = sanitizer("racecheck", SANITIZED, *BARRIERS)
