@@ -228,10 +228,13 @@ def test_the_file_of_a_training_is_taken_and_the_command_line_wins(here: Path) -
 
 
 def test_the_demonstrations_model_and_quick(here: Path) -> None:
-    out = run("sampling", "--model", "demo", "--dataset", "demo", "--rewards", "accuracy", "format", "--use_cpu", "--quick")
+    out = run(
+        "sampling", "--model", "demo", "--dataset", "demo", "--rewards", "accuracy", "format", "--use_cpu", "--quick", "--samples", "3"
+    )
     assert "This was --quick: its figures mean nothing." in out
     found = json.loads(Path("runs/study/sampling_quick.json").read_text())
-    assert found["prompts"] == 8 and len(found["rows"]) == 5 and found["rows"][0]["coherence"] is not None
+    assert found["prompts"] == 8 and found["options"]["samples"] == 3, "what is said wins"
+    assert len(found["rows"]) == 5 and found["options"]["ngram"] == 6 and found["rows"][0]["coherence"] is not None
 
 
 # ---- what sampling refuses
