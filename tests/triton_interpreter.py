@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from torch import Tensor
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -92,6 +93,18 @@ def test_many_random_options(dtype: torch.dtype, split: Any) -> None:
     for seed in (*SEEDS, *range(2000, 2060)):
         split(1 + seed % 4)
         test_grpo_loss.check(seed, dtype)
+
+
+@pytest.mark.parametrize("vocabulary", [2, 4096, 32000, 152064, 262144])
+def test_no_program_is_without_a_block(vocabulary: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And there are as many programs as keep the device busy, as far as there are blocks."""
+    monkeypatch.setattr(kernels, "multiprocessors", lambda device: 132)
+    blocks = triton.cdiv(vocabulary, kernels.BLOCK)
+    for rows in (1, 2, 15, 16, 17, 64, 100, 132, 300, 528, 600, 5000):
+        parts = kernels.parts_of(rows, vocabulary, kernels.BLOCK, torch.device("cpu"), None)
+        each = triton.cdiv(blocks, parts)  # as row_slice divides them
+        assert 1 <= parts <= blocks and (parts - 1) * each < blocks <= parts * each, (rows, parts)
+        assert rows * parts >= min(132 * kernels.PROGRAMS_PER_MULTIPROCESSOR, rows * blocks), (rows, parts)
 
 
 # ---- what bench/gpu_bench.py times on a GPU
