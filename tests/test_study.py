@@ -392,6 +392,18 @@ def test_means_errors_and_advice_over_seeds_worked_by_hand(tmp_path: Path) -> No
     assert report.matrix_table(result | found)[2][1] == ["0.6", "0.800 ± 0.058", "0.500 ± 0.058"]
     assert report.as_markdown(("", ["a", "b"], [["1", "2"]])) == ["| a | b |", "| --- | --- |", "| 1 | 2 |"]
 
+    for one in runs:
+        for quality in one["table"]:
+            quality["accuracy"] = 0.0
+    nothing = training.summarise(prepared)["reading"]
+    assert nothing["train"] is None and nothing["evaluate"] is None
+    assert [sentence.split(",")[0] for sentence in nothing["sentences"]] == ["No answer was right after any training"]
+
+
+def test_a_long_list_is_cut() -> None:
+    names = [str(i) for i in range(10)]
+    assert training._few(names[:8]) == "0, 1, 2, 3, 4, 5, 6, 7" and training._few(names, "; ", 2) == "0; 1; and 8 more"
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),

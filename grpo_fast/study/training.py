@@ -252,6 +252,11 @@ def _reading(
     accuracy: Mapping[str, Mapping[str, list[float]]], curves: Mapping[str, Any], labels: Sequence[str], places: Sequence[str]
 ) -> dict[str, Any]:
     """The pair to take, and in words: which training is best at each evaluation temperature, and what the curves did."""
+    if not any(value for label in labels for values in accuracy[label].values() for value in values):
+        nothing = (
+            "No answer was right after any training, so no temperature can be advised. Cure: more --steps or --warm_start_steps."
+        )
+        return {"train": None, "evaluate": None, "tied": [], "sentences": [nothing]}
     sentences = []
     for place in places:
         best, tied = _best({label: accuracy[label][place] for label in labels})
@@ -275,7 +280,7 @@ def _reading(
     rivals = [pair for pair in pairs if pair != (train, evaluate) and not told_apart(difference(pairs[train, evaluate], pairs[pair]))]
     chosen = f"Train at {train} and evaluate at T = {evaluate}: the highest accuracy of the table, {fmean(pairs[train, evaluate]):.3f}"
     rest = ", not to be told within the errors from " if rivals else ", by more than the errors"
-    sentences.append(f"{chosen}{rest}{'; '.join(f'{label} at {place}' for label, place in rivals)}.")
+    sentences.append(f"{chosen}{rest}{_few([f'{label} at {place}' for label, place in rivals], '; ')}.")
     return {"train": train, "evaluate": float(evaluate), "tied": [[label, float(place)] for label, place in rivals], "sentences": sentences}
 
 
@@ -286,7 +291,13 @@ def _best(values: Mapping[str, Sequence[float]]) -> tuple[str, list[str]]:
 
 
 def _not_told(labels: Sequence[str]) -> str:
-    return f", not to be told within the errors from {', '.join(labels)}" if labels else ""
+    return f", not to be told within the errors from {_few(labels)}" if labels else ""
+
+
+def _few(names: Sequence[str], between: str = ", ", most: int = 8) -> str:
+    """Not more than a reader takes in."""
+    rest = len(names) - most
+    return between.join([*names[:most], *([f"and {rest} more"] if rest > 0 else [])])
 
 
 def _numbers(values: Sequence[float]) -> dict[str, float | None]:
