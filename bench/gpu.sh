@@ -12,9 +12,9 @@ export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 PYTHONUNBU
 budget() {
   case $1 in
     build) echo "${BUDGET_S:-150}" ;;
-    head | tune) echo "${BUDGET_S:-180}" ;;
-    test) echo "${BUDGET_S:-340}" ;;
-    bench) echo "${BUDGET_S:-290}" ;;
+    head | tune) echo "${BUDGET_S:-170}" ;;
+    test) echo "${BUDGET_S:-330}" ;;
+    bench) echo "${BUDGET_S:-280}" ;;
     cluster) echo "${BUDGET_S:-130}" ;;
   esac
 }
@@ -32,17 +32,17 @@ sources() {
 
 # Without the extension there are still the Triton kernels: what they have to say is not lost with it.
 build() {
-  local here code=0 until=$((SECONDS + $(budget build)))
-  sources >"$site/sources"
+  local here code=0 of until=$((SECONDS + $(budget build)))
+  of=$(sources)
+  rm -f "$site/sources"
   if compgen -G "$wheels/*.whl" >/dev/null; then
     install "$wheels"/*.whl || code=1  # all at once: packages that share a folder would take it from each other
   fi
   here=$("$python" -c 'import torch; print("{}.{}".format(*torch.cuda.get_device_capability()))' 2>/dev/null) || here=9.0
   GRPO_FAST_BUILD=${GRPO_FAST_BUILD:-cuda} TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$here} install --no-build-isolation . 2>&1 |
-    tee "$out/build.log" && return $code
-  rm -f "$site/sources"  # another call tries again
+    tee "$out/build.log" && echo "$of" >"$site/sources" && return $code
   until=$((SECONDS + 30))
-  GRPO_FAST_BUILD=none install --no-build-isolation .
+  GRPO_FAST_BUILD=none install --no-build-isolation . && echo "$of" >"$site/sources"  # only `build` tries that tree again
   return 1
 }
 
@@ -82,14 +82,15 @@ tests() {
 }
 
 # No case is begun in the last half minute; what was measured before is in the file, which goes on from the one in bench/results where that
-# is this machine's.
+# is this machine's. A rehearsal has a file of its own.
 measure() {
-  local seconds program=bench/gpu_bench.py
+  local seconds program=bench/gpu_bench.py file=gpu.json
   seconds=$(budget "$1")
   [ "$1" = tune ] && program=bench/gpu_tune.py
-  [ -f "$out/gpu.json" ] || cp bench/results/gpu.json "$out/gpu.json" 2>/dev/null
-  BUDGET_S=$((seconds > 60 ? seconds - 30 : seconds)) timeout -k 10 "$seconds" "$python" "$program" "$1" --device "$device" \
-    --output "$out/gpu.json" 2>&1 | tee "$out/$1.log"
+  [ "$device" = cuda ] || file=rehearsal.json
+  [ -f "$out/$file" ] || cp "bench/results/$file" "$out/$file" 2>/dev/null
+  GRPO_FAST_SOURCES=$(cat "$site/sources") BUDGET_S=$((seconds > 60 ? seconds - 30 : seconds)) timeout -k 10 "$seconds" \
+    "$python" "$program" "$1" --device "$device" --output "$out/$file" 2>&1 | tee "$out/$1.log"
 }
 
 failed=0

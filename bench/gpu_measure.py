@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
+import re
 import statistics
 import time
 import traceback
@@ -108,7 +110,11 @@ def clocks() -> dict[str, float] | None:
 
 
 class Results:
-    """The entries of one part, in the file as soon as they are there: a lost machine loses one case."""
+    """The entries of one part, in the file as soon as they are there: a lost machine loses one case.
+
+    The other parts of the file stay, where the same machine with the same libraries measured them; else the file is set aside. `built_from`
+    has what each part was built from, a hash of bench/gpu.sh.
+    """
 
     def __init__(self, output: Path, part: str, device: str):
         self.output, self.part = output, part
@@ -116,13 +122,16 @@ class Results:
         found = json.loads(output.read_text()) if output.exists() else {}
         there = found.get("machine", {})
         if found and any(there.get(name) != here[name] for name in ("device", "versions")):
-            print(f"{output} was measured on {there.get('device')} with {there.get('versions')}: its entries are dropped")
+            aside = output.with_name(f"{output.stem}_{re.sub(r'[^a-z0-9]+', '_', str(there.get('device')).lower())}{output.suffix}")
+            print(f"{output} was measured on {there.get('device')} with {there.get('versions')}: it is now {aside}")
+            output.replace(aside)
             found = {}
         self.whole = found | {"kind": KIND, "machine": here, part: []}
+        self.whole["built_from"] = found.get("built_from", {}) | {part: os.environ.get("GRPO_FAST_SOURCES")}
 
     def add(self, entry: dict[str, Any]) -> dict[str, Any]:
         self.whole[self.part].append(entry)
-        self.whole["not_imported"] = NOT_IMPORTED
+        self.whole["not_imported"] = self.whole.get("not_imported", {}) | NOT_IMPORTED
         write_atomically(self.output, lambda partial: partial.write_text(json.dumps(self.whole, indent=1)))
         hidden = ("trace", "quartiles", "clocks", "work")
         print(*(f"{k}={v:.3f}" if isinstance(v, float) else f"{k}={v}" for k, v in entry.items() if k not in hidden))
