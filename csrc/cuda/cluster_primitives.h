@@ -63,7 +63,7 @@ __device__ __forceinline__ void barrier_wait(Barrier* barrier, uint32_t parity) 
                  : "memory");
   } while (!done);
 }
-// And what other blocks have sent. A wait of its own: each of these drops the multiprocessor's L1.
+// And what other blocks have sent. A wait of its own: in sm_90's code each of these drops L1 (CCTL.IVALL, counted by tools/sass.py).
 __device__ __forceinline__ void barrier_wait_cluster(Barrier* barrier, uint32_t parity) {
   uint32_t done;
   do {
@@ -75,7 +75,8 @@ __device__ __forceinline__ void barrier_wait_cluster(Barrier* barrier, uint32_t 
 }
 
 // Writes four floats where `slot` is in block `rank`, which count as 16 bytes at `barrier` there. Both addresses are this block's own.
-// Nobody waits: a store and an arrival that others see in this order would take a fence of the whole GPU.
+// Nobody waits: a store and an arrival that others see in this order become a fence of the whole GPU in sm_90's code (MEMBAR, counted as
+// well).
 __device__ __forceinline__ void send(float4 value, float4* slot, Barrier* barrier, uint32_t rank) {
   uint32_t remote_slot, remote_barrier;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote_slot) : "r"(address(slot)), "r"(rank));

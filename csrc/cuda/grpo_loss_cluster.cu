@@ -570,7 +570,7 @@ __global__ void __launch_bounds__(GF_TOTAL_THREADS, 1)
   enum { kLoss = kTokenMetrics, kCounted, kCount, kSums };
   __shared__ double partials[kSums][GF_TOTAL_THREADS / 32];
   double sum[kSums] = {};
-  constexpr int kAtOnce = 4;  // loads under way: one block has little else to hide their latency
+  constexpr int kAtOnce = 4;  // whose loads are under way together
   for (int64_t first = threadIdx.x; first < tokens; first += kAtOnce * GF_TOTAL_THREADS) {
     TokenRecord found[kAtOnce];
 #pragma unroll

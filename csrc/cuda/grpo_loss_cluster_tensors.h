@@ -28,8 +28,9 @@ inline void take_forced_shape(ClusterLossArgs& args) {
   if (!text || !*text) return;
   int end = 0;
   const int read = std::sscanf(text, "%dx%d%n", &args.force_cluster, &args.force_stages, &end);
-  STD_TORCH_CHECK(read == 2 && text[end] == 0 && args.force_cluster >= 0 && args.force_stages >= 0, "GRPO_FAST_CLUSTER is '", text,
-                  "'; expected blocks by stages, such as 4x3. Unset it.");
+  const int32_t blocks = args.force_cluster;
+  STD_TORCH_CHECK(read == 2 && text[end] == 0 && blocks >= 0 && (blocks & (blocks - 1)) == 0 && args.force_stages >= 0,
+                  "GRPO_FAST_CLUSTER is '", text, "'; expected blocks by stages, such as 4x3, and 1, 2, 4 or 8 blocks. Unset it.");
 }
 
 // Calls launch(args), which says in words what went wrong, or null. gradient: null where none is wanted.

@@ -232,7 +232,7 @@ def parts_of(rows: int, vocabulary: int, block: int, device: torch.device, parts
         return parts
     wanted = triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device), max(rows, 1))
     blocks = triton.cdiv(vocabulary, block)
-    return triton.cdiv(blocks, max(1, blocks // wanted))  # as many blocks in each: none is left without
+    return triton.cdiv(blocks, max(1, blocks // wanted))  # as many blocks in each but the last: none is left without
 
 
 def token_sums(rows: Rows, scoring: Scoring, *, want_entropy: bool = True, parts: int | None = None) -> Tensor:  # float32 [3, B * T, parts]

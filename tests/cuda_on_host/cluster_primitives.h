@@ -57,11 +57,15 @@ inline void barrier_arrive(Barrier* barrier) {
   sometimes_yield();
 }
 inline void barrier_arrive_expect(Barrier* barrier, uint32_t bytes) { arrive(barrier, bytes); }
-inline void barrier_wait(Barrier* barrier, uint32_t parity) {
+inline void barrier_wait_cluster(Barrier* barrier, uint32_t parity) {
   sometimes_yield();
   while ((static_cast<uint32_t>(state_of(barrier)->parity_and_bytes) & 1) == parity) cuda_on_host::yield();
 }
-inline void barrier_wait_cluster(Barrier* barrier, uint32_t parity) { barrier_wait(barrier, parity); }
+
+inline void barrier_wait(Barrier* barrier, uint32_t parity) {
+  barrier_wait_cluster(barrier, parity);
+  if (cuda_on_host::counts_messages(barrier)) cuda_on_host::fail("a wait of the block's scope for what other blocks have sent");
+}
 
 inline void complete(Barrier* barrier, uint32_t bytes) {
   state_of(barrier)->parity_and_bytes -= static_cast<int32_t>(bytes) * 2;
@@ -71,6 +75,7 @@ inline void send(float4 value, float4* slot, Barrier* barrier, uint32_t rank) {
   char *own = shared_memory(), *other = cuda_on_host::blocks[rank]->shared;
   auto* there = reinterpret_cast<float4*>(other + (reinterpret_cast<char*>(slot) - own));
   auto* counted = reinterpret_cast<Barrier*>(other + (reinterpret_cast<char*>(barrier) - own));
+  if (!cuda_on_host::counts_messages(counted)) cuda_on_host::message_barriers.push_back(counted);
   *there = make_float4(NAN, NAN, NAN, NAN);
   cuda_on_host::note_arrival(*cuda_on_host::blocks[rank], there, sizeof(float4));
   cuda_on_host::copies.push_back({[=] {

@@ -86,6 +86,7 @@ struct Copy {  // by the copy engine: some time after it was asked for
 inline std::vector<Fiber> fibers;
 inline std::vector<std::unique_ptr<Block>> blocks;
 inline std::vector<Copy> copies;
+inline std::vector<const void*> message_barriers;  // where other blocks' messages have been counted
 inline Barrier cluster_barrier;
 inline jmp_buf scheduler;
 inline ucontext_t scheduler_context;
@@ -103,6 +104,9 @@ inline bool chance(unsigned percent) { return seed != 0 && dice() % 100 < percen
   std::abort();
 }
 
+inline bool counts_messages(const void* barrier) {
+  return std::find(message_barriers.begin(), message_barriers.end(), barrier) != message_barriers.end();
+}
 inline unsigned block_index() { return current / threads_per_block; }
 inline Block& block() { return *blocks[block_index()]; }
 inline bool block_left(unsigned index) {  // whether any of its threads has returned
@@ -188,6 +192,7 @@ inline void run_cluster(unsigned first_block, unsigned size, unsigned threads, s
     block.shared = block.memory.data() + (128 - reinterpret_cast<uintptr_t>(block.memory.data()) % 128) % 128;
   }
   const unsigned all = size * threads;
+  message_barriers.clear();
   cluster_barrier = {all};
   if (fibers.size() < all) fibers.resize(all);
   for (unsigned thread = 0; thread < all; ++thread) {
