@@ -71,10 +71,11 @@ END
 # pyproject.toml, which asks for plugins that need not be there. A kernel that hangs takes its worker with it (by a thread: no signal is
 # heard while C code waits for the device), and the others go on.
 tests() {
-  local seconds files options=()
+  local seconds files options=() workers=$(($(nproc) / 2))
+  workers=${WORKERS:-$((workers > 8 ? 8 : workers > 1 ? workers : 1))}
   seconds=$(budget test)
   mapfile -t files < <(grep -lE 'mark\.gpu\b' tests/test_*.py)
-  "$python" -c 'import xdist' 2>/dev/null && options+=(-n "${WORKERS:-4}" --dist worksteal)
+  "$python" -c 'import xdist' 2>/dev/null && options+=(-n "$workers" --dist worksteal)
   "$python" -c 'import pytest_timeout' 2>/dev/null &&
     options+=(--timeout 150 --timeout-method thread --session-timeout "$((seconds > 60 ? seconds - 20 : seconds))")
   timeout "$seconds" "$python" -m pytest -q -m gpu -ra --continue-on-collection-errors -p no:cacheprovider \
