@@ -1,4 +1,4 @@
-"""``grpo-fast study``: both commands from end to end at toy size, what they resume, and what they refuse."""
+"""``grpo-fast study``: the measurement from end to end at toy size, and what it refuses. Training: test_study_training.py."""
 
 from __future__ import annotations
 
@@ -21,17 +21,14 @@ pytest.importorskip("matplotlib")
 
 from grpo_fast import cli, reference
 from grpo_fast.demo.model import imitate, make_model
-from grpo_fast.demo.run import warm_started
 from grpo_fast.demo.task import Teacher, make_tokenizer, question, split_questions
 from grpo_fast.generation import Completion
 from grpo_fast.grpo_config import GRPOConfig
-from grpo_fast.study import draw, prepare, report, training
+from grpo_fast.study import draw, prepare
 from grpo_fast.study import sampling as study
 
 ROWS = [question(digits) for digits in ("5281", "3316", "9070", "4498")]
 FAST = ["--use_cpu", "--max_completion_length", "6", "--per_device_eval_batch_size", "64"]
-TRAIN = ["--steps", "3", "--warm_start_steps", "2", "--prompts", "3", "--group_size", "4", "--evaluation_prompts", "3"]
-TRAIN += ["--eval_temperatures", "0", "1.0", "--output", "training.json"]
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +103,7 @@ def test_sampling_from_the_command_line(here: Path) -> None:
         assert row["pass_at_k"]["mean"] >= at_1["mean"]
     assert greedy["sampler_gap"] is None and greedy["entropy"] == 0.0 and greedy["entropy_at_1"] > 0
     assert greedy["zero_std"]["mean"] == 1.0 and greedy["distinct"]["mean"] == 1 / 8 and greedy["pass_at_1"]["sampling_error"] == 0
-    assert set(greedy["right"]) <= {0.0, 1.0}
+    assert set(found["drawn"][0]["per_prompt"]["right"]) <= {0.0, 1.0}
 
     lines = list(csv.DictReader(Path("found.csv").read_text().splitlines()))
     assert [float(line["pass_at_1"]) for line in lines] == [row["pass_at_1"]["mean"] for row in found["rows"]]
@@ -143,7 +140,8 @@ def test_entropies_against_the_reference_in_float64(here: Path, temperature: flo
         if temperature > 0:
             at_t += reference.token_statistics(logits, answer, temperature)[1].sum().item()
         tokens += len(completion.token_ids)
-    assert call.sums[:3] == (pytest.approx(at_t, rel=1e-5), pytest.approx(at_1, rel=1e-5), tokens)
+    assert call.sums.sum(0)[:3].tolist() == [pytest.approx(at_t, rel=1e-5), pytest.approx(at_1, rel=1e-5), tokens]
+    assert call.sums.shape == (3, 5), "a line for each prompt"
     assert at_1 > 0.1 * tokens
 
 
@@ -180,9 +178,12 @@ def test_completions_stand_prompt_by_prompt_and_round_by_round(here: Path, monke
     last = [row["prompt"][-2] for row in ROWS]  # the digit before "="
     numbers = [prepared.tokenizer.decode([7 + i]) for i in range(6)]
     assert drawn.texts == [f"{digit}{number}" for digit in last for number in numbers]
-    assert [done for done, _ in told] == list(range(1, told[-1][1] + 1)) and told[-1][0] == told[-1][1]
+    at_once = max(int(width) // 2, 1)
+    assert [done for done, _ in told] == list(range(3 * math.ceil(4 / at_once) + 1)) and {total for _, total in told} == {told[-1][0]}
     sampler.asked.clear()
-    greedy = draw.Drawer(prepared, model).at(0.0, lambda temperature, done, total: None)
+    told.clear()
+    greedy = draw.Drawer(prepared, model).at(0.0, lambda temperature, done, total: told.append((done, total)))
+    assert told[-1][1] == math.ceil(4 / int(width)), "one completion stands for a group, so that more prompts go at once"
     assert greedy.texts == [f"{digit}{numbers[0]}" for digit in last for _ in range(6)]
     assert set(sampler.asked.values()) == {1}, "greedy decoding is not done twice"
     sampler.asked.clear()
@@ -276,7 +277,7 @@ def test_missing_packages_and_missing_rewards_are_named(here: Path, monkeypatch:
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: None if name == "matplotlib" else find(name, *more))
     cure = "the study needs matplotlib, which is not installed. Cure: pip install '.[{}]'"
     assert cure.format("train,plot") in sampled("--rewards", "accuracy", status=2)
-    assert cure.format("demo,train") in run("training", *TRAIN, status=2)
+    assert cure.format("demo,train") in run("training", status=2)
     assert cure.format("train,plot") in run("sampling", "--help", status=2)
 
 
@@ -293,144 +294,3 @@ def test_an_unknown_study_and_the_help() -> None:
     out = run("sampling", "--help")
     assert "--temperatures" in out and "--max_completion_length" in out and "--prompt_template" in out and "CosineLengthReward" not in out
     assert "--eval_temperatures" in run("training", "--help")
-
-
-# ---- training
-
-
-def cells(found: dict[str, Any]) -> list[tuple[int, str]]:
-    return [(each["seed"], each["trained_at"]) for each in found["runs"]]
-
-
-def test_training_from_the_command_line_interrupted_resumed_and_extended(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    starts: list[int] = []
-
-    def counted(options: Any) -> Any:
-        starts.append(options.seed)
-        return warm_started(options)
-
-    monkeypatch.setattr(training, "warm_started", counted)
-    given = ["training", *TRAIN, "--temperatures", "0.5", "0.6->1.4"]
-    whole = run(*given, "--seeds", "2")
-    found = json.loads(Path("training.json").read_text())
-    labels = ["before", "0.5", "0.6->1.4"]
-    assert cells(found) == [(seed, label) for seed in (0, 1) for label in labels]
-    assert starts == [0, 1], "one warm start for all temperatures of a seed"
-    before, cold, rising = found["runs"][:3]
-    assert before["curves"] == {} and [quality["temperature"] for quality in before["table"]] == [0.0, 1.0]
-    assert cold["curves"]["temperature"] == [0.5] * 3
-    assert rising["curves"]["temperature"] == pytest.approx([0.6, 1.0, 1.4])
-    assert all(len(curve) == 3 for curve in rising["curves"].values())
-    assert min(rising["curves"]["zero_std"]) < 1, "or nothing is trained, and no run could disturb the next"
-    assert cold["curves"]["entropy"][0] < rising["curves"]["entropy"][0], "the same weights are more certain at 0.5 than at 0.6"
-    assert all(sentence in whole for sentence in found["reading"]["sentences"])
-    assert Path("training.png").read_bytes().startswith(b"\x89PNG")
-    lines = list(csv.DictReader(Path("training.csv").read_text().splitlines()))
-    assert len(lines) == 2 * 3 * 2 and {line["trained_at"] for line in lines} == set(labels)
-
-    # Killed after two of its runs, it goes on: what was there stays, what is made again is the same.
-    cell = training._cell
-
-    def dies(prepared: Any, start: Any, seed: int, label: str, on_step: Any) -> Any:
-        if label == "0.6->1.4":
-            raise KeyboardInterrupt
-        return cell(prepared, start, seed, label, on_step)
-
-    Path("training.json").unlink()
-    with monkeypatch.context() as patched:
-        patched.setattr(training, "_cell", dies)
-        assert "interrupted" in run(*given, "--seeds", "2", status=130)
-    partial = json.loads(Path("training.json").read_text())
-    assert cells(partial) == [(0, "before"), (0, "0.5")]
-    starts.clear()
-    run(*given, "--seeds", "2")
-    again = json.loads(Path("training.json").read_text())
-    assert again["runs"][:2] == partial["runs"] and cells(again) == cells(found) and starts == [0, 1]
-    assert [each["curves"] for each in again["runs"]] == [each["curves"] for each in found["runs"]]
-    assert [each["table"] for each in again["runs"]] == [each["table"] for each in found["runs"]]
-    assert again["matrix"] == found["matrix"] and again["reading"] == found["reading"]
-
-    # Nothing is left to do; one more temperature is; and a narrower question is answered from the same file.
-    starts.clear()
-    run(*given, "--seeds", "2")
-    assert starts == []
-    run("training", *TRAIN, "--temperatures", "0.5", "2", "--seeds", "1")
-    wider = json.loads(Path("training.json").read_text())
-    assert starts == [0] and cells(wider) == [*cells(found), (0, "2")] and wider["trained_at"] == ["before", "0.5", "2"]
-    assert wider["seeds"] == 1 and wider["matrix"]["0.5"]["1"]["accuracy"]["error"] is None
-
-    # Other settings are another study.
-    changed = run("training", *TRAIN, "--steps", "4", status=2)
-    assert "a study with steps = 3, and now steps is 4; expected the same, to go on with it. Cure: another --output" in changed
-    assert json.loads(Path("training.json").read_text()) == wider
-
-
-def test_means_errors_and_advice_over_seeds_worked_by_hand(tmp_path: Path) -> None:
-    """Three seeds; at T = 1 the second training is better on each by 0.1 or so, at T = 0 nothing is told."""
-    accuracy = {"before": [(0.0, 0.2)] * 3, "0.6": [(0.9, 0.5), (0.8, 0.6), (0.7, 0.4)], "1": [(0.8, 0.61), (0.9, 0.7), (0.7, 0.51)]}
-    runs = []
-    for label, of_seeds in accuracy.items():
-        for seed, pair in enumerate(of_seeds):
-            table = [{"temperature": t, "samples": 8, "accuracy": value} for t, value in zip((0.0, 1.0), pair, strict=True)]
-            curve = [0.0] * 5 + [0.5] * 10 + [0.2 * seed] * 5
-            curves = {} if label == "before" else dict.fromkeys(training.CURVES, curve)
-            runs.append({"seed": seed, "trained_at": label, "curves": curves, "table": table})
-    schedules = {"0.6": {}, "1": {}}
-    told = {"eval_temperatures": [0.0, 1.0]}
-    result = {"runs": runs, "options": told}
-    prepared = training.Prepared(training.Options(), schedules, [0.0, 1.0], 3, False, tmp_path / "x.json", result)
-    found = training.summarise(prepared)
-    cell = found["matrix"]["0.6"]["1"]["accuracy"]
-    assert cell["mean"] == pytest.approx(0.5) and cell["error"] == pytest.approx(0.1 / math.sqrt(3))
-    assert found["training"]["1"]["entropy"]["first"]["mean"] == 0.0
-    assert found["training"]["1"]["entropy"]["last"]["mean"] == pytest.approx(0.2)
-    sentences = found["reading"]["sentences"]
-    assert "Evaluated at T = 1: best trained at 1 (0.607)." in sentences
-    assert "Evaluated at T = 0: the trainings cannot be told apart (highest: 0.800, of 0.6)." in sentences
-    assert found["reading"]["train"] == "0.6" and found["reading"]["evaluate"] == 0.0
-    assert found["reading"]["tied"] == [["1", 0.0], ["1", 1.0]]
-    assert report.matrix_table(result | found)[2][1] == ["0.6", "0.800 ± 0.058", "0.500 ± 0.058"]
-    assert report.as_markdown(("", ["a", "b"], [["1", "2"]])) == ["| a | b |", "| --- | --- |", "| 1 | 2 |"]
-
-    for one in runs:
-        for quality in one["table"]:
-            quality["accuracy"] = 0.0
-    nothing = training.summarise(prepared)["reading"]
-    assert nothing["train"] is None and nothing["evaluate"] is None
-    assert [sentence.split(",")[0] for sentence in nothing["sentences"]] == ["No answer was right after any training"]
-
-
-def test_a_long_list_is_cut() -> None:
-    names = [str(i) for i in range(10)]
-    assert training._few(names[:8]) == "0, 1, 2, 3, 4, 5, 6, 7" and training._few(names, "; ", 2) == "0; 1; and 8 more"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--temperatures", "0"], "temperatures has '0'; expected a number above 0"),
-        (["--temperatures", "0.6->hot"], "temperatures has '0.6->hot'; expected a number above 0, or two as in '0.6->1.4'"),
-        (["--eval_temperatures", "-1"], "eval_temperatures has '-1'; expected a number of at least 0"),
-        (["--seeds", "0"], "seeds is 0; expected a whole number of at least 1"),
-        (["--group_size", "1"], "group_size is 1; expected at least 2"),
-        (["--evaluation_prompts", "100000"], "evaluation_prompts is 100000; expected at most 1000"),
-        (["--output", "broken.json"], "which holds no JSON"),
-        (["--output", "other.json"], "which holds something else"),
-        (["--loss_type", "ppo"], "loss_type is 'ppo'"),
-    ],
-)
-def test_training_refuses_before_any_work(here: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str) -> None:
-    def warm(options: Any) -> None:
-        raise AssertionError("work was begun")
-
-    monkeypatch.setattr(training, "warm_started", warm)
-    Path("broken.json").write_text("{")
-    Path("other.json").write_text('{"kind": "cpu"}')
-    assert message in run("training", *TRAIN, *arguments, status=2)
-    assert not Path("training.json").exists() and Path("other.json").read_text() == '{"kind": "cpu"}'
-
-
-def test_quick_training(here: Path) -> None:
-    out = run("training", "--quick", "--temperatures", "1.0", "--eval_temperatures", "1.0")
-    assert "This was --quick: its figures mean nothing." in out and "One seed has no errors" in out
-    assert json.loads(Path("runs/study/training_quick.json").read_text())["options"]["steps"] == 3

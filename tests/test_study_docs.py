@@ -19,9 +19,11 @@ pytest.importorskip("reasoning_gym")
 
 from grpo_fast import cli
 from grpo_fast.demo.model import make_model
+from grpo_fast.demo.run import Options
 from grpo_fast.demo.task import make_tokenizer
 from grpo_fast.grpo_config import GRPOConfig
-from grpo_fast.study import prepare, report, training
+from grpo_fast.study import matrix, prepare, prepare_training, report
+from grpo_fast.study.options import training_temperatures
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs/temperature.md").read_text()
@@ -51,10 +53,10 @@ def test_the_summary_is_that_of_the_runs() -> None:
     """What the file says in sum follows from the runs that it holds."""
     found = result("training")
     told = found["options"]
-    schedules = training.training_temperatures(found["trained_at"][1:], told["steps"])
-    prepared = training.Prepared(training.Options(), schedules, told["eval_temperatures"], found["seeds"], False, Path("x.json"), found)
+    schedules = training_temperatures(found["trained_at"][1:], told["steps"])
+    prepared = prepare_training.Prepared(Options(), schedules, told["eval_temperatures"], found["seeds"], False, Path("x.json"), found)
     assert len(prepared.runs()) == found["seeds"] * len(found["trained_at"]) and found["seeds"] >= 5
-    again = training.summarise(prepared)
+    again = matrix.summarise(prepared)
     assert json.loads(json.dumps(again)) == {name: found[name] for name in again}
 
 
@@ -77,7 +79,7 @@ def test_the_commands_of_the_results_are_those_that_made_them() -> None:
     assert found["prompts"] == len(prepared.rows) == len(found["rows"][0]["right"])
     for name, value in found["options"].items():
         assert getattr(prepared.options if hasattr(prepared.options, name) else prepared.config, name) == value, name
-    asked = training.prepare([*shlex.split(made["training"])[3:], "--output", "elsewhere.json"])
+    asked = prepare_training.prepare([*shlex.split(made["training"])[3:], "--output", "elsewhere.json"])
     found = result("training")
     assert asked.labels == found["trained_at"] and asked.seeds == found["seeds"] and asked.result["options"] == found["options"]
 

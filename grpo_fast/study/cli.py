@@ -111,19 +111,20 @@ def _sampling(args: Sequence[str], name: str, console: Console) -> Path:
 
 def _training(args: Sequence[str], name: str, console: Console) -> Path:
     with _wrong_settings(name):
-        from grpo_fast.study import plot, report, training
+        from grpo_fast.study import plot, prepare_training, report, training
 
-        prepared = training.prepare(args)
+        prepared = prepare_training.prepare(args)
     with _progress(console) as bar:
         total = prepared.seeds * len(prepared.schedules) * prepared.demo.steps
         task = bar.add_task("warm start", total=total)
         shown = [(-1, "")]
 
         def on_step(seed: int, label: str, steps: int) -> None:
-            bar.update(task, description=f"seed {seed}, T = {label}", advance=steps)
+            begins = label in (training.WARM_START, prepare_training.BEFORE)
+            bar.update(task, description=f"seed {seed}, {label if begins else f'T = {label}'}", advance=steps)
             if not console.is_terminal and shown[0] != (seed, label):
                 shown[0] = seed, label
-                console.print(f"seed {seed}, trained at {label}", highlight=False)
+                console.print(f"seed {seed}, {label if begins else f'trained at {label}'}", highlight=False)
 
         result = training.run(prepared, on_step)
     report.write_training_csv(result, prepared.path.with_suffix(".csv"))
@@ -165,7 +166,7 @@ def _help(study: str, console: Console) -> None:
     from grpo_fast.commands.settings import option_table, reward_table
 
     if study == "training":
-        from grpo_fast.study.training import TrainingOptions
+        from grpo_fast.study.prepare_training import TrainingOptions
 
         console.print(option_table("Options", TrainingOptions, [each.name for each in fields(TrainingOptions)]))
         return

@@ -34,6 +34,10 @@ class Estimate(NamedTuple):
         """Half the width of the 95 % confidence interval, by Student's t; infinite where the error is not known."""
         return math.inf if math.isnan(self.error) else _student(self.units - 1) * self.error
 
+    def as_dict(self) -> dict[str, float | None]:
+        """``mean`` and ``error`` for JSON, which has no NaN: None where the error is not known."""
+        return {"mean": self.mean, "error": None if math.isnan(self.error) else self.error}
+
 
 def estimate(values: Sequence[float]) -> Estimate:
     """The mean of independent values, with ``s / sqrt(N)``, s the unbiased standard deviation.

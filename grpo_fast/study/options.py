@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,10 @@ from grpo_fast.benchmark.settings import check_output
 from grpo_fast.commands.settings import SettingsError
 from grpo_fast.extras import install
 
-__all__ = ["check_count", "check_place", "need_packages", "sampling_temperatures", "training_temperatures"]
+__all__ = ["check_count", "check_place", "name_of", "need_packages", "sampling_temperatures", "training_temperatures"]
 
 ARROW = "->"
+LEAST, LARGEST = 1e-3, 1e3  # float32 has room for z/T in between; see `_number`
 
 
 def sampling_temperatures(texts: Sequence[Any], name: str = "temperatures") -> list[float]:
@@ -23,7 +26,7 @@ def sampling_temperatures(texts: Sequence[Any], name: str = "temperatures") -> l
     Raises:
         SettingsError: names the one that is wrong.
     """
-    found = [_number(name, text, "a number of at least 0: 0 is greedy decoding, 0.6 is usual", least=0.0) for text in texts]
+    found = [_number(name, text, "a number of at least 0: 0 is greedy decoding, 0.6 is usual", greedy=True) for text in texts]
     return sorted(_each_once(name, found))
 
 
@@ -36,18 +39,29 @@ def training_temperatures(texts: Sequence[Any], steps: int, name: str = "tempera
     expected = "a number above 0, or two as in '0.6->1.4'. Greedy decoding gives a group one completion, and nothing to learn from"
     found: dict[str, dict[str, Any]] = {}
     for text in texts:
-        ends = [_number(name, part, expected, least=math.ulp(0.0), whole=text) for part in str(text).split(ARROW)]
+        ends = [_number(name, part, expected, whole=text) for part in str(text).split(ARROW)]
         if len(ends) > 2:
             raise SettingsError(f"{name} has {str(text)!r}; expected {expected}.")
         spec: dict[str, Any] = {"kind": "constant", "value": ends[0]}
         if len(ends) == 2:
             spec = {"kind": "linear", "start": ends[0], "end": ends[1], "steps": max(steps - 1, 1)}  # the last step is at the end
-        label = ARROW.join(f"{end:g}" for end in ends)
+        label = ARROW.join(name_of(end) for end in ends)
         _each_once(name, [*found, label])
         found[label] = spec
     if not found:
         raise SettingsError(f"{name} is empty; expected at least one {expected.removeprefix('a ')}.")
     return found
+
+
+def name_of(temperature: float) -> str:
+    """As short as it can be said, and never the name of another: results are kept under it.
+
+    Example:
+        >>> name_of(1.0), name_of(0.60000001)
+        ('1', '0.60000001')
+    """
+    short = f"{temperature:g}"
+    return short if float(short) == temperature else repr(temperature)
 
 
 def check_count(name: str, value: Any, cure: str) -> None:
@@ -57,9 +71,24 @@ def check_count(name: str, value: Any, cure: str) -> None:
 
 
 def check_place(output: str) -> Path:
-    """Where the JSON goes; CSV and PNG stand beside it."""
+    """Where the JSON goes; CSV and PNG stand beside it. That it can be written there is tried: what a folder permits does not tell.
+
+    Raises:
+        ValueError: says what is expected.
+    """
     path = Path(output)
     check_output(path)
+    new = [folder for folder in path.parents if not folder.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise SettingsError(f"output is {output!r}; expected a place to write to ({error}). Cure: another --output.") from error
+    finally:
+        for folder in new:  # a study that is refused leaves nothing
+            with suppress(OSError):
+                folder.rmdir()
     return path
 
 
@@ -70,15 +99,21 @@ def need_packages(*modules: str, extras: tuple[str, ...]) -> None:
         raise ImportError(f"the study needs {' and '.join(missing)}, which is not installed. Cure: {install(*extras)}")
 
 
-def _number(name: str, text: Any, expected: str, *, least: float, whole: Any = None) -> float:
+def _number(name: str, text: Any, expected: str, *, greedy: bool = False, whole: Any = None) -> float:
+    """A temperature. Below LEAST, T would be greedy decoding in all but name, and soon a 0 or an infinite z/T in float32; above LARGEST,
+    every token is as likely as every other.
+    """
     said = str(text if whole is None else whole)
     try:
         value = float(text)
     except (TypeError, ValueError) as error:
         raise SettingsError(f"{name} has {said!r}; expected {expected}.") from error
-    if not least <= value < math.inf:
+    if not 0 <= value < math.inf or (value == 0 and not greedy):
         raise SettingsError(f"{name} has {said!r}; expected {expected}.")
-    return value
+    if value != 0 and not LEAST <= value <= LARGEST:
+        beyond = "colder, only the most likely token is drawn; hotter, all tokens alike"
+        raise SettingsError(f"{name} has {said!r}; expected {'0, or ' if greedy else ''}a number from {LEAST:g} to {LARGEST:g}: {beyond}.")
+    return abs(value)  # -0.0 is 0
 
 
 def _each_once(name: str, values: Sequence[Any]) -> list[Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from grpo_fast.benchmark.report import write_atomically
 from grpo_fast.monitor.plot import COLOURS, STYLES
+from grpo_fast.study.options import name_of
 from grpo_fast.study.zones import COLD, COLLAPSE, ENTROPY_TARGET, EXPLORATION, ROBUST
 
 __all__ = ["write_sampling_figure", "write_training_figure"]
@@ -57,7 +58,7 @@ def write_sampling_figure(result: dict[str, Any], path: Path) -> None:
 
 def write_training_figure(result: dict[str, Any], path: Path) -> None:
     """Accuracy by evaluation temperature, the matrix, and four learning curves; means over the seeds with their standard errors."""
-    places = [f"{temperature:g}" for temperature in result["options"]["eval_temperatures"]]
+    places = [name_of(temperature) for temperature in result["options"]["eval_temperatures"]]
     labels = result["trained_at"]
     figure, axes = _figure(2, 3)
     for i, label in enumerate(labels):

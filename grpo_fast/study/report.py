@@ -11,6 +11,7 @@ from rich import box
 from rich.table import Table
 
 from grpo_fast.benchmark.report import write_atomically
+from grpo_fast.study.options import name_of
 
 __all__ = [
     "matrix_table",
@@ -50,7 +51,7 @@ def sampling_tables(result: dict[str, Any]) -> list[Rows]:
 
 def matrix_table(result: dict[str, Any]) -> Rows:
     """Accuracy: trained at, by evaluated at."""
-    places = [f"{temperature:g}" for temperature in result["options"]["eval_temperatures"]]
+    places = [name_of(temperature) for temperature in result["options"]["eval_temperatures"]]
     cells = [[label, *(_cell(result["matrix"][label][place]["accuracy"]) for place in places)] for label in result["trained_at"]]
     seeds = f"{result['seeds']} seed{'' if result['seeds'] == 1 else 's'}"
     return f"Accuracy by evaluation temperature, mean and standard error over {seeds}", ["trained at", *(f"at {p}" for p in places)], cells

@@ -1,0 +1,302 @@
+"""``grpo-fast study training``: from end to end at toy size, what it goes on with, what it says of it, and what it refuses."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+pytest.importorskip("transformers")
+pytest.importorskip("datasets")
+pytest.importorskip("accelerate")
+pytest.importorskip("matplotlib")
+
+from grpo_fast import cli
+from grpo_fast.commands.settings import SettingsError
+from grpo_fast.demo.run import Options, warm_started
+from grpo_fast.study import matrix, options, prepare_training, report, training
+
+TRAIN = ["--steps", "3", "--warm_start_steps", "2", "--prompts", "3", "--group_size", "4", "--evaluation_prompts", "3"]
+TRAIN += ["--eval_temperatures", "0", "1.0", "--output", "training.json"]
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(*arguments: str, status: int = 0) -> str:
+    result = CliRunner().invoke(cli.app, ["study", *arguments], env={"COLUMNS": "400"})
+    assert result.exit_code == status, (result.output, result.exception)
+    return result.output
+
+
+def cells(found: dict[str, Any]) -> list[tuple[int, str]]:
+    return [(each["seed"], each["trained_at"]) for each in found["runs"]]
+
+
+def test_training_from_the_command_line_interrupted_resumed_and_extended(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "made_with", lambda: {"commit": "0000000"})
+    monkeypatch.setattr(prepare_training, "made_with", lambda: {"commit": "0000000"})
+    starts: list[int] = []
+
+    def counted(demo: Any) -> Any:
+        starts.append(demo.seed)
+        return warm_started(demo)
+
+    monkeypatch.setattr(training, "warm_started", counted)
+    given = ["training", *TRAIN, "--temperatures", "0.5", "0.6->1.4"]
+    whole = run(*given, "--seeds", "2")
+    found = json.loads(Path("training.json").read_text())
+    labels = ["before", "0.5", "0.6->1.4"]
+    assert cells(found) == [(seed, label) for seed in (0, 1) for label in labels]
+    assert starts == [0, 1], "one warm start for all temperatures of a seed"
+    before, cold, rising = found["runs"][:3]
+    assert before["curves"] == {} and [quality["temperature"] for quality in before["table"]] == [0.0, 1.0]
+    assert cold["curves"]["temperature"] == [0.5] * 3
+    assert rising["curves"]["temperature"] == pytest.approx([0.6, 1.0, 1.4])
+    assert all(len(curve) == 3 for curve in rising["curves"].values())
+    assert min(rising["curves"]["zero_std"]) < 1, "or nothing is trained, and no run could disturb the next"
+    assert cold["curves"]["entropy"][0] < rising["curves"]["entropy"][0], "the same weights are more certain at 0.5 than at 0.6"
+    assert all(sentence in whole for sentence in found["reading"]["sentences"])
+    told = [line for line in whole.splitlines() if line.startswith("seed ") and "━" not in line]
+    assert told == [f"seed {seed}, {what}" for seed in (0, 1) for what in ("warm start", "trained at 0.5", "trained at 0.6->1.4")]
+    assert Path("training.png").read_bytes().startswith(b"\x89PNG")
+    lines = list(csv.DictReader(Path("training.csv").read_text().splitlines()))
+    assert len(lines) == 2 * 3 * 2 and {line["trained_at"] for line in lines} == set(labels)
+
+    # Killed after two of its runs, it goes on: what was there stays, what is made again is the same.
+    cell = training._cell
+
+    def dies(prepared: Any, start: Any, seed: int, label: str, on_step: Any) -> Any:
+        if label == "0.6->1.4":
+            raise KeyboardInterrupt
+        return cell(prepared, start, seed, label, on_step)
+
+    Path("training.json").unlink()
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "_cell", dies)
+        assert "interrupted" in run(*given, "--seeds", "2", status=130)
+    partial = json.loads(Path("training.json").read_text())
+    assert cells(partial) == [(0, "before"), (0, "0.5")]
+    starts.clear()
+    run(*given, "--seeds", "2")
+    again = json.loads(Path("training.json").read_text())
+    assert again["runs"][:2] == partial["runs"] and cells(again) == cells(found) and starts == [0, 1]
+    assert [each["curves"] for each in again["runs"]] == [each["curves"] for each in found["runs"]]
+    assert [each["table"] for each in again["runs"]] == [each["table"] for each in found["runs"]]
+    assert again["matrix"] == found["matrix"] and again["reading"] == found["reading"]
+
+    # Nothing is left to do; one more temperature is; and a narrower question is answered from the same file.
+    starts.clear()
+    run(*given, "--seeds", "2")
+    assert starts == []
+    run("training", *TRAIN, "--temperatures", "0.5", "2", "--seeds", "1")
+    wider = json.loads(Path("training.json").read_text())
+    assert starts == [0] and cells(wider) == [*cells(found), (0, "2")] and wider["trained_at"] == ["before", "0.5", "2"]
+    assert wider["seeds"] == 1 and wider["matrix"]["0.5"]["1"]["accuracy"]["error"] is None
+
+    # Other settings are another study, whichever they are.
+    others = {"steps": "4", "prompts": "2", "group_size": "3", "learning_rate": "0.01", "loss_type": "grpo", "warm_start_steps": "3"}
+    others |= {"evaluation_prompts": "2", "eval_temperatures": "0.5"}
+    assert set(others) == set(wider["options"])
+    for name, value in others.items():
+        changed = run("training", *TRAIN, f"--{name}", value, status=2)
+        assert f"a study with {name} = {wider['options'][name]!r}, and now {name} is" in changed
+        assert "expected the same, to go on with it. Cure: another --output" in changed
+    assert "now quick is True" in run("training", *TRAIN, "--quick", status=2), "a quick look does not take the place of a study"
+    assert json.loads(Path("training.json").read_text()) == wider
+
+
+def test_means_errors_and_advice_over_seeds_worked_by_hand(tmp_path: Path) -> None:
+    """Three seeds; at T = 1 the second training is better on each by 0.1 or so, at T = 0 nothing is told."""
+    accuracy = {"before": [(0.0, 0.2)] * 3, "0.6": [(0.9, 0.5), (0.8, 0.6), (0.7, 0.4)], "1": [(0.8, 0.61), (0.9, 0.7), (0.7, 0.51)]}
+    runs = []
+    for label, of_seeds in accuracy.items():
+        for seed, pair in enumerate(of_seeds):
+            table = [{"temperature": t, "samples": 8, "accuracy": value} for t, value in zip((0.0, 1.0), pair, strict=True)]
+            curve = [0.0] * 5 + [0.5] * 10 + [0.2 * seed] * 5
+            curves = {} if label == "before" else dict.fromkeys(prepare_training.CURVES, curve)
+            runs.append({"seed": seed, "trained_at": label, "curves": curves, "table": table})
+    schedules = {"0.6": {}, "1": {}}
+    told = {"eval_temperatures": [0.0, 1.0]}
+    result = {"runs": runs, "options": told}
+    prepared = prepare_training.Prepared(Options(), schedules, [0.0, 1.0], 3, False, tmp_path / "x.json", result)
+    found = matrix.summarise(prepared)
+    cell = found["matrix"]["0.6"]["1"]["accuracy"]
+    assert cell["mean"] == pytest.approx(0.5) and cell["error"] == pytest.approx(0.1 / math.sqrt(3))
+    assert found["training"]["1"]["entropy"]["first"]["mean"] == 0.0
+    assert found["training"]["1"]["entropy"]["last"]["mean"] == pytest.approx(0.2)
+    sentences = found["reading"]["sentences"]
+    assert "Evaluated at T = 1: best trained at 1 (0.607)." in sentences
+    assert "Evaluated at T = 0: the trainings cannot be told apart (highest: 0.800, of 0.6)." in sentences
+    assert found["reading"]["train"] == "0.6" and found["reading"]["evaluate"] == 0.0
+    assert found["reading"]["tied"] == [["1", 0.0], ["1", 1.0]]
+    assert report.matrix_table(result | found)[2][1] == ["0.6", "0.800 ± 0.058", "0.500 ± 0.058"]
+    assert report.as_markdown(("", ["a", "b"], [["1", "2"]])) == ["| a | b |", "| --- | --- |", "| 1 | 2 |"]
+
+    alone = prepare_training.Prepared(Options(), {"0.6": {}}, [0.0], 3, False, tmp_path / "x.json", result)
+    assert (
+        matrix.summarise(alone)["reading"]["sentences"][-1] == "Train at 0.6 and evaluate at T = 0: the only accuracy of the table, 0.800."
+    )
+    for one in runs:
+        if one["trained_at"] == "0.6":
+            one["table"][0]["accuracy"] += 0.5
+    certain = matrix.summarise(prepared)["reading"]["sentences"][-1]
+    assert certain == "Train at 0.6 and evaluate at T = 0: the highest accuracy of the table, 1.300, by more than the errors."
+
+    for one in runs:
+        for quality in one["table"]:
+            quality["accuracy"] = 0.0
+    nothing = matrix.summarise(prepared)["reading"]
+    assert nothing["train"] is None and nothing["evaluate"] is None
+    assert [sentence.split(",")[0] for sentence in nothing["sentences"]] == ["No answer was right after any training"]
+
+
+def test_a_long_list_is_cut() -> None:
+    names = [str(i) for i in range(10)]
+    assert matrix._few(names[:8]) == "0, 1, 2, 3, 4, 5, 6, 7" and matrix._few(names, "; ", 2) == "0; 1; and 8 more"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--temperatures", "0"], "temperatures has '0'; expected a number above 0"),
+        (["--temperatures", "0.6->hot"], "temperatures has '0.6->hot'; expected a number above 0, or two as in '0.6->1.4'"),
+        (["--eval_temperatures", "-1"], "eval_temperatures has '-1'; expected a number of at least 0"),
+        (["--seeds", "0"], "seeds is 0; expected a whole number of at least 1"),
+        (["--group_size", "1"], "group_size is 1; expected at least 2"),
+        (["--evaluation_prompts", "100000"], "evaluation_prompts is 100000; expected at most 1000"),
+        (["--output", "broken.json"], "which holds no JSON"),
+        (["--output", "other.json"], "which holds something else"),
+        (["--output", "no_machine.json"], "which holds something else"),
+        (["--output", "no_options.json"], "which holds something else"),
+        (["--output", "no_runs.json"], "which holds something else"),
+        (["--output", "odd_options.json"], "which holds something else"),
+        (["--output", "odd_run.json"], "which holds something else"),
+        (["--temperatures", "1e-50"], "temperatures has '1e-50'; expected a number from 0.001 to 1000"),
+        (["--temperatures", "1->1e30"], "temperatures has '1->1e30'; expected a number from 0.001 to 1000"),
+        (["--eval_temperatures", "1e-320"], "eval_temperatures has '1e-320'; expected 0, or a number from 0.001 to 1000"),
+        (["--loss_type", "ppo"], "loss_type is 'ppo'"),
+    ],
+)
+def test_training_refuses_before_any_work(here: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str) -> None:
+    def warm(demo: Any) -> None:
+        raise AssertionError("work was begun")
+
+    monkeypatch.setattr(training, "warm_started", warm)
+    Path("broken.json").write_text("{")
+    Path("other.json").write_text('{"kind": "cpu"}')
+    whole: dict[str, Any] = {"kind": "temperature_training", "machine": {}, "options": {}, "runs": []}
+    for broken in ("machine", "options", "runs"):
+        Path(f"no_{broken}.json").write_text(json.dumps({name: value for name, value in whole.items() if name != broken}))
+    Path("odd_options.json").write_text(json.dumps(whole | {"options": []}))
+    Path("odd_run.json").write_text(json.dumps(whole | {"runs": [{"seed": 0, "trained_at": "0.6"}]}))
+    assert message in run("training", *TRAIN, *arguments, status=2)
+    assert not Path("training.json").exists() and Path("other.json").read_text() == '{"kind": "cpu"}'
+
+
+def test_a_quick_look_begins_anew(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts: list[int] = []
+    monkeypatch.setattr(training, "warm_started", lambda demo: starts.append(demo.seed) or warm_started(demo))
+    quick = ["training", "--quick", "--temperatures", "1.0", "--eval_temperatures", "1.0"]
+    out = run(*quick)
+    assert "This was --quick: its figures mean nothing." in out and "One seed has no errors" in out
+    found = json.loads(Path("runs/study/training_quick.json").read_text())
+    assert found["options"]["steps"] == 3 and len(found["runs"]) == 2
+    assert "Train at 1 and evaluate at T = 1: the only accuracy of the table" in out or "No answer was right" in out
+    assert run(*quick, "--steps", "2") and starts == [0, 0], "whatever the options of the look before"
+    again = json.loads(Path("runs/study/training_quick.json").read_text())
+    assert len(again["runs"]) == 2 and again["options"]["steps"] == 2
+    whole = ["--seeds", "1", "--steps", "2", "--warm_start_steps", "10", "--prompts", "4", "--evaluation_prompts", "8"]
+    out = run(*quick[:1], *quick[2:], *whole, "--output", "runs/study/training_quick.json", status=2)
+    assert "a study with quick = True, and now quick is False" in out
+
+
+def test_each_temperature_has_a_name_of_its_own(here: Path) -> None:
+    """Six digits would make one of two, and answer for one with what was measured at the other."""
+    assert [options.name_of(t) for t in (1.0, 0.6, 0.60000001, 1e-3, 0.1 + 0.2)] == [
+        "1",
+        "0.6",
+        "0.60000001",
+        "0.001",
+        "0.30000000000000004",
+    ]
+    given = [*TRAIN, "--steps", "1", "--seeds", "1", "--eval_temperatures", "0.1234567", "0.1234568"]
+    run("training", *given, "--temperatures", "0.6")
+    out = run("training", *given, "--temperatures", "0.60000001", "0.6->1.00000001")
+    found = json.loads(Path("training.json").read_text())
+    assert [each["trained_at"] for each in found["runs"]] == ["before", "0.6", "0.60000001", "0.6->1.00000001"]
+    assert set(found["matrix"]["0.60000001"]) == {"0.1234567", "0.1234568"}
+    assert "at 0.1234567" in out and "at 0.1234568" in out
+
+
+@pytest.mark.parametrize("twice", [["0.6", "0.60"], ["0.6->1", "0.6->1.0"]])
+def test_equal_temperatures_are_refused(twice: list[str]) -> None:
+    with pytest.raises(SettingsError, match=r"twice; expected each once"):
+        options.training_temperatures(twice, 3)
+
+
+def test_the_ends_of_what_float32_can_do_are_taken() -> None:
+    assert options.sampling_temperatures(["-0.0", "1000", "0.001"]) == [0.0, 0.001, 1000.0]
+    assert math.copysign(1, options.sampling_temperatures(["-0.0"])[0]) == 1
+    assert set(options.training_temperatures(["0.001->1000"], 3)) == {"0.001->1000"}
+
+
+def test_every_evaluation_is_drawn_with_the_seed_of_its_run(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+    evaluate = training.evaluate
+
+    def noted(*args: Any, **more: Any) -> Any:
+        seeds.append(more["seed"])
+        return evaluate(*args, **more)
+
+    monkeypatch.setattr(training, "evaluate", noted)
+    run("training", *TRAIN, "--steps", "1", "--seeds", "2", "--temperatures", "1.0")
+    assert seeds == [0, 0, 1, 1]
+
+
+def test_what_was_made_elsewhere_is_said(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ["training", *TRAIN, "--steps", "1", "--temperatures", "1.0"]
+
+    def at(commit: str, *more: str) -> str:
+        for module in (training, prepare_training):
+            monkeypatch.setattr(module, "made_with", lambda: {"torch": "2.13.0", "commit": commit})
+        return run(*given, *more)
+
+    assert "commit" not in at("aaaaaaa", "--seeds", "1")
+    found = json.loads(Path("training.json").read_text())
+    assert [each["made_with"] for each in found["runs"]] == [{"torch": "2.13.0", "commit": "aaaaaaa"}] * 2
+    assert all(len(each["load_average"]) == 2 for each in found["runs"])
+    assert "commit" not in at("bbbbbbb", "--seeds", "1"), "nothing is made, and what there is was made by one"
+    out = at("bbbbbbb", "--seeds", "2")
+    assert "warning: what is added to training.json is made with others than what it holds: commit (aaaaaaa, bbbbbbb)" in out
+    sentence = "The runs were not all made with the same commit (aaaaaaa, bbbbbbb)."
+    again = json.loads(Path("training.json").read_text())
+    assert sentence in out and sentence in again["reading"]["sentences"] and again["runs"][:2] == found["runs"]
+
+    # A file of an earlier version does not say it.
+    for each in again["runs"]:
+        del each["made_with"]
+    Path("training.json").write_text(json.dumps(again))
+    assert "not all made" not in at("bbbbbbb", "--seeds", "2"), "all of unknown"
+    out = at("bbbbbbb", "--seeds", "3")
+    assert "what it holds: torch (unknown, 2.13.0), commit (unknown, bbbbbbb)" in out
+    assert "not all made with the same torch (unknown, 2.13.0), commit (unknown, bbbbbbb)." in out
+
+
+def test_what_a_run_is_made_with_is_what_is_installed() -> None:
+    import torch
+    import transformers
+
+    import grpo_fast
+
+    made = prepare_training.made_with()
+    assert made["torch"] == torch.__version__ and made["transformers"] == transformers.__version__
+    assert made["grpo_fast"] == grpo_fast.__version__ and made["cpu"] and "commit" in made
