@@ -6,69 +6,26 @@ import csv
 import importlib.util
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 pytest.importorskip("transformers")
 pytest.importorskip("datasets")
 pytest.importorskip("accelerate")
 pytest.importorskip("matplotlib")
 
-from grpo_fast import cli, reference
-from grpo_fast.demo.model import imitate, make_model
-from grpo_fast.demo.task import Teacher, make_tokenizer, question, split_questions
+from study_cases import ROWS, Counting, made, run, sampled
+
+from grpo_fast import reference
+from grpo_fast.demo.task import make_tokenizer
 from grpo_fast.generation import Completion
-from grpo_fast.grpo_config import GRPOConfig
 from grpo_fast.study import draw, prepare
 from grpo_fast.study import sampling as study
 
-ROWS = [question(digits) for digits in ("5281", "3316", "9070", "4498")]
-FAST = ["--use_cpu", "--max_completion_length", "6", "--per_device_eval_batch_size", "64"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demonstration's model, barely begun, and rows for it."""
-    import datasets
-
-    folder = tmp_path_factory.mktemp("study")
-    torch.manual_seed(0)
-    tokenizer = make_tokenizer()
-    model = make_model(tokenizer)
-    imitate(model, tokenizer, split_questions()[0], Teacher(), steps=12, max_new_tokens=32, seed=0)
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    (folder / "study_rewards.py").write_text(
-        "def odd_first(completion_ids, **columns):\n    return [float(ids[0] % 2) for ids in completion_ids]\n\n\n"
-        "def blind(completion_ids, **columns):\n    return [None] * len(completion_ids)\n"
-    )
-    datasets.config.HF_DATASETS_CACHE = folder / "cache"
-    return folder
-
-
-@pytest.fixture
-def here(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    for name in ("model", "rows.jsonl", "study_rewards.py"):
-        (tmp_path / name).symlink_to(folder / name)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    return tmp_path
-
-
-def run(*arguments: str, status: int = 0) -> str:
-    result = CliRunner().invoke(cli.app, ["study", *arguments], env={"COLUMNS": "400"})
-    assert result.exit_code == status, (result.output, result.exception)
-    return result.output
-
-
-def sampled(*arguments: str, status: int = 0) -> str:
-    return run("sampling", "--model", "./model", "--dataset", "rows.jsonl", *FAST, "--output", "found.json", *arguments, status=status)
+pytest_plugins = ["study_cases"]
 
 
 def probability_of_odd(model: Any, tokenizer: Any, temperature: float) -> float:
@@ -117,11 +74,6 @@ def test_sampling_from_the_command_line(here: Path) -> None:
     assert found["machine"]["torch"] == torch.__version__ and found["correct"] == "odd_first"
 
 
-def made(*arguments: str, rewards: tuple[str, ...] = ("accuracy", "format"), width: str = "64") -> prepare.Prepared:
-    given = ["--model", "./model", "--dataset", "rows.jsonl", *FAST, "--output", "found.json", "--per_device_eval_batch_size", width]
-    return prepare.prepare([*given, "--rewards", *rewards, *arguments], GRPOConfig)
-
-
 @pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0, 1.7])
 def test_entropies_against_the_reference_in_float64(here: Path, temperature: float) -> None:
     prepared = made("--samples", "3")
@@ -143,27 +95,6 @@ def test_entropies_against_the_reference_in_float64(here: Path, temperature: flo
     assert call.sums.sum(0)[:3].tolist() == [pytest.approx(at_t, rel=1e-5), pytest.approx(at_1, rel=1e-5), tokens]
     assert call.sums.shape == (3, 5), "a line for each prompt"
     assert at_1 > 0.1 * tokens
-
-
-class Counting:
-    """A sampler whose answers say which prompt they are to, and the how-manieth answer: token 7 + number of the answer, three at most."""
-
-    def __init__(self) -> None:
-        self.asked: dict[tuple[int, ...], int] = {}
-        self.closed = False
-
-    def generate(self, prompts: list[list[int]], params: Any) -> list[Completion]:
-        found = []
-        for prompt in prompts:
-            number = self.asked.get(tuple(prompt), 0)
-            self.asked[tuple(prompt)] = number + 1
-            found.append(Completion([prompt[-2], 7 + number, 1], True))
-        return found
-
-    def update_weights(self, model: Any, step: int) -> None: ...
-
-    def close(self) -> None:
-        self.closed = True
 
 
 @pytest.mark.parametrize("width", ["1", "4", "5", "64"])

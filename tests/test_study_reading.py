@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import doctest
+import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -80,39 +82,59 @@ def drawn(**changes: Any) -> Drawn:
         "shape": shape,
         "texts": texts,
         "coherence": None,
-        "entropy": 0.25,
-        "entropy_at_1": 0.5,
+        "entropy": [0.1, 0.2, 9.0, 0.4],
+        "entropy_at_1": [0.5] * 4,
         "sampler_gap": None,
     }
     return Drawn(**{**given, **changes})
 
 
-def prepared(*rewards: str) -> Any:
-    runner = RewardRunner(list(rewards) or ["accuracy", "format"])
-    return SimpleNamespace(runner=runner, correct=0, rows=[None] * 4)
+def summary(*of: Drawn, rewards: tuple[str, ...] = ("accuracy", "format"), **told: Any) -> dict[str, Any]:
+    runner = RewardRunner(list(rewards))
+    prepared: Any = SimpleNamespace(runner=runner, correct=0)
+    neutral = {"sampler_tolerance": None, "bf16": False, "fp16": False, "top_p": 1.0, "top_k": 0, "min_p": None}
+    options = {"samples": 2, "rounds": 2, "keep": 0.5} | neutral | told
+    result = {"options": options, "quick": False, "correct": "accuracy_reward", "drawn": [sampling.kept(one, prepared) for one in of]}
+    result = json.loads(json.dumps(result))  # what is kept is kept as JSON
+    return result | sampling.summarise(result, [one.temperature for one in of])
 
 
 def test_a_row_of_the_table_worked_by_hand() -> None:
-    (row,), (point,) = sampling.summarise([drawn()], prepared())
-    assert row["right"] == [0.75, 0.0, 0.5], "C is left out; half marks of B are not right, nor is what is undecided of D"
+    found = summary(drawn())
+    (row,), (one,) = found["rows"], found["drawn"]
+    per_prompt = one["per_prompt"]
+    assert per_prompt["right"] == [0.75, 0.0, None, 0.5], "half marks of B are not right, nor is what is undecided of D"
+    assert (found["prompts"], found["prompts_without_answer"]) == (3, 1), "C is left out"
     at_1 = row["pass_at_1"]
     assert at_1["mean"] == pytest.approx(1.25 / 3)
     assert at_1["error"] == pytest.approx(0.220479, abs=1e-6)  # sqrt(((1/3)^2 + (5/12)^2 + (1/12)^2) / 2 / 3)
     assert at_1["sampling_error"] == pytest.approx(0.127294, abs=1e-6)  # sqrt((1/4 + 0 + 1/3) / 4) / 3
     assert row["pass_at_k"]["mean"] == pytest.approx((1 + 0 + 5 / 6) / 3)  # 1 - C(1,2)/C(4,2), 0, 1 - C(2,2)/C(4,2)
-    assert row["cons_at_k"]["mean"] == pytest.approx((0.75 + 0 + 0.75) / 3)  # A: 1 and a tie; D: alone, and a tie
-    assert row["zero_std"]["mean"] == pytest.approx((0.5 + 1 + 0) / 3)
+    assert per_prompt["cons_at_k"][0] == 0.75 and row["cons_at_k"]["mean"] == pytest.approx(
+        (0.75 + 0 + 0.75) / 3
+    )  # A: 1, a tie; D: 1, a tie
+    assert per_prompt["zero_std"] == [0.5, 1.0, 1.0, 0.0] and row["zero_std"]["mean"] == pytest.approx((0.5 + 1 + 0) / 3)
+    assert per_prompt["zero_std_correct"][:2] == [0.5, 0.0], "half marks are another reward than none"
+    assert row["zero_std_correct"]["mean"] == pytest.approx((0.5 + 0 + 0.5) / 3)  # D: 1 and 0; alone
     assert row["distinct"]["mean"] == pytest.approx((0.75 + 0.75 + 1) / 3)
     assert row["format"]["mean"] == pytest.approx((1 + 1 + 0.25) / 3) and row["coherence"] is None
     assert row["length"]["mean"] == pytest.approx((1.5 + 5.5 + 13.5) / 3) and row["truncated"]["mean"] == pytest.approx(0.25 / 3)
-    assert (row["entropy"], row["entropy_at_1"]) == (0.25, 0.5)
-    assert row["rewards"]["accuracy_reward"] == pytest.approx(6.49 / 11)
-    assert point.right == row["right"] and point.signal == [0.5, 0.0, 1.0] and point.truncated == pytest.approx(0.25 / 3)
+    assert row["entropy"] == pytest.approx((0.1 * 1.5 + 0.2 * 5.5 + 0.4 * 13.5) / 20.5), "every token counts as much, and those of C not"
+    assert row["entropy_at_1"] == pytest.approx(0.5) and row["sampler_gap"] is None
+    assert row["rewards"]["accuracy_reward"] == pytest.approx((0.75 + 1.49 / 4 + 2 / 3) / 3)
+    assert row["rewards"]["format_reward"] == pytest.approx(2.25 / 3), "C is left out of these too"
+    assert one["examples"] == ["<answer>7</answer>", "no answer None"] and "Train at T = 0.6" in found["reading"]["sentences"][-2]
+
+
+def test_what_is_shown_is_of_prompts_with_an_answer() -> None:
+    rewards = drawn().rewards.clone()
+    rewards[:4, 0] = math.nan
+    assert summary(drawn(rewards=rewards))["drawn"][0]["examples"] == ["no answer None", "<answer>5</answer>"]
 
 
 def test_without_answers_there_is_no_vote_and_without_format_reward_no_form() -> None:
-    bare = drawn(texts=["nothing stated"] * 16, rewards=drawn().rewards[:, :1])
-    (row,), _ = sampling.summarise([bare], prepared("accuracy"))
+    found = summary(drawn(texts=["nothing stated"] * 16, rewards=drawn().rewards[:, :1]), rewards=("accuracy",))
+    (row,) = found["rows"]
     assert row["cons_at_k"] is None and row["format"] is None and row["distinct"]["mean"] == 0.5
 
 
@@ -120,13 +142,27 @@ def test_a_prompt_counts_at_every_temperature_or_at_none() -> None:
     """C could be scored at the second temperature: at the first its samples are then wrong, and the pairs stay pairs."""
     rewards = drawn().rewards.clone()
     rewards[8, 0] = 1.0
-    rows, points = sampling.summarise([drawn(), drawn(temperature=1.0, rewards=rewards)], prepared())
-    assert [row["right"] for row in rows] == [[0.75, 0.0, 0.0, 0.5], [0.75, 0.0, 0.25, 0.5]]
-    assert len(points[0].signal) == len(points[1].signal) == 4
+    found = summary(drawn(), drawn(temperature=1.0, rewards=rewards))
+    assert [row["pass_at_1"]["mean"] for row in found["rows"]] == [1.25 / 4, 1.5 / 4]
+    assert found["prompts_without_answer"] == 0
 
 
 def test_nothing_to_score() -> None:
-    assert sampling.summarise([drawn(rewards=torch.full((16, 2), math.nan))], prepared()) == ([], [])
+    found = summary(drawn(rewards=torch.full((16, 2), math.nan)))
+    assert found["rows"] == [] and found["reading"]["zones"] == []
+    assert found["reading"]["sentences"][0].startswith("No completion could be scored by accuracy_reward")
+
+
+def test_the_samplers_gap_is_told_where_nothing_else_explains_it() -> None:
+    def told(gap: float, **options: Any) -> bool:
+        sentences = summary(drawn(sampler_gap=[gap] * 4), **options)["reading"]["sentences"]
+        return any("The sampler's log-probabilities differ from the loss's by" in sentence for sentence in sentences)
+
+    assert told(0.03) and not told(0.01)
+    assert not told(0.03, sampler_tolerance=0.05) and told(0.01, sampler_tolerance=0.005)
+    assert not told(0.03, bf16=True) and told(0.2, fp16=True)
+    for truncation in ({"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}):
+        assert not told(3.0, **truncation), "what is truncated has larger probabilities at the sampler"
 
 
 def test_measures_by_group() -> None:
@@ -190,6 +226,31 @@ def test_robust_are_the_neighbours_that_cannot_be_told_from_the_best() -> None:
 def test_a_tie_with_the_best_beyond_a_gap_is_not_robust() -> None:
     points = [noisy(0.2, 0.61, spread=0.3), *table(T0_6=0.3), noisy(1.0, 0.62, spread=0.3)]
     assert zones_of(points) == {0.2: COLD, 0.6: COLD, 1.0: ROBUST}
+    reading = read(points)
+    assert reading.tied == [0.2] and [zoned.settled for zoned in reading.zones] == [False, True, True]
+    told = "Of these T = 0.2 is not of robust generation, since a temperature between is worse."
+    assert any(told in sentence for sentence in reading.sentences) and "lower" not in reading.sentences[0]
+    beside = [noisy(0.6, 0.61, spread=0.3), noisy(1.0, 0.62, spread=0.3)]
+    assert not any("Of these" in sentence for sentence in read(beside).sentences)
+
+
+def test_one_sample_is_no_group_and_gives_no_advice_on_training() -> None:
+    flat = table(T0_6=0.8, T1_0=0.6, signal={0.6: 0.0, 1.0: 0.0})
+    reading = read(flat, samples=1)
+    assert reading.train is None and reading.evaluate == 0.6
+    assert any("With one sample there are no groups" in sentence for sentence in reading.sentences)
+    assert not any("would learn nothing" in sentence for sentence in reading.sentences)
+    assert read(flat, samples=2).train == 1.0
+
+
+def test_where_most_completions_are_cut_it_is_said() -> None:
+    def told(cut: dict[float, float]) -> list[str]:
+        points = [replace(point, truncated=cut.get(point.temperature, 0.0)) for point in table(T0_6=0.8, T1_0=0.6, T1_4=0.1)]
+        return [sentence for sentence in read(points).sentences if "length limit" in sentence]
+
+    assert told({0.6: 0.5, 1.0: 0.5, 1.4: 1.0}) == [], "half is not most, and nobody is advised to take 1.4"
+    assert told({0.6: 0.51})[0].startswith("The length limit cuts 51% of the completions at T = 0.6: ")
+    assert told({0.6: 0.9, 1.0: 0.8})[0].startswith("The length limit cuts 90% of the completions at T = 0.6 and 80% of the comple")
 
 
 def test_where_the_data_cannot_tell_it_is_said() -> None:
@@ -220,7 +281,15 @@ def test_train_where_most_groups_have_a_gradient_in_controlled_exploration() -> 
     assert read(points).train == 1.0
     tie = table(T0_6=0.8, T0_8=0.7, T1_0=0.6, signal={0.8: 0.4, 1.0: 0.4})
     assert read(tie).train == 0.8, "of equal ones the colder"
-    assert any("T = 1 gives as many within the errors." in sentence for sentence in read(tie).sentences)
+    decided = "That did not decide it: T = 1 gives exactly as many, and the colder one is taken."
+    assert any(decided in sentence and "within the errors" not in sentence for sentence in read(tie).sentences)
+    cold, warm, hot = table(T0_6=0.8, T0_8=0.7, T1_0=0.6)
+    near = [replace(warm, signal=[0.4, 0.6] * 20), replace(hot, signal=[0.6, 0.39] * 20)]
+    (sentence,) = (sentence for sentence in read([cold, *near]).sentences if sentence.startswith("Train at"))
+    assert "T = 1 gives as many within the errors." in sentence and "did not decide" not in sentence
+    assert "judging" not in sentence, "it is not said where it is not known"
+    near[0] = replace(near[0], judged=[0.25] * 40)
+    assert any("(50% of groups, 25% by the judging reward alone, 50% distinct" in sentence for sentence in read([cold, *near]).sentences)
 
 
 def test_what_is_no_more_diverse_is_not_worth_its_accuracy() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,8 @@ What the temperature does.
 
 sampling: a causal language model at several sampling temperatures, on a dataset and with rewards named as for grpo-fast train: pass@1 with
 its standard error, majority vote, repetition, loops, diversity, entropy; the zones, the temperature to evaluate at and the one to train at.
-A settings file of grpo-fast train can be given in the first place; what sampling does not need of it plays no part.
+A settings file of grpo-fast train can be given in the first place; what sampling does not read of it plays no part. Whole groups are drawn
+at once, about 64 completions, or --per_device_eval_batch_size.
 
   grpo-fast study sampling --model demo --dataset demo --rewards accuracy format
   grpo-fast study sampling sums.yaml --temperatures 0 0.4 0.6 0.8 1.0 1.2 --rounds 8
@@ -29,7 +31,8 @@ training: the demonstration's model trained at several temperatures and by sched
 
   grpo-fast study training --temperatures 0.6 1.0 '0.6->1.4' --seeds 5
 
-Both write JSON, CSV and a figure. --quick shows in some ten seconds whether it runs.
+Both write JSON, CSV and a figure, and go on from the JSON file if they are started again. --quick shows in some ten seconds whether it
+runs.
 """
 STUDIES = {  # with the packages that each needs, and the extras that bring them
     "sampling": (("transformers", "datasets", "accelerate", "matplotlib"), ("train", "plot")),
@@ -72,9 +75,11 @@ def app(args: Sequence[str] | None = None, prog_name: str = "grpo-fast study") -
         _say(f"{name}: {error}")
         raise SystemExit(1) from error
     except KeyboardInterrupt as error:
-        kept = " The runs that are finished are in the JSON file: the same command goes on from there." if study == "training" else ""
-        _say(f"{name}: interrupted.{kept}")
+        _say(f"{name}: interrupted. What is finished is in the JSON file: the same command goes on from there.")
         raise SystemExit(130) from error
+    except OSError as error:
+        _say(f"{name}: the result cannot be written: {error}")
+        raise SystemExit(1) from error
     console.print(f"Every number: {path}; also as {path.with_suffix('.csv').name} and {path.with_suffix('.png').name}.", highlight=False)
 
 
@@ -85,28 +90,46 @@ def _sampling(args: Sequence[str], name: str, console: Console) -> Path:
 
         prepared = prepare(args, GRPOConfig)
         with threads_of(prepared):
-            model = load_model(prepared)
-    from grpo_fast.benchmark.machine import describe
+            model = load_model(prepared) if prepared.missing() else None
     from grpo_fast.benchmark.report import write_json
     from grpo_fast.study import plot, report, sampling
 
+    path = prepared.path
+
+    def keep(result: dict[str, Any]) -> None:
+        try:
+            write_json(result, path)
+        except OSError as error:  # the measurement goes on: it may be written in the end, and its tables are printed before that
+            _say(f"{name}: warning: what is finished cannot be kept: {error}")
+
     with _progress(console) as bar, threads_of(prepared):
         tasks = {temperature: bar.add_task(f"T = {temperature:g}", total=None) for temperature in prepared.temperatures}
-
-        def on_calls(temperature: float, done: int, total: int) -> None:
-            bar.update(tasks[temperature], completed=done, total=total)
-            if not console.is_terminal and done == total:  # a log file has no live bar
-                console.print(f"T = {temperature:g} is drawn", highlight=False)
-
-        result = sampling.run(prepared, model, on_calls) | {"machine": describe()}
-    path = Path(prepared.options.output)
-    write_json(result, path)
-    report.write_sampling_csv(result, path.with_suffix(".csv"))
-    plot.write_sampling_figure(result, path.with_suffix(".png"))
+        for temperature in prepared.temperatures:
+            if temperature not in prepared.missing():
+                bar.update(tasks[temperature], completed=1, total=1)
+        result = sampling.run(prepared, model, _Calls(bar, tasks, console), keep)
     for table in report.sampling_tables(result):
         console.print(report.as_rich(table))
     _print_reading(result["reading"]["sentences"], console)
+    write_json(result, path)
+    report.write_sampling_csv(result, path.with_suffix(".csv"))
+    plot.write_sampling_figure(result, path.with_suffix(".png"))
     return path
+
+
+class _Calls:
+    """Tells how far it is: in a terminal by a bar; in a log file, which has no live bar, by a line at the beginning, the end, and between
+    them every half a minute.
+    """
+
+    def __init__(self, bar: Any, tasks: dict[float, Any], console: Console) -> None:
+        self.bar, self.tasks, self.console, self.told = bar, tasks, console, 0.0
+
+    def __call__(self, temperature: float, done: int, total: int) -> None:
+        self.bar.update(self.tasks[temperature], completed=done, total=total)
+        if not self.console.is_terminal and (done in (0, total) or time.monotonic() > self.told + 30):
+            self.told = time.monotonic()
+            self.console.print(f"T = {temperature:g}: {done} of {total} calls of the sampler", highlight=False)
 
 
 def _training(args: Sequence[str], name: str, console: Console) -> Path:
@@ -170,14 +193,12 @@ def _help(study: str, console: Console) -> None:
 
         console.print(option_table("Options", TrainingOptions, [each.name for each in fields(TrainingOptions)]))
         return
-    from grpo_fast.commands.settings import TrainOptions
     from grpo_fast.grpo_config import GRPOConfig
-    from grpo_fast.study.prepare import SAMPLED_BY, SamplingOptions
+    from grpo_fast.study.prepare import NOT_READ, SAMPLED_BY, SHARED, SamplingOptions
 
-    shared = [each.name for each in fields(TrainOptions) if not each.name.startswith(("eval_", "lora_", "use_peft"))]
-    own = [each.name for each in fields(SamplingOptions) if each.name not in {each.name for each in fields(TrainOptions)}]
+    own = [each.name for each in fields(SamplingOptions) if each.name not in (*SHARED, *NOT_READ)]
     console.print(option_table("What is measured", SamplingOptions, own))
-    console.print(option_table("Model, data and rewards, as of grpo-fast train", SamplingOptions, shared))
+    console.print(option_table("Model, data and rewards, as of grpo-fast train", SamplingOptions, SHARED))
     console.print(option_table("How it is sampled, as of grpo-fast train", GRPOConfig, SAMPLED_BY))
     console.print(reward_table())
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -34,13 +33,18 @@ class Drawn:
     shape: dict[str, list[float]]  # each [B], see `shape_of`
     texts: list[str]  # [B]
     coherence: list[float] | None  # [B]
-    entropy: float  # of softmax(z/T), mean over the tokens, in nats
-    entropy_at_1: float  # of softmax(z), on the same tokens
-    sampler_gap: float | None  # mean difference of a token's log-probability between sampler and loss, in nats; None where it says none
+    entropy: list[float]  # [N] of softmax(z/T), mean over the prompt's tokens, in nats
+    entropy_at_1: list[float]  # [N] of softmax(z), on the same tokens
+    sampler_gap: list[float] | None  # [N] mean difference of a token's log-probability between sampler and loss; None where it says none
 
 
 class Drawer:
-    """Draws and scores, call by call of the sampler: whole groups, as many rows as an evaluation of the trainer has at once."""
+    """Draws and scores, call by call of the sampler: whole groups, about as many completions as an evaluation of the trainer has at once.
+
+    Args:
+        prepared: see `prepare`.
+        model: a causal language model; its head and its sampler are those that the settings name.
+    """
 
     def __init__(self, prepared: Prepared, model: Any) -> None:
         config, self.prepared, self.model = prepared.config, prepared, model
@@ -57,12 +61,19 @@ class Drawer:
         self.columns = [name for name in self.rows[0] if name not in ("prompt", "completion", "completion_ids")]
 
     def at(self, temperature: float, on_calls: Callable[[float, int, int], None]) -> Drawn:
+        """All prompts, round by round.
+
+        Args:
+            temperature: 0 is greedy decoding, of which one round stands for all.
+            on_calls: told the temperature and how many calls of the sampler are done, of how many; once before the first.
+        """
         options, config = self.prepared.options, self.prepared.config
-        at_once = max(config.per_device_eval_batch_size // options.samples, 1)  # prompts
-        starts = range(0, len(self.rows), at_once)
         greedy = temperature == 0
+        at_once = max(config.per_device_eval_batch_size // (1 if greedy else options.samples), 1)  # prompts
+        starts = range(0, len(self.rows), at_once)
         rounds = 1 if greedy else options.rounds  # every round of greedy decoding would be the same
         total = rounds * len(starts)
+        on_calls(temperature, 0, total)
         calls: list[list[Call]] = []
         for number in range(rounds):
             calls.append([])
@@ -89,18 +100,23 @@ class Drawer:
             pad_token_id=self.pad,
         )
         drawn = self.sampler.generate(prompts, params)
-        scored = self._entropies(prompts, drawn, temperature)
-        logprobs = scored[1].logprobs if temperature == 0 else scored[0].logprobs
+        at_t, at_1 = self._statistics(prompts, drawn, temperature)
         lengths = [len(completion.token_ids) for completion in drawn]
+        logprobs = at_t.logprobs.cpu().split(lengths)
         gaps = [
-            torch.tensor(completion.logprobs) - own
-            for completion, own in zip(drawn, logprobs.cpu().split(lengths), strict=True)
-            if completion.logprobs is not None
+            None if completion.logprobs is None else (torch.tensor(completion.logprobs) - own).abs()
+            for completion, own in zip(drawn, logprobs, strict=True)
         ]
-        gap = torch.cat(gaps).abs() if gaps else torch.zeros(0)
+        per_completion = torch.tensor(
+            [
+                (0.0 if temperature == 0 else h.sum(), h_1.sum(), len(h), 0.0 if gap is None else gap.sum(), 0 if gap is None else len(gap))
+                for h, h_1, gap in zip(at_t.entropy.cpu().split(lengths), at_1.entropy.cpu().split(lengths), gaps, strict=True)
+            ],
+            dtype=torch.float64,
+        )
         if copies != options.samples:
             drawn = [completion for completion in drawn for _ in range(options.samples)]
-        ref = [part.tolist() for part in logprobs.cpu().split(lengths) for _ in range(options.samples // copies)]
+        ref = [part.tolist() for part in logprobs for _ in range(options.samples // copies)]
         texts = self.prepared.tokenizer.batch_decode([completion.token_ids for completion in drawn], skip_special_tokens=True)
         rows = [self.rows[i] for i in which for _ in range(options.samples)]
         rewards = self._scores(rows, drawn, texts, ref)
@@ -111,14 +127,13 @@ class Drawer:
             reward_weights=self.prepared.runner.weights,
             normalize=config.multi_objective_aggregation,
         )
-        entropy = 0.0 if temperature == 0 else scored[0].entropy.sum().item()
-        sums = (entropy, scored[1].entropy.sum().item(), sum(lengths), gap.sum().item(), gap.numel())
+        sums = per_completion.view(-1, copies, 5).sum(1)
         return Call(rows, drawn, texts, rewards, groups.degenerate.tolist(), sums)
 
-    def _entropies(
+    def _statistics(
         self, prompts: list[list[int]], drawn: list[Completion], temperature: float
     ) -> tuple[gf.TokenLogprobs, gf.TokenLogprobs]:
-        """Log-probabilities and entropies of the tokens, at T and at 1; of greedy decoding at 1 alone, where softmax(z/T) has none."""
+        """Log-probabilities and entropies of the tokens, at T and at 1. Of greedy decoding both are those at 1: softmax(z/T) has none."""
         flat = torch.zeros(len(prompts))
         at_once = self.prepared.config.per_device_eval_batch_size
 
@@ -157,8 +172,8 @@ class Drawer:
         if self.prepared.coherence is not None:
             prompts = [row["prompt"] for call, group in groups for row in call.rows[group * k : (group + 1) * k]]
             coherence = [float(value or 0.0) for value in self.prepared.coherence(prompts, texts)]
-        sums = [math.fsum(column) for column in zip(*(call.sums for of_round in calls for call in of_round), strict=True)]
-        entropy, entropy_at_1, tokens, gap, compared = sums
+        sums = torch.stack([call.sums[group] for call, group in groups]).view(len(self.rows), -1, 5).sum(1)  # [N, 5]
+        entropy, entropy_at_1, tokens, gap, compared = sums.unbind(1)
         return Drawn(
             temperature,
             k,
@@ -168,9 +183,9 @@ class Drawer:
             shape=shape_of([c.token_ids for c in completions], [not c.finished for c in completions], options.ngram),
             texts=texts,
             coherence=coherence,
-            entropy=entropy / tokens,
-            entropy_at_1=entropy_at_1 / tokens,
-            sampler_gap=gap / compared if compared else None,
+            entropy=(entropy / tokens).tolist(),
+            entropy_at_1=(entropy_at_1 / tokens).tolist(),
+            sampler_gap=(gap / compared).tolist() if compared.all() else None,
         )
 
 
@@ -183,4 +198,4 @@ class Call:
     texts: list[str]
     rewards: torch.Tensor  # [b, R]
     no_signal: list[bool]  # [b / samples]
-    sums: tuple[float, float, float, float, float]  # entropy, entropy at 1, tokens; gap to the sampler, tokens compared
+    sums: torch.Tensor  # float64 [b / samples, 5]: entropy, entropy at 1, tokens; gap to the sampler, tokens compared

@@ -22,12 +22,20 @@ def write_sampling_figure(result: dict[str, Any], path: Path) -> None:
     k, rows = result["options"]["samples"], result["rows"]
     panels = (
         ("Right answers", "share of prompts", (("pass_at_1", "pass@1"), ("pass_at_k", f"pass@{k}"), ("cons_at_k", f"majority of {k}"))),
-        ("Diversity and signal", "share", (("distinct", "distinct in a group"), ("zero_std", "groups with equal rewards"))),
+        (
+            "Diversity and signal",
+            "share",
+            (
+                ("distinct", "distinct in a group"),
+                ("zero_std", "groups with equal rewards"),
+                ("zero_std_correct", "of the judging reward alone"),
+            ),
+        ),
         ("Entropy", "nats a token", (("entropy", "of softmax(z/T)"), ("entropy_at_1", "of softmax(z), same tokens"))),
         (
             "Repetition",
             "share",
-            (("truncated", "cut at the limit"), ("endless", "of them in a loop"), ("repetition", "repeated n-grams")),
+            (("truncated", "cut at the limit"), ("endless", "cut, in a loop"), ("repetition", "repeated n-grams")),
         ),
         ("Form", "share", (("format", "format"), ("coherence", "coherence"))),
         ("Length", "tokens", (("length", "completion"),)),
@@ -80,7 +88,7 @@ def write_training_figure(result: dict[str, Any], path: Path) -> None:
     figure.legend(handles, words, loc="outside lower center", ncols=len(words), frameon=False, fontsize=9)
     _matrix(axes[1], result, places)
     curves = (
-        ("accuracy", "Accuracy in training", "share"),
+        ("accuracy", "Accuracy in training, each at its own T", "share"),
         ("zero_std", "Groups with equal rewards", "share"),
         ("entropy", "Entropy of softmax(z/T)", "nats a token"),
         ("distinct", "Distinct completions in a group", "share"),
@@ -158,13 +166,14 @@ def _matrix(axis: Any, result: dict[str, Any], places: list[str]) -> None:
 def _band(axis: Any, runs: Sequence[Sequence[float]], colour: str, style: str) -> None:
     columns = list(zip(*runs, strict=True))
     means = [math.fsum(column) / len(column) for column in columns]
-    axis.plot(range(len(means)), means, color=colour, linestyle=style, linewidth=1.6)
+    steps = range(1, len(means) + 1)
+    axis.plot(steps, means, color=colour, linestyle=style, linewidth=1.6)
     if len(runs) > 1:
         from grpo_fast.study.estimates import estimate
 
         errors = [estimate(column).error for column in columns]
         low, high = ([mean + sign * error for mean, error in zip(means, errors, strict=True)] for sign in (-1, 1))
-        axis.fill_between(range(len(means)), low, high, color=colour, alpha=0.15, linewidth=0)
+        axis.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
 def _look(i: int) -> tuple[str, str]:

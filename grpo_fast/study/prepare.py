@@ -2,27 +2,43 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
+from grpo_fast.benchmark.machine import describe
 from grpo_fast.commands.data import load_tokenizer, make_task, named_rewards, prompt_rows
-from grpo_fast.commands.settings import SettingsError, TrainOptions, parse
+from grpo_fast.commands.settings import SettingsError, TrainOptions, parse, said
 from grpo_fast.generation import check_options
 from grpo_fast.rewards import CoherenceReward, FormatReward, RewardRunner
 from grpo_fast.study.options import check_count, check_place, sampling_temperatures
+from grpo_fast.study.resume import begun
 from grpo_fast.tasks import Task
 
-__all__ = ["SAMPLED_BY", "Prepared", "SamplingOptions", "load_model", "prepare", "threads_of"]
+__all__ = ["SAMPLED_BY", "SHARED", "Prepared", "SamplingOptions", "load_model", "prepare", "threads_of"]
 
 DEMO = "demo"  # as model and as dataset: what the demonstration begins with
 RIGHT = ("accuracy_reward", "math_reward")  # rewards that say whether an answer is right
 SAMPLED_BY = (  # settings of GRPOConfig that are read
-    *("max_completion_length", "top_p", "top_k", "min_p", "seed", "per_device_eval_batch_size", "sampler", "sampler_options"),
-    *("chat_template_kwargs", "reward_weights", "scale_rewards", "reward_timeout", "reward_on_error", "reward_isolation"),
+    *("max_completion_length", "top_p", "top_k", "min_p", "seed", "data_seed", "per_device_eval_batch_size"),
+    *("sampler", "sampler_options", "sampler_tolerance", "chat_template_kwargs"),
+    *("reward_weights", "scale_rewards", "multi_objective_aggregation", "reward_timeout", "reward_on_error", "reward_isolation"),
     *("model_init_kwargs", "trust_remote_code", "use_cpu", "bf16", "fp16", "fused_head", "packing"),
 )
+CHOOSES_SAMPLER = (  # TRL's way to name one; the configuration makes ``sampler`` and ``sampler_options`` of it
+    *("use_vllm", "vllm_mode", "vllm_server_base_url", "vllm_server_host", "vllm_server_port", "use_transformers_continuous_batching"),
+)
+NOT_READ = tuple(each.name for each in fields(TrainOptions) if each.name.startswith(("eval_", "lora_", "use_peft")))
+SHARED = tuple(each.name for each in fields(TrainOptions) if each.name not in NOT_READ)
+INSTEAD = {"temperature": "temperatures", "eval_temperature": "temperatures", "num_generations": "samples", "eval_rounds": "rounds"}
+KEPT = ("temperature", "per_prompt", "rewards", "examples", "seconds")  # of each temperature that is finished
+SECRET = ("api_key", "token")  # of sampler_options and model_init_kwargs: in no result
+AT_ONCE = {"per_device_eval_batch_size": 64}  # nothing is trained, so that more fit than transformers' 8
 DEMO_SETTINGS = {"max_completion_length": 32, "ngram": 6, "per_device_eval_batch_size": 512}  # as grpo-fast demo; it fits any machine
 QUICK = {"prompts": 8, "samples": 2, "rounds": 1, "max_completion_length": 32, "warm_start_steps": 20}
 
@@ -34,14 +50,15 @@ class SamplingOptions(TrainOptions):
 
     Args:
         temperatures: to sample at; 0 is greedy decoding.
-        samples: completions per prompt and round: the group that GRPO would compare, and the k of pass@k and cons@k.
+        samples: completions per prompt and round: the group that GRPO would compare, and the k of pass@k and cons@k; by default
+            num_generations of the settings file, if there is one.
         rounds: how often each prompt gets its samples.
         prompts: take no more than the first so many rows.
         correct: the reward that says whether an answer is right (full marks: 1); by default accuracy, math, or the task's own.
         ngram: length, in tokens, of the n-grams whose repetition is counted.
         keep: the share of the highest pass@1 that must be left before a temperature counts as performance collapse.
         warm_start_steps: of the model 'demo': steps of imitation.
-        output: the result as JSON; table and figure take the same name with .csv and .png.
+        output: the result as JSON, which also holds what is finished; table and figure take the same name with .csv and .png.
         quick: eight prompts and a few short completions, to see whether it runs; its figures mean nothing.
     """
 
@@ -59,7 +76,7 @@ class SamplingOptions(TrainOptions):
 
 @dataclass
 class Prepared:
-    """Everything but the model: it is loaded when all else has been found right."""
+    """Everything but the model, which is loaded when all else has been found right; and what of the result is there already."""
 
     options: SamplingOptions
     config: Any  # a GRPOConfig
@@ -69,6 +86,13 @@ class Prepared:
     runner: RewardRunner
     correct: int  # which of the rewards says whether an answer is right
     coherence: CoherenceReward | None  # where completions are expected to have a form
+    path: Path
+    result: dict[str, Any]
+
+    def missing(self) -> list[float]:
+        """Temperatures that are asked for and not finished, from cold to hot."""
+        done = {one["temperature"] for one in self.result["drawn"]}
+        return [temperature for temperature in self.temperatures if temperature not in done]
 
 
 def prepare(args: Sequence[str], config_class: Any) -> Prepared:
@@ -77,9 +101,10 @@ def prepare(args: Sequence[str], config_class: Any) -> Prepared:
     Raises:
         SettingsError, ValueError, TypeError: name the setting, what it was, what was expected and the cure.
     """
+    _refuse_what_is_not_read(args, config_class)
     options, config, given = parse(args, config_class, SamplingOptions)
-    better = (DEMO_SETTINGS if options.model == DEMO else {}) | (QUICK if options.quick else {})
-    for name, value in better.items():
+    better = AT_ONCE | (DEMO_SETTINGS if options.model == DEMO else {}) | {"samples": config.num_generations}
+    for name, value in (better | (QUICK if options.quick else {})).items():
         if name not in given:
             setattr(options if hasattr(options, name) else config, name, value)
     if options.quick and "output" not in given:
@@ -92,7 +117,7 @@ def prepare(args: Sequence[str], config_class: Any) -> Prepared:
     check_count("warm_start_steps", options.warm_start_steps, "The demonstration takes 160.")
     if not 0 < options.keep < 1:
         raise SettingsError(f"keep is {options.keep!r}; expected a number above 0 and below 1: the share of the highest pass@1, 0.5.")
-    check_place(options.output)
+    path = check_place(options.output)
     task = _task(options, config.prompt_seed)
     rewards = named_rewards(options, task)
     runner = RewardRunner(
@@ -110,7 +135,18 @@ def prepare(args: Sequence[str], config_class: Any) -> Prepared:
     assert options.dataset is not None
     chat = config.chat_template_kwargs
     rows = prompt_rows(options.dataset, options.dataset_split, task, options, tokenizer, runner, chat=chat, limit=options.prompts)
-    return Prepared(options, config, temperatures, tokenizer, rows, runner, correct, _coherence(rewards))
+    if len(rows) < options.prompts and "prompts" in given:
+        warnings.warn(f"prompts is {options.prompts}, and there are {len(rows)} rows that can be taken.", stacklevel=2)
+    new = {
+        "kind": "temperature_sampling",
+        "quick": options.quick,
+        "machine": describe(),
+        "options": _told(options, config, rows),
+        "correct": runner.names[correct],
+        "drawn": [],
+    }
+    result = begun(path, new, "sampling", KEPT)
+    return Prepared(options, config, temperatures, tokenizer, rows, runner, correct, _coherence(rewards), path, result)
 
 
 def threads_of(prepared: Prepared) -> Any:
@@ -132,6 +168,27 @@ def load_model(prepared: Prepared) -> Any:
 
     model, _ = load_policy(prepared.options.model, prepared.config, prepared.tokenizer)
     return model.to(prepared.config.device)
+
+
+def _refuse_what_is_not_read(args: Sequence[str], config_class: Any) -> None:
+    """On the command line; a settings file is that of a training, and has more."""
+    in_file = bool(args) and not args[0].startswith("-")
+    read = {*SAMPLED_BY, *CHOOSES_SAMPLER, *(each.name for each in fields(SamplingOptions))} - set(NOT_READ)
+    for name in said(args[1:] if in_file else args, config_class, SamplingOptions):
+        if name not in read:
+            cure = f"--{INSTEAD[name]}." if name in INSTEAD else "leave it out, or in the settings file."
+            raise SettingsError(f"command line: --{name} is nothing that sampling reads; expected what --help shows. Cure: {cure}")
+
+
+def _told(options: SamplingOptions, config: Any, rows: Any) -> dict[str, Any]:
+    """Every setting that decides what is drawn and what is said of it, and a digest of the prompts."""
+    own = [each.name for each in fields(options) if each.name not in (*NOT_READ, "temperatures", "output", "quick")]
+    told = {name: getattr(options, name) for name in own} | {name: getattr(config, name) for name in SAMPLED_BY if name != "data_seed"}
+    for name in ("sampler_options", "model_init_kwargs"):
+        if isinstance(told[name], dict):
+            told[name] = {key: value for key, value in told[name].items() if key not in SECRET}
+    digest = hashlib.sha256(json.dumps([row["prompt"] for row in rows]).encode()).hexdigest()[:16]
+    return told | {"prompt_seed": config.prompt_seed, "digest_of_prompts": digest}
 
 
 def _task(options: SamplingOptions, seed: int) -> Task | None:

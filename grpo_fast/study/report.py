@@ -24,6 +24,13 @@ __all__ = [
 Rows = tuple[str, list[str], list[list[str]]]  # title, headings, cells
 
 RIGHT = (("pass@1", "pass_at_1"), ("pass@k", "pass_at_k"), ("cons@k", "cons_at_k"))
+DIFFERENT = (
+    ("zero-std", "zero_std"),
+    ("zero-std (correct)", "zero_std_correct"),
+    ("distinct", "distinct"),
+    ("entropy", "entropy"),
+    ("entropy at 1", "entropy_at_1"),
+)
 WRITING = (
     ("format", "format"),
     ("coherence", "coherence"),
@@ -35,17 +42,22 @@ WRITING = (
 
 
 def sampling_tables(result: dict[str, Any]) -> list[Rows]:
-    """Two tables, of what is right and of how it is written; a line per temperature."""
+    """Three tables: what is right, how different it is, and how it is written; a line per temperature."""
     k, rows = result["options"]["samples"], result["rows"]
     what = f"{result['prompts']} prompts, {result['options']['rounds']} x {k} samples each"
-    headings = [heading.replace("@k", f"@{k}") for heading, _ in RIGHT]
-    means = ("zero_std", "distinct", "entropy", "entropy_at_1")
-    right = [[f"{row['temperature']:g}", *(_cell(row[name]) for _, name in RIGHT), *(_mean(row[name]) for name in means)] for row in rows]
-    writing = [[f"{row['temperature']:g}", *(_mean(row[name]) for _, name in WRITING)] for row in rows]
     ngram = result["options"]["ngram"]
+    tables = (
+        (f"What is right ({what})", RIGHT, _cell),
+        ("How different it is", DIFFERENT, _mean),
+        ("How it is written", WRITING, _mean),
+    )
     return [
-        (f"What is right ({what})", ["T", *headings, "zero-std", "distinct", "entropy", "entropy at 1"], right),
-        ("How it is written", ["T", *(heading.replace("-n", f"-{ngram}") for heading, _ in WRITING)], writing),
+        (
+            title,
+            ["T", *(heading.replace("@k", f"@{k}").replace("-n", f"-{ngram}") for heading, _ in columns)],
+            [[name_of(row["temperature"]), *(shown(row[name]) for _, name in columns)] for row in rows],
+        )
+        for title, columns, shown in tables
     ]
 
 

@@ -1,135 +1,207 @@
 """``grpo-fast study sampling``: one model at several sampling temperatures, on the prompts and with the rewards of a training.
 
 What is drawn and how it is scored is the trainer's: its samplers, its rewards, its forward passes. So the file of settings of a training
-can be given, and what is found holds for that training.
+can be given, and what is found holds for that training. A temperature that is drawn is kept, prompt by prompt, before the next begins.
+Means, errors and advice follow from what is kept, and a study that is started again goes on from there.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from typing import Any
 
-import grpo_fast as gf
-from grpo_fast.metrics import consensus_at_k, pass_at_1, pass_at_k
+from grpo_fast.metrics import consensus_at_k, pass_at_1, pass_at_k, zero_variance_share
 from grpo_fast.rewards import FormatReward, canonical_answer, extract_answer
 from grpo_fast.study.draw import Drawer, Drawn
 from grpo_fast.study.estimates import Estimate, estimate
 from grpo_fast.study.measures import by_group, distinct_shares
 from grpo_fast.study.prepare import Prepared
+from grpo_fast.study.resume import made_with, made_with_others
 from grpo_fast.study.zones import Point, Reading, read
 
-__all__ = ["run", "summarise"]
+__all__ = ["kept", "run", "summarise"]
 
 FULL_MARKS = 1.0 - 1e-6
 SHOWN, SHOWN_CHARACTERS = 2, 400  # completions of each temperature that are kept in the result, to be read
 Progress = Callable[[float, int, int], None]
+Keep = Callable[[dict[str, Any]], None]
 
 
-def run(prepared: Prepared, model: Any, on_calls: Progress = lambda temperature, done, total: None) -> dict[str, Any]:
-    """Measure at every temperature. Returns what is written as JSON.
+def run(
+    prepared: Prepared,
+    model: Any,
+    on_calls: Progress = lambda temperature, done, total: None,
+    keep: Keep = lambda result: None,
+) -> dict[str, Any]:
+    """Measure at every temperature that is missing. Returns what is written as JSON.
 
     Args:
         prepared: see `prepare`.
-        model: see `load_model`.
+        model: see `load_model`; it is not needed where no temperature is missing.
         on_calls: told the temperature and how many calls of the sampler are done, of how many at this temperature.
+        keep: given the result so far, after each temperature.
     """
-    drawer = Drawer(prepared, model)
+    result = prepared.result
     try:
-        everything = [drawer.at(temperature, on_calls) for temperature in prepared.temperatures]
+        if missing := prepared.missing():
+            drawer = Drawer(prepared, model)
+            try:
+                for temperature in missing:
+                    began = time.perf_counter()
+                    found = kept(drawer.at(temperature, on_calls), prepared)
+                    result["drawn"].append(found | {"seconds": time.perf_counter() - began, "made_with": made_with()})
+                    result["drawn"].sort(key=lambda one: one["temperature"])
+                    keep(result)
+            finally:
+                drawer.sampler.close()
     finally:
-        drawer.sampler.close()
         prepared.runner.close()
-    rows, points = summarise(everything, prepared)
-    reading = read(points, keep=prepared.options.keep) if points else Reading(sentences=[_nothing_to_score(prepared)])
-    reading.sentences.extend(_notes(prepared, everything))
-    options, config = prepared.options, prepared.config
-    told = ("model", "dataset", "dataset_split", "rewards", "samples", "rounds", "ngram", "keep", "quick")
-    sampled = ("max_completion_length", "top_p", "top_k", "min_p", "seed", "sampler")
+    return result | summarise(result, prepared.temperatures)
+
+
+def kept(drawn: Drawn, prepared: Prepared) -> dict[str, Any]:
+    """What is kept of one temperature: each measure of each of the N prompts, its mean over all that was drawn for it.
+
+    Returns:
+        ``per_prompt``: by measure, N numbers, or None where nothing has it. ``right`` has None for a prompt of which no completion could be
+        scored; a completion that could not, of a prompt of which one could, is not right. ``stated``: the share of completions with an
+        answer that can be read. ``zero_std_correct``: as ``zero_std``, of the judging reward alone. Entropies are means over the
+        prompt's tokens.
+    """
+    k, rounds = drawn.samples, drawn.rounds
+    each = k * rounds
+    judged = drawn.rewards[:, prepared.correct]
+    right = by_group((judged.nan_to_num(0.0) >= FULL_MARKS).float().tolist(), each)
+    scored = [any(row) for row in by_group(judged.isfinite().tolist(), each)]
+    stated = [_canonical(text) for text in drawn.texts]
+    answers = by_group(stated, each)
+
+    def means(values: Sequence[float], size: int = each) -> list[float]:
+        return [math.fsum(row) / size for row in by_group(values, size)]
+
+    form = next((column for column, of in _columns(drawn, prepared) if isinstance(of, FormatReward)), None)
+    equal = [zero_variance_share(judged[start : start + k], k) for start in range(0, len(judged), k)]
+    per_prompt = {
+        "right": [math.fsum(row) / each if ok else None for row, ok in zip(right, scored, strict=True)],
+        "stated": means([float(answer is not None) for answer in stated]),
+        "cons_at_k": [consensus_at_k(by_group(a, k), by_group(r, k)) for a, r in zip(answers, right, strict=True)],
+        "format": None if form is None else means(form.nan_to_num(0.0).tolist()),
+        "coherence": None if drawn.coherence is None else means(drawn.coherence),
+        **{name: means(values) for name, values in drawn.shape.items()},
+        "distinct": means(distinct_shares(drawn.texts, k), rounds),
+        "zero_std": means([float(flat) for flat in drawn.no_signal], rounds),
+        "zero_std_correct": means(equal, rounds),
+        "entropy": drawn.entropy,
+        "entropy_at_1": drawn.entropy_at_1,
+        "sampler_gap": drawn.sampler_gap,
+    }
+    rewards = {
+        name: [_mean([value for value in row if math.isfinite(value)]) for row in by_group(column.tolist(), each)]
+        for name, (column, _) in zip(prepared.runner.names, _columns(drawn, prepared), strict=True)
+    }
+    shown = [i for i, ok in enumerate(scored) if ok][:SHOWN]
+    examples = [drawn.texts[i * each][:SHOWN_CHARACTERS] for i in shown]
+    return {"temperature": drawn.temperature, "per_prompt": per_prompt, "rewards": rewards, "examples": examples}
+
+
+def summarise(result: Mapping[str, Any], temperatures: Sequence[float]) -> dict[str, Any]:
+    """Means over the prompts with their standard errors, and a reading in words, from nothing but what is kept.
+
+    Args:
+        result: with ``options``, ``quick``, ``correct`` and ``drawn``: one entry of `kept` per temperature.
+        temperatures: those that are asked for, from cold to hot; ``drawn`` may hold more.
+
+    Returns:
+        ``temperatures``, ``prompts``, ``prompts_without_answer``, ``rows`` (one per temperature) and ``reading``. A prompt of which no
+        completion could be scored at any of these temperatures is left out of every number.
+    """
+    told = result["options"]
+    drawn = [next(one for one in result["drawn"] if one["temperature"] == temperature) for temperature in temperatures]
+    asked = len(drawn[0]["per_prompt"]["right"])
+    which = [i for i in range(asked) if any(one["per_prompt"]["right"][i] is not None for one in drawn)]
+    rows, points = [], []
+    if which:
+        votes = any(share > 0 for one in drawn for share in one["per_prompt"]["stated"])
+        found = [_row(one, which, votes, told) for one in drawn]
+        rows, points = [row for row, _ in found], [point for _, point in found]
+        reading = read(points, keep=told["keep"], samples=told["samples"])
+    else:
+        name = result["correct"]
+        cure = "Cure: rows with an answer it can read."
+        reading = Reading(sentences=[f"No completion could be scored by {name}: it does not apply to any of these prompts. {cure}"])
+    reading.sentences.extend(_notes(rows, told))
+    if (others := made_with_others(drawn)) is not None:
+        reading.sentences.append(f"The temperatures were not all measured with the same: {others}.")
+    if result["quick"]:
+        reading.sentences.append("This was --quick: its figures mean nothing.")
     return {
-        "kind": "temperature_sampling",
-        "options": {name: getattr(options, name) for name in told} | {name: getattr(config, name) for name in sampled},
-        "versions": {name: version(name) for name in ("torch", "transformers")} | {"grpo_fast": gf.__version__},
-        "correct": prepared.runner.names[prepared.correct],
-        "prompts": len(points[0].right) if points else 0,
-        "prompts_without_answer": len(prepared.rows) - (len(points[0].right) if points else 0),
+        "temperatures": list(temperatures),
+        "prompts": len(which),
+        "prompts_without_answer": asked - len(which),
         "rows": rows,
         "reading": asdict(reading),
     }
 
 
-def summarise(everything: Sequence[Drawn], prepared: Prepared) -> tuple[list[dict[str, Any]], list[Point]]:
-    """One row of numbers per temperature, and what the reading needs of it. A prompt whose answer could not be scored at any temperature
-    is left out of all; a completion that could not be scored, of a prompt that could, is not right.
-    """
-    each = everything[0].samples * everything[0].rounds
-    scored = [by_group(drawn.rewards[:, prepared.correct].isfinite().tolist(), each) for drawn in everything]
-    kept = [i for i in range(len(scored[0])) if any(any(table[i]) for table in scored)]
-    if not kept:
-        return [], []
-    answers = [[_canonical(text) for text in drawn.texts] for drawn in everything]
-    votes = any(answer is not None for stated in answers for answer in stated)
-    found = [_row(drawn, stated if votes else None, kept, prepared) for drawn, stated in zip(everything, answers, strict=True)]
-    return [row for row, _ in found], [point for _, point in found]
+def _row(one: Mapping[str, Any], which: Sequence[int], votes: bool, told: Mapping[str, Any]) -> tuple[dict[str, Any], Point]:
+    """Of the prompts ``which``."""
+    k, each, per_prompt = told["samples"], told["samples"] * told["rounds"], one["per_prompt"]
 
+    def of(name: str) -> list[float] | None:
+        values = per_prompt[name]
+        return None if values is None else [values[i] or 0.0 for i in which]
 
-def _row(drawn: Drawn, answers: list[Any] | None, kept: list[int], prepared: Prepared) -> tuple[dict[str, Any], Point]:
-    each, k = drawn.samples * drawn.rounds, drawn.samples
+    def measured(name: str) -> dict[str, float | None] | None:
+        values = of(name)
+        return None if values is None else _numbers(estimate(values))
 
-    def of_prompts(values: Sequence[Any], size: int) -> list[list[Any]]:
-        groups = by_group(values, size)
-        return [groups[i] for i in kept]
+    def over_tokens(name: str) -> float | None:
+        values, lengths = of(name), of("length")
+        if values is None or lengths is None:
+            return None
+        return math.fsum(value * length for value, length in zip(values, lengths, strict=True)) / (math.fsum(lengths) or 1.0)
 
-    def mean(values: Sequence[float], size: int = each) -> Estimate:
-        return estimate([math.fsum(row) / len(row) for row in of_prompts(values, size)])
-
-    right = of_prompts((drawn.rewards[:, prepared.correct].nan_to_num(0.0) >= FULL_MARKS).float().tolist(), each)
-    at_1 = pass_at_1(right)
-    consensus = None
-    if answers is not None:
-        rounds = [(by_group(stated, k), by_group(ok, k)) for stated, ok in zip(of_prompts(answers, each), right, strict=True)]
-        consensus = estimate([consensus_at_k(*pair) for pair in rounds])
-    signal = [1.0 - float(flat) for flat in drawn.no_signal]
-    signals = [math.fsum(row) / len(row) for row in of_prompts(signal, drawn.rounds)]
-    distinct = mean(distinct_shares(drawn.texts, k), drawn.rounds)
-    truncated = mean(drawn.shape["truncated"])
-    rewards = {}
-    for name, column in zip(prepared.runner.names, drawn.rewards.T, strict=True):
-        values = column[column.isfinite()]
-        rewards[name] = values.mean().item() if values.numel() else None
+    right = of("right") or []
+    counts = [round(share * each) for share in right]
+    results = [[1.0] * count + [0.0] * (each - count) for count in counts]
+    at_1 = pass_at_1(results)
     row = {
-        "temperature": drawn.temperature,
+        "temperature": one["temperature"],
         "pass_at_1": _numbers(Estimate(at_1.mean, at_1.prompt_error, at_1.prompts)) | {"sampling_error": _number(at_1.sampling_error)},
-        "pass_at_k": _numbers(estimate([pass_at_k([results], k) for results in right])),
-        "cons_at_k": None if consensus is None else _numbers(consensus),
-        "format": _column(drawn, prepared, FormatReward, mean),
-        "coherence": None if drawn.coherence is None else _numbers(mean(drawn.coherence)),
-        **{name: _numbers(mean(values)) for name, values in drawn.shape.items()},
-        "distinct": _numbers(distinct),
-        "zero_std": _numbers(estimate([1.0 - share for share in signals])),
-        "entropy": drawn.entropy,
-        "entropy_at_1": drawn.entropy_at_1,
-        "sampler_gap": drawn.sampler_gap,
-        "rewards": rewards,
-        "right": [math.fsum(results) / each for results in right],
-        "examples": [text[:SHOWN_CHARACTERS] for text in drawn.texts[::each][:SHOWN]],
+        "pass_at_k": _numbers(estimate([pass_at_k([result], k) for result in results])),
+        "cons_at_k": measured("cons_at_k") if votes else None,
+        **{name: measured(name) for name in ("format", "coherence", "truncated", "endless", "repetition", "length")},
+        **{name: measured(name) for name in ("distinct", "zero_std", "zero_std_correct")},
+        **{name: over_tokens(name) for name in ("entropy", "entropy_at_1", "sampler_gap")},
+        "rewards": {
+            name: _mean([value for value in (values[i] for i in which) if value is not None]) for name, values in one["rewards"].items()
+        },
     }
-    point = Point(drawn.temperature, row["right"], signals, distinct.mean, truncated.mean, drawn.entropy)  # type: ignore[arg-type]
-    return row, point
+
+    def with_signal(name: str) -> list[float]:
+        return [1.0 - share for share in of(name) or []]
+
+    distinct, truncated = (math.fsum(of(name) or []) / len(which) for name in ("distinct", "truncated"))
+    entropy = over_tokens("entropy") or 0.0
+    signals = with_signal("zero_std"), with_signal("zero_std_correct")
+    return row, Point(one["temperature"], right, signals[0], distinct, truncated, entropy, signals[1])
 
 
-def _column(drawn: Drawn, prepared: Prepared, kind: type, mean: Callable[[Sequence[float]], Estimate]) -> dict[str, Any] | None:
-    for i, reward in enumerate(prepared.runner.reward_funcs):
-        if isinstance(reward, kind):
-            return _numbers(mean(drawn.rewards[:, i].nan_to_num(0.0).tolist()))
-    return None
+def _columns(drawn: Drawn, prepared: Prepared) -> list[tuple[Any, Any]]:
+    """Each reward's values, [B], and the reward."""
+    return list(zip(drawn.rewards.T, prepared.runner.reward_funcs, strict=True))
 
 
 def _canonical(text: str) -> Any:
     stated = extract_answer(text)
     return None if stated is None else canonical_answer(stated)
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return math.fsum(values) / len(values) if values else None
 
 
 def _numbers(found: Estimate) -> dict[str, float | None]:
@@ -140,23 +212,15 @@ def _number(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def _nothing_to_score(prepared: Prepared) -> str:
-    name = prepared.runner.names[prepared.correct]
-    return f"No completion could be scored by {name}: it does not apply to any of these prompts. Cure: rows with an answer it can read."
-
-
-def _notes(prepared: Prepared, everything: Sequence[Drawn]) -> list[str]:
+def _notes(rows: Sequence[Mapping[str, Any]], told: Mapping[str, Any]) -> list[str]:
     notes = []
-    if prepared.options.samples == 1:
-        notes.append("With one sample there are no groups: distinct completions and groups with a gradient mean nothing here.")
-    limit = prepared.config.sampler_tolerance or (0.1 if prepared.config.bf16 or prepared.config.fp16 else 0.02)
-    apart = [drawn for drawn in everything if drawn.sampler_gap is not None and drawn.sampler_gap > limit]
-    if apart and not prepared.config.truncates:
-        worst = max(apart, key=lambda drawn: drawn.sampler_gap or 0.0)
+    limit = told["sampler_tolerance"] or (0.1 if told["bf16"] or told["fp16"] else 0.02)
+    truncates = told["top_p"] < 1 or told["top_k"] > 0 or bool(told["min_p"])
+    apart = [row for row in rows if row["sampler_gap"] is not None and row["sampler_gap"] > limit]
+    if apart and not truncates:
+        worst = max(apart, key=lambda row: row["sampler_gap"])
         notes.append(
-            f"The sampler's log-probabilities differ from the loss's by {worst.sampler_gap:.2g} nats a token at T = "
-            f"{worst.temperature:g} (expected {limit:g} at most): they are of other weights, or of another temperature."
+            f"The sampler's log-probabilities differ from the loss's by {worst['sampler_gap']:.2g} nats a token at T = "
+            f"{worst['temperature']:g} (expected {limit:g} at most): they are of other weights, or of another temperature."
         )
-    if prepared.options.quick:
-        notes.append("This was --quick: its figures mean nothing.")
     return notes

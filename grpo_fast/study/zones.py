@@ -8,7 +8,8 @@ where accuracy is best and stable; *controlled exploration*, hotter, where it fa
   prompt by prompt);
 - controlled exploration: hotter than that, while at least the share ``keep`` of the highest pass@1 is left;
 - performance collapse: from the first temperature on where less is left;
-- too cold: colder than robust generation. POLARIS has no name for it; DeepSeek-R1 (arXiv:2501.12948) saw repetition there.
+- too cold: colder than robust generation, from the first temperature on that is worse. POLARIS has no name for it; DeepSeek-R1
+  (arXiv:2501.12948) saw repetition there.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from grpo_fast.study.estimates import difference, told_apart
 __all__ = ["COLD", "COLLAPSE", "ENTROPY_TARGET", "EXPLORATION", "ROBUST", "Point", "Reading", "Zoned", "read", "temperature_at_entropy"]
 
 COLD, ROBUST, EXPLORATION, COLLAPSE = "too cold", "robust generation", "controlled exploration", "performance collapse"
+MOSTLY_CUT = 0.5  # share of the completions above which the length limit is spoken of
 ENTROPY_TARGET = 0.3  # of softmax(z/T), in nats a token: AceReason-Nemotron 1.1, arXiv:2506.13284
 
 
@@ -36,6 +38,7 @@ class Point:
     distinct: float  # different completions in a group, of its size
     truncated: float
     entropy: float  # of softmax(z/T), nats per token
+    judged: Sequence[float] | None = None  # [N] as ``signal``, of the reward alone that says what is right
 
     @property
     def pass_at_1(self) -> float:
@@ -53,7 +56,7 @@ class Zoned:
     temperature: float
     zone: str
     kept: float  # pass@1, of the highest
-    settled: bool  # the border towards the next zone is told by the data; False: it may as well lie on the other side
+    settled: bool  # told by the data; False: pass@1 there cannot be told from the highest (too cold) or from the border to collapse
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Reading:
     sentences: list[str] = field(default_factory=list)
 
 
-def read(points: Sequence[Point], *, keep: float = 0.5) -> Reading:
+def read(points: Sequence[Point], *, keep: float = 0.5, samples: int | None = None) -> Reading:
     """Zones, the temperature to evaluate at, the one to train at, and why.
 
     Evaluate at the highest pass@1 (of equal ones the one with fewer cut completions, then the colder). Train at the temperature of
@@ -77,6 +80,7 @@ def read(points: Sequence[Point], *, keep: float = 0.5) -> Reading:
     Args:
         points: one per temperature, all different.
         keep: above 0 and below 1: the share of the highest pass@1 that must be left before performance collapse.
+        samples: of a group; with 1 there are no groups, and no advice on training.
 
     Example:
         >>> table = {0.0: 0.0, 0.6: 0.75, 1.0: 0.5, 1.4: 0.25}  # 40 prompts that are all alike
@@ -96,9 +100,12 @@ def read(points: Sequence[Point], *, keep: float = 0.5) -> Reading:
         return Reading(sentences=[nothing])
     zones = _zones(points, best, keep)
     tied = [point.temperature for point in points if point is not best and not _apart(point, best)]
-    sentences = [_of_zones(zones, best, keep), *_of_borders(zones, best, keep), _of_evaluation(points, best, tied)]
-    train, why = _to_train_at(points, zones, best)
-    sentences += why
+    sentences = [_of_zones(zones, best, keep), *_of_borders(zones, best, keep), _of_evaluation(points, zones, best, tied)]
+    if samples == 1:
+        train, why = None, "Train at: no advice. With one sample there are no groups that could differ. Cure: more --samples."
+    else:
+        train, why = _to_train_at(points, zones, best)
+    sentences += [why, *_of_length(points, best, train)]
     if (entropic := _of_entropy(points)) is not None:
         sentences.append(entropic)
     return Reading(zones, tied, best.temperature, train, sentences)
@@ -130,7 +137,7 @@ def _zones(points: Sequence[Point], best: Point, keep: float) -> list[Zoned]:
     for i, point in enumerate(points):
         kept = point.pass_at_1 / best.pass_at_1
         if i < first:
-            zones.append(Zoned(point.temperature, COLD, kept, True))
+            zones.append(Zoned(point.temperature, COLD, kept, _apart(point, best)))
         elif i <= last:
             zones.append(Zoned(point.temperature, ROBUST, kept, point is best))
         else:
@@ -141,7 +148,7 @@ def _zones(points: Sequence[Point], best: Point, keep: float) -> list[Zoned]:
 
 def _of_zones(zones: Sequence[Zoned], best: Point, keep: float) -> str:
     meaning = {
-        COLD: "pass@1 is lower on the cold side",
+        COLD: "colder than robust generation",
         ROBUST: "pass@1 cannot be told from the highest",
         EXPLORATION: f"hotter, and at least {keep:.0%} of the highest pass@1 is left",
         COLLAPSE: f"less than {keep:.0%} of it is left",
@@ -169,14 +176,28 @@ def _of_borders(zones: Sequence[Zoned], best: Point, keep: float) -> list[str]:
     return found
 
 
-def _of_evaluation(points: Sequence[Point], best: Point, tied: Sequence[float]) -> str:
+def _of_evaluation(points: Sequence[Point], zones: Sequence[Zoned], best: Point, tied: Sequence[float]) -> str:
     sentence = f"Evaluate at T = {best.temperature:g}: the highest pass@1."
     if not tied:
         return sentence if len(points) == 1 else f"{sentence} Every other temperature is worse by more than the errors."
-    return f"{sentence} Not to be told from it within the errors: T = {_list(tied)}."
+    sentence = f"{sentence} Not to be told from it within the errors: T = {_list(tied)}."
+    beyond = [zoned.temperature for zoned in zones if zoned.temperature in tied and zoned.zone != ROBUST]
+    if beyond:
+        sentence += f" Of these T = {_list(beyond)} is not of robust generation, since a temperature between is worse."
+    return sentence
 
 
-def _to_train_at(points: Sequence[Point], zones: Sequence[Zoned], best: Point) -> tuple[float | None, list[str]]:
+def _of_length(points: Sequence[Point], best: Point, train: float | None) -> list[str]:
+    """Where most completions are cut, the limit decides what is right."""
+    advised = [point for point in points if point is best or point.temperature == train]
+    cut = [point for point in advised if point.truncated > MOSTLY_CUT]
+    if not cut:
+        return []
+    shares = " and ".join(f"{point.truncated:.0%} of the completions at T = {point.temperature:g}" for point in cut)
+    return [f"The length limit cuts {shares}: what is right there depends on the limit. Cure: a larger max_completion_length."]
+
+
+def _to_train_at(points: Sequence[Point], zones: Sequence[Zoned], best: Point) -> tuple[float | None, str]:
     zone_of = {zoned.temperature: zoned.zone for zoned in zones}
     exploring = [point for point in points if zone_of[point.temperature] == EXPLORATION]
     robust = [point for point in points if zone_of[point.temperature] == ROBUST and point.temperature > 0]
@@ -184,7 +205,12 @@ def _to_train_at(points: Sequence[Point], zones: Sequence[Zoned], best: Point) -
         chosen = max(exploring, key=lambda point: (point.with_signal, -point.temperature))
         rule = "the most groups with a gradient in controlled exploration"
         rivals = [p.temperature for p in exploring if p is not chosen and not told_apart(difference(chosen.signal, p.signal))]
-        rest = [f"T = {_list(rivals)} gives as many within the errors."] if rivals else []
+        equal = [p.temperature for p in exploring if p is not chosen and p.with_signal == chosen.with_signal]
+        rest = []
+        if equal:
+            rest.append(f"That did not decide it: T = {_list(equal)} gives exactly as many, and the colder one is taken.")
+        if within := [temperature for temperature in rivals if temperature not in equal]:
+            rest.append(f"T = {_list(within)} gives as many within the errors.")
         if chosen.distinct <= best.distinct:
             rest.append(f"But its groups are no more diverse than those at T = {best.temperature:g}: it costs accuracy and gives nothing.")
     elif robust:
@@ -192,11 +218,14 @@ def _to_train_at(points: Sequence[Point], zones: Sequence[Zoned], best: Point) -
         rule = "the hottest of robust generation, since none of this grid lies in controlled exploration"
         rest = ["Cure: temperatures between it and the next hotter one, or beyond the grid."]
     else:
-        return None, ["Train at: no advice. No temperature above 0 lies in robust generation or controlled exploration."]
-    words = f"Train at T = {chosen.temperature:g}: {rule} ({chosen.with_signal:.0%} of groups, {chosen.distinct:.0%} distinct completions)."
+        return None, "Train at: no advice. No temperature above 0 lies in robust generation or controlled exploration."
+    told = [f"{chosen.with_signal:.0%} of groups", f"{chosen.distinct:.0%} distinct completions"]
+    if chosen.judged is not None:
+        told.insert(1, f"{math.fsum(chosen.judged) / len(chosen.judged):.0%} by the judging reward alone")
+    words = f"Train at T = {chosen.temperature:g}: {rule} ({', '.join(told)})."
     if chosen.with_signal == 0:
         rest.append("No group at it has a gradient: GRPO would learn nothing from these prompts and rewards.")
-    return chosen.temperature, [" ".join([words, *rest])]
+    return chosen.temperature, " ".join([words, *rest])
 
 
 def _of_entropy(points: Sequence[Point]) -> str | None:

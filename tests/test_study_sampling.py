@@ -1,0 +1,305 @@
+"""``grpo-fast study sampling``: what the sampler and the rewards are asked, what is kept and gone on from, and what is refused for it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("datasets")
+pytest.importorskip("accelerate")
+pytest.importorskip("matplotlib")
+
+from study_cases import ROWS, Counting, made, run, sampled
+
+from grpo_fast.benchmark import report as benchmark_report
+from grpo_fast.generation import SamplingParams
+from grpo_fast.rewards import FormatReward
+from grpo_fast.study import draw, prepare, resume, sampling
+
+pytest_plugins = ["study_cases"]
+
+FEW = ["--rewards", "accuracy", "format", "--samples", "2", "--rounds", "1"]
+Calls = list[tuple[int, SamplingParams]]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    """What the sampler is asked: how many prompts, and how."""
+    asked: Calls = []
+
+    class Listening(Counting):
+        def generate(self, prompts: list[list[int]], params: SamplingParams) -> Any:
+            asked.append((len(prompts), params))
+            return super().generate(prompts, params)
+
+    monkeypatch.setattr(draw, "make_sampler", lambda *args, **options: Listening())
+    return asked
+
+
+def drawer(*arguments: str, **more: Any) -> draw.Drawer:
+    prepared = made(*arguments, **more)
+    return draw.Drawer(prepared, prepare.load_model(prepared))
+
+
+def silent(temperature: float, done: int, total: int) -> None: ...
+
+
+# ---- what the sampler is asked
+
+
+def test_the_sampler_is_asked_what_was_said(here: Path, calls: Calls) -> None:
+    drawer("--top_p", "0.9", "--top_k", "7", "--min_p", "0.05", "--samples", "2", "--rounds", "1").at(0.7, silent)
+    ((_, params),) = calls
+    assert (params.top_p, params.top_k, params.min_p, params.max_new_tokens) == (0.9, 7, 0.05, 6)
+    assert list(params.temperatures) == [0.7] * 8
+
+
+def test_random_numbers_are_those_of_round_and_prompts_and_the_same_at_every_temperature(here: Path, calls: Calls) -> None:
+    def seeds(temperature: float) -> list[Any]:
+        calls.clear()
+        drawer("--samples", "2", "--rounds", "3", width="4").at(temperature, silent)
+        return [params.seed for _, params in calls]
+
+    first = seeds(0.4)
+    assert len(first) == 6 == len(set(first)), "three rounds of two calls"
+    assert seeds(1.2) == first
+
+
+@pytest.mark.parametrize(("width", "expected"), [("1", [2] * 4), ("5", [4, 4]), ("6", [6, 2]), ("64", [8])])
+def test_whole_groups_are_drawn_at_once(here: Path, calls: Calls, width: str, expected: list[int]) -> None:
+    """As many as fit, and at least one."""
+    drawer("--samples", "2", "--rounds", "1", width=width).at(0.7, silent)
+    assert [prompts for prompts, _ in calls] == expected
+
+
+def test_sixty_four_at_once_unless_said_otherwise(here: Path) -> None:
+    given = ["--model", "./model", "--dataset", "rows.jsonl", *FEW, "--use_cpu"]
+    from grpo_fast.grpo_config import GRPOConfig
+
+    assert prepare.prepare(given, GRPOConfig).config.per_device_eval_batch_size == 64
+    Path("sums.yaml").write_text("model: ./model\ndataset: rows.jsonl\nper_device_eval_batch_size: 4\nnum_generations: 4\n")
+    prepared = prepare.prepare(["sums.yaml", "--rewards", "accuracy", "--use_cpu"], GRPOConfig)
+    assert prepared.config.per_device_eval_batch_size == 4 and prepared.options.samples == 4, "a group is that of the training"
+
+
+# ---- what the rewards are asked
+
+
+def test_rewards_are_given_the_policys_log_probabilities_and_no_others(here: Path, calls: Calls) -> None:
+    Path("given.py").write_text(
+        "SEEN = []\n\n\ndef look(completion_ids, ref_logprobs, logprobs, answer, **columns):\n"
+        "    SEEN.append((completion_ids, ref_logprobs, logprobs, answer))\n    return [float(i % 2) for i in range(len(answer))]\n"
+    )
+    drawing = drawer("--samples", "2", "--rounds", "1", "--correct", "given.py:look", rewards=("given.py:look",))
+    for temperature in (0.0, 0.6):
+        call = drawing.call(range(1, 3), temperature, 0)
+        ids, ref, logprobs, answers = _function_of(drawing).__globals__["SEEN"].pop()
+        assert ids == [completion.token_ids for completion in call.drawn] and logprobs == [None] * 4
+        assert answers == [ROWS[i]["answer"] for i in (1, 1, 2, 2)]
+        own = _logprobs(drawing, call, temperature or 1.0)
+        assert [len(row) for row in ref] == [len(row) for row in ids]
+        torch.testing.assert_close(torch.tensor(ref), own, rtol=0, atol=1e-5)
+
+
+def _function_of(drawing: draw.Drawer) -> Any:
+    (reward,) = drawing.prepared.runner.reward_funcs
+    return getattr(reward, "__wrapped__", reward)
+
+
+def _logprobs(drawing: draw.Drawer, call: draw.Call, temperature: float) -> torch.Tensor:
+    rows = []
+    for row, completion in zip(call.rows, call.drawn, strict=True):
+        ids = drawing.prepared.tokenizer(row["prompt"])["input_ids"]
+        with torch.no_grad():
+            logits = drawing.model(torch.tensor([ids + completion.token_ids])).logits[0, len(ids) - 1 : -1]
+        rows.append((logits / temperature).log_softmax(-1).gather(-1, torch.tensor(completion.token_ids)[:, None])[:, 0])
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize(("weights", "flat"), [(["1", "0"], False), (["0", "1"], True), (["1", "1"], False)])
+def test_a_group_is_without_a_gradient_by_the_weighted_rewards(here: Path, calls: Calls, weights: list[str], flat: bool) -> None:
+    """The first reward differs within each group, the second does not."""
+    rewards = ("study_rewards.py:differs", "study_rewards.py:same")
+    drawing = drawer("--samples", "2", "--rounds", "1", "--correct", rewards[0], "--reward_weights", *weights, rewards=rewards)
+    drawn = drawing.at(0.6, silent)
+    assert drawn.no_signal == [flat] * 4
+    assert sampling.kept(drawn, drawing.prepared)["per_prompt"]["zero_std_correct"] == [0.0] * 4, "weights do not touch the judging one"
+
+
+def test_coherence_knows_whether_the_prompt_opens_the_thinking(here: Path) -> None:
+    assert made(rewards=("accuracy", "format")).coherence is not None
+    for opened in (True, False):
+        coherence = prepare._coherence([FormatReward(think_opened=opened)])
+        assert coherence is not None and coherence.think_opened is opened
+    assert made(rewards=("accuracy",)).coherence is None
+
+
+# ---- what is kept
+
+
+def found() -> dict[str, Any]:
+    return json.loads(Path("found.json").read_text())  # type: ignore[no-any-return]
+
+
+def without_times(result: dict[str, Any]) -> dict[str, Any]:
+    return result | {"drawn": [{name: value for name, value in one.items() if name != "seconds"} for one in result["drawn"]]}
+
+
+def dies_at(monkeypatch: pytest.MonkeyPatch, temperature: float, error: type[BaseException]) -> list[float]:
+    """Drawing fails there; what was begun is told."""
+    at, begun = draw.Drawer.at, []
+
+    def dies(self: draw.Drawer, asked: float, on_calls: Callable[[float, int, int], None]) -> draw.Drawn:
+        begun.append(asked)
+        if asked == temperature:
+            raise error("not today")
+        return at(self, asked, on_calls)
+
+    monkeypatch.setattr(draw.Drawer, "at", dies)
+    return begun
+
+
+@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, 130), (FloatingPointError, 1)])
+def test_interrupted_it_goes_on(here: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException], status: int) -> None:
+    given = [*FEW, "--temperatures", "0", "0.5", "1.5"]
+    sampled(*given)
+    whole = found()
+    Path("found.json").unlink()
+    with monkeypatch.context() as patched:
+        dies_at(patched, 1.5, error)
+        sampled(*given, status=status)
+    assert [one["temperature"] for one in found()["drawn"]] == [0.0, 0.5] and "rows" not in found()
+
+    begun = dies_at(monkeypatch, -1.0, error)
+    sampled(*given)
+    assert begun == [1.5], "what is finished is not drawn again"
+    assert without_times(found()) == without_times(whole)
+
+    # One more temperature, then fewer: from the same file, and without the model where nothing is missing.
+    sampled(*FEW, "--temperatures", "0.8", "0.5")
+    assert begun == [1.5, 0.8] and [row["temperature"] for row in found()["rows"]] == [0.5, 0.8]
+    assert [one["temperature"] for one in found()["drawn"]] == [0.0, 0.5, 0.8, 1.5]
+    monkeypatch.setattr(prepare, "load_model", lambda prepared: pytest.fail("the model was loaded"))
+    out = sampled(*given)
+    assert begun == [1.5, 0.8] and found()["rows"] == whole["rows"] and found()["reading"] == whole["reading"]
+    assert all(sentence in out for sentence in whole["reading"]["sentences"])
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--samples", "3"], "a study with samples = 2, and now samples is 3; expected the same"),
+        (["--seed", "7"], "a study with seed = 42, and now seed is 7"),
+        (["--reward_weights", "1", "0.5"], "a study with reward_weights = None, and now reward_weights is [1.0, 0.5]"),
+        (["--data_seed", "9"], "a study with prompt_seed = 42, and now prompt_seed is 9"),
+        (["--prompt_template", "{prompt}!"], "a study with prompt_template = None, and now prompt_template is '{prompt}!'"),
+        (["--quick"], "and now "),
+    ],
+)
+def test_other_settings_are_another_study(here: Path, more: list[str], message: str) -> None:
+    sampled(*FEW, "--temperatures", "1.0")
+    before = Path("found.json").read_bytes()
+    assert message in sampled(*FEW, "--temperatures", "1.0", *more, status=2)
+    assert Path("found.json").read_bytes() == before
+
+
+def test_other_prompts_under_the_same_name_are_another_study(here: Path) -> None:
+    shutil.copy("rows.jsonl", "mine.jsonl")
+    sampled(*FEW, "--dataset", "mine.jsonl", "--temperatures", "1.0")
+    Path("mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:2]))
+    assert "a study with digest_of_prompts = " in sampled(*FEW, "--dataset", "mine.jsonl", "--temperatures", "1.0", status=2)
+
+
+@pytest.mark.parametrize("text", ["{", '{"kind": "temperature_training", "runs": []}', "[]", '{"kind": "temperature_sampling"}'])
+def test_a_file_of_something_else_is_left_alone(here: Path, text: str) -> None:
+    Path("found.json").write_text(text)
+    out = sampled(*FEW, status=2)
+    assert "which holds " in out and "expected a study of sampling to go on with. Cure: another --output, or remove the file." in out
+    assert Path("found.json").read_text() == text
+
+
+def test_a_quick_look_replaces_a_quick_look(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = dies_at(monkeypatch, -1.0, KeyboardInterrupt)
+    for samples in ("2", "3"):
+        sampled("--rewards", "accuracy", "--quick", "--temperatures", "1.0", "--samples", samples)
+    assert begun == [1.0, 1.0] and found()["options"]["samples"] == 3 and found()["quick"] is True
+
+
+def test_of_several_commits_it_is_said(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sampled(*FEW, "--temperatures", "1.0")
+    here_made = resume.made_with()
+    assert found()["drawn"][0]["made_with"] == here_made and {"cpu", "torch", "commit", "transformers"} <= set(here_made)
+    monkeypatch.setattr(sampling, "made_with", lambda: here_made | {"torch": "9.9"})
+    out = sampled(*FEW, "--temperatures", "0.5", "1.0")
+    assert f"The temperatures were not all measured with the same: torch (9.9, {here_made['torch']})." in out
+
+
+def test_secrets_are_in_no_result(here: Path) -> None:
+    sampled(*FEW, "--temperatures", "1.0", "--model_init_kwargs", '{"token": "hf_abc", "dtype": "float32"}')
+    assert found()["options"]["model_init_kwargs"] == {"dtype": "float32"} and "hf_abc" not in Path("found.json").read_text()
+
+
+def test_tables_are_shown_before_a_result_that_cannot_be_written_is_lost(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(result: Any, path: Path) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(benchmark_report, "write_json", full)
+    out = sampled(*FEW, "--temperatures", "1.0", status=1)
+    assert "What is right (4 prompts" in out and "the result cannot be written: no space left on device" in out
+    assert "warning: what is finished cannot be kept" in out
+
+
+# ---- what is refused or said before any work
+
+
+@pytest.mark.parametrize(
+    ("option", "cure"),
+    [
+        ("--temperature", "--temperatures"),
+        ("--num_generations", "--samples"),
+        ("--eval_rounds", "--rounds"),
+        ("--learning_rate", "leave it"),
+    ],
+)
+def test_what_sampling_does_not_read_is_refused_on_the_command_line(here: Path, option: str, cure: str) -> None:
+    out = sampled(*FEW, option, "1", status=2)
+    assert f"command line: {option} is nothing that sampling reads; expected what --help shows. Cure: {cure}" in out
+    assert "warning" not in out and not Path("found.json").exists()
+
+
+def test_a_place_that_only_seems_to_be_one_is_refused(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare, "load_model", lambda prepared: pytest.fail("the model was loaded"))
+    assert "expected a place to write to" in sampled(*FEW, "--output", "/proc/x/y.json", status=2)
+    assert "is nothing" in sampled(*FEW, "--output", "new/folder/found.json", "--temperature", "1", status=2) and not Path("new").exists()
+    assert "keep is 2.0" in sampled(*FEW, "--output", "new/folder/found.json", "--keep", "2", status=2) and not Path("new").exists()
+
+
+def test_fewer_rows_than_asked_are_said(here: Path) -> None:
+    assert "warning: prompts is 9, and there are 4 rows that can be taken." in sampled(*FEW, "--temperatures", "1.0", "--prompts", "9")
+    Path("found.json").unlink()
+    assert "warning" not in sampled(*FEW, "--temperatures", "1.0"), "nobody asked for the hundred"
+
+
+def test_a_log_file_hears_of_it_from_the_beginning(here: Path) -> None:
+    out = sampled(*FEW, "--temperatures", "0.5", "1.0", "--per_device_eval_batch_size", "4")
+    lines = [line for line in out.splitlines() if "calls of the sampler" in line]
+    assert [line[line.index("T = ") :].split(" calls")[0] for line in lines] == [
+        "T = 0.5: 0 of 2",
+        "T = 0.5: 2 of 2",
+        "T = 1: 0 of 2",
+        "T = 1: 2 of 2",
+    ]
+
+
+def test_with_one_sample_nothing_is_said_of_groups(here: Path) -> None:
+    out = run(
+        "sampling", "--model", "demo", "--dataset", "demo", "--rewards", "accuracy", "format", "--use_cpu", "--quick", "--samples", "1"
+    )
+    assert "would learn nothing" not in out
