@@ -44,7 +44,7 @@ def run(
         on_calls: told the temperature and how many calls of the sampler are done, of how many at this temperature.
         keep: given the result so far, after each temperature.
     """
-    result = prepared.result
+    result, made = prepared.result, made_with()  # before anything is written: a checkout that holds its result is another
     try:
         if missing := prepared.missing():
             drawer = Drawer(prepared, model)
@@ -52,7 +52,7 @@ def run(
                 for temperature in missing:
                     began = time.perf_counter()
                     found = kept(drawer.at(temperature, on_calls), prepared)
-                    result["drawn"].append(found | {"seconds": time.perf_counter() - began, "made_with": made_with()})
+                    result["drawn"].append(found | {"seconds": time.perf_counter() - began, "made_with": made})
                     result["drawn"].sort(key=lambda one: one["temperature"])
                     keep(result)
             finally:
