@@ -82,9 +82,10 @@ class CompleteCheckpoints(Trainer):
             self.load_extra_state(Path(resume_from_checkpoint))
         return super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, *args, **kwargs)
 
-    def finished(self) -> bool:
-        """Whether the last step is done, and if so that the loop ends: it looks after a step only, and one more would be made of a run that
-        is resumed from its end."""
+    def stop_if_finished(self) -> bool:
+        """Whether the last step is done; if so the loop is told to end. It looks after a step only, so that one more would be made of a run
+        that is resumed from its end.
+        """
         self.control.should_training_stop |= self.state.global_step >= self.state.max_steps
         return self.control.should_training_stop
 

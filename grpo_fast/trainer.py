@@ -148,7 +148,7 @@ class GRPOTrainer(CompleteCheckpoints):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[MicroBatch], int]:
         """The micro-batches of the next optimiser step, from the current rollout or a new one."""
-        if self.finished():
+        if self.stop_if_finished():
             return [], 0
         for _ in range(num_batches):
             next(epoch_iterator, None)
@@ -559,8 +559,6 @@ class GRPOTrainer(CompleteCheckpoints):
     def create_model_card(self, *args: Any, dataset_name: str | None = None, **kwargs: Any) -> None:
         """transformers' own; by TRL's name for the data set, too."""
         super().create_model_card(*args, **kwargs, **({} if dataset_name is None else {"dataset": dataset_name}))
-
-    # Text ----------------------------------------------------------------------------------------------------------------------
 
 
 class _Hooks(TrainerCallback):
