@@ -26,6 +26,7 @@ __all__ = [
     "consensus_at_k",
     "distinct_ngrams",
     "distinct_share",
+    "distinct_shares",
     "entropy_summary",
     "is_truncated",
     "longest_certain_run",
@@ -34,6 +35,8 @@ __all__ = [
     "pass_at_1",
     "pass_at_k",
     "repeated_ngrams",
+    "shape_of",
+    "standard_error",
     "truncated_share",
     "zero_variance_share",
 ]
@@ -136,6 +139,30 @@ def loop_period(tokens: Sequence[Hashable], min_repeats: int = 3) -> int | None:
     return None
 
 
+def shape_of(completion_ids: Sequence[Sequence[int]], cut: Sequence[bool], n: int = 4) -> dict[str, list[float]]:
+    """How each of B completions was written, whatever it says.
+
+    Args:
+        completion_ids: B lists of token ids, with the end token where there is one.
+        cut: B: whether it ran into the length limit, see `is_truncated`.
+        n: length of the n-grams, see `repeated_ngrams`.
+
+    Returns:
+        B numbers each: ``truncated`` (0 or 1), ``endless`` (1: cut, and with a `loop_period`), ``repetition`` (`repeated_ngrams`) and
+        ``length`` (tokens).
+
+    Example:
+        >>> shape_of([[5, 6] * 3, [5, 1]], [True, False], n=2)["endless"]
+        [1.0, 0.0]
+    """
+    return {
+        "truncated": [float(was_cut) for was_cut in cut],
+        "endless": [float(was_cut and loop_period(ids) is not None) for ids, was_cut in zip(completion_ids, cut, strict=True)],
+        "repetition": [repeated_ngrams(ids, n) for ids in completion_ids],
+        "length": [float(len(ids)) for ids in completion_ids],
+    }
+
+
 def coherence(prompt: str, completion: str, *, key_pattern: str = NUMBER, step_pattern: str = STEP) -> float:
     """How well a completion hangs together, from 0 to 1: the mean of three rules (of two, if the question holds no key).
 
@@ -174,6 +201,23 @@ def distinct_share(group: Sequence[Hashable]) -> float:
     return len(set(group)) / len(group)
 
 
+def distinct_shares(completions: Sequence[Hashable], group_size: int) -> list[float]:
+    """`distinct_share` of each group.
+
+    Args:
+        completions: B = N * group_size, the completions of a group side by side.
+        group_size: completions per prompt.
+
+    Returns:
+        N numbers.
+
+    Example:
+        >>> distinct_shares(["7", "7", "7", "8"], group_size=2)
+        [0.5, 1.0]
+    """
+    return [distinct_share(completions[start : start + group_size]) for start in range(0, len(completions), group_size)]
+
+
 def distinct_ngrams(group: Sequence[Sequence[Hashable]], n: int = 4) -> float:
     """Diversity within a group, in its words: ``|different n-grams| / |n-grams|`` over all its completions together (arXiv:1510.03055).
 
@@ -205,6 +249,16 @@ def zero_variance_share(rewards: Tensor, group_size: int) -> float:
     return group_advantages(rewards, group_size=group_size).degenerate.float().mean().item()
 
 
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean of N independent values: ``s / sqrt(N)`` with s the unbiased standard deviation; NaN where there is one value only.
+
+    Example:
+        >>> standard_error([0.5, 1.0])
+        0.25
+    """
+    return math.sqrt(variance(values) / len(values)) if len(values) > 1 else math.nan
+
+
 class PassAt1(NamedTuple):
     """Mean accuracy over rounds of one sample per prompt, with two errors of it; NaN where there are too few rounds or prompts to tell."""
 
@@ -218,8 +272,8 @@ class PassAt1(NamedTuple):
 def pass_at_1(correct: Sequence[Sequence[float]]) -> PassAt1:
     """pass@1 as DeepSeek-R1 reports it (arXiv:2501.12948): the mean of k samples per prompt, since one greedy sample misleads.
 
-    ``sampling_error = sqrt(sum_i s_i^2 / k) / N`` with s_i^2 the unbiased variance of prompt i's k results, ``prompt_error = s / sqrt(N)``
-    with s the unbiased standard deviation of the prompts' means (arXiv:2411.00640).
+    ``sampling_error = sqrt(sum_i s_i^2 / k) / N`` with s_i^2 the unbiased variance of prompt i's k results; ``prompt_error`` is the
+    `standard_error` of the prompts' means (arXiv:2411.00640).
 
     Args:
         correct: ``[N][k]``: for each of N prompts its k results (0 or 1, or a share), as many for each.
@@ -232,8 +286,7 @@ def pass_at_1(correct: Sequence[Sequence[float]]) -> PassAt1:
     rounds = _rounds("pass_at_1", correct)
     means = [fmean(row) for row in correct]
     sampling = math.sqrt(sum(variance(row) / rounds for row in correct)) / len(correct) if rounds > 1 else math.nan
-    between = math.sqrt(variance(means) / len(means)) if len(means) > 1 else math.nan
-    return PassAt1(fmean(means), sampling, between, len(correct), rounds)
+    return PassAt1(fmean(means), sampling, standard_error(means), len(correct), rounds)
 
 
 def pass_at_k(correct: Sequence[Sequence[float]], k: int) -> float:

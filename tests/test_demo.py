@@ -6,6 +6,7 @@ import math
 import random
 import re
 import time
+from statistics import fmean
 
 import pytest
 import torch
@@ -15,13 +16,13 @@ pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
 import grpo_fast as gf
-from grpo_fast.demo import compare, grpo, need, report
+from grpo_fast.demo import by_trainer, compare, grpo, need, report
 from grpo_fast.demo.cli import app
 from grpo_fast.demo.evaluate import TEMPERATURES, Quality, evaluate
 from grpo_fast.demo.grpo import Settings, check_on_policy, policy_loss, sample, train
 from grpo_fast.demo.judge import judge
 from grpo_fast.demo.model import make_model
-from grpo_fast.demo.run import REWARDS, Options
+from grpo_fast.demo.run import REWARDS, Options, warm_started
 from grpo_fast.demo.task import DIGITS, Teacher, make_tokenizer, question, solve, split_questions
 from grpo_fast.metrics import coherence, parse_sections
 from grpo_fast.rewards import accuracy_reward
@@ -246,6 +247,15 @@ def test_the_demonstration_learns(seed, tmp_path):
     assert time.process_time() - started < 90  # of CPU: the machine may be shared
 
 
+def test_a_warm_start_is_a_function_of_the_seed_and_tells_its_losses():
+    losses = []
+    first, again, other = (warm_started(Options(seed=seed, warm_start_steps=3), losses.append) for seed in (1, 1, 2))
+    weights = [next(start.model.parameters()) for start in (first, again, other)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    assert len(losses) == 9 and losses[:3] == losses[3:6] != losses[6:]
+    assert {row["prompt"] for row in first.training}.isdisjoint(row["prompt"] for row in first.held_out)
+
+
 def test_loop_and_trainer_are_compared_from_one_start(tmp_path):
     pytest.importorskip("accelerate")
     small = ["--seeds", "2", "--steps", "2", "--warm-start-steps", "2", "--prompts", "2"]
@@ -254,8 +264,14 @@ def test_loop_and_trainer_are_compared_from_one_start(tmp_path):
     found = json.loads((tmp_path / "found.json").read_text())
     assert [(run["seed"], run["way"]) for run in found["runs"]] == [(0, "loop"), (0, "trainer"), (1, "loop"), (1, "trainer")]
     assert all(len(run["curves"]["reward"]) == 2 and run["seconds"] > 0 for run in found["runs"])
-    summary = found["summary"]["seconds"]
-    assert summary["difference"] == pytest.approx(summary["trainer"] - summary["loop"])
+    summary = found["summary"]["mean_training_reward"]
+    loop, trainer = ([fmean(run["curves"]["reward"]) for run in found["runs"] if run["way"] == way] for way in ("loop", "trainer"))
+    gaps = [mine - theirs for mine, theirs in zip(trainer, loop, strict=True)]
+    assert summary["loop"] == pytest.approx(fmean(loop)) and summary["difference"] == pytest.approx(fmean(gaps))
+    assert summary["standard_error"] == pytest.approx(abs(gaps[0] - gaps[1]) / 2) and gaps[0] != gaps[1]
+    alone = CliRunner().invoke(compare.app, ["--seeds", "1", *small[2:], "--output", str(tmp_path / "found.json")])
+    assert alone.exit_code == 0 and "±" not in alone.output
+    assert json.loads((tmp_path / "found.json").read_text())["summary"]["seconds"]["standard_error"] is None, "one seed has no error"
 
 
 def test_the_trainer_of_the_comparison_makes_the_step_of_the_loop(model, tokenizer, tmp_path, monkeypatch):
@@ -264,10 +280,10 @@ def test_the_trainer_of_the_comparison_makes_the_step_of_the_loop(model, tokeniz
     def odd(completion_ids, **columns):
         return [float(sum(ids) % 2) for ids in completion_ids]
 
-    monkeypatch.setattr(compare, "REWARDS", {odd: 1.0})
+    monkeypatch.setattr(by_trainer, "REWARDS", {odd: 1.0})
     settings = Settings(steps=1, group_size=4, max_new_tokens=6)
     rows = [question("5281"), question("3631")]
-    trainer = compare.trainer_of(copy.deepcopy(model), tokenizer, rows, settings, 2, 0, tmp_path)
+    trainer = by_trainer.trainer_of(copy.deepcopy(model), tokenizer, rows, settings, 2, 0, tmp_path)
     trainer.train()
     drawn = trainer.rollout
 

@@ -1,5 +1,6 @@
 """Metrics of texts, groups and evaluations against cases worked by hand."""
 
+import doctest
 import itertools
 import math
 import random
@@ -8,11 +9,13 @@ from statistics import fmean, pstdev
 import pytest
 import torch
 
+from grpo_fast import metrics
 from grpo_fast.metrics import (
     coherence,
     consensus_at_k,
     distinct_ngrams,
     distinct_share,
+    distinct_shares,
     entropy_summary,
     is_truncated,
     longest_certain_run,
@@ -21,6 +24,8 @@ from grpo_fast.metrics import (
     pass_at_1,
     pass_at_k,
     repeated_ngrams,
+    shape_of,
+    standard_error,
     truncated_share,
     zero_variance_share,
 )
@@ -147,6 +152,30 @@ def test_distinct_share():
     assert distinct_share(["a"]) == 1.0
     with pytest.raises(ValueError, match="group is empty"):
         distinct_share([])
+
+
+def test_distinct_shares_group_by_group():
+    assert distinct_shares(["a", "a", "a", "b", "c", "a"], 2) == [0.5, 1.0, 1.0]
+    assert distinct_shares(["a", "a", "a", "b", "c", "a"], 3) == [pytest.approx(1 / 3), 1.0]
+
+
+def test_the_shape_of_completions_by_hand():
+    shape = shape_of([[1, 2] * 6, [1, 2] * 6, [1, 2, 3]], [True, False, True], 2)
+    assert shape["endless"] == [1.0, 0.0, 0.0], "a loop that ended is none, and what is cut may be no loop"
+    assert shape["repetition"] == [pytest.approx(9 / 11), pytest.approx(9 / 11), 0.0]
+    assert shape["truncated"] == [1.0, 0.0, 1.0] and shape["length"] == [12.0, 12.0, 3.0]
+    with pytest.raises(ValueError, match="zip"):
+        shape_of([[1, 2], [3]], [True], 2)
+
+
+def test_the_standard_error_of_a_mean_by_hand():
+    assert standard_error([1.0, 2.0, 3.0, 4.0]) == pytest.approx(math.sqrt(5 / 3 / 4))
+    assert math.isnan(standard_error([1.0]))
+
+
+def test_examples():
+    found = doctest.testmod(metrics)
+    assert found.attempted > 0 and found.failed == 0
 
 
 def test_entropy_summary_leaves_masked_tokens_out():

@@ -17,13 +17,13 @@ pytest.importorskip("accelerate")
 
 from grpo_fast.commands.settings import SettingsError
 from grpo_fast.rewards import RewardRunner
-from grpo_fast.study import estimates, measures, options, sampling, zones
+from grpo_fast.study import estimates, options, sampling, zones
 from grpo_fast.study.draw import Drawn
 from grpo_fast.study.estimates import difference, estimate, told_apart
 from grpo_fast.study.zones import COLD, COLLAPSE, EXPLORATION, ROBUST, Point, read, temperature_at_entropy
 
 
-@pytest.mark.parametrize("module", [estimates, zones])
+@pytest.mark.parametrize("module", [estimates, options, zones])
 def test_examples(module: Any) -> None:
     found = doctest.testmod(module)
     assert found.attempted > 0 and found.failed == 0
@@ -163,14 +163,6 @@ def test_the_samplers_gap_is_told_where_nothing_else_explains_it() -> None:
     assert not told(0.03, bf16=True) and told(0.2, fp16=True)
     for truncation in ({"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}):
         assert not told(3.0, **truncation), "what is truncated has larger probabilities at the sampler"
-
-
-def test_measures_by_group() -> None:
-    assert measures.distinct_shares(["a", "a", "a", "b"], 2) == [0.5, 1.0]
-    shape = measures.shape_of([[1, 2] * 6, [1, 2] * 6, [1, 2, 3]], [True, False, True], 2)
-    assert shape["endless"] == [1.0, 0.0, 0.0], "a loop that ended is none, and what is cut may be no loop"
-    assert shape["repetition"] == [pytest.approx(9 / 11), pytest.approx(9 / 11), 0.0]
-    assert shape["truncated"] == [1.0, 0.0, 1.0] and shape["length"] == [12.0, 12.0, 3.0]
 
 
 # ---- zones

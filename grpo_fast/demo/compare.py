@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import copy
 import math
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Annotated, Any
 
 import torch
@@ -24,47 +23,17 @@ from rich.table import Table
 
 from grpo_fast.benchmark.machine import describe, load_average
 from grpo_fast.demo import need
+from grpo_fast.demo.by_trainer import train_by_trainer
 from grpo_fast.demo.evaluate import evaluate
-from grpo_fast.demo.grpo import Settings, optimizer_of, train
+from grpo_fast.demo.grpo import train
 from grpo_fast.demo.report import write_json
 from grpo_fast.demo.run import MAX_NEW_TOKENS, REWARDS, Options, drawn_from, one_thread, warm_started
+from grpo_fast.metrics import standard_error
 
-__all__ = ["compare", "trainer_of"]
+__all__ = ["compare"]
 
 WAYS = ("loop", "trainer")
 CURVES = ("reward", "rewards/accuracy_reward")
-
-
-def trainer_of(
-    model: Any, tokenizer: Any, rows: list[dict[str, Any]], settings: Settings, prompts: int, seed: int, output: Path, **more: Any
-) -> Any:
-    """A GRPOTrainer that does what the loop does with these settings and as many prompts per step; ``more`` for GRPOConfig."""
-    from grpo_fast.trainer import GRPOConfig, GRPOTrainer
-
-    loss = settings.loss
-    args = GRPOConfig(
-        str(output),
-        seed=seed,
-        max_steps=settings.steps,
-        per_device_train_batch_size=prompts * settings.group_size,
-        num_generations=settings.group_size,
-        max_completion_length=settings.max_new_tokens,
-        max_grad_norm=settings.max_grad_norm,
-        loss_type=loss.loss_type,
-        epsilon=loss.epsilon_low,
-        epsilon_high=loss.epsilon_high,
-        reward_weights=list(REWARDS.values()),
-        packing="true",
-        gradient_checkpointing=False,
-        logging_steps=1,
-        disable_tqdm=True,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        **({"temperature": settings.temperature} | more),
-    )
-    optimizers = optimizer_of(model, settings)
-    return GRPOTrainer(model, list(REWARDS), args, train_dataset=rows, processing_class=tokenizer, optimizers=optimizers)
 
 
 def compare(options: Options, seeds: Sequence[int], console: Console) -> dict[str, Any]:
@@ -91,18 +60,14 @@ def _from_seed(options: Options, seed: int) -> list[dict[str, Any]]:
     settings, found = options.settings(), []
     for way in WAYS:
         model = copy.deepcopy(start)
-        torch.manual_seed(seed)
         if way == "loop":
+            torch.manual_seed(seed)
             began = time.process_time()
             history = train(model, tokenizer, drawn_from(rows, options.prompts, seed), REWARDS, settings)
             seconds = time.process_time() - began
         else:
-            with tempfile.TemporaryDirectory() as folder:
-                trainer = trainer_of(model, tokenizer, rows, settings, options.prompts, seed, Path(folder))
-                began = time.process_time()
-                trainer.train()
-                seconds = time.process_time() - began
-            history = [{**log, CURVES[1]: log[f"{CURVES[1]}/mean"]} for log in trainer.state.log_history if "loss" in log]
+            logs, seconds = train_by_trainer(model, tokenizer, rows, settings, options.prompts, seed)
+            history = [{**log, CURVES[1]: log[f"{CURVES[1]}/mean"]} for log in logs]
         draw: dict[str, Any] = {"group_size": options.group_size, "max_new_tokens": MAX_NEW_TOKENS, "seed": seed}
         (quality,) = evaluate(model, tokenizer, held_out[: options.evaluation_prompts], temperatures=[0.6], **draw)
         curves = {name: [record[name] for record in history] for name in CURVES}
@@ -111,12 +76,13 @@ def _from_seed(options: Options, seed: int) -> list[dict[str, Any]]:
     return found
 
 
-def _paired(runs: list[dict[str, Any]], name: str) -> dict[str, float]:
-    """Means over the seeds, and that of the difference with its standard error: both ways began from the same model."""
+def _paired(runs: list[dict[str, Any]], name: str) -> dict[str, float | None]:
+    """Means over the seeds, and that of the difference with its standard error (None of one seed): both ways began from the same model."""
     loop, trainer = ([run[name] for run in runs if run["way"] == way] for way in WAYS)
     gaps = [mine - theirs for mine, theirs in zip(trainer, loop, strict=True)]
-    error = stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else 0.0
-    return {"loop": fmean(loop), "trainer": fmean(trainer), "difference": fmean(gaps), "standard_error": error}
+    error = standard_error(gaps)
+    means = {"loop": fmean(loop), "trainer": fmean(trainer), "difference": fmean(gaps)}
+    return {**means, "standard_error": None if math.isnan(error) else error}
 
 
 def command(
@@ -137,8 +103,8 @@ def command(
     write_json(result, output)
     table = Table("", *WAYS, "difference", title="Mean over the seeds", title_justify="left")
     for name, found in result["summary"].items():
-        cells = (f"{found['loop']:.3f}", f"{found['trainer']:.3f}", f"{found['difference']:+.3f} ± {found['standard_error']:.3f}")
-        table.add_row(name.replace("_", " "), *cells)
+        within = "" if found["standard_error"] is None else f" ± {found['standard_error']:.3f}"
+        table.add_row(name.replace("_", " "), f"{found['loop']:.3f}", f"{found['trainer']:.3f}", f"{found['difference']:+.3f}{within}")
     console.print(table)
     typer.echo(f"Every number: {output}")
 

@@ -81,6 +81,26 @@ class Options:
         )
 
 
+class Start(NamedTuple):
+    """Where GRPO begins: the model that imitation left behind, its tokenizer, and the questions."""
+
+    model: Any
+    tokenizer: Any
+    training: list[dict[str, str]]  # rows, see `question`
+    held_out: list[dict[str, str]]
+
+
+def warm_started(options: Options, on_loss: Callable[[float], None] = lambda loss: None) -> Start:
+    """The demonstration's model after its warm start, a function of the seed; ``on_loss`` is told each step's."""
+    torch.manual_seed(options.seed)
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer)
+    training, held_out = split_questions()
+    steps, seed = options.warm_start_steps, options.seed
+    imitate(model, tokenizer, training, Teacher(), steps=steps, max_new_tokens=MAX_NEW_TOKENS, seed=seed, on_step=on_loss)
+    return Start(model, tokenizer, [question(digits) for digits in training], [question(digits) for digits in held_out])
+
+
 def run(options: Options, output: Path, console: Console) -> dict[str, Any]:
     """Play the whole demonstration, write ``curves.png`` and ``result.json`` into ``output``, and return what the latter holds."""
     need(*MODULES)
@@ -88,7 +108,6 @@ def run(options: Options, output: Path, console: Console) -> dict[str, Any]:
     started = time.perf_counter()
     with one_thread():
         stage = _Stage(options, console)
-        stage.warm_start()
         before = stage.look("before")
         console.print(report.quality_table(before.table, "Before GRPO: what imitation left behind"))
         history = stage.train()
@@ -129,29 +148,15 @@ class _Look(NamedTuple):
 
 
 class _Stage:
-    """The model, its data, and a stopwatch: what the acts of the demonstration share."""
+    """The model after its warm start, its data, and a stopwatch: what the acts of the demonstration share."""
 
     def __init__(self, options: Options, console: Console) -> None:
         self.options, self.console, self.settings = options, console, options.settings()
         self.seconds: dict[str, float] = {}
-        torch.manual_seed(options.seed)
-        self.tokenizer = make_tokenizer()
-        self.model = make_model(self.tokenizer)
-        self.training, held_out = split_questions()
-        self.rows = [question(digits) for digits in held_out[: options.evaluation_prompts]]
-
-    def warm_start(self) -> None:
-        with self._bar("warm_start", "warm start by imitation", self.options.warm_start_steps) as step:
-            imitate(
-                self.model,
-                self.tokenizer,
-                self.training,
-                Teacher(),
-                steps=self.options.warm_start_steps,
-                max_new_tokens=MAX_NEW_TOKENS,
-                seed=self.options.seed,
-                on_step=lambda loss: step(f"loss {loss:.3f}"),
-            )
+        with self._bar("warm_start", "warm start by imitation", options.warm_start_steps) as step:
+            start = warm_started(options, lambda loss: step(f"loss {loss:.3f}"))
+        self.model, self.tokenizer, self.training = start.model, start.tokenizer, start.training
+        self.rows = start.held_out[: options.evaluation_prompts]
 
     def look(self, when: str) -> _Look:
         draw: dict[str, Any] = {"max_new_tokens": MAX_NEW_TOKENS, "seed": self.options.seed}
@@ -165,7 +170,7 @@ class _Stage:
         return _Look(table, texts)
 
     def train(self) -> list[dict[str, float]]:
-        batches = drawn_from([question(digits) for digits in self.training], self.options.prompts, self.options.seed)
+        batches = drawn_from(self.training, self.options.prompts, self.options.seed)
         with self._bar("training", f"GRPO at T = {self.options.temperature:g}", self.options.steps) as step:
 
             def on_step(record: dict[str, float]) -> None:
@@ -186,25 +191,6 @@ class _Stage:
             task = progress.add_task(description, total=total, note="")
             yield lambda note: progress.update(task, advance=1, note=note)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
-
-
-class Start(NamedTuple):
-    """Where GRPO begins: the model that imitation left behind, its tokenizer, and the questions."""
-
-    model: Any
-    tokenizer: Any
-    training: list[dict[str, str]]  # rows
-    held_out: list[dict[str, str]]
-
-
-def warm_started(options: Options) -> Start:
-    """The demonstration's model after its warm start, a function of the seed."""
-    torch.manual_seed(options.seed)
-    tokenizer = make_tokenizer()
-    model = make_model(tokenizer)
-    training, held_out = split_questions()
-    imitate(model, tokenizer, training, Teacher(), steps=options.warm_start_steps, max_new_tokens=MAX_NEW_TOKENS, seed=options.seed)
-    return Start(model, tokenizer, [question(digits) for digits in training], [question(digits) for digits in held_out])
 
 
 def drawn_from(rows: list[dict[str, Any]], count: int, seed: int) -> Iterator[list[dict[str, Any]]]:

@@ -13,9 +13,9 @@ import grpo_fast as gf
 from grpo_fast.data import encode_prompt
 from grpo_fast.generation import Completion, SamplingParams, make_sampler
 from grpo_fast.generation.unwrap import end_tokens_of
+from grpo_fast.metrics import shape_of
 from grpo_fast.passes import Passes
 from grpo_fast.rollout import Rollout, derived_seed
-from grpo_fast.study.measures import shape_of
 from grpo_fast.study.prepare import Prepared
 
 __all__ = ["Call", "Drawer", "Drawn"]

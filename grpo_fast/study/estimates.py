@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import fmean, variance
-from typing import NamedTuple
+from statistics import fmean
+from typing import Any, NamedTuple
 
-__all__ = ["Estimate", "difference", "estimate", "told_apart"]
+from grpo_fast.metrics import standard_error
+
+__all__ = ["Estimate", "by_group", "difference", "estimate", "told_apart"]
 
 # Student's t, the 97.5 % quantile, for 1 to 30 degrees of freedom. Beyond: Cornish and Fisher's expansion, right to four digits there.
 _STUDENT = (
@@ -40,7 +42,7 @@ class Estimate(NamedTuple):
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """The mean of independent values, with ``s / sqrt(N)``, s the unbiased standard deviation.
+    """The mean of independent values, with its `standard_error`.
 
     Example:
         >>> estimate([0.0, 1.0, 1.0, 0.0])
@@ -48,7 +50,12 @@ def estimate(values: Sequence[float]) -> Estimate:
     """
     if not values:
         raise ValueError("estimate: values is empty; expected at least one.")
-    return Estimate(fmean(values), math.sqrt(variance(values) / len(values)) if len(values) > 1 else math.nan, len(values))
+    return Estimate(fmean(values), standard_error(values), len(values))
+
+
+def by_group(values: Sequence[Any], group_size: int) -> list[list[Any]]:
+    """``[B]`` as ``[B / group_size][group_size]``: what belongs to one prompt, or to one group, in a row of its own."""
+    return [list(values[start : start + group_size]) for start in range(0, len(values), group_size)]
 
 
 def difference(mine: Sequence[float], theirs: Sequence[float]) -> Estimate:

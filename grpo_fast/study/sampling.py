@@ -13,11 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from grpo_fast.metrics import consensus_at_k, pass_at_1, pass_at_k, zero_variance_share
+from grpo_fast.metrics import consensus_at_k, distinct_shares, pass_at_1, pass_at_k, zero_variance_share
 from grpo_fast.rewards import FormatReward, canonical_answer, extract_answer
 from grpo_fast.study.draw import Drawer, Drawn
-from grpo_fast.study.estimates import Estimate, estimate
-from grpo_fast.study.measures import by_group, distinct_shares
+from grpo_fast.study.estimates import Estimate, by_group, estimate
 from grpo_fast.study.prepare import Prepared
 from grpo_fast.study.resume import made_with, made_with_others
 from grpo_fast.study.zones import Point, Reading, read
@@ -156,7 +155,7 @@ def _row(one: Mapping[str, Any], which: Sequence[int], votes: bool, told: Mappin
 
     def measured(name: str) -> dict[str, float | None] | None:
         values = of(name)
-        return None if values is None else _numbers(estimate(values))
+        return None if values is None else estimate(values).as_dict()
 
     def over_tokens(name: str) -> float | None:
         values, lengths = of(name), of("length")
@@ -170,8 +169,8 @@ def _row(one: Mapping[str, Any], which: Sequence[int], votes: bool, told: Mappin
     at_1 = pass_at_1(results)
     row = {
         "temperature": one["temperature"],
-        "pass_at_1": _numbers(Estimate(at_1.mean, at_1.prompt_error, at_1.prompts)) | {"sampling_error": _number(at_1.sampling_error)},
-        "pass_at_k": _numbers(estimate([pass_at_k([result], k) for result in results])),
+        "pass_at_1": Estimate(at_1.mean, at_1.prompt_error, at_1.prompts).as_dict() | {"sampling_error": _number(at_1.sampling_error)},
+        "pass_at_k": estimate([pass_at_k([result], k) for result in results]).as_dict(),
         "cons_at_k": measured("cons_at_k") if votes else None,
         **{name: measured(name) for name in ("format", "coherence", "truncated", "endless", "repetition", "length")},
         **{name: measured(name) for name in ("distinct", "zero_std", "zero_std_correct")},
@@ -202,10 +201,6 @@ def _canonical(text: str) -> Any:
 
 def _mean(values: Sequence[float]) -> float | None:
     return math.fsum(values) / len(values) if values else None
-
-
-def _numbers(found: Estimate) -> dict[str, float | None]:
-    return {"mean": found.mean, "error": _number(found.error)}
 
 
 def _number(value: float) -> float | None:

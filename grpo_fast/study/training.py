@@ -7,19 +7,17 @@ both read. A run that is finished is in the JSON file before the next begins, an
 from __future__ import annotations
 
 import copy
-import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
 from grpo_fast.benchmark.machine import load_average
 from grpo_fast.benchmark.report import write_json
-from grpo_fast.demo.compare import trainer_of
+from grpo_fast.demo.by_trainer import train_by_trainer
 from grpo_fast.demo.evaluate import evaluate
 from grpo_fast.demo.run import MAX_NEW_TOKENS, Start, one_thread, warm_started
 from grpo_fast.study.matrix import summarise
@@ -86,10 +84,7 @@ def _train(
             on_step(seed, label, 1)
 
     demo = prepared.demo
-    with tempfile.TemporaryDirectory() as folder:
-        more = {"temperature": 1.0, "temperature_schedule": prepared.schedules[label], "metrics_on": "all"}
-        trainer = trainer_of(model, start.tokenizer, start.training, demo.settings(), demo.prompts, seed, Path(folder), **more)
-        trainer.add_callback(Tell())
-        trainer.train()
-    logs = [log for log in trainer.state.log_history if "loss" in log]
+    more: dict[str, Any] = {"temperature": 1.0, "temperature_schedule": prepared.schedules[label], "metrics_on": "all"}
+    arguments = (model, start.tokenizer, start.training, demo.settings(), demo.prompts, seed)
+    logs = train_by_trainer(*arguments, callbacks=[Tell()], **more).logs
     return {name: [log[key] for log in logs] for name, key in CURVES.items()}
