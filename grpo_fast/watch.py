@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import grpo_fast as gf
 from grpo_fast.generation import Completion
 from grpo_fast.meters import Meters
-from grpo_fast.metrics import distinct_share, repeated_ngrams
+from grpo_fast.metrics import distinct_share, repeated_ngrams, standard_error
 from grpo_fast.rollout import Rollout
 
 __all__ = [
@@ -211,6 +211,6 @@ def summary_of_rounds(rounds: Sequence[dict[str, float]], prefix: str) -> dict[s
     """
     found = {f"{prefix}_{name}": fmean(measured[name] for measured in rounds) for name in rounds[0]}
     for name in [name for name in rounds[0] if name.startswith("reward")]:
-        error = stdev(measured[name] for measured in rounds) / math.sqrt(len(rounds)) if len(rounds) > 1 else 0.0
+        error = standard_error([measured[name] for measured in rounds]) if len(rounds) > 1 else 0.0
         found[f"{prefix}_{name.removesuffix('/mean')}{'/se' if '/' in name else '_se'}"] = error
     return found | {f"{prefix}_rounds": float(len(rounds))}

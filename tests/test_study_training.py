@@ -139,7 +139,6 @@ def test_means_errors_and_advice_over_seeds_worked_by_hand(tmp_path: Path) -> No
     assert found["reading"]["train"] == "0.6" and found["reading"]["evaluate"] == 0.0
     assert found["reading"]["tied"] == [["1", 0.0], ["1", 1.0]]
     assert report.matrix_table(result | found)[2][1] == ["0.6", "0.800 ± 0.058", "0.500 ± 0.058"]
-    assert report.as_markdown(("", ["a", "b"], [["1", "2"]])) == ["| a | b |", "| --- | --- |", "| 1 | 2 |"]
 
     alone = prepare_training.Prepared(Options(), {"0.6": {}}, [0.0], 3, False, tmp_path / "x.json", result)
     assert (
@@ -284,6 +283,7 @@ def test_what_was_made_elsewhere_is_said(here: Path, monkeypatch: pytest.MonkeyP
     # A file of an earlier version does not say it.
     for each in again["runs"]:
         del each["made_with"]
+    del again["quick"]
     Path("training.json").write_text(json.dumps(again))
     assert "not all made" not in at("bbbbbbb", "--seeds", "2"), "all of unknown"
     out = at("bbbbbbb", "--seeds", "3")

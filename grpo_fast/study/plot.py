@@ -1,4 +1,7 @@
-"""The figures of the two studies."""
+"""The figures of the two studies.
+
+``result`` is what the JSON file holds: of `grpo_fast.study.sampling.run`, or of `grpo_fast.study.training.run`.
+"""
 
 from __future__ import annotations
 

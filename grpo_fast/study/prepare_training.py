@@ -112,7 +112,8 @@ def prepare(args: Sequence[str]) -> Prepared:
     result = begun(path, new, "training", RUN)
     prepared = Prepared(demo, schedules, eval_temperatures, options.seeds, options.quick, path, result)
     there = prepared.runs()
-    to_come = [{"made_with": made_with()} for seed in range(options.seeds) if prepared.missing(seed)]
-    if there and to_come and (others := made_with_others([*there, *to_come])) is not None:
-        warnings.warn(f"what is added to {path} is made with others than what it holds: {others}.", stacklevel=2)
+    if there and any(prepared.missing(seed) for seed in range(options.seeds)):
+        others = made_with_others([*there, {"made_with": made_with()}])
+        if others is not None:
+            warnings.warn(f"what is added to {path} is made with others than what it holds: {others}.", stacklevel=2)
     return prepared

@@ -1,4 +1,7 @@
-"""What a study shows: tables for the terminal and for a page, every row as CSV."""
+"""What a study shows: tables for the terminal, every row as CSV.
+
+``result`` is what the JSON file holds: of `grpo_fast.study.sampling.run`, or of `grpo_fast.study.training.run`.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from grpo_fast.benchmark.report import write_atomically
 from grpo_fast.study.options import name_of
 
 __all__ = [
+    "as_rich",
     "matrix_table",
     "sampling_tables",
     "training_table",
@@ -88,12 +92,6 @@ def as_rich(rows: Rows) -> Table:
     for row in cells:
         table.add_row(*(cell.replace(" ± ", "±") for cell in row))
     return table
-
-
-def as_markdown(rows: Rows) -> list[str]:
-    """The lines of the table in a page, so that a test can hold the page to the result."""
-    _, headings, cells = rows
-    return [f"| {' | '.join(line)} |" for line in (headings, ["---"] * len(headings), *cells)]
 
 
 def write_sampling_csv(result: dict[str, Any], path: Path) -> None:

@@ -30,11 +30,16 @@ WARM_START = "warm start"  # what a seed begins with, for whoever watches
 
 
 def run(prepared: Prepared, on_step: Callable[[int, str, int], None] = lambda seed, label, steps: None) -> dict[str, Any]:
-    """Make every run that is missing, and write each into the file. Returns the whole result, with what it says.
+    """Make every run that is missing, and write each into the file.
 
     Args:
         prepared: see `prepare`.
         on_step: told seed, label, and steps that were just done (all of them, when a run was there already); WARM_START is a label too.
+
+    Returns:
+        What the file holds: ``kind``, ``quick``, ``machine`` (where it began), ``options``, what `summarise` says, and ``runs``. Of each:
+        ``seed``, ``trained_at`` (a label), ``seconds``, ``curves`` (of each of CURVES one number a step; none of the warm start),
+        ``table`` (a `Quality` for each evaluation temperature), ``made_with`` and ``load_average`` (before and after).
     """
     result, made = prepared.result, made_with()
     with one_thread(), warnings.catch_warnings():
