@@ -77,9 +77,6 @@ def app(args: Sequence[str] | None = None, prog_name: str = "grpo-fast study") -
     except KeyboardInterrupt as error:
         _say(f"{name}: interrupted. What is finished is in the JSON file: the same command goes on from there.")
         raise SystemExit(130) from error
-    except OSError as error:
-        _say(f"{name}: the result cannot be written: {error}")
-        raise SystemExit(1) from error
     console.print(f"Every number: {path}; also as {path.with_suffix('.csv').name} and {path.with_suffix('.png').name}.", highlight=False)
 
 
@@ -111,9 +108,13 @@ def _sampling(args: Sequence[str], name: str, console: Console) -> Path:
     for table in report.sampling_tables(result):
         console.print(report.as_rich(table))
     _print_reading(result["reading"]["sentences"], console)
-    write_json(result, path)
-    report.write_sampling_csv(result, path.with_suffix(".csv"))
-    plot.write_sampling_figure(result, path.with_suffix(".png"))
+    try:
+        write_json(result, path)
+        report.write_sampling_csv(result, path.with_suffix(".csv"))
+        plot.write_sampling_figure(result, path.with_suffix(".png"))
+    except OSError as error:
+        _say(f"{name}: the result cannot be written: {error}")
+        raise SystemExit(1) from error
     return path
 
 
