@@ -101,13 +101,12 @@ def prepare(args: Sequence[str]) -> Prepared:
     options = TrainingOptions(**given)
     for name in ("seeds", "steps", "warm_start_steps", "prompts", "group_size", "evaluation_prompts"):
         check_count(name, getattr(options, name), f"By default {getattr(TrainingOptions, name)}.")
-    shared = {each.name for each in fields(Options)} & {each.name for each in fields(TrainingOptions)}
+    shared = {each.name for each in fields(Options)} & {each.name for each in fields(TrainingOptions)}  # the same in all runs
     demo = Options(**{name: getattr(options, name) for name in shared})
     schedules = training_temperatures(options.temperatures, options.steps)
     eval_temperatures = sampling_temperatures(options.eval_temperatures, "eval_temperatures")
     path = check_place(options.output)
-    apart = ("seed", "temperature")  # these differ from run to run
-    told = {name: value for name, value in asdict(demo).items() if name not in apart} | {"eval_temperatures": eval_temperatures}
+    told = {name: value for name, value in asdict(demo).items() if name in shared} | {"eval_temperatures": eval_temperatures}
     new = {"kind": "temperature_training", "quick": options.quick, "machine": describe(), "options": told, "runs": []}
     result = begun(path, new, "training", RUN)
     prepared = Prepared(demo, schedules, eval_temperatures, options.seeds, options.quick, path, result)
