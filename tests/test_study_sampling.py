@@ -84,6 +84,7 @@ def test_sixty_four_at_once_unless_said_otherwise(here: Path) -> None:
     from grpo_fast.grpo_config import GRPOConfig
 
     assert prepare.prepare(given, GRPOConfig).config.per_device_eval_batch_size == 64
+    assert next(line for line in run("sampling", "--help").splitlines() if line.startswith("--per_device_eval")).split()[1] == "64"
     Path("sums.yaml").write_text("model: ./model\ndataset: rows.jsonl\nper_device_eval_batch_size: 4\nnum_generations: 4\n")
     prepared = prepare.prepare(["sums.yaml", "--rewards", "accuracy", "--use_cpu"], GRPOConfig)
     assert prepared.config.per_device_eval_batch_size == 4 and prepared.options.samples == 4, "a group is that of the training"
@@ -210,11 +211,12 @@ def test_other_settings_are_another_study(here: Path, more: list[str], message: 
     assert Path("found.json").read_bytes() == before
 
 
-def test_other_prompts_under_the_same_name_are_another_study(here: Path) -> None:
+@pytest.mark.parametrize("rows", [ROWS[:2], [ROWS[0] | {"answer": "another"}, *ROWS[1:]]], ids=["prompts", "answers"])
+def test_other_rows_under_the_same_name_are_another_study(here: Path, rows: list[dict[str, str]]) -> None:
     shutil.copy("rows.jsonl", "mine.jsonl")
     sampled(*FEW, "--dataset", "mine.jsonl", "--temperatures", "1.0")
-    Path("mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:2]))
-    assert "a study with digest_of_prompts = " in sampled(*FEW, "--dataset", "mine.jsonl", "--temperatures", "1.0", status=2)
+    Path("mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "a study with digest_of_rows = " in sampled(*FEW, "--dataset", "mine.jsonl", "--temperatures", "1.0", status=2)
 
 
 @pytest.mark.parametrize("text", ["{", '{"kind": "temperature_training", "runs": []}', "[]", '{"kind": "temperature_sampling"}'])

@@ -185,7 +185,7 @@ def _print_reading(sentences: Sequence[str], console: Console) -> None:
 
 def _help(study: str, console: Console) -> None:
     console.print(USAGE, highlight=False, markup=False, soft_wrap=True)
-    from dataclasses import fields
+    from dataclasses import fields, make_dataclass
 
     from grpo_fast.commands.settings import option_table, reward_table
 
@@ -195,12 +195,13 @@ def _help(study: str, console: Console) -> None:
         console.print(option_table("Options", TrainingOptions, [each.name for each in fields(TrainingOptions)]))
         return
     from grpo_fast.grpo_config import GRPOConfig
-    from grpo_fast.study.prepare import NOT_READ, SAMPLED_BY, SHARED, SamplingOptions
+    from grpo_fast.study.prepare import AT_ONCE, NOT_READ, SAMPLED_BY, SHARED, SamplingOptions
 
+    config = make_dataclass("Config", [(each, int, value) for each, value in AT_ONCE.items()], bases=(GRPOConfig,))  # its own defaults
     own = [each.name for each in fields(SamplingOptions) if each.name not in (*SHARED, *NOT_READ)]
     console.print(option_table("What is measured", SamplingOptions, own))
     console.print(option_table("Model, data and rewards, as of grpo-fast train", SamplingOptions, SHARED))
-    console.print(option_table("How it is sampled, as of grpo-fast train", GRPOConfig, SAMPLED_BY))
+    console.print(option_table("How it is sampled, as of grpo-fast train", config, SAMPLED_BY))
     console.print(reward_table())
 
 

@@ -181,14 +181,14 @@ def _refuse_what_is_not_read(args: Sequence[str], config_class: Any) -> None:
 
 
 def _told(options: SamplingOptions, config: Any, rows: Any) -> dict[str, Any]:
-    """Every setting that decides what is drawn and what is said of it, and a digest of the prompts."""
+    """Every setting that decides what is drawn and what is said of it, and a digest of the rows: a name may come to hold others."""
     own = [each.name for each in fields(options) if each.name not in (*NOT_READ, "temperatures", "output", "quick")]
     told = {name: getattr(options, name) for name in own} | {name: getattr(config, name) for name in SAMPLED_BY if name != "data_seed"}
     for name in ("sampler_options", "model_init_kwargs"):
         if isinstance(told[name], dict):
             told[name] = {key: value for key, value in told[name].items() if key not in SECRET}
-    digest = hashlib.sha256(json.dumps([row["prompt"] for row in rows]).encode()).hexdigest()[:16]
-    return told | {"prompt_seed": config.prompt_seed, "digest_of_prompts": digest}
+    digest = hashlib.sha256(json.dumps([dict(row) for row in rows], sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return told | {"prompt_seed": config.prompt_seed, "digest_of_rows": digest}
 
 
 def _task(options: SamplingOptions, seed: int) -> Task | None:
