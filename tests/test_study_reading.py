@@ -17,7 +17,7 @@ pytest.importorskip("accelerate")
 
 from grpo_fast.commands.settings import SettingsError
 from grpo_fast.rewards import RewardRunner
-from grpo_fast.study import estimates, options, sampling, zones
+from grpo_fast.study import estimates, options, plot, sampling, zones
 from grpo_fast.study.draw import Drawn
 from grpo_fast.study.estimates import difference, estimate, told_apart
 from grpo_fast.study.zones import COLD, COLLAPSE, EXPLORATION, ROBUST, Point, read, temperature_at_entropy
@@ -338,3 +338,15 @@ def test_wrong_sampling_temperatures_are_named(wrong: list[str]) -> None:
 def test_wrong_training_temperatures_are_named(wrong: list[str]) -> None:
     with pytest.raises(SettingsError, match=r"^temperatures (has|is) .*; expected"):
         options.training_temperatures(wrong, steps=5)
+
+
+# ---- figures
+
+
+def test_steps_count_from_one() -> None:
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    axis = figure.subplots()
+    plot._band(axis, [[0.1, 0.2, 0.3], [0.3, 0.2, 0.1]], "black", "-")
+    (line,), (band,) = axis.lines, axis.collections
+    assert list(line.get_xdata()) == [1, 2, 3] and list(line.get_ydata()) == pytest.approx([0.2] * 3)
+    assert band.get_paths()[0].get_extents().x0 == 1.0
