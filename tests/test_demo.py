@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
 import grpo_fast as gf
-from grpo_fast.demo import by_trainer, compare, grpo, need, report
+from grpo_fast.demo import by_trainer, compare, grpo, need, report, run
 from grpo_fast.demo.cli import app
 from grpo_fast.demo.evaluate import TEMPERATURES, Quality, evaluate
 from grpo_fast.demo.grpo import Settings, check_on_policy, policy_loss, sample, train
@@ -247,13 +247,17 @@ def test_the_demonstration_learns(seed, tmp_path):
     assert time.process_time() - started < 90  # of CPU: the machine may be shared
 
 
-def test_a_warm_start_is_a_function_of_the_seed_and_tells_its_losses():
+def test_a_warm_start_is_a_function_of_the_seed_and_tells_its_losses(monkeypatch):
     losses = []
     first, again, other = (warm_started(Options(seed=seed, warm_start_steps=3), losses.append) for seed in (1, 1, 2))
     weights = [next(start.model.parameters()) for start in (first, again, other)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
     assert len(losses) == 9 and losses[:3] == losses[3:6] != losses[6:]
     assert {row["prompt"] for row in first.training}.isdisjoint(row["prompt"] for row in first.held_out)
+    asked = []
+    monkeypatch.setattr(run, "imitate", lambda *args, **how: asked.append(how["seed"]))
+    warm_started(Options(seed=7))
+    assert asked == [7], "not the weights alone: also what is imitated"
 
 
 def test_loop_and_trainer_are_compared_from_one_start(tmp_path):
