@@ -101,7 +101,8 @@ def test_what_the_page_concludes_is_so() -> None:
 
     ahead = [step for step, (cold, warm) in enumerate(zip(curve["0.2"], curve["0.6"], strict=True), start=1) if cold > warm]
     assert ahead[:9] == list(range(6, 15)) and 15 not in ahead, "from the sixth step to the fourteenth"
-    said = [f"from the thirteenth on, {min(flat[12:]):.2f} to {max(flat[12:]):.2f} of its groups"]
+    said = ["it is ahead of 0.6 from the sixth step to the fourteenth"]
+    said += [f"from the thirteenth on, {min(flat[12:]):.2f} to {max(flat[12:]):.2f} of its groups"]
     for label, like, verb in (("0.6->1.4", "0.6", "differ"), ("1.4->0.6", "1.4", "differing")):
         gap = difference(begins(label), begins(like))
         said += [f"{statistics.fmean(begins(label)):.3f} and {statistics.fmean(begins(like)):.3f}", f"{verb}"]
