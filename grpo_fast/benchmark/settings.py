@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 import re
+import tempfile
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -141,8 +142,14 @@ def check_output(output: Path) -> None:
     """
     if output.suffix != ".json" or output.is_dir():
         raise ValueError(f"output is {str(output)!r}; expected the name of a .json file. A figure takes the same name with .png.")
-    folder = output.parent
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ValueError(f"output is {str(output)!r}; expected a place to write to, which {str(folder)!r} is not. Choose another --output.")
+    new = [folder for folder in output.parents if not folder.exists()]
+    try:  # what a folder permits does not tell: it is tried
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"output is {str(output)!r}; expected a place to write to ({error}). Cure: another --output.") from error
+    finally:
+        for folder in new:  # who is refused leaves nothing
+            with suppress(OSError):
+                folder.rmdir()

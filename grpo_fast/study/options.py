@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
-from grpo_fast.benchmark.settings import check_output
 from grpo_fast.commands.settings import SettingsError
 from grpo_fast.extras import install
 
-__all__ = ["check_count", "check_place", "name_of", "need_packages", "sampling_temperatures", "training_temperatures"]
+__all__ = ["check_count", "name_of", "need_packages", "sampling_temperatures", "training_temperatures"]
 
 ARROW = "->"
 LEAST, LARGEST = 1e-3, 1e3  # float32 has room for z/T in between; see `_number`
@@ -68,28 +64,6 @@ def check_count(name: str, value: Any, cure: str) -> None:
     """A whole number of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise SettingsError(f"{name} is {value!r}; expected a whole number of at least 1. {cure}")
-
-
-def check_place(output: str) -> Path:
-    """Where the JSON goes; CSV and PNG stand beside it. That it can be written there is tried: what a folder permits does not tell.
-
-    Raises:
-        ValueError: says what is expected.
-    """
-    path = Path(output)
-    check_output(path)
-    new = [folder for folder in path.parents if not folder.exists()]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise SettingsError(f"output is {output!r}; expected a place to write to ({error}). Cure: another --output.") from error
-    finally:
-        for folder in new:  # a study that is refused leaves nothing
-            with suppress(OSError):
-                folder.rmdir()
-    return path
 
 
 def need_packages(*modules: str, extras: tuple[str, ...]) -> None:

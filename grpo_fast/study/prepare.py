@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from grpo_fast.benchmark.machine import describe
+from grpo_fast.benchmark.settings import check_output
 from grpo_fast.commands.data import load_tokenizer, make_task, named_rewards, prompt_rows
 from grpo_fast.commands.settings import SettingsError, TrainOptions, parse, said
 from grpo_fast.generation import check_options
 from grpo_fast.rewards import CoherenceReward, FormatReward, RewardRunner
-from grpo_fast.study.options import check_count, check_place, sampling_temperatures
+from grpo_fast.study.options import check_count, sampling_temperatures
 from grpo_fast.study.resume import begun
 from grpo_fast.tasks import Task
 
@@ -117,7 +118,8 @@ def prepare(args: Sequence[str], config_class: Any) -> Prepared:
     check_count("warm_start_steps", options.warm_start_steps, "The demonstration takes 160.")
     if not 0 < options.keep < 1:
         raise SettingsError(f"keep is {options.keep!r}; expected a number above 0 and below 1: the share of the highest pass@1, 0.5.")
-    path = check_place(options.output)
+    path = Path(options.output)
+    check_output(path)
     task = _task(options, config.prompt_seed)
     rewards = named_rewards(options, task)
     runner = RewardRunner(

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from grpo_fast.benchmark.machine import describe
+from grpo_fast.benchmark.settings import check_output
 from grpo_fast.commands.settings import said
 from grpo_fast.demo.run import Options
-from grpo_fast.study.options import check_count, check_place, sampling_temperatures, training_temperatures
+from grpo_fast.study.options import check_count, sampling_temperatures, training_temperatures
 from grpo_fast.study.resume import begun, made_with, made_with_others
 
 __all__ = ["BEFORE", "CURVES", "Prepared", "TrainingOptions", "prepare"]
@@ -105,7 +106,8 @@ def prepare(args: Sequence[str]) -> Prepared:
     demo = Options(**{name: getattr(options, name) for name in shared})
     schedules = training_temperatures(options.temperatures, options.steps)
     eval_temperatures = sampling_temperatures(options.eval_temperatures, "eval_temperatures")
-    path = check_place(options.output)
+    path = Path(options.output)
+    check_output(path)
     told = {name: value for name, value in asdict(demo).items() if name in shared} | {"eval_temperatures": eval_temperatures}
     new = {"kind": "temperature_training", "quick": options.quick, "machine": describe(), "options": told, "runs": []}
     result = begun(path, new, "training", RUN)
