@@ -52,27 +52,20 @@ __device__ __forceinline__ void barrier_arrive(Barrier* barrier) {
 __device__ __forceinline__ void barrier_arrive_expect(Barrier* barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(address(barrier)), "r"(bytes) : "memory");
 }
+#define GF_WAIT(barrier, parity, scope)                                                                                                \
+  uint32_t done;                                                                                                                       \
+  do {                                                                                                                                 \
+    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire." scope ".shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}" \
+                 : "=r"(done)                                                                                                          \
+                 : "r"(address(barrier)), "r"(parity)                                                                                  \
+                 : "memory");                                                                                                          \
+  } while (!done)
 // Until the phase of this parity is over. What threads of this block wrote before they arrived, and what bulk copies brought, is seen
 // after.
-__device__ __forceinline__ void barrier_wait(Barrier* barrier, uint32_t parity) {
-  uint32_t done;
-  do {
-    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-                 : "=r"(done)
-                 : "r"(address(barrier)), "r"(parity)
-                 : "memory");
-  } while (!done);
-}
+__device__ __forceinline__ void barrier_wait(Barrier* barrier, uint32_t parity) { GF_WAIT(barrier, parity, "cta"); }
 // And what other blocks have sent. A wait of its own: in sm_90's code each of these drops L1 (CCTL.IVALL, counted by tools/sass.py).
-__device__ __forceinline__ void barrier_wait_cluster(Barrier* barrier, uint32_t parity) {
-  uint32_t done;
-  do {
-    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-                 : "=r"(done)
-                 : "r"(address(barrier)), "r"(parity)
-                 : "memory");
-  } while (!done);
-}
+__device__ __forceinline__ void barrier_wait_cluster(Barrier* barrier, uint32_t parity) { GF_WAIT(barrier, parity, "cluster"); }
+#undef GF_WAIT
 
 // Writes four floats where `slot` is in block `rank`, which count as 16 bytes at `barrier` there. Both addresses are this block's own.
 // Nobody waits: a store and an arrival that others see in this order become a fence of the whole GPU in sm_90's code (MEMBAR, counted as
