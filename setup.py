@@ -22,8 +22,8 @@ SOURCE_DIR = {"grpo_fast._csrc": "csrc", "grpo_fast._csrc.cpu": "csrc/cpu", "grp
 
 
 def load_build_settings():
-    """grpo_fast/_build.py, by its path: grpo_fast itself cannot be imported here, it needs torch."""
-    return types.SimpleNamespace(**runpy.run_path(str(ROOT / "grpo_fast" / "_build.py")))
+    """grpo_fast/ops/build.py, by its path: grpo_fast itself cannot be imported here, it needs torch."""
+    return types.SimpleNamespace(**runpy.run_path(str(ROOT / "grpo_fast" / "ops" / "build.py")))
 
 
 def import_torch():

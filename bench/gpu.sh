@@ -64,7 +64,7 @@ for module in ("trl.trainer.utils", "liger_kernel.ops.grpo_loss"):
         print(f"{module} does not import: {type(error).__name__}: {error}")
 END
   timeout 10 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>&1 | tee -a "$out/preflight.log"
-  timeout 30 "$python" -c 'from grpo_fast.doctor import run; run()' 2>&1 | tee -a "$out/preflight.log"
+  timeout 30 "$python" -c 'from grpo_fast.cli.doctor import run; run()' 2>&1 | tee -a "$out/preflight.log"
 }
 
 # Every file that has a test for a GPU; several at once, since most of the time goes into compiling kernels. Without the strictness of

@@ -26,7 +26,7 @@ from gpu_measure import NOT_IMPORTED, Results, Timer, alive, imported, recorded
 from torch import Tensor
 
 import grpo_fast as gf
-from grpo_fast.backends import select
+from grpo_fast.ops.backends import select
 
 VOCABULARIES, ROWS = (128256, 152064, 32000, 262144), (4096, 16384, 1024, 32768, 256)  # what is quoted first comes first
 HEADS = ((16384, 3584, 152064), (16384, 4096, 128256))  # rows, width, vocabulary; several chunks: the sum in float32 is part of it

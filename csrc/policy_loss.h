@@ -1,5 +1,5 @@
 // The surrogate and the KL penalty of one token: their value, g = d loss / d logprob and h = d loss / d entropy, by hand. The formulas and
-// their sources stand in grpo_fast/reference.py; this is their twin for host and device. Knows nothing of vocabularies.
+// their sources stand in grpo_fast/loss/reference.py; this is their twin for host and device. Knows nothing of vocabularies.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -12,7 +12,7 @@
 
 namespace grpo_fast {
 
-// The numbers are the positions in SURROGATES and KL_ESTIMATORS of grpo_fast/config.py. VESPO has no entry: its weight needs a whole
+// The numbers are the positions in SURROGATES and KL_ESTIMATORS of grpo_fast/loss/config.py. VESPO has no entry: its weight needs a whole
 // sequence, so it reaches a kernel as REINFORCE with that weight.
 enum class Surrogate : int64_t { kClip = 0, kCispo = 1, kSapo = 2, kReinforce = 3 };
 enum class KlEstimator : int64_t { kK1 = 0, kK2 = 1, kK3 = 2 };

@@ -8,18 +8,18 @@ if find_spec("grpo_fast.kernels") is None:  # the Triton package lies in kernels
         "Run `pip install --no-build-isolation -e .` in it, or start Python elsewhere."
     )
 
-from grpo_fast import _extension
-from grpo_fast.advantages import GroupAdvantages, group_advantages
-from grpo_fast.backends import BackendStatus, backends, use_backend
-from grpo_fast.checks import debug_checks
-from grpo_fast.config import LOSS_TYPES, LossConfig
-from grpo_fast.corrections import off_policy_sequence_mask, rollout_weights, top_entropy_mask
-from grpo_fast.head.models import head_of, linear_logprobs_from, linear_loss_from
-from grpo_fast.linear import linear_grpo_loss, linear_token_logprobs
-from grpo_fast.loss import GRPOOutput, TokenLogprobs, grpo_loss, token_logprobs
-from grpo_fast.modules import GRPOLoss, LinearGRPOLoss
+from grpo_fast.head.api import linear_grpo_loss, linear_token_logprobs
+from grpo_fast.loss.advantages import GroupAdvantages, group_advantages
+from grpo_fast.loss.api import GRPOOutput, TokenLogprobs, grpo_loss, token_logprobs
+from grpo_fast.loss.checks import debug_checks
+from grpo_fast.loss.config import LOSS_TYPES, LossConfig
+from grpo_fast.loss.corrections import off_policy_sequence_mask, rollout_weights, top_entropy_mask
+from grpo_fast.loss.modules import GRPOLoss, LinearGRPOLoss
+from grpo_fast.models.lm_head import head_of, linear_logprobs_from, linear_loss_from
+from grpo_fast.ops import extension
+from grpo_fast.ops.backends import BackendStatus, backends, use_backend
 
-_extension.load_prebuilt()  # milliseconds; a missing or broken extension is a status (see backends()), never an error here
+extension.load_prebuilt()  # milliseconds; a missing or broken extension is a status (see backends()), never an error here
 
 __all__ = [
     "LOSS_TYPES",

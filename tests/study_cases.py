@@ -11,12 +11,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from grpo_fast import cli
+from grpo_fast.cli import main as cli
 from grpo_fast.demo.model import imitate, make_model
 from grpo_fast.demo.task import Teacher, make_tokenizer, question, split_questions
 from grpo_fast.generation import Completion
-from grpo_fast.grpo_config import GRPOConfig
 from grpo_fast.study import prepare
+from grpo_fast.trainer.config import GRPOConfig
 
 ROWS = [question(digits) for digits in ("5281", "3316", "9070", "4498")]
 FAST = ["--use_cpu", "--max_completion_length", "6", "--per_device_eval_batch_size", "64"]

@@ -19,21 +19,21 @@ import typer
 from typer.testing import CliRunner
 
 import grpo_fast as gf
-from grpo_fast import _build, _extension
-from grpo_fast.backends import BACKENDS, _say_once, select, use_backend
-from grpo_fast.cli import MOUNTED
+from grpo_fast.cli.main import MOUNTED
+from grpo_fast.ops import build, extension
+from grpo_fast.ops.backends import BACKENDS, _say_once, select, use_backend
 
 CPU = torch.device("cpu")
-backends_module = importlib.import_module("grpo_fast.backends")  # `grpo_fast.backends`, the attribute, is the function of that name
+backends_module = importlib.import_module("grpo_fast.ops.backends")
 
-needs_extension = pytest.mark.skipif(not _extension.load(), reason=f"the extension is not loaded: {_extension.status().why}")
+needs_extension = pytest.mark.skipif(not extension.load(), reason=f"the extension is not loaded: {extension.status().why}")
 
 
 @pytest.fixture
 def no_extension(monkeypatch):
     """The extension has failed for good, and nothing has been said about it yet."""
-    failed = _extension.ExtensionStatus(loaded=False, why="a reason", cure="A cure.")
-    monkeypatch.setattr(_extension, "_status", failed)
+    failed = extension.ExtensionStatus(loaded=False, why="a reason", cure="A cure.")
+    monkeypatch.setattr(extension, "_status", failed)
     monkeypatch.setattr(backends_module, "_said", set())
 
 
@@ -170,43 +170,43 @@ def test_select_compiles_without_a_graph_break_and_follows_use_backend():
 @pytest.mark.parametrize("value", ["auto", "cpu", "CUDA", " none "])
 def test_the_switch_is_read(monkeypatch, value):
     monkeypatch.setenv("GRPO_FAST_BUILD", value)
-    assert _build.mode() == value.strip().lower()
+    assert build.mode() == value.strip().lower()
 
 
 def test_a_wrong_value_of_the_switch_names_the_allowed_ones(monkeypatch):
     monkeypatch.setenv("GRPO_FAST_BUILD", "gpu")
     with pytest.raises(ValueError, match="'gpu'; expected one of auto, cpu, cuda, none"):
-        _build.mode()
+        build.mode()
 
 
 def test_cuda_without_a_toolkit_is_an_error_only_when_it_was_asked_for(monkeypatch):
-    monkeypatch.setattr(_build, "find_cuda_home", lambda: None)
-    assert _build.choose_cuda("auto", "13.0")[0] is None
-    assert _build.choose_cuda("cpu", "13.0")[0] is None
+    monkeypatch.setattr(build, "find_cuda_home", lambda: None)
+    assert build.choose_cuda("auto", "13.0")[0] is None
+    assert build.choose_cuda("cpu", "13.0")[0] is None
     with pytest.raises(RuntimeError, match=r"no CUDA toolkit .* GRPO_FAST_BUILD=cpu"):
-        _build.choose_cuda("cuda", "13.0")
+        build.choose_cuda("cuda", "13.0")
 
 
 def test_auto_builds_cuda_for_a_torch_with_cuda_and_a_toolkit_of_its_major_version(monkeypatch):
-    monkeypatch.setattr(_build, "find_cuda_home", lambda: "/toolkit")
-    monkeypatch.setattr(_build, "_nvcc_version", lambda home: "13.0")
-    assert _build.choose_cuda("auto", "13.2")[0] == "/toolkit"
-    assert _build.choose_cuda("auto", None)[0] is None
-    home, reason = _build.choose_cuda("auto", "12.8")
+    monkeypatch.setattr(build, "find_cuda_home", lambda: "/toolkit")
+    monkeypatch.setattr(build, "_nvcc_version", lambda home: "13.0")
+    assert build.choose_cuda("auto", "13.2")[0] == "/toolkit"
+    assert build.choose_cuda("auto", None)[0] is None
+    home, reason = build.choose_cuda("auto", "12.8")
     assert home is None and "13.0" in reason and "12.8" in reason
 
 
 def test_the_build_environment_is_put_back(monkeypatch):
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     before = dict(os.environ)
-    with _build.build_environment(native_archs=False):
-        assert os.environ["TORCH_CUDA_ARCH_LIST"] == _build.CUDA_ARCHS
+    with build.build_environment(native_archs=False):
+        assert os.environ["TORCH_CUDA_ARCH_LIST"] == build.CUDA_ARCHS
     assert dict(os.environ) == before
 
 
 def test_the_architectures_of_the_caller_are_kept(monkeypatch):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
-    with _build.build_environment(native_archs=False):
+    with build.build_environment(native_archs=False):
         assert os.environ["TORCH_CUDA_ARCH_LIST"] == "9.0"
 
 
@@ -224,16 +224,16 @@ def fresh(monkeypatch, tmp_path):
     (csrc / "ops.cpp").write_text(TINY)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("GRPO_FAST_BUILD", raising=False)
-    monkeypatch.setattr(_extension, "_status", None)
-    monkeypatch.setattr(_extension, "_prebuilt_failure", "")
-    monkeypatch.setattr(_extension, "load_prebuilt", lambda: False)
-    monkeypatch.setattr(_extension, "_source_folder", lambda: csrc)
+    monkeypatch.setattr(extension, "_status", None)
+    monkeypatch.setattr(extension, "_prebuilt_failure", "")
+    monkeypatch.setattr(extension, "load_prebuilt", lambda: False)
+    monkeypatch.setattr(extension, "_source_folder", lambda: csrc)
     return csrc
 
 
 def test_the_first_use_compiles_says_so_once_and_leaves_only_the_library(fresh, tmp_path, capfd):
-    assert not _extension.status().loaded
-    assert _extension.load() and _extension.load()
+    assert not extension.status().loaded
+    assert extension.load() and extension.load()
     said = capfd.readouterr().err.splitlines()
     assert len(said) == 2 and "compiling the C++ extension" in said[0] and "compiled in" in said[1], said
     left = sorted(path.name for path in (tmp_path / "cache").rglob("*") if path.is_file())
@@ -241,30 +241,30 @@ def test_the_first_use_compiles_says_so_once_and_leaves_only_the_library(fresh, 
 
 
 def test_the_second_process_finds_it_in_the_cache(fresh, tmp_path, capfd):
-    library = _extension._cache_folder(fresh, None) / "_C.so"
+    library = extension._cache_folder(fresh, None) / "_C.so"
     library.parent.mkdir(parents=True)
-    subprocess.run([_build.cxx_compiler(), "-shared", "-fPIC", "-o", library, fresh / "ops.cpp"], check=True)
-    assert _extension.load()
-    assert _extension.status().path == str(library)
+    subprocess.run([build.cxx_compiler(), "-shared", "-fPIC", "-o", library, fresh / "ops.cpp"], check=True)
+    assert extension.load()
+    assert extension.status().path == str(library)
     assert capfd.readouterr().err == ""
 
 
 def test_another_source_or_flag_is_another_library(fresh, monkeypatch):
-    before = _extension._cache_folder(fresh, None)
-    assert _extension._cache_folder(fresh, "/toolkit") != before
+    before = extension._cache_folder(fresh, None)
+    assert extension._cache_folder(fresh, "/toolkit") != before
     (fresh / "ops.cpp").write_text(TINY + "// changed\n")
-    assert _extension._cache_folder(fresh, None) != before
+    assert extension._cache_folder(fresh, None) != before
 
 
 def test_a_compilation_that_fails_is_a_status_with_the_compilers_words_in_a_log(fresh, tmp_path, capfd):
     (fresh / "ops.cpp").write_text("this is not C++\n")
-    assert not _extension.load()
-    status = _extension.status()
+    assert not extension.load()
+    status = extension.status()
     assert "compilation at first use failed" in status.why and "_C.log" in status.cure
     (log,) = (tmp_path / "cache").rglob("_C.log")
     assert "this is not C++" in log.read_text()
     before = capfd.readouterr().err
-    assert not _extension.load() and capfd.readouterr().err == "", f"a failure is not tried again: {before}"
+    assert not extension.load() and capfd.readouterr().err == "", f"a failure is not tried again: {before}"
 
 
 @pytest.mark.parametrize(
@@ -272,29 +272,29 @@ def test_a_compilation_that_fails_is_a_status_with_the_compilers_words_in_a_log(
     [
         (lambda m: m.setenv("GRPO_FAST_BUILD", "none"), "GRPO_FAST_BUILD=none forbids"),
         (lambda m: m.setenv("GRPO_FAST_BUILD", "wrong"), "expected one of auto"),
-        (lambda m: m.setattr(_build, "cxx_compiler", lambda: None), "no C\\+\\+ compiler"),
-        (lambda m: m.setattr(_extension, "_source_folder", lambda: None), "carries no C\\+\\+ sources"),
+        (lambda m: m.setattr(build, "cxx_compiler", lambda: None), "no C\\+\\+ compiler"),
+        (lambda m: m.setattr(extension, "_source_folder", lambda: None), "carries no C\\+\\+ sources"),
         (lambda m: m.setenv("TORCH_EXTENSIONS_DIR", "/proc/no"), "failed"),
     ],
 )
 def test_whatever_stops_the_compilation_is_a_status_and_never_an_error(fresh, monkeypatch, spoil, why):
     spoil(monkeypatch)
-    assert not _extension.load()
-    assert re.search(why, _extension.status().why) and _extension.status().cure
+    assert not extension.load()
+    assert re.search(why, extension.status().why) and extension.status().cure
 
 
 def test_a_damaged_prebuilt_extension_is_reported_with_what_followed(monkeypatch, tmp_path):
     (tmp_path / "_C.abi3.so").write_bytes(b"not a library")
-    monkeypatch.setattr(_extension, "_status", None)
-    monkeypatch.setattr(_extension, "_prebuilt_failure", "")
-    monkeypatch.setattr(_extension, "_HERE", tmp_path)
+    monkeypatch.setattr(extension, "_status", None)
+    monkeypatch.setattr(extension, "_prebuilt_failure", "")
+    monkeypatch.setattr(extension, "_PACKAGE", tmp_path)
     monkeypatch.setenv("GRPO_FAST_BUILD", "none")
-    assert not _extension.load()
-    assert "_C.abi3.so does not load" in _extension.status().why and "forbids" in _extension.status().why
+    assert not extension.load()
+    assert "_C.abi3.so does not load" in extension.status().why and "forbids" in extension.status().why
 
 
 def hold_lock(path: str, held, release) -> None:
-    with _extension._locked(Path(path)):
+    with extension._locked(Path(path)):
         held.set()
         release.wait(30)
 
@@ -306,7 +306,7 @@ def test_the_lock_is_released_when_its_holder_is_killed(tmp_path, capfd):
     holder.start()
     assert held.wait(30)
     threading.Timer(0.3, holder.kill).start()
-    with _extension._locked(tmp_path / "lock"):
+    with extension._locked(tmp_path / "lock"):
         pass
     holder.join()
     assert "another process is compiling" in capfd.readouterr().err
@@ -327,7 +327,7 @@ def test_uninitialised_memory_is_nan(dtype):
 
 
 def test_doctor_lists_backends_and_tools_and_succeeds():
-    from grpo_fast.cli import app
+    from grpo_fast.cli.main import app
 
     result = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
@@ -336,7 +336,7 @@ def test_doctor_lists_backends_and_tools_and_succeeds():
 
 
 def test_the_version_is_an_option():
-    from grpo_fast.cli import app
+    from grpo_fast.cli.main import app
 
     result = CliRunner().invoke(app, ["--version"])
     assert (result.exit_code, result.output) == (0, f"grpo_fast {gf.__version__}\n")
@@ -364,7 +364,7 @@ def test_a_benchmark_refuses_a_place_it_cannot_write_to_before_it_measures(name,
 @pytest.fixture
 def mounted(monkeypatch, tmp_path):
     """Put a module of this text where `grpo-fast bench` looks, and run the command."""
-    from grpo_fast import cli
+    from grpo_fast.cli import main as cli
 
     def run(text: str, *args: str):
         (tmp_path / "mounted_command.py").write_text(text)

@@ -15,12 +15,12 @@ from typer.testing import CliRunner
 import grpo_fast as gf
 from grpo_fast.benchmark import contestants, gate, overhead, report, settings
 from grpo_fast.benchmark.arena import Arena, arena_bytes
-from grpo_fast.benchmark.cli import app, bench
 from grpo_fast.benchmark.contestants import Result, UnavailableError, make
 from grpo_fast.benchmark.data import CONFIG, batch_bytes, expected_loss, fill, shared_batch, write_truth
 from grpo_fast.benchmark.measure import private, repetition
 from grpo_fast.benchmark.schedule import needed_memory
 from grpo_fast.benchmark.settings import CONTESTANTS, PASSES, Case, Settings, parse_shape
+from grpo_fast.cli.bench import app, bench
 
 pytestmark = pytest.mark.skipif(not gf.backends()["cpu"].usable, reason="the C++ backend, which is measured, is not usable here")
 ROOT = Path(__file__).parents[1]

@@ -17,8 +17,8 @@ import grpo_fast as gf
 from grpo_fast.benchmark.contestants import UnavailableError
 from grpo_fast.benchmark.head import contestants, report, run, worker
 from grpo_fast.benchmark.head.case import SEQUENCES, Case, arguments, make_cases
-from grpo_fast.benchmark.head.cli import app
 from grpo_fast.benchmark.head.run import Settings
+from grpo_fast.cli.bench_head import app
 
 
 @pytest.fixture

@@ -21,14 +21,16 @@ from torch.utils import cpp_extension
 from vocabulary_cases import VOCABULARIES, assert_true, big, loss_and_gradient, with_options
 
 import grpo_fast as gf
-from grpo_fast import _build, checks, ops
-from grpo_fast.cluster import why_no_clusters
+from grpo_fast.loss import checks
+from grpo_fast.ops import build
+from grpo_fast.ops import operators as ops
+from grpo_fast.ops.impl_checks import why_no_clusters
 
 HERE = Path(__file__).parent
 CSRC, TOOLS = HERE.parent / "csrc", HERE.parent / "tools"
 
 needs_compiler = pytest.mark.skipif(
-    _build.cxx_compiler() is None or sys.platform != "linux", reason="needs a C++ compiler, and Linux for the fibers"
+    build.cxx_compiler() is None or sys.platform != "linux", reason="needs a C++ compiler, and Linux for the fibers"
 )
 
 
@@ -41,11 +43,11 @@ def on_host(tmp_path_factory: pytest.TempPathFactory) -> Any:
     build = tmp_path_factory.mktemp("cluster_on_host")
     source = (CSRC / "cuda" / "grpo_loss_cluster.cu").read_text()
     (build / "kernel.cpp").write_text(source.replace('"grpo_loss_cluster.h"', '"cuda/grpo_loss_cluster.h"'))
-    compiler, library = _build.cxx_compiler(), build / "cluster_on_host.so"
+    compiler, library = build.cxx_compiler(), build / "cluster_on_host.so"
     flags = ["-O1", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE", f"-I{HERE / 'cuda_on_host'}", f"-I{CSRC}"]
     small = ["-DGF_CONSUMER_WARPS=2", "-DGF_TOTAL_THREADS=64"]
     subprocess.run([compiler, *flags, *small, "-c", "kernel.cpp"], cwd=build, check=True)
-    torch_flags = [_build.TARGET_TORCH, *(f"-I{folder}" for folder in cpp_extension.include_paths())]
+    torch_flags = [build.TARGET_TORCH, *(f"-I{folder}" for folder in cpp_extension.include_paths())]
     libraries = [*(f"-L{folder}" for folder in cpp_extension.library_paths()), "-lc10", "-ltorch", "-ltorch_cpu"]
     operator = HERE / "cuda_on_host" / "grpo_loss_cluster_op.cpp"
     subprocess.run([compiler, *flags, "-shared", *torch_flags, operator, "kernel.o", "-o", library, *libraries], cwd=build, check=True)
@@ -59,7 +61,7 @@ def cluster(on_host: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
     library = torch.library.Library("grpo_fast", "IMPL")
     library.impl("grpo_loss_cluster", on_host.loss, "CPU")
     library.impl("grpo_loss_cluster_", lambda logits, *rest: on_host.loss_to(logits, logits, *rest), "CPU")
-    monkeypatch.setattr("grpo_fast.cluster.why_no_clusters", lambda logits: "")
+    monkeypatch.setattr("grpo_fast.ops.impl_checks.why_no_clusters", lambda logits: "")
 
     def run_with(cluster: int = 0, stages: int = 0, **settings: int) -> None:
         monkeypatch.setenv("GRPO_FAST_CLUSTER", f"{cluster}x{stages}")
@@ -413,7 +415,7 @@ def test_impl_is_refused_where_it_cannot_be() -> None:
 # ---- what nvcc makes of it
 
 
-needs_nvcc = pytest.mark.skipif(_build.find_cuda_home() is None, reason="no CUDA toolkit")
+needs_nvcc = pytest.mark.skipif(build.find_cuda_home() is None, reason="no CUDA toolkit")
 
 
 @needs_nvcc

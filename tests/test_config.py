@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import grpo_fast as gf
-from grpo_fast.config import AGGREGATIONS, KL_ESTIMATORS, LEVELS, LOSS_TYPES, SURROGATES, LossConfig, LossRow
+from grpo_fast.loss.config import AGGREGATIONS, KL_ESTIMATORS, LEVELS, LOSS_TYPES, SURROGATES, LossConfig, LossRow
 
 NUMBERS = [field.name for field in dataclasses.fields(LossConfig) if field.type == "float"]
 OPTIONAL_NUMBERS = [field.name for field in dataclasses.fields(LossConfig) if field.type == "float | None"]

@@ -10,8 +10,8 @@ import logging
 
 import pytest
 
-import grpo_fast.data
-from grpo_fast.data import encode_prompt, load_prompts
+import grpo_fast.data.prompts
+from grpo_fast.data.prompts import encode_prompt, load_prompts
 from grpo_fast.demo.task import make_tokenizer
 
 TEMPLATE = (
@@ -37,7 +37,7 @@ def user(text: str) -> list[dict[str, str]]:
 
 
 def test_the_examples_of_the_docstrings():
-    assert doctest.testmod(grpo_fast.data).failed == 0
+    assert doctest.testmod(grpo_fast.data.prompts).failed == 0
 
 
 def test_too_long_prompts_are_left_out_and_counted(tokenizer, caplog):

@@ -16,16 +16,16 @@ pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
 import grpo_fast as gf
+from grpo_fast.cli.demo import app
 from grpo_fast.demo import by_trainer, compare, grpo, need, report, run
-from grpo_fast.demo.cli import app
 from grpo_fast.demo.evaluate import TEMPERATURES, Quality, evaluate
 from grpo_fast.demo.grpo import Settings, check_on_policy, policy_loss, sample, train
 from grpo_fast.demo.judge import judge
 from grpo_fast.demo.model import make_model
 from grpo_fast.demo.run import REWARDS, Options, warm_started
 from grpo_fast.demo.task import DIGITS, Teacher, make_tokenizer, question, solve, split_questions
-from grpo_fast.metrics import coherence, parse_sections
 from grpo_fast.rewards import accuracy_reward
+from grpo_fast.utils.text_statistics import coherence, parse_sections
 
 MIXED = ["sort 5281=", "sort 5=", "sort 31="]  # prompts of unequal length: two of them are padded
 SHORT = ["--steps", "2", "--warm-start-steps", "2", "--prompts", "2", "--group-size", "2", "--evaluation-prompts", "3"]

@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 
 import grpo_fast as gf
-from grpo_fast import _extension
-from grpo_fast.config import LossConfig
+from grpo_fast.loss.config import LossConfig
+from grpo_fast.ops import extension
 
 NAN, INF = math.nan, math.inf
 B, T, V = 2, 3, 5
 N = 6
 BACKENDS = [
     "reference",
-    pytest.param("cpu", marks=pytest.mark.skipif(not _extension.load(), reason=f"the extension is not loaded: {_extension.status().why}")),
+    pytest.param("cpu", marks=pytest.mark.skipif(not extension.load(), reason=f"the extension is not loaded: {extension.status().why}")),
 ]
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
 

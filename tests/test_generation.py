@@ -14,7 +14,7 @@ pytest.importorskip("transformers", reason="the samplers draw with a transformer
 from grpo_fast.generation import SAMPLERS, Completion, Sampler, SamplerError, SamplingParams, make_sampler
 from grpo_fast.generation.continuous_batching import ContinuousBatchingSampler
 from grpo_fast.generation.transformers_sampler import RowSampler, TransformersSampler, truncate
-from grpo_fast.generation.unwrap import inner_model, is_sharded
+from grpo_fast.models.unwrap import inner_model, is_sharded
 
 EOS, PAD = 1, 0
 LOCAL = ("transformers", "continuous_batching")

@@ -26,9 +26,10 @@ from torch import Tensor
 from torch.utils import cpp_extension
 
 import grpo_fast as gf
-from grpo_fast import _build, _extension, reference
-from grpo_fast import advantages as advantages_module
-from grpo_fast.advantages import BASELINES, SCALES, GroupAdvantages, group_advantages
+from grpo_fast.loss import advantages as advantages_module
+from grpo_fast.loss import reference
+from grpo_fast.loss.advantages import BASELINES, SCALES, GroupAdvantages, group_advantages
+from grpo_fast.ops import build, extension
 
 NAN = math.nan
 HERE = Path(__file__).resolve().parent
@@ -37,8 +38,8 @@ CSRC = HERE.parent / "csrc"
 # (scale, baseline, normalize): all that there are
 MODES = [(s, b, "sum_then_normalize") for s in SCALES for b in BASELINES] + [("group", b, "normalize_then_sum") for b in BASELINES]
 
-needs_extension = pytest.mark.skipif(not _extension.load(), reason=f"the extension is not loaded: {_extension.status().why}")
-needs_compiler = pytest.mark.skipif(_build.cxx_compiler() is None, reason="no C++ compiler")
+needs_extension = pytest.mark.skipif(not extension.load(), reason=f"the extension is not loaded: {extension.status().why}")
+needs_compiler = pytest.mark.skipif(build.cxx_compiler() is None, reason="no C++ compiler")
 BACKENDS = [
     "reference",
     pytest.param("cpu", marks=needs_extension),
@@ -59,10 +60,10 @@ def cuda_on_host(tmp_path_factory: pytest.TempPathFactory):
     )
     assert launches == 2, "the kernel launches of the .cu file are not where they were"
     (build / "kernel.cpp").write_text(source.replace('"../group_advantages.h"', '"group_advantages.h"'))
-    compiler, library = _build.cxx_compiler(), build / "cuda_on_host.so"
+    compiler, library = build.cxx_compiler(), build / "cuda_on_host.so"
     folders = [f"-I{HERE / 'cuda_on_host'}", f"-I{CSRC}"]
     subprocess.run([compiler, "-O1", "-std=c++17", "-fPIC", "-D__CUDACC__", *folders, "-c", "kernel.cpp"], cwd=build, check=True)
-    torch_flags = [_build.TARGET_TORCH, *(f"-I{folder}" for folder in cpp_extension.include_paths())]
+    torch_flags = [build.TARGET_TORCH, *(f"-I{folder}" for folder in cpp_extension.include_paths())]
     operator = HERE / "cuda_on_host" / "group_advantages_op.cpp"
     libraries = [*(f"-L{folder}" for folder in cpp_extension.library_paths()), "-lc10", "-ltorch", "-ltorch_cpu"]
     command = [compiler, "-O1", "-std=c++17", "-fPIC", "-shared", *folders, *torch_flags, operator, "kernel.o", "-o", library, *libraries]
@@ -88,7 +89,7 @@ class Backend:
 @pytest.fixture
 def cuda_kernel() -> None:
     """The kernel computes what is on a GPU. Without it the reference would, and every test be green."""
-    assert advantages_module._has_kernel("cuda"), f"the CUDA kernel is not there: {_extension.status()}"
+    assert advantages_module._has_kernel("cuda"), f"the CUDA kernel is not there: {extension.status()}"
     assert advantages_module._operator_computes(torch.device("cuda")), "the kernel is there, and is not what computes"
 
 
@@ -452,12 +453,12 @@ def test_cuda_kernel_survives_nonsense_offsets(cuda_on_host, offsets, scale):
     assert result.advantages.isnan().any() or result.mean.isnan().any()
 
 
-@pytest.mark.skipif(_build.find_cuda_home() is None, reason="no CUDA toolkit")
+@pytest.mark.skipif(build.find_cuda_home() is None, reason="no CUDA toolkit")
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
 def test_cuda_kernel_compiles_without_spills(arch, tmp_path):
     command = [
-        f"{_build.find_cuda_home()}/bin/nvcc",
-        *_build.NVCC_FLAGS,
+        f"{build.find_cuda_home()}/bin/nvcc",
+        *build.NVCC_FLAGS,
         "-Xptxas",
         "-v",
         f"-arch={arch}",

@@ -19,7 +19,7 @@ from tiny_model import VOCABULARY, save_tiny_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grpo_fast import checks
+from grpo_fast.loss import checks
 
 pytestmark = needs_trl
 

@@ -14,9 +14,9 @@ from policy_batch import assert_same, poisoned, policy_batch, value_and_gradient
 from torch import Tensor
 
 import grpo_fast as gf
-from grpo_fast.config import LossConfig
 from grpo_fast.integrations.conventions import LIBRARIES, advantage_settings, rollout_settings
 from grpo_fast.integrations.logprobs import logprob_loss
+from grpo_fast.loss.config import LossConfig
 
 TOLERANCE = 1e-9  # float64; their k3 cancels where ours does not
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import grpo_fast as gf
-from grpo_fast.head.ops import config_numbers, config_of
+from grpo_fast.head.operators import config_numbers, config_of
 from grpo_fast.head.products import DenseHead
 
 OPERATORS = torch.ops.grpo_fast

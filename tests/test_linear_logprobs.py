@@ -11,7 +11,7 @@ from linear_cases import LinearCase, random_linear_case
 from torch import Tensor
 
 import grpo_fast as gf
-from grpo_fast.reference import token_statistics
+from grpo_fast.loss.reference import token_statistics
 
 SCORING = ("temperature", "softcap", "logit_scale", "mask")
 HEADS = ("weight", "bias", "adapter_weight")

@@ -9,8 +9,8 @@ from statistics import fmean, pstdev
 import pytest
 import torch
 
-from grpo_fast import metrics
-from grpo_fast.metrics import (
+from grpo_fast.utils import text_statistics as metrics
+from grpo_fast.utils.text_statistics import (
     coherence,
     consensus_at_k,
     distinct_ngrams,

@@ -23,8 +23,8 @@ pytest.importorskip("transformers", reason="the callbacks are transformers'")
 
 from transformers import TrainerControl, TrainerState
 
-from grpo_fast import monitor
-from grpo_fast.monitor import (
+from grpo_fast.trainer import callbacks as monitor
+from grpo_fast.trainer.callbacks import (
     CompletionsCallback,
     JournalCallback,
     ProgressBarCallback,
@@ -33,8 +33,8 @@ from grpo_fast.monitor import (
     print_completions,
     read_run,
 )
-from grpo_fast.monitor.plot import draw, series
-from grpo_fast.monitor.progress import numbers
+from grpo_fast.trainer.callbacks.plot import draw, series
+from grpo_fast.trainer.callbacks.progress import numbers
 
 LOGS = {
     "reward": 0.512,
@@ -403,7 +403,7 @@ def test_curves_of_two_runs(tmp_path: Path, ending: str) -> None:
 
 
 def test_the_command(tmp_path: Path) -> None:
-    from grpo_fast.monitor.cli import app
+    from grpo_fast.cli.plot import app
 
     run = make_run(tmp_path / "run")
     result = CliRunner().invoke(app, [str(run)])
@@ -424,5 +424,5 @@ def test_the_command(tmp_path: Path) -> None:
 
 
 def test_plotting_does_not_import_transformers() -> None:
-    code = "import sys, grpo_fast.monitor.cli, grpo_fast.monitor.plot; sys.exit('transformers' in sys.modules)"
+    code = "import sys, grpo_fast.cli.plot, grpo_fast.trainer.callbacks.plot; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=os.environ, check=False).returncode == 0

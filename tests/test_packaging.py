@@ -18,13 +18,15 @@ import pytest
 from packaging.requirements import Requirement
 
 import grpo_fast
-from grpo_fast import _build, cli, doctor
+from grpo_fast.cli import doctor
+from grpo_fast.cli import main as cli
 from grpo_fast.integrations.versions import COMPARED
+from grpo_fast.ops import build
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ("pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "README.md", "Makefile", "csrc", "grpo_fast", "kernels", "tools")
 
-needs_compiler = pytest.mark.skipif(_build.cxx_compiler() is None, reason="no C++ compiler")
+needs_compiler = pytest.mark.skipif(build.cxx_compiler() is None, reason="no C++ compiler")
 
 
 def python(code: str, *args: str, cwd: Path | None = None, **environment: str) -> str:
@@ -157,7 +159,7 @@ def test_versions_are_never_compared_as_strings():
 
 def test_the_stems_of_the_sources_are_unique():
     """Object files are named after them, in one folder."""
-    stems = [Path(path).stem for path in _build.sources(ROOT / "csrc", cuda=True)]
+    stems = [Path(path).stem for path in build.sources(ROOT / "csrc", cuda=True)]
     assert len(stems) == len(set(stems)) > 0, sorted(stems)
 
 
@@ -203,8 +205,8 @@ def test_an_install_without_extension_compiles_at_first_use_and_not_before(late_
     assert late_wheel.name.endswith("-py3-none-any.whl")
     code = """if True:
         import json, sys, torch, grpo_fast as gf
-        from grpo_fast import _extension
-        before = _extension.status().loaded
+        from grpo_fast.ops import extension
+        before = extension.status().loaded
         adv = gf.group_advantages(torch.tensor([0.0, 1.0, 2.0, 3.0]), group_size=2).advantages
         print(json.dumps([before, gf.backends()["cpu"].usable, gf.backends()["cpu"].details["library"], adv.tolist()]))
     """

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import grpo_fast as gf
-from grpo_fast import _extension
-from grpo_fast.config import AGGREGATIONS, KL_ESTIMATORS, LEVELS, LOSS_TYPES, LossConfig
+from grpo_fast.loss.config import AGGREGATIONS, KL_ESTIMATORS, LEVELS, LOSS_TYPES, LossConfig
+from grpo_fast.ops import extension
 
 BACKENDS = [
     "reference",
-    pytest.param("cpu", marks=pytest.mark.skipif(not _extension.load(), reason=f"the extension is not loaded: {_extension.status().why}")),
+    pytest.param("cpu", marks=pytest.mark.skipif(not extension.load(), reason=f"the extension is not loaded: {extension.status().why}")),
 ]
 pytestmark = pytest.mark.filterwarnings("ignore:LossConfig. epsilon_high is:UserWarning")  # any bound of CISPO
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)

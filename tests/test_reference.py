@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
 
 import grpo_fast as gf
-from grpo_fast import _extension
-from grpo_fast.config import AGGREGATIONS, KL_ESTIMATORS, LEVELS, LOSS_TYPES, LossConfig
+from grpo_fast.loss.config import AGGREGATIONS, KL_ESTIMATORS, LEVELS, LOSS_TYPES, LossConfig
+from grpo_fast.ops import extension
 
 NAN, INF = math.nan, math.inf
 LOG3 = math.log(3)
 
-needs_extension = pytest.mark.skipif(not _extension.load(), reason=f"the extension is not loaded: {_extension.status().why}")
+needs_extension = pytest.mark.skipif(not extension.load(), reason=f"the extension is not loaded: {extension.status().why}")
 # backend, type of the logits, tolerance: float64 logits are always the reference's
 IMPLEMENTATIONS = [
     pytest.param("reference", torch.float64, 1e-12, id="reference-float64"),

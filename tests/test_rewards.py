@@ -198,7 +198,9 @@ def test_every_reward_takes_chat_messages_and_no_completions(reward):
         reward(prompts=["q", "q"], completions=["a"], completion_ids=[[1]], answer=["7", "7"])
 
 
-MODULES = ["grpo_fast.metrics"] + [f"grpo_fast.rewards.{module.name}" for module in pkgutil.iter_modules(grpo_fast.rewards.__path__)]
+MODULES = ["grpo_fast.utils.text_statistics"] + [
+    f"grpo_fast.rewards.{module.name}" for module in pkgutil.iter_modules(grpo_fast.rewards.__path__)
+]
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -19,9 +19,9 @@ pytest.importorskip("matplotlib")
 
 from study_cases import ROWS, Counting, made, run, sampled
 
-from grpo_fast import reference
 from grpo_fast.demo.task import make_tokenizer
 from grpo_fast.generation import Completion
+from grpo_fast.loss import reference
 from grpo_fast.study import draw, prepare
 from grpo_fast.study import sampling as study
 

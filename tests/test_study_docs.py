@@ -19,14 +19,14 @@ pytest.importorskip("accelerate")
 pytest.importorskip("matplotlib")
 pytest.importorskip("reasoning_gym")
 
-from grpo_fast import cli
+from grpo_fast.cli import main as cli
 from grpo_fast.demo.model import make_model
 from grpo_fast.demo.run import Options
 from grpo_fast.demo.task import make_tokenizer
-from grpo_fast.grpo_config import GRPOConfig
 from grpo_fast.study import matrix, prepare, prepare_training, report, sampling
 from grpo_fast.study.estimates import difference, told_apart
 from grpo_fast.study.options import training_temperatures
+from grpo_fast.trainer.config import GRPOConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs/temperature.md").read_text()

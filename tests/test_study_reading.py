@@ -15,12 +15,12 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from grpo_fast.commands.settings import SettingsError
 from grpo_fast.rewards import RewardRunner
 from grpo_fast.study import estimates, options, plot, sampling, zones
 from grpo_fast.study.draw import Drawn
 from grpo_fast.study.estimates import difference, estimate, told_apart
 from grpo_fast.study.zones import COLD, COLLAPSE, EXPLORATION, ROBUST, Point, read, temperature_at_entropy
+from grpo_fast.trainer.run_settings import SettingsError
 
 
 @pytest.mark.parametrize("module", [estimates, options, zones])

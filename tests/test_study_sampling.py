@@ -81,7 +81,7 @@ def test_whole_groups_are_drawn_at_once(here: Path, calls: Calls, width: str, ex
 
 def test_sixty_four_at_once_unless_said_otherwise(here: Path) -> None:
     given = ["--model", "./model", "--dataset", "rows.jsonl", *FEW, "--use_cpu"]
-    from grpo_fast.grpo_config import GRPOConfig
+    from grpo_fast.trainer.config import GRPOConfig
 
     assert prepare.prepare(given, GRPOConfig).config.per_device_eval_batch_size == 64
     assert next(line for line in run("sampling", "--help").splitlines() if line.startswith("--per_device_eval")).split()[1] == "64"

@@ -16,10 +16,10 @@ pytest.importorskip("datasets")
 pytest.importorskip("accelerate")
 pytest.importorskip("matplotlib")
 
-from grpo_fast import cli
-from grpo_fast.commands.settings import SettingsError
+from grpo_fast.cli import main as cli
 from grpo_fast.demo.run import Options, warm_started
 from grpo_fast.study import matrix, options, prepare_training, report, training
+from grpo_fast.trainer.run_settings import SettingsError
 
 TRAIN = ["--steps", "3", "--warm_start_steps", "2", "--prompts", "3", "--group_size", "4", "--evaluation_prompts", "3"]
 TRAIN += ["--eval_temperatures", "0", "1.0", "--output", "training.json"]

@@ -8,8 +8,8 @@ import warnings
 
 import pytest
 
-import grpo_fast.tasks
-from grpo_fast.tasks import ReasoningGymReward, arithmetic_task, reasoning_gym_task, sorting_task
+import grpo_fast.data.tasks
+from grpo_fast.data.tasks import ReasoningGymReward, arithmetic_task, reasoning_gym_task, sorting_task
 
 
 def answers(task, texts):
@@ -26,7 +26,7 @@ def reasoning_gym():
 
 
 def test_the_examples_of_the_docstrings():
-    assert doctest.testmod(grpo_fast.tasks).failed == 0
+    assert doctest.testmod(grpo_fast.data.tasks).failed == 0
 
 
 @pytest.mark.parametrize("make", [arithmetic_task, sorting_task])

@@ -17,15 +17,15 @@ from typer.testing import CliRunner
 pytest.importorskip("transformers", reason="the trainer is transformers'")
 pytest.importorskip("datasets", reason="rows are a dataset")
 
-from grpo_fast import monitor
-from grpo_fast.commands import train as command
-from grpo_fast.commands.data import make_task, shape_prompts
-from grpo_fast.commands.settings import SettingsError, TrainOptions, build_parser, parse
-from grpo_fast.data import read_rows
+from grpo_fast.cli import train as command
+from grpo_fast.data.prompts import read_rows
 from grpo_fast.demo.task import make_tokenizer
 from grpo_fast.generation import SAMPLERS, SamplerError
-from grpo_fast.grpo_config import GRPOConfig
 from grpo_fast.rewards import BUILT_IN, RewardError
+from grpo_fast.trainer import callbacks as monitor
+from grpo_fast.trainer.config import GRPOConfig
+from grpo_fast.trainer.run_inputs import make_task, shape_prompts
+from grpo_fast.trainer.run_settings import SettingsError, TrainOptions, build_parser, parse
 
 TOKENIZER = make_tokenizer()
 TOKENIZER.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -341,8 +341,8 @@ def test_the_parser_leaves_types_as_they_were_said() -> None:
 def test_the_real_trainer(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two steps of a random model, and two more of the resumed run; metrics, completions, model and curves are there."""
     from grpo_fast.demo.model import make_model
-    from grpo_fast.monitor import read_run
-    from grpo_fast.monitor.plot import draw
+    from grpo_fast.trainer.callbacks import read_run
+    from grpo_fast.trainer.callbacks.plot import draw
 
     make_model(TOKENIZER).save_pretrained("model")
     settings = (
@@ -400,7 +400,7 @@ def test_reasoning_gym(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_train_and_plot_are_mounted(monkeypatch: pytest.MonkeyPatch) -> None:
-    from grpo_fast import cli
+    from grpo_fast.cli import main as cli
 
     shown = CliRunner().invoke(cli.app, ["--help"]).output
     assert "train" in shown and "plot" in shown
@@ -413,7 +413,8 @@ def test_train_and_plot_are_mounted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_doctor_names_what_training_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from grpo_fast import cli, doctor
+    from grpo_fast.cli import doctor
+    from grpo_fast.cli import main as cli
 
     versions = {"transformers": "5.17.0", "matplotlib": "3.9", "datasets": "5.2"}
     monkeypatch.setattr(doctor, "installed_version", versions.get)

@@ -12,10 +12,10 @@ import torch
 from trainer_cases import ROWS, TOKENIZER, Scripted, logs, model, odd_tokens, parameters, short, trainer
 
 import grpo_fast as gf
-from grpo_fast import trainer as trainer_module
-from grpo_fast.packing import pack, sees_across
-from grpo_fast.passes import LEAK
-from grpo_fast.rollout import Rollout
+from grpo_fast.models.forward import LEAK
+from grpo_fast.models.packing import pack, sees_across
+from grpo_fast.trainer import grpo_trainer as trainer_module
+from grpo_fast.trainer.rollout import Rollout
 
 
 def sgd(of: torch.nn.Module) -> tuple[Any, Any]:

@@ -18,8 +18,8 @@ from ranks import part
 from trainer_cases import ROWS, Scripted, config, logs, model, parameters, trainer
 
 import grpo_fast as gf
-from grpo_fast.passes import Passes
-from grpo_fast.rollout import Rollout
+from grpo_fast.models.forward import Passes
+from grpo_fast.trainer.rollout import Rollout
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "two_processes.py"
 GDPO = "normalize_then_sum"

@@ -14,7 +14,7 @@ import pytest
 import torch
 from trainer_cases import logs, trainer
 
-from grpo_fast.checkpoints import last_checkpoint
+from grpo_fast.trainer.checkpoints import last_checkpoint
 
 STEPS = 60
 

@@ -20,11 +20,11 @@ from trainer_cases import ROWS, TOKENIZER, Scripted, config, logs, model, odd_to
 from transformers import TrainerCallback
 
 import grpo_fast as gf
-from grpo_fast.checkpoints import UNFINISHED, last_checkpoint
 from grpo_fast.generation import Completion
-from grpo_fast.grpo_config import GRPOConfig
 from grpo_fast.rewards import accuracy_reward
 from grpo_fast.trainer import GRPOTrainer
+from grpo_fast.trainer.checkpoints import UNFINISHED, last_checkpoint
+from grpo_fast.trainer.config import GRPOConfig
 
 STEPS = 20
 
@@ -50,7 +50,7 @@ WITHIN = {"steps_per_generation": 2, "num_iterations": 2, "beta": 0.1, "sync_ref
 def test_killed_and_resumed_it_goes_on_as_if_nothing_had_been(
     tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("grpo_fast.checkpoints._to_disk", lambda folder: None)  # this computer stays on
+    monkeypatch.setattr("grpo_fast.trainer.checkpoints._to_disk", lambda folder: None)  # this computer stays on
     undisturbed = run_of(tmp_path / "undisturbed", **settings)
     undisturbed.train()
     expected = {record["step"]: record for record in logs(undisturbed)}

@@ -104,7 +104,7 @@ class ValuesAskedFor(TorchDispatchMode):
 @pytest.fixture
 def no_values(monkeypatch: pytest.MonkeyPatch) -> str:
     """A device whose tensors have no values: whoever asks for one gets an error. The kernels' operators compute there, by their fakes."""
-    monkeypatch.setattr(importlib.import_module("grpo_fast.backends"), "_default", lambda device_type: "triton")
+    monkeypatch.setattr(importlib.import_module("grpo_fast.ops.backends"), "_default", lambda device_type: "triton")
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # knows no such device
     for name in ("tensor", "as_tensor"):
         original = getattr(torch, name)

@@ -27,11 +27,11 @@ from peers import needs_trl
 from torch import Tensor
 
 import grpo_fast as gf
-from grpo_fast import _extension
-from grpo_fast.config import LOSS_TYPES, LossConfig
+from grpo_fast.loss.config import LOSS_TYPES, LossConfig
+from grpo_fast.ops import extension
 
 pytestmark = needs_trl
-needs_extension = pytest.mark.skipif(not _extension.load(), reason=f"the extension is not loaded: {_extension.status().why}")
+needs_extension = pytest.mark.skipif(not extension.load(), reason=f"the extension is not loaded: {extension.status().why}")
 
 TRL_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 MAX_COMPLETION_LENGTH = 11

@@ -11,8 +11,8 @@ import torch
 
 from grpo_fast.demo.task import make_tokenizer, question
 from grpo_fast.generation import Completion
-from grpo_fast.grpo_config import GRPOConfig
 from grpo_fast.trainer import GRPOTrainer
+from grpo_fast.trainer.config import GRPOConfig
 
 TOKENIZER = make_tokenizer()
 ROWS = [question(f"{number:04d}") for number in random.Random(0).sample(range(10_000), 40)]

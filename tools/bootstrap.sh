@@ -84,7 +84,7 @@ if ! ready test && ! { [ "$what" = demo ] && ready demo; }; then
   echo "$packages" >".venv/ready-$([ "$what" = demo ] && echo demo || echo test)"
 fi
 
-compiled=$({ echo "${GRPO_FAST_BUILD:-auto} ${CXX:-}"; cat setup.py grpo_fast/_build.py .venv/constraints.txt; find csrc -type f | LC_ALL=C sort | xargs cat; } | digest)
+compiled=$({ echo "${GRPO_FAST_BUILD:-auto} ${CXX:-}"; cat setup.py grpo_fast/ops/build.py .venv/constraints.txt; find csrc -type f | LC_ALL=C sort | xargs cat; } | digest)
 if [ "$(cat .venv/compiled 2>/dev/null)" != "$compiled" ]; then
   if [ "${GRPO_FAST_BUILD:-auto}" = none ]; then
     rm -f grpo_fast/_C*.so

@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHS = ("80", "90", "100")
-BUILD = types.SimpleNamespace(**runpy.run_path(str(ROOT / "grpo_fast" / "_build.py")))
+BUILD = types.SimpleNamespace(**runpy.run_path(str(ROOT / "grpo_fast" / "ops" / "build.py")))
 
 
 def compile_report(nvcc: str, source: Path) -> str:

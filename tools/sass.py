@@ -106,7 +106,7 @@ def main() -> None:
 
 def compiled_passes(source: Path) -> dict[str, dict[str, float]]:
     """Of each kernel of the cluster file on sm_90: "bf16", "fp16+softcap", ... -> cluster_passes."""
-    build = types.SimpleNamespace(**runpy.run_path(str(ROOT / "grpo_fast" / "_build.py")))
+    build = types.SimpleNamespace(**runpy.run_path(str(ROOT / "grpo_fast" / "ops" / "build.py")))
     nvcc = build.nvcc()
     if nvcc is None:
         raise SystemExit("no nvcc here; expected a CUDA toolkit.")

@@ -11,7 +11,7 @@ from torch import Tensor
 import grpo_fast as gf
 from grpo_fast.benchmark.arena import Arena, arena_bytes
 from grpo_fast.benchmark.settings import Case
-from grpo_fast.reference import Policy, Sequences, aggregation_weights, policy_loss, token_statistics
+from grpo_fast.loss.reference import Policy, Sequences, aggregation_weights, policy_loss, token_statistics
 
 __all__ = ["CONFIG", "GATE_ROWS", "Batch", "batch_bytes", "expected_loss", "fill", "shared_batch", "write_truth"]
 

@@ -22,13 +22,13 @@ import typer
 from torch import Tensor
 
 import grpo_fast as gf
-from grpo_fast.backends import installed_version
 from grpo_fast.benchmark.contestants import UnavailableError, readable_loss
 from grpo_fast.benchmark.data import CONFIG
-from grpo_fast.benchmark.machine import caption, describe, load_average
 from grpo_fast.benchmark.measure import timed
 from grpo_fast.benchmark.report import write_atomically
 from grpo_fast.benchmark.settings import check_output
+from grpo_fast.ops.backends import installed_version
+from grpo_fast.utils.environment import caption, describe, load_average
 
 __all__ = ["PAIRS", "Settings", "app", "markdown", "run"]
 

@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from grpo_fast.benchmark.contestants import LABELS
-from grpo_fast.benchmark.machine import caption
 from grpo_fast.benchmark.schedule import Outcome, flush_bytes
 from grpo_fast.benchmark.settings import CONTESTANTS, PASSES, Settings
+from grpo_fast.utils.environment import caption
 
 __all__ = ["SCHEMA", "as_json", "load", "print_report", "summarise", "write_atomically", "write_json"]
 

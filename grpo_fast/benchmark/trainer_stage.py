@@ -23,16 +23,16 @@ import typer
 from torch import Tensor
 
 import grpo_fast as gf
-from grpo_fast.benchmark.machine import caption, describe, load_average
 from grpo_fast.benchmark.measure import timed
 from grpo_fast.benchmark.report import write_atomically
 from grpo_fast.benchmark.settings import check_output
 from grpo_fast.benchmark.trl_stage import Settings, make_batch, make_model
-from grpo_fast.grpo_config import GRPOConfig
-from grpo_fast.passes import Passes
-from grpo_fast.rollout import Rollout
-from grpo_fast.trainer import GRPOTrainer
-from grpo_fast.watch import MicroBatch
+from grpo_fast.models.forward import Passes
+from grpo_fast.trainer.config import GRPOConfig
+from grpo_fast.trainer.diagnostics import MicroBatch
+from grpo_fast.trainer.grpo_trainer import GRPOTrainer
+from grpo_fast.trainer.rollout import Rollout
+from grpo_fast.utils.environment import caption, describe, load_average
 
 __all__ = ["CONTESTANTS", "EagerPasses", "app", "run"]
 

@@ -25,12 +25,12 @@ import torch
 import typer
 from torch import Tensor
 
-from grpo_fast.benchmark.machine import caption, describe, load_average
 from grpo_fast.benchmark.measure import timed
 from grpo_fast.benchmark.report import write_atomically
 from grpo_fast.benchmark.settings import check_output
-from grpo_fast.extras import install
 from grpo_fast.integrations.versions import refuse_other_versions
+from grpo_fast.utils.environment import caption, describe, load_average
+from grpo_fast.utils.install_hints import install
 
 __all__ = ["CONTESTANTS", "Settings", "app", "disagreement", "run"]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 
-from grpo_fast.extras import install
+from grpo_fast.utils.install_hints import install
 
 __all__ = ["need"]
 

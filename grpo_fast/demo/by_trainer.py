@@ -18,7 +18,7 @@ def trainer_of(
     model: Any, tokenizer: Any, rows: list[dict[str, Any]], settings: Settings, prompts: int, seed: int, output: Path, **more: Any
 ) -> Any:
     """A GRPOTrainer that does what the loop does with these settings and as many prompts per step; ``more`` for GRPOConfig."""
-    from grpo_fast.trainer import GRPOConfig, GRPOTrainer
+    from grpo_fast.trainer.grpo_trainer import GRPOConfig, GRPOTrainer
 
     loss = settings.loss
     args = GRPOConfig(

@@ -21,14 +21,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from grpo_fast.benchmark.machine import describe, load_average
 from grpo_fast.demo import need
 from grpo_fast.demo.by_trainer import train_by_trainer
 from grpo_fast.demo.evaluate import evaluate
 from grpo_fast.demo.grpo import train
 from grpo_fast.demo.report import write_json
 from grpo_fast.demo.run import MAX_NEW_TOKENS, REWARDS, Options, drawn_from, one_thread, warm_started
-from grpo_fast.metrics import standard_error
+from grpo_fast.utils.environment import describe, load_average
+from grpo_fast.utils.text_statistics import standard_error
 
 __all__ = ["compare"]
 

@@ -11,8 +11,8 @@ import torch
 
 import grpo_fast as gf
 from grpo_fast.demo.grpo import sample
-from grpo_fast.metrics import coherence, distinct_shares, entropy_summary, is_truncated, shape_of
 from grpo_fast.rewards import accuracy_reward, format_reward
+from grpo_fast.utils.text_statistics import coherence, distinct_shares, entropy_summary, is_truncated, shape_of
 
 TEMPERATURES = (0.0, 0.2, 0.6, 1.0, 1.4)
 KEY_PATTERN = r"\d"  # of this task's questions every single digit counts

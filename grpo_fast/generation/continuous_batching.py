@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from grpo_fast.generation.protocol import Completion, SamplerError, SamplingParams, check_prompts, end_tokens
-from grpo_fast.generation.unwrap import eval_mode, inner_model, is_sharded
+from grpo_fast.models.unwrap import eval_mode, inner_model, is_sharded
 
 __all__ = ["ContinuousBatchingSampler"]
 

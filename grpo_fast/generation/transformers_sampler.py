@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast.generation.protocol import Completion, SamplingParams, check_prompts, end_tokens
-from grpo_fast.generation.unwrap import eval_mode, inner_model, is_sharded, whole_parameters
+from grpo_fast.models.unwrap import eval_mode, inner_model, is_sharded, whole_parameters
 
 __all__ = ["RowSampler", "TransformersSampler"]
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from grpo_fast.generation.protocol import SamplerError
-from grpo_fast.generation.unwrap import inner_model, is_peft, is_sharded
 from grpo_fast.generation.vllm_http import Server
+from grpo_fast.models.unwrap import inner_model, is_peft, is_sharded
 
 __all__ = ["WEIGHT_SYNCS", "WeightSync", "make_weight_sync", "merged_state_dict"]
 

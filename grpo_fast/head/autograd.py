@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_fast.head.chunks import Plan
+from grpo_fast.head.chunking import Plan
 from grpo_fast.head.logprobs import linear_token_logprobs_bwd, linear_token_logprobs_fwd
 from grpo_fast.head.loss import LinearLoss
 from grpo_fast.head.products import Head, HeadTensors, Wants, per_row
 from grpo_fast.head.rows import Rows
-from grpo_fast.ops import scaled
+from grpo_fast.ops.operators import scaled
 
 __all__ = ["LinearLogprobsFunction", "LinearLossFunction"]
 

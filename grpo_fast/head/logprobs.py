@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_fast.head.chunks import Chunk, Plan, plan_of
+from grpo_fast.head.chunking import Chunk, Plan, plan_of
 from grpo_fast.head.products import Head, HeadTensors
 from grpo_fast.head.rows import Rows, RowStatistics
 

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_fast.head.chunks import Chunk, Plan, plan_of
+from grpo_fast.head.chunking import Chunk, Plan, plan_of
 from grpo_fast.head.products import Head, HeadTensors
 from grpo_fast.head.rows import Rows, RowStatistics
-from grpo_fast.ops import METRICS, call_below_autograd, loss_settings
-from grpo_fast.reference import Policy, policy_loss
+from grpo_fast.loss.reference import Policy, policy_loss
+from grpo_fast.ops.operators import METRICS, call_below_autograd, loss_settings
 
 __all__ = ["LINEAR_METRICS", "LinearLoss", "linear_loss", "loss_arguments"]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from grpo_fast.head.chunks import Plan
+from grpo_fast.head.chunking import Plan
 
 __all__ = ["DenseHead", "Head", "HeadTensors", "ModuleHead", "Wants", "per_row"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from grpo_fast.ops import call_below_autograd
+from grpo_fast.ops.operators import call_below_autograd
 
 __all__ = ["RowStatistics", "Rows", "Shard", "all_vocabulary_parts", "fewest"]
 

@@ -18,8 +18,8 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
-from grpo_fast.config import LossConfig
 from grpo_fast.integrations.versions import refuse_other_versions
+from grpo_fast.loss.config import LossConfig
 
 __all__ = ["LIBRARIES", "advantage_settings", "loss_config", "rollout_settings"]
 

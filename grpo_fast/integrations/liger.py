@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grpo_fast.config import LossConfig
-from grpo_fast.inputs import checked_scoring
+from grpo_fast.head.api import linear_grpo_loss, linear_token_logprobs
 from grpo_fast.integrations.logprobs import logprob_policy
-from grpo_fast.linear import linear_grpo_loss, linear_token_logprobs
-from grpo_fast.loss import GRPOOutput, grpo_loss, token_logprobs
-from grpo_fast.reference import kl_penalty, token_losses
+from grpo_fast.loss.api import GRPOOutput, grpo_loss, token_logprobs
+from grpo_fast.loss.config import LossConfig
+from grpo_fast.loss.reference import kl_penalty, token_losses
+from grpo_fast.loss.token_inputs import checked_scoring
 
 __all__ = ["LigerFusedLinearGRPOLoss", "triton_grpo_loss"]
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grpo_fast import checks
-from grpo_fast.config import LossConfig
-from grpo_fast.policy import check_config
-from grpo_fast.reference import Policy, Sequences, aggregation_weights, policy_loss
+from grpo_fast.loss import checks
+from grpo_fast.loss.config import LossConfig
+from grpo_fast.loss.inputs import check_config
+from grpo_fast.loss.reference import Policy, Sequences, aggregation_weights, policy_loss
 
 __all__ = ["logprob_loss", "lower_bound_of_cispo", "mean_over_tokens", "ratio_of"]
 

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from grpo_fast.config import LossConfig
 from grpo_fast.integrations.logprobs import logprob_loss, mean_over_tokens
+from grpo_fast.loss.config import LossConfig
 
 __all__ = ["PolicyLoss"]
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from grpo_fast.config import LossConfig
 from grpo_fast.integrations.logprobs import logprob_loss
+from grpo_fast.loss.config import LossConfig
 
 __all__ = ["policy_loss"]
 

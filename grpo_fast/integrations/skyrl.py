@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_fast.config import LossConfig
 from grpo_fast.integrations.logprobs import logprob_loss, lower_bound_of_cispo, mean_over_tokens, ratio_of
+from grpo_fast.loss.config import LossConfig
 
 __all__ = ["POLICY_LOSSES", "policy_loss", "register"]
 

@@ -22,12 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grpo_fast.config import LossConfig
-from grpo_fast.head.models import ModelHead, head_of
+from grpo_fast.head.api import linear_grpo_loss, linear_token_logprobs
 from grpo_fast.integrations.versions import refuse_other_versions
-from grpo_fast.linear import linear_grpo_loss, linear_token_logprobs
-from grpo_fast.loss import GRPOOutput, TokenLogprobs
-from grpo_fast.reference import Sequences, kl_penalty, vespo_phi
+from grpo_fast.loss.api import GRPOOutput, TokenLogprobs
+from grpo_fast.loss.config import LossConfig
+from grpo_fast.loss.reference import Sequences, kl_penalty, vespo_phi
+from grpo_fast.models.lm_head import ModelHead, head_of
 
 __all__ = ["GRPOTrainer", "fused_lm_head"]
 

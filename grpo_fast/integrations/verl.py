@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_fast.advantages import group_advantages
-from grpo_fast.config import LossConfig
+from grpo_fast.head.api import linear_token_logprobs
 from grpo_fast.integrations.logprobs import logprob_loss, lower_bound_of_cispo, mean_over_tokens, ratio_of
 from grpo_fast.integrations.versions import refuse_other_versions
-from grpo_fast.linear import linear_token_logprobs
+from grpo_fast.loss.advantages import group_advantages
+from grpo_fast.loss.config import LossConfig
 
 __all__ = ["LOSS_MODES", "group_relative_advantages", "linear_cross_entropy", "policy_loss", "register"]
 

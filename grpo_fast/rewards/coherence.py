@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from grpo_fast.metrics import NUMBER, STEP, coherence
 from grpo_fast.rewards.common import Completion, check_same_length, text_of, with_opening
+from grpo_fast.utils.text_statistics import NUMBER, STEP, coherence
 
 __all__ = ["CoherenceReward"]
 
 
 @dataclass(frozen=True)
 class CoherenceReward:
-    """From 0 to 1: does the completion hang together? The mean of three rules, see `grpo_fast.metrics.coherence`.
+    """From 0 to 1: does the completion hang together? The mean of three rules, see `grpo_fast.utils.text_statistics.coherence`.
 
     Tags well formed; the answer agrees with the reasoning (it stands in its last step); the reasoning agrees with the question (it
     takes up the question's keys, by default its numbers). Coherent is not correct: pair it with `accuracy_reward`. The rules are this

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
-from grpo_fast.metrics import parse_sections
+from grpo_fast.utils.text_statistics import parse_sections
 
 __all__ = ["Completion", "Reward", "check_range", "check_same_length", "name_of", "reasoning_of", "rows_of", "text_of", "with_opening"]
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from grpo_fast.extras import install
 from grpo_fast.rewards.accuracy import extract_answer
 from grpo_fast.rewards.common import Completion, check_range, check_same_length, text_of
 from grpo_fast.rewards.pool import WorkerPool
+from grpo_fast.utils.install_hints import install
 
 __all__ = ["MathReward", "math_reward"]
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from grpo_fast.metrics import longest_certain_run, repeated_ngrams
 from grpo_fast.rewards.common import Completion, check_range, check_same_length, rows_of
+from grpo_fast.utils.text_statistics import longest_certain_run, repeated_ngrams
 
 __all__ = ["CertainRunPenalty", "RepetitionPenalty"]
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from grpo_fast.metrics import parse_sections
 from grpo_fast.rewards.common import Completion, check_same_length, with_opening
+from grpo_fast.utils.text_statistics import parse_sections
 
 __all__ = ["FormatReward", "TagCountReward", "format_reward", "tag_count_reward"]
 

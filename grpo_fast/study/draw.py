@@ -10,13 +10,13 @@ import torch
 from accelerate import Accelerator
 
 import grpo_fast as gf
-from grpo_fast.data import encode_prompt
+from grpo_fast.data.prompts import encode_prompt
 from grpo_fast.generation import Completion, SamplingParams, make_sampler
-from grpo_fast.generation.unwrap import end_tokens_of
-from grpo_fast.metrics import shape_of
-from grpo_fast.passes import Passes
-from grpo_fast.rollout import Rollout, derived_seed
+from grpo_fast.models.forward import Passes
+from grpo_fast.models.unwrap import end_tokens_of
 from grpo_fast.study.prepare import Prepared
+from grpo_fast.trainer.rollout import Rollout, derived_seed
+from grpo_fast.utils.text_statistics import shape_of
 
 __all__ = ["Call", "Drawer", "Drawn"]
 

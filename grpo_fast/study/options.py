@@ -7,8 +7,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from grpo_fast.commands.settings import SettingsError
-from grpo_fast.extras import install
+from grpo_fast.trainer.run_settings import SettingsError
+from grpo_fast.utils.install_hints import install
 
 __all__ = ["check_count", "name_of", "need_packages", "sampling_temperatures", "training_temperatures"]
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from grpo_fast.benchmark.report import write_atomically
-from grpo_fast.monitor.plot import COLOURS, STYLES
 from grpo_fast.study.options import name_of
 from grpo_fast.study.zones import COLD, COLLAPSE, ENTROPY_TARGET, EXPLORATION, ROBUST
+from grpo_fast.trainer.callbacks.plot import COLOURS, STYLES
 
 __all__ = ["write_sampling_figure", "write_training_figure"]
 

@@ -15,7 +15,6 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from grpo_fast.benchmark.machine import load_average
 from grpo_fast.benchmark.report import write_json
 from grpo_fast.demo.by_trainer import train_by_trainer
 from grpo_fast.demo.evaluate import evaluate
@@ -23,6 +22,7 @@ from grpo_fast.demo.run import MAX_NEW_TOKENS, Start, one_thread, warm_started
 from grpo_fast.study.matrix import summarise
 from grpo_fast.study.prepare_training import BEFORE, CURVES, Prepared
 from grpo_fast.study.resume import made_with
+from grpo_fast.utils.environment import load_average
 
 __all__ = ["WARM_START", "run"]
 

@@ -1,6 +1,6 @@
 """The surrogate and the KL penalty of a token: their value, g = d loss / d logprob and h = d loss / d entropy.
 
-The twin of csrc/policy_loss.h; the formulas and their sources stand in grpo_fast/reference.py. Knows nothing of vocabularies. Elementwise:
+The Triton counterpart of csrc/policy_loss.h; grpo_fast/loss/reference.py has the formulas and their sources. Elementwise over tokens:
 everything but the settings is one number per token.
 """
 
@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .rowwise import exp, expm1
 
-# The positions in SURROGATES and KL_ESTIMATORS of grpo_fast/config.py.
+# The positions in SURROGATES and KL_ESTIMATORS of grpo_fast/loss/config.py.
 CLIP = tl.constexpr(0)
 CISPO = tl.constexpr(1)
 SAPO = tl.constexpr(2)

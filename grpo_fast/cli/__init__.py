@@ -1,0 +1,1 @@
+"""The command line: ``grpo-fast``, one module per subcommand."""

@@ -1,0 +1,89 @@
+"""The command line: ``grpo-fast doctor | train | plot | demo | study | bench ...``."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Annotated, NamedTuple
+
+import typer
+
+from grpo_fast import __version__
+from grpo_fast.utils.install_hints import install
+
+# Errors that nobody foresaw are shown as Python shows them: in the log of a run a traceback in a frame is hard to read and to search.
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+class Mounted(NamedTuple):
+    """A command with optional dependencies."""
+
+    module: str  # with ``app(args=..., prog_name=...)``, imported when the command runs
+    extra: str  # that installs what it needs
+    help: str
+
+
+MOUNTED = {
+    "train": Mounted("grpo_fast.cli.train", "train", "Train a language model by GRPO, from a settings file and the command line."),
+    "plot": Mounted("grpo_fast.cli.plot", "plot", "Draw the curves of one run or several."),
+    "demo": Mounted("grpo_fast.cli.demo", "demo", "Watch a small language model learn by GRPO."),
+    "study": Mounted("grpo_fast.cli.study", "train", "Measure what the temperature does, in sampling and in training."),
+    "bench": Mounted("grpo_fast.cli.bench", "bench", "Time the loss against what you would use instead."),
+    "bench-head": Mounted("grpo_fast.cli.bench_head", "bench", "Time the fused head against what you would use instead."),
+    "bench-trainer": Mounted("grpo_fast.benchmark.trainer_stage", "bench", "Time the trainer's loss stage against an eager loss."),
+    "bench-trl": Mounted("grpo_fast.benchmark.trl_stage", "bench", "Time the loss stage of TRL's trainer, stock and with this loss."),
+    "bench-drop-ins": Mounted("grpo_fast.benchmark.drop_ins", "bench", "Time what the guides' drop-ins replace."),
+}
+
+# What a mounted command gets is handed through untouched, --help too: importing it for the list of commands would import transformers.
+_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"grpo_fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")] = False,
+) -> None:
+    """grpo_fast: the GRPO core, fused."""
+
+
+@app.command()
+def doctor() -> None:
+    """What works on this machine, what does not, why, and the cure."""
+    from grpo_fast.cli import doctor as report
+
+    raise typer.Exit(report.run())
+
+
+def _run_mounted(command: str, args: list[str]) -> None:
+    module_name, extra, _ = MOUNTED[command]
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        missing = error.name or str(error)
+        if module_name == missing or module_name.startswith(f"{missing}."):
+            cure = f"this install has no {module_name}. Cure: install the whole package again"
+        elif missing.startswith("grpo_fast."):
+            raise  # a mistake of ours, not a missing dependency
+        else:
+            cure = f"it needs the package {missing!r}, which is not installed. Cure: {install(extra)}"
+        typer.echo(f"grpo-fast {command}: {cure}", err=True)
+        raise typer.Exit(2) from error
+    module.app(args=args, prog_name=f"grpo-fast {command}")
+
+
+def _mount(command: str, description: str) -> None:
+    @app.command(command, help=description, context_settings=_PASS_ON)
+    def run(context: typer.Context) -> None:
+        _run_mounted(command, context.args)
+
+
+for _command, _mounted in MOUNTED.items():
+    _mount(_command, _mounted.help)
+
+if __name__ == "__main__":
+    app()

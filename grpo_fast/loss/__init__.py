@@ -1,0 +1,1 @@
+"""The GRPO loss over logits: settings, formulas, validated inputs, public functions, advantages and corrections."""

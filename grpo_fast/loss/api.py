@@ -1,0 +1,296 @@
+"""The public loss over logits: grpo_loss, and token_logprobs for losses of one's own."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from grpo_fast.head.loss import loss_arguments
+from grpo_fast.head.rows import Rows, ShardedLogprobsFunction, all_vocabulary_parts
+from grpo_fast.loss.config import LossConfig
+from grpo_fast.loss.inputs import checked_policy
+from grpo_fast.loss.reference import Policy, policy_loss, token_statistics
+from grpo_fast.loss.token_inputs import ANY_VOCABULARY, TokenInputs, check_ids, token_inputs
+from grpo_fast.ops.backends import select
+from grpo_fast.ops.impl_checks import check_impl
+from grpo_fast.ops.operators import METRICS, GrpoLossFunction, TokenLogprobsFunction
+
+__all__ = ["GRPOOutput", "TokenLogprobs", "grpo_loss", "token_logprobs"]
+
+_DEFAULT_CONFIG = LossConfig()
+
+
+class GRPOOutput(NamedTuple):
+    """What grpo_loss returns; all on the device of the logits, nothing synchronised.
+
+    Metrics are means over the computed tokens, 0-d float32: ``kl`` (the estimator's value; 0 without ref_logprobs), ``entropy`` (nats,
+    at the call's temperature), ``ratio_mean`` and ``ratio_max`` of the importance ratio, ``clip_low`` (share of tokens with A < 0
+    whose ratio is below the band), ``clip_high`` (A > 0 and above it), ``clip_region`` (either), and ``active_fraction``: the share of
+    the unmasked tokens that can change the gradient.
+    """
+
+    loss: Tensor  # 0-d float32 (float64 for float64 logits), differentiable
+    logprobs: Tensor  # float32, like token_ids, detached; 0 where not computed
+    entropy: Tensor  # float32, like token_ids, detached; 0 where not computed
+    active: Tensor  # bool, like token_ids: the tokens that were computed
+    metrics: dict[str, Tensor]
+
+
+class TokenLogprobs(NamedTuple):
+    """What token_logprobs returns: float32 (float64 for float64 logits), like token_ids, differentiable, 0 where masked."""
+
+    logprobs: Tensor
+    entropy: Tensor
+
+
+def grpo_loss(
+    logits: Tensor,  # [B, T, V], [B, T + 1, V] or packed [N, V]
+    token_ids: Tensor,  # int64 [B, T] or [N]
+    advantages: Tensor,  # [B], [B, T] or [N]
+    *,
+    config: LossConfig = _DEFAULT_CONFIG,
+    old_logprobs: Tensor | None = None,  # like token_ids
+    ref_logprobs: Tensor | None = None,  # like token_ids
+    mask: Tensor | None = None,  # like token_ids
+    rollout_weights: Tensor | None = None,  # [B, T], [B, 1] or [N]
+    temperature: float | Tensor = 1.0,  # number, 0-d, [B], [B, 1], [B, T] or [N]
+    cu_seqlens: Tensor | None = None,  # int32 [S + 1]
+    num_items: int | float | Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    loss_scale: float = 1.0,
+    metrics_on: str = "all",
+    inplace: bool = False,
+    process_group: ProcessGroup | None = None,
+    impl: str | None = None,
+) -> GRPOOutput:
+    """The loss of Group Relative Policy Optimization (arXiv:2402.03300) and its relatives, from logits, in one pass.
+
+    ``loss = loss_scale * sum_n w_n * l_n``: the config's loss type names the per-token objective l and the weights w;
+    grpo_fast/loss/reference.py is the specification. Statistics are float32 or better whatever the type of the logits, and the result
+    is bitwise the same from run to run. On the CPU a row's gradient is formed while the row is in the cache, so backward has nothing
+    to do where its upstream gradient is 1: scale with ``loss_scale`` rather than by multiplying the loss.
+
+    Args:
+        logits: float32, bfloat16 or float16 (float64: computed by the reference). ``[B, T + 1, V]`` is what a Hugging Face model
+            returns for T tokens and their prefix: the last position is ignored, nothing is copied.
+        token_ids: the sampled tokens; ``token_ids[b, t]`` is scored by ``logits[b, t]``.
+        advantages: one per sequence or per token.
+        config: which member of the family.
+        old_logprobs: of the policy that sampled; None = on-policy (the ratio is 1 and its gradient flows).
+        ref_logprobs: of the reference policy; required when ``config.beta != 0``.
+        mask: bool or 0/1; what stands under a 0 may be anything. None = every token counts.
+        rollout_weights: correction for a sampler that differs from the trainer; multiplies the surrogate, not the KL.
+        temperature: the one that sampled; the policy is ``softmax(f(logits) / temperature)``.
+        cu_seqlens: with packed input, where sequences begin, ``0 ... N``; needed where a setting speaks of sequences.
+        num_items: the token count of the whole optimiser step, for ``global_token_mean`` (ignored by the other aggregations); None = this
+            call's own.
+        softcap: ``c * tanh(logits / c)`` before the temperature (Gemma 2); None = none.
+        logit_scale: multiplies the logits before soft cap and temperature (Cohere, Granite).
+        loss_scale: multiplies the loss while its gradient is formed: 1 / gradient-accumulation steps, say.
+        metrics_on: ``"all"``: every unmasked token gets its logprob, entropy and share in the metrics; ``"active"``: only tokens that
+            can change the gradient. The loss is the same.
+        inplace: allow the gradient to be written over the storage of the logits, which must not be used afterwards. A wish: a call that is
+            traced by torch.compile, or computed by the reference, takes new memory.
+        process_group: each process holds a part of the vocabulary, logits [B, T, V of the part], one after the other in the order of
+            the ranks; everything else is the same in all of them, and so are the results.
+        impl: which GPU kernels compute: ``"triton"``, or ``"cluster"``: CUDA kernels that read the logits once and write the gradient once
+            (compute capability 9.0 or newer, losses of token-level ratios, rows of up to 456,704 logits in bfloat16 with 227 KiB
+            of shared memory per block). They are not taken unasked until they have been timed. None = what is best here.
+
+    Returns:
+        GRPOOutput(loss, logprobs, entropy, active, metrics).
+
+    Raises:
+        TypeError, ValueError: names the argument, what it was, what was expected and the cure, before anything is written. Values of
+            tensors (ids, mask, temperatures, advantages and log-probabilities of tokens that count) are looked at on the CPU, or on every
+            device with ``debug_checks``; elsewhere a bad one shows as a loss of NaN.
+        RuntimeError: ``impl`` names kernels that cannot compute on this machine or for these logits.
+
+    Example:
+        >>> logits = torch.randn(4, 8, 100, requires_grad=True)
+        >>> token_ids = torch.randint(100, (4, 8))
+        >>> out = grpo_loss(logits, token_ids, advantages=torch.tensor([1.0, -1.0, 0.5, -0.5]), temperature=0.7)
+        >>> out.loss.backward()
+    """
+    vocabulary = None if process_group is None else ANY_VOCABULARY
+    inputs = token_inputs(
+        logits, token_ids, mask=mask, temperature=temperature, softcap=softcap, logit_scale=logit_scale, vocabulary=vocabulary
+    )
+    _check_inplace(inplace)
+    policy = checked_policy(
+        inputs,
+        advantages,
+        config=config,
+        old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs,
+        rollout_weights=rollout_weights,
+        cu_seqlens=cu_seqlens,
+        num_items=num_items,
+        loss_scale=loss_scale,
+        metrics_on=metrics_on,
+    )
+    if impl is not None:
+        check_impl(impl, logits, select(logits.device), one_pass=process_group is None and policy.token_level() is not None)
+    computed = inputs.mask if metrics_on == "all" else policy.active()
+    inplace = inplace and _can_write_over(logits)
+    if process_group is None and by_reference(logits):
+        loss, logprobs, entropy, metrics = _reference_loss(inputs, policy, computed)
+    elif process_group is None and (token_level := policy.token_level()) is not None:
+        loss, logprobs, entropy, metrics = _one_pass_loss(inputs, policy, token_level, computed, inplace, cluster=impl == "cluster")
+    else:  # the ratio needs the whole sequence first: a statistics pass here, the gradient pass in backward
+        logprobs, entropy = _statistics(inputs, computed, inplace, process_group)
+        with torch.autocast(logits.device.type, enabled=False):
+            loss, metrics = policy_loss(logprobs, entropy, policy, computed)
+        logprobs, entropy = logprobs.detach(), entropy.detach()
+    return GRPOOutput(
+        loss,
+        inputs.like_given(logprobs),
+        inputs.like_given(entropy),
+        inputs.like_given(computed),
+        metrics,
+    )
+
+
+def token_logprobs(
+    logits: Tensor,  # [B, T, V], [B, T + 1, V] or packed [N, V]
+    token_ids: Tensor,  # int64 [B, T] or [N]
+    *,
+    mask: Tensor | None = None,  # like token_ids
+    temperature: float | Tensor = 1.0,  # number, 0-d, [B], [B, 1], [B, T] or [N]
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    process_group: ProcessGroup | None = None,
+) -> TokenLogprobs:
+    """Log-probability of each token under ``softmax(f(logits) / temperature)``, and that policy's entropy; one pass, both differentiable.
+
+    Exact also for confident tokens, where ``s_y - lse`` rounds to 0.
+
+    Args:
+        logits: float32, bfloat16 or float16 (float64: computed by the reference). ``[B, T + 1, V]``: the last position is ignored, nothing
+            is copied.
+        token_ids: ``token_ids[b, t]`` is scored by ``logits[b, t]``.
+        mask: bool or 0/1; what stands under a 0 may be anything. None = every token counts.
+        temperature: the policy is ``softmax(f(logits) / temperature)``.
+        softcap: ``c * tanh(logits / c)`` before the temperature (Gemma 2); None = none.
+        logit_scale: multiplies the logits before soft cap and temperature (Cohere, Granite).
+        process_group: each process holds a part of the vocabulary, as in grpo_loss.
+
+    Returns:
+        TokenLogprobs(logprobs, entropy), float32 and shaped like token_ids, 0 under the mask's zeros.
+
+    Raises:
+        TypeError, ValueError: names the argument, what it was, what was expected and the cure, before anything is written.
+
+    Example:
+        >>> out = token_logprobs(torch.zeros(1, 3, 8), torch.tensor([[1, 2, 3]]))
+        >>> out.entropy.exp()
+        tensor([[8., 8., 8.]])
+    """
+    vocabulary = None if process_group is None else ANY_VOCABULARY
+    inputs = token_inputs(
+        logits, token_ids, mask=mask, temperature=temperature, softcap=softcap, logit_scale=logit_scale, vocabulary=vocabulary
+    )
+    if process_group is None and by_reference(logits):
+        logprobs, entropy = _reference_statistics(inputs, inputs.mask)
+    else:
+        logprobs, entropy = _statistics(inputs, inputs.mask, inplace=False, group=process_group)
+    return TokenLogprobs(inputs.like_given(logprobs), inputs.like_given(entropy))
+
+
+def _check_inplace(inplace: bool) -> None:
+    if not isinstance(inplace, bool):
+        raise TypeError(f"inplace is {inplace!r} ({type(inplace).__name__}); expected True or False.")
+
+
+def by_reference(logits: Tensor) -> bool:
+    """Whether plain PyTorch computes what has these logits (or hidden states)."""
+    return logits.dtype == torch.float64 or select(logits.device) == "reference"
+
+
+def _wants_gradient(logits: Tensor) -> bool:
+    return torch.is_grad_enabled() and logits.requires_grad
+
+
+def _can_write_over(logits: Tensor) -> bool:
+    """Whether ``inplace`` may be honoured for these logits.
+
+    Raises:
+        ValueError: writing over them would be wrong.
+    """
+    if torch.compiler.is_compiling() or not _wants_gradient(logits):
+        return False
+    if logits.is_leaf or (logits._base is not None and logits._base.is_leaf):
+        raise ValueError(
+            "inplace=True with logits that are a leaf (a parameter) or a view of one; expected the output of a model. Leave inplace off."
+        )
+    reach = 0  # of the dimensions with smaller strides: a stride within it has two elements in one place
+    for stride, size in sorted((stride, size) for stride, size in zip(logits.stride(), logits.shape, strict=True) if size > 1):
+        if stride <= reach:
+            raise ValueError(
+                f"inplace=True with logits that overlap or are expanded (strides {logits.stride()}); expected memory of their own. "
+                "Leave inplace off."
+            )
+        reach += (size - 1) * stride
+    return logits.stride(-1) == 1
+
+
+def _reference_statistics(inputs: TokenInputs, computed: Tensor) -> tuple[Tensor, Tensor]:
+    logits = inputs.scored[:, : inputs.token_ids.shape[1]]
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = torch.where(computed.unsqueeze(-1), logits, 0)  # what is not computed may be NaN: it must not reach the gradient either
+    temperature: float | Tensor = inputs.temperature
+    if inputs.temperatures is not None:
+        temperature = torch.where(computed, inputs.temperatures, 1).to(logits.dtype)
+    with torch.autocast(logits.device.type, enabled=False):
+        token_ids = torch.where(computed, inputs.token_ids, 0)
+        logprobs, entropy = token_statistics(logits, token_ids, temperature, inputs.softcap, inputs.logit_scale)
+    return torch.where(computed, logprobs, 0), torch.where(computed, entropy, 0)
+
+
+def _reference_loss(inputs: TokenInputs, policy: Policy, computed: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    logprobs, entropy = _reference_statistics(inputs, computed)
+    with torch.autocast(inputs.scored.device.type, enabled=False):
+        loss, metrics = policy_loss(logprobs, entropy, policy, computed)
+    return loss, logprobs.detach(), entropy.detach(), metrics
+
+
+def scoring(inputs: TokenInputs) -> tuple[Tensor | None, float, float, float]:
+    """Temperatures, temperature, soft cap and logit scale as the operators take them."""
+    temperatures = None if inputs.temperatures is None else inputs.temperatures.float()
+    temperature = inputs.temperature
+    if temperatures is None and torch.compiler.is_compiling():  # as a number it would be part of the graph: each value, a compilation
+        temperatures, temperature = torch.ones(1, 1, device=inputs.scored.device) * temperature, 1.0
+    return temperatures, temperature, inputs.softcap or 0.0, inputs.logit_scale
+
+
+def _statistics(inputs: TokenInputs, computed: Tensor, inplace: bool, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    if group is not None:
+        shard = all_vocabulary_parts(inputs.scored.shape[-1], group, inputs.scored.device)
+        check_ids(inputs, shard.total)
+        return ShardedLogprobsFunction.apply(inputs.scored, Rows(inputs.token_ids, computed, *scoring(inputs), shard))
+    arguments = (inputs.scored, inputs.token_ids, computed, *scoring(inputs))
+    if _wants_gradient(inputs.scored) and not torch.compiler.is_compiling():
+        logprobs, entropy, _ = TokenLogprobsFunction.apply(inplace, *arguments)
+    else:
+        logprobs, entropy, _ = torch.ops.grpo_fast.token_logprobs.default(*arguments)
+    return logprobs, entropy
+
+
+def _one_pass_loss(
+    inputs: TokenInputs, policy: Policy, token_level: Policy, computed: Tensor, inplace: bool, *, cluster: bool
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """token_level: the policy itself, or what its gradient is on-policy."""
+    logits, arguments = inputs.scored, loss_arguments(Rows(inputs.token_ids, computed, *scoring(inputs)), token_level)
+    wants_gradient = _wants_gradient(logits)
+    if wants_gradient and not torch.compiler.is_compiling():
+        loss, logprobs, entropy, metrics = GrpoLossFunction.apply(logits, inplace, arguments, cluster)
+    else:
+        operator = torch.ops.grpo_fast.grpo_loss_cluster if cluster else torch.ops.grpo_fast.grpo_loss
+        loss, logprobs, entropy, metrics, _ = operator.default(logits, *arguments, wants_gradient)
+    named = dict(zip(METRICS, metrics.unbind(), strict=True))
+    named["active_fraction"] = policy.active_fraction()
+    return loss, logprobs, entropy, named

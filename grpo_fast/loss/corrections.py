@@ -1,0 +1,188 @@
+"""Weights that make up for a sampler that is not the trainer, and masks that leave tokens out of the surrogate.
+
+Each returns a factor per token or per sequence; multiply the ones wanted and pass them as ``grpo_loss(..., rollout_weights=...)``, which
+applies them to the surrogate and not to the KL, and leaves the denominators as they are (as TRL does). Plain PyTorch, no gradient.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from grpo_fast.loss import checks
+from grpo_fast.loss.config import LARGEST_LOG_RATIO
+from grpo_fast.loss.reference import Sequences
+from grpo_fast.loss.token_inputs import check_cu_seqlens, checked_mask
+
+__all__ = ["off_policy_sequence_mask", "rollout_weights", "top_entropy_mask"]
+
+LEVELS = ("token", "sequence", "sequence_mean")
+
+
+@torch.no_grad()
+def rollout_weights(
+    old_logprobs: Tensor,  # [B, T] or packed [N]
+    rollout_logprobs: Tensor,  # like old_logprobs
+    mask: Tensor,  # like old_logprobs
+    *,
+    mode: str = "truncate",
+    level: str = "token",
+    low: float | None = None,
+    high: float | None = 3.0,
+    cu_seqlens: Tensor | None = None,  # int32 [S + 1]
+    log_ratio_clamp: float = 20.0,
+) -> Tensor:  # float32 [B, T], [B, 1] or [N]
+    """Importance weights exp(old - rollout) of what the trainer's policy gives a token against what the sampler gave it.
+
+    Args:
+        old_logprobs: of the trainer's copy of the sampling policy.
+        rollout_logprobs: as the sampler returned them, at the same temperature; NaN (not scored) counts as no difference.
+        mask: bool or 0/1: the tokens that count.
+        mode: ``"truncate"`` clamps the weight into [low, high] (TIS); ``"mask"`` makes it 0 outside of it (MIS, IcePop, arXiv:2510.18855).
+        level: ``"token"``; ``"sequence"``, the product over the sequence (TRL, verl); ``"sequence_mean"``, its geometric mean (ms-swift,
+            OpenRLHF).
+        low, high: the bounds, included, at least 0; None = no bound.
+        cu_seqlens: where sequences begin, with packed input and a sequence's level.
+        log_ratio_clamp: bound of the log-weight before exp, at most 80.
+
+    Returns:
+        [B, T] for tokens, [B, 1] for sequences, [N] for packed input.
+
+    Raises:
+        TypeError, ValueError: names the argument, what it was, what was expected and the cure.
+
+    Example:
+        >>> rollout_weights(torch.tensor([[-1.0, -1.0]]), torch.tensor([[-1.0, -3.0]]), torch.ones(1, 2), high=3.0)
+        tensor([[1., 3.]])
+    """
+    if mode not in ("truncate", "mask"):
+        raise ValueError(f"mode is {mode!r}; expected 'truncate' or 'mask'.")
+    if level not in LEVELS:
+        raise ValueError(f"level is {level!r}; expected one of {', '.join(LEVELS)}.")
+    low, high = _checked_bound("low", low), _checked_bound("high", high)
+    if low is not None and high is not None and low > high:
+        raise ValueError(f"low is {low}, high is {high}; expected low <= high.")
+    if checks.positive("log_ratio_clamp", log_ratio_clamp, "20 is usual.") > LARGEST_LOG_RATIO:
+        raise ValueError(f"log_ratio_clamp is {log_ratio_clamp}; expected at most {LARGEST_LOG_RATIO}, since exp(88.8) overflows float32.")
+    counts = _checked_counts("old_logprobs", old_logprobs, mask, rollout_logprobs=rollout_logprobs)
+    log_weight = torch.where(counts, (old_logprobs - rollout_logprobs).float(), 0).nan_to_num(nan=0.0)
+    if level != "token" or cu_seqlens is not None:
+        sequences = _checked_sequences("old_logprobs", old_logprobs, cu_seqlens)
+    if level != "token":
+        log_weight = sequences.total(log_weight) if level == "sequence" else sequences.mean(log_weight, counts)
+    weight = log_weight.clamp(-log_ratio_clamp, log_ratio_clamp).exp()
+    if mode == "truncate":
+        return weight if low is None and high is None else weight.clamp(low, high)
+    outside = torch.zeros_like(weight, dtype=torch.bool)
+    outside = outside if low is None else outside | (weight < low)
+    outside = outside if high is None else outside | (weight > high)
+    return weight.masked_fill(outside, 0.0)
+
+
+@torch.no_grad()
+def off_policy_sequence_mask(
+    logprobs: Tensor,  # [B, T] or packed [N]
+    rollout_logprobs: Tensor,  # like logprobs
+    advantages: Tensor,  # [B], [B, T] or [N]
+    mask: Tensor,  # like logprobs
+    *,
+    threshold: float,
+    cu_seqlens: Tensor | None = None,  # int32 [S + 1]
+) -> Tensor:  # float32, like advantages; [B, 1] for [B]
+    """0 for the tokens of a sequence that has drifted and was bad: A < 0 and mean_t(rollout - current) > threshold. DeepSeek-V3.2,
+    arXiv:2512.02556, equation 9.
+
+    Args:
+        logprobs: of the policy that is trained, as it is now.
+        rollout_logprobs: as the sampler returned them, at the same temperature; NaN (not scored) counts as no drift.
+        advantages: one per sequence or per token, as grpo_loss takes them.
+        mask: bool or 0/1: the tokens that count.
+        threshold: nats per token; TRL suggests 0.5.
+        cu_seqlens: where sequences begin; needed with packed input.
+
+    Returns:
+        float32: [B, 1] for advantages [B], [B, T] or [N] for advantages per token.
+
+    Raises:
+        TypeError, ValueError: names the argument, what it was, what was expected and the cure.
+
+    Example:
+        >>> current, sampled = torch.tensor([[-3.0], [-3.0]]), torch.tensor([[-1.0], [-1.0]])
+        >>> off_policy_sequence_mask(current, sampled, torch.tensor([1.0, -1.0]), torch.ones(2, 1), threshold=0.5)
+        tensor([[1.],
+                [0.]])
+    """
+    threshold = checks.finite("threshold", threshold, "It is in nats per token; 0.5 is usual.")
+    counts = _checked_counts("logprobs", logprobs, mask, rollout_logprobs=rollout_logprobs)
+    sequences = _checked_sequences("logprobs", logprobs, cu_seqlens)
+    checks.tensor("advantages", advantages, like=logprobs, like_name="logprobs")
+    allowed: list[tuple[tuple[int, ...], str]] = [(tuple(logprobs.shape), "[N]" if logprobs.dim() == 1 else "[B, T]")]
+    if logprobs.dim() == 2:
+        allowed.append(((logprobs.shape[0],), "[B]"))
+    checks.shape("advantages", advantages, *allowed, source="logprobs")
+    drift = torch.where(counts, (rollout_logprobs - logprobs).float(), 0).nan_to_num(nan=0.0)
+    per_token = advantages.unsqueeze(1) if advantages.dim() < logprobs.dim() else advantages
+    drifted = sequences.mean(drift, counts) > threshold
+    return (~(drifted & (per_token < 0))).float()
+
+
+@torch.no_grad()
+def top_entropy_mask(
+    entropy: Tensor,  # [B, T] or packed [N]
+    mask: Tensor,  # like entropy
+    *,
+    quantile: float,
+) -> Tensor:  # float32, like entropy
+    """1 for the share ``quantile`` of the counting tokens with the highest entropy: arXiv:2506.01939 trains on the top fifth (0.2).
+
+    Ties at the threshold are all kept: where every entropy is the same, every token is. NaN is never kept and moves no threshold.
+
+    Args:
+        entropy: of an earlier pass (``token_logprobs``, or the loss under no_grad).
+        mask: bool or 0/1: the tokens that count.
+        quantile: the share kept, 0 < quantile <= 1.
+
+    Returns:
+        float32, like entropy.
+
+    Raises:
+        TypeError, ValueError: names the argument, what it was, what was expected and the cure.
+
+    Example:
+        >>> top_entropy_mask(torch.tensor([[0.1, 0.9, 0.5, 0.3]]), torch.ones(1, 4), quantile=0.5)
+        tensor([[0., 1., 1., 0.]])
+    """
+    quantile = checks.positive("quantile", quantile, "It is the share of tokens that are kept; 0.2 is usual.")
+    if quantile > 1:
+        raise ValueError(f"quantile is {quantile}; expected at most 1, which keeps every token.")
+    counts = _checked_counts("entropy", entropy, mask) & ~entropy.isnan()
+    values = entropy[counts]
+    if values.numel() == 0:
+        return torch.zeros_like(entropy, dtype=torch.float32)
+    below = math.ceil((1 - quantile) * (values.numel() - 1) - 1e-6)  # that many are below the threshold, but for ties and roundings
+    return (counts & (entropy >= values.kthvalue(below + 1).values)).float()
+
+
+def _checked_counts(name: str, tokens: Tensor, mask: Tensor, **same_shape: Tensor) -> Tensor:
+    """The mask as bool, where tokens (whose name is given) and what has its shape are what they should be."""
+    checks.tensor(name, tokens, like=None)
+    if tokens.dim() not in (1, 2):
+        raise ValueError(f"{name} has shape {list(tokens.shape)}; expected [B, T] or packed [N].")
+    for other, x in same_shape.items():
+        checks.tensor(other, x, like=tokens, like_name=name)
+        checks.shape(other, x, (tuple(tokens.shape), f"the shape of {name}"), source=name)
+    return checked_mask(mask, tokens, name)
+
+
+def _checked_sequences(name: str, tokens: Tensor, cu_seqlens: Tensor | None) -> Sequences:
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, tokens, name)
+    elif tokens.dim() == 1:
+        raise ValueError("cu_seqlens is None with packed input; expected int32 [S + 1]: where the sequences begin, 0 ... N.")
+    return Sequences(tokens, cu_seqlens)
+
+
+def _checked_bound(name: str, value: float | None) -> float | None:
+    return None if value is None else checks.not_negative(name, value, "It bounds a weight exp(old - rollout). Pass None for no bound.")

@@ -1,0 +1,105 @@
+"""The losses as modules, which hold their settings: for code that wants an ``nn.Module`` where the loss stands."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from grpo_fast.head.api import linear_grpo_loss
+from grpo_fast.loss.api import GRPOOutput, grpo_loss
+from grpo_fast.loss.config import LossConfig
+from grpo_fast.loss.inputs import check_config, check_metrics_on
+from grpo_fast.loss.token_inputs import checked_scoring
+
+__all__ = ["GRPOLoss", "LinearGRPOLoss"]
+
+
+class _Loss(nn.Module):
+    """Settings that do not change from batch to batch; the temperature may be set anew between two calls."""
+
+    def __init__(
+        self,
+        config: LossConfig | None = None,
+        *,
+        temperature: float | Tensor = 1.0,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        metrics_on: str | None = None,
+        **unknown: Any,
+    ):
+        super().__init__()
+        if unknown:
+            raise TypeError(
+                f"{type(self).__name__} has no argument {', '.join(unknown)}; expected config, temperature, softcap, logit_scale and "
+                f"metrics_on. Settings of the loss go into the config: config=LossConfig({next(iter(unknown))}=...)."
+            )
+        self.config = LossConfig() if config is None else config
+        check_config(self.config)
+        checked_scoring(temperature, softcap, logit_scale)
+        if metrics_on is not None:
+            check_metrics_on(metrics_on)
+        self.temperature, self.softcap, self.logit_scale, self.metrics_on = temperature, softcap, logit_scale, metrics_on
+
+    def _with_settings(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Options of a call, which go before the module's settings."""
+        held = {name: getattr(self, name) for name in ("config", "temperature", "softcap", "logit_scale")}
+        if self.metrics_on is not None:
+            held["metrics_on"] = self.metrics_on
+        return {**held, **options}
+
+    def extra_repr(self) -> str:
+        return f"loss_type={self.config.loss_type!r}, temperature={self.temperature}"
+
+
+class GRPOLoss(_Loss):
+    """gf.grpo_loss as a module.
+
+    Args:
+        config: which member of the family; None = LossConfig().
+        temperature, softcap, logit_scale, metrics_on: as in gf.grpo_loss, which has the defaults.
+
+    Raises:
+        TypeError, ValueError: names the argument, what it was, what was expected and the cure.
+
+    Example:
+        >>> loss = GRPOLoss(LossConfig(loss_type="grpo"), temperature=0.7)
+        >>> out = loss(torch.randn(2, 3, 8), torch.randint(8, (2, 3)), torch.tensor([1.0, -1.0]))
+    """
+
+    def forward(
+        self,
+        logits: Tensor,  # [B, T, V], [B, T + 1, V] or packed [N, V]
+        token_ids: Tensor,  # int64 [B, T] or [N]
+        advantages: Tensor,  # [B], [B, T] or [N]
+        **options: Any,
+    ) -> GRPOOutput:
+        """gf.grpo_loss with the module's settings; options as there."""
+        return grpo_loss(logits, token_ids, advantages, **self._with_settings(options))
+
+
+class LinearGRPOLoss(_Loss):
+    """gf.linear_grpo_loss as a module: the loss from hidden states and the weight of the LM head, which stays the model's.
+
+    Args:
+        config: which member of the family; None = LossConfig().
+        temperature, softcap, logit_scale, metrics_on: as in gf.linear_grpo_loss, which has the defaults.
+
+    Raises:
+        TypeError, ValueError: names the argument, what it was, what was expected and the cure.
+
+    Example:
+        >>> head, loss = torch.nn.Linear(4, 8, bias=False), LinearGRPOLoss(temperature=0.7)
+        >>> out = loss(torch.randn(2, 3, 4), head.weight, torch.randint(8, (2, 3)), torch.tensor([1.0, -1.0]))
+    """
+
+    def forward(
+        self,
+        hidden: Tensor,  # [B, T, D], [B, T + 1, D] or packed [N, D]
+        weight: Tensor,  # [V, D]
+        token_ids: Tensor,  # int64 [B, T] or [N]
+        advantages: Tensor,  # [B], [B, T] or [N]
+        **options: Any,
+    ) -> GRPOOutput:
+        """gf.linear_grpo_loss with the module's settings; options as there."""
+        return linear_grpo_loss(hidden, weight, token_ids, advantages, **self._with_settings(options))

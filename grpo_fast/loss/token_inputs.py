@@ -1,0 +1,224 @@
+"""From what the caller passes to one form: logits or hidden states [B, T or T + 1, ...], everything else [B, T] or broadcastable to
+it. A packed [N] batch is one row.
+
+All checks happen here, before anything is computed or written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from grpo_fast.loss import checks
+from grpo_fast.ops.backends import select
+
+__all__ = ["TokenInputs", "token_inputs"]
+
+ANY_VOCABULARY = 1 << 62  # where other processes hold a part of it, whose size is not known yet
+TEMPERATURE_CURE = "The temperature is the one that sampled the tokens; greedy decoding (0) has no policy to train."
+
+
+@dataclass(frozen=True)
+class TokenInputs:
+    """Logits, or the hidden states that a head turns into them, and what scores them: checked, in one form."""
+
+    scored: Tensor  # [B, T, V] or [B, T + 1, V]; hidden states: D in place of V
+    token_ids: Tensor  # int64 [B, T]
+    mask: Tensor  # bool [B, T]
+    temperatures: Tensor | None  # float, broadcastable to [B, T]; None: one number for all
+    temperature: float
+    softcap: float | None
+    logit_scale: float
+    shape: torch.Size  # of token_ids as given: [B, T] or [N]
+    name: str = "logits"  # of ``scored``, for messages
+
+    @property
+    def packed(self) -> bool:
+        return len(self.shape) == 1
+
+    @property
+    def sizes(self) -> str:
+        """From what the sizes of the other arguments follow, for messages."""
+        return f"{self.name} and token_ids"
+
+    def optional(self, name: str, x: Tensor | None, *, one_column: bool = False) -> Tensor | None:
+        """An argument that may be None, else as per_token."""
+        return None if x is None else self.per_token(name, x, like_sequences=False, one_column=one_column)
+
+    def per_token(self, name: str, x: Tensor, *, like_sequences: bool, one_column: bool = False) -> Tensor:
+        """A floating-point argument shaped like token_ids as [B, T]; one given per sequence as [B, 1].
+
+        like_sequences: [B] is allowed; one_column: [B, 1] is.
+        """
+        checks.tensor(name, x, like=self.scored, like_name=self.name)
+        x = x.detach() if x.requires_grad else x  # a constant of the loss, on every backend
+        if self.packed:
+            checks.shape(name, x, (tuple(self.shape), "[N]"), source=self.sizes)
+            return x.unsqueeze(0)
+        sequences, length = self.shape
+        allowed: list[tuple[tuple[int, ...], str]] = [((sequences, length), "[B, T]")]
+        if like_sequences:
+            allowed.append(((sequences,), "[B]"))
+        if one_column:
+            allowed.append(((sequences, 1), "[B, 1]"))
+        checks.shape(name, x, *allowed, source=self.sizes)
+        return x.unsqueeze(1) if x.dim() == 1 else x
+
+    def given_index(self, index: list[int]) -> list[int]:
+        """Of a token in the caller's own tensors."""
+        return index[1:] if self.packed else index
+
+    def like_given(self, x: Tensor) -> Tensor:
+        """A [B, T] result in the shape of the caller's token_ids."""
+        return x.squeeze(0) if self.packed else x
+
+
+def token_inputs(
+    scored: Tensor,
+    token_ids: Tensor,
+    *,
+    mask: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    name: str = "logits",
+    vocabulary: int | None = None,
+) -> TokenInputs:
+    """Check logits and what scores them, and bring them into one form.
+
+    name, vocabulary: for hidden states, what to call them and how many logits a head makes of them; None: there are logits.
+
+    Raises:
+        TypeError, ValueError: names the argument, what it was, what was expected and the cure.
+    """
+    _check_scored(name, scored, token_ids)
+    number, softcap, logit_scale = checked_scoring(temperature, softcap, logit_scale)
+    packed = token_ids.dim() == 1
+    if mask is None:
+        bool_mask = torch.ones_like(token_ids, dtype=torch.bool)
+    else:
+        bool_mask = checked_mask(mask, token_ids, "token_ids", scored=name)
+    inputs = TokenInputs(
+        scored=scored.unsqueeze(0) if packed else scored,
+        token_ids=token_ids.unsqueeze(0) if packed else token_ids,
+        mask=bool_mask.unsqueeze(0) if packed else bool_mask,
+        temperatures=None,
+        temperature=number,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        shape=token_ids.shape,
+        name=name,
+    )
+    if isinstance(temperature, Tensor):
+        inputs = replace(inputs, temperatures=_per_token_temperature(inputs, temperature))
+    if checks.value_checks_wanted(scored):
+        _check_values(inputs, scored.shape[-1] if vocabulary is None else vocabulary)
+    return inputs
+
+
+def _check_scored(name: str, x: Tensor, token_ids: Tensor) -> None:
+    letter, cure = ("V", "A model's output holds it as .logits.") if name == "logits" else ("D", "It is what a model feeds to its head.")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is a {type(x).__name__}; expected a floating-point torch.Tensor. {cure}")
+    checks.tensor(name, x, like=None)
+    if x.is_meta and select(x.device) == "reference":  # a fake tensor of torch.compile is on the device that it stands for
+        are = "are" if name == "logits" else "is"
+        raise ValueError(f"{name} {are} on meta, which holds no values; expected tensors of a CPU or a GPU. {cure}")
+    checks.tensor("token_ids", token_ids, like=x, like_name=name, floating=False)
+    if token_ids.dtype != torch.int64:
+        raise TypeError(f"token_ids has dtype {token_ids.dtype}; expected torch.int64. Convert it: token_ids.long().")
+    if x.dim() not in (2, 3):
+        raise ValueError(f"{name} has shape {list(x.shape)}; expected [B, T, {letter}], [B, T + 1, {letter}] or packed [N, {letter}].")
+    if name == "logits" and x.shape[-1] < 2:
+        raise ValueError(f"logits has a vocabulary of {x.shape[-1]}; expected at least 2 entries in its last dimension.")
+    if x.dim() == 2:
+        checks.shape("token_ids", token_ids, ((x.shape[0],), "[N]"), source=f"{name} and token_ids")
+        return
+    sequences, positions, _ = x.shape
+    allowed = [((sequences, positions), f"[B, T] ({name} [B, T, {letter}])")]
+    if positions > 0:
+        allowed.append(((sequences, positions - 1), f"[B, T] ({name} [B, T + 1, {letter}])"))
+    checks.shape("token_ids", token_ids, *allowed, source=f"{name} and token_ids")
+
+
+def checked_scoring(temperature: float | Tensor, softcap: float | None, logit_scale: float) -> tuple[float, float | None, float]:
+    """The numbers among them as floats; 1 for a temperature that is a tensor."""
+    if softcap is not None:
+        softcap = float(checks.positive("softcap", softcap, "Pass None for a model without a soft cap."))
+    logit_scale = float(checks.positive("logit_scale", logit_scale, "Pass 1.0 for a model that does not scale its logits."))
+    number = 1.0 if isinstance(temperature, Tensor) else checks.positive("temperature", temperature, TEMPERATURE_CURE)
+    return number, softcap, logit_scale
+
+
+def checked_mask(mask: Tensor, tokens: Tensor, name: str, *, scored: str | None = None) -> Tensor:
+    """Which tokens count, as bool. For messages: name, of the tensor ``tokens``; scored, of what its shape and device follow from."""
+    checks.tensor("mask", mask, like=tokens, like_name=scored or name, floating=False)
+    if mask.is_complex():
+        raise TypeError(f"mask has dtype {mask.dtype}; expected bool, or numbers 0 and 1.")
+    source = name if scored is None else f"{scored} and {name}"
+    checks.shape("mask", mask, (tuple(tokens.shape), f"the shape of {name}"), source=source)
+    if mask.dtype == torch.bool:
+        return mask
+    counts = mask != 0
+    if checks.value_checks_wanted(mask):
+        bad = counts & (mask != 1)  # NaN is neither
+        if bool(bad.any()):
+            where = checks.first_index(bad)
+            raise ValueError(f"mask{where} is {mask[tuple(where)].item()}; expected bool, or numbers 0 and 1. Compare first: mask > 0.")
+    return counts
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, tokens: Tensor, name: str, *, scored: str | None = None) -> None:
+    """They say where the sequences of packed tokens begin. The other arguments as in checked_mask."""
+    if tokens.dim() != 1:
+        raise ValueError(
+            f"cu_seqlens was given with {name} of shape {list(tokens.shape)}; expected packed input [N]. Drop it for a padded batch."
+        )
+    checks.tensor("cu_seqlens", cu_seqlens, like=tokens, like_name=scored or name, floating=False)
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens has dtype {cu_seqlens.dtype}; expected torch.int32. Convert it: cu_seqlens.int().")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"cu_seqlens has shape {list(cu_seqlens.shape)}; expected [S + 1]: the first position of each sequence, then N.")
+    if checks.value_checks_wanted(cu_seqlens):
+        total = tokens.shape[0]
+        if cu_seqlens[0] != 0 or cu_seqlens[-1] != total or bool((cu_seqlens.diff() < 0).any()):
+            raise ValueError(f"cu_seqlens is {cu_seqlens.tolist()}; expected to begin with 0, never to fall, and to end with N = {total}.")
+
+
+def _per_token_temperature(inputs: TokenInputs, temperature: Tensor) -> Tensor:
+    if temperature.dim() > 0:
+        return inputs.per_token("temperature", temperature, like_sequences=True, one_column=True)
+    checks.tensor("temperature", temperature, like=inputs.scored, like_name=inputs.name)
+    return temperature.detach().view(1, 1)
+
+
+def _check_values(inputs: TokenInputs, vocabulary: int) -> None:
+    """The checks that must read values; a few microseconds on the CPU, a synchronisation on a GPU."""
+    check_ids(inputs, vocabulary)
+    if inputs.temperatures is not None:
+        mask = inputs.mask
+        bad = mask & ~((inputs.temperatures > 0) & (inputs.temperatures < float("inf")))
+        if bool(bad.any()):
+            where = checks.first_index(bad)
+            value = inputs.temperatures.expand_as(mask)[tuple(where)].item()
+            raise ValueError(
+                f"temperature of token {inputs.given_index(where)} is {value}; expected a finite number > 0. {TEMPERATURE_CURE}"
+            )
+
+
+def check_ids(inputs: TokenInputs, vocabulary: int) -> None:
+    """Every token that counts is in the vocabulary; looked at where values may be read."""
+    if not checks.value_checks_wanted(inputs.token_ids):
+        return
+    mask, ids, of = inputs.mask, inputs.token_ids, "logits" if inputs.name == "logits" else "the head"
+    if ids.numel() == 0:
+        return
+    lowest, highest = torch.aminmax(torch.where(mask, ids, 0))
+    if lowest.item() < 0 or highest.item() >= vocabulary:
+        where = checks.first_index(mask & ((ids < 0) | (ids >= vocabulary)))
+        raise ValueError(
+            f"token_ids{inputs.given_index(where)} is {ids[tuple(where)].item()}; expected 0 <= id < {vocabulary}, the vocabulary of "
+            f"{of}, on every token that counts. Set the mask to 0 on padding."
+        )

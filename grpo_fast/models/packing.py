@@ -1,0 +1,136 @@
+"""From rows of different lengths to what a model is fed, with little padding or none, and back to one [N] column of tokens.
+
+Sequences are laid one after the other into rows, each with positions of its own from 0 on: transformers sees from the positions that they
+are packed, and lets none look at another, if it is given no attention mask and no cache (with either they WOULD see each other, and
+nothing says so: hence `sees_across`). Where a model cannot do that, every sequence gets a row of its own and is padded on the right,
+where a causal model never looks.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo_fast.trainer.rollout import Rollout
+
+__all__ = ["Packed", "attention_of", "choose_attention", "pack", "sees_across", "takes_positions"]
+
+FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A micro-batch as tensors: R rows of L tokens for the model, S sequences with N completion tokens for the loss."""
+
+    inputs: dict[str, Any]  # of the model: input_ids, position_ids [R, L], ...
+    token_ids: Tensor  # int64 [N]
+    scored_at: Tensor  # int64 [N]: in the flattened [R * L], the position whose output scores the token
+    cu_seqlens: Tensor  # int32 [S + 1]: where sequences begin in N
+    lengths: Tensor  # int64 [S], on the CPU: their tokens
+
+    def per_token(self, x: Tensor) -> Tensor:  # [S] -> [N]
+        """A number of each sequence, on the CPU, for each of its tokens."""
+        return x.repeat_interleave(self.lengths).to(self.token_ids.device)
+
+
+def pack(rollout: Rollout, *, how: str, pad_token_id: int, device: torch.device) -> Packed:
+    """Lay out the rows of a rollout.
+
+    Args:
+        how: ``"one_row"`` (R = 1, no padding, for flash attention), ``"rows"`` (as few rows as long as the longest sequence as hold them
+            all), ``"padded"`` (a row per sequence), or ``"padded_without_positions"`` for a model that takes no positions.
+    """
+    sequences = [prompt + completion for prompt, completion in zip(rollout.prompt_ids, rollout.completion_ids, strict=True)]
+    sizes = [len(sequence) for sequence in sequences]
+    places, width = _places(sizes, how)
+    height = 1 + max((row for row, _ in places), default=0)
+    input_ids = torch.full((height, width), pad_token_id)
+    position_ids = torch.arange(width).repeat(height, 1)
+    filled = [0] * height
+    scored_at = []
+    for sequence, prompt, (row, start) in zip(sequences, rollout.prompt_ids, places, strict=True):
+        end = start + len(sequence)
+        input_ids[row, start:end] = torch.tensor(sequence)
+        position_ids[row, start:end] = torch.arange(len(sequence))
+        filled[row] = max(filled[row], end)
+        first = row * width + start + len(prompt) - 1  # the prompt's last token scores the completion's first
+        scored_at.append(torch.arange(first, first + len(sequence) - len(prompt)))
+    if not how.startswith("padded"):
+        for row, end in enumerate(filled):
+            position_ids[row, end:] = torch.arange(width - end)  # the padding is a sequence of its own
+    inputs: dict[str, Any] = {"input_ids": input_ids.to(device), "use_cache": False}
+    if how != "padded_without_positions":
+        inputs["position_ids"] = position_ids.to(device)
+    if how == "one_row":  # said outright: else flash attention reads it from the positions, with a synchronisation in every layer
+        bounds = torch.tensor([0, *sizes]).cumsum(0).int().to(device)
+        inputs |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": max(sizes), "max_length_k": max(sizes)}
+    lengths = torch.tensor(rollout.lengths)
+    return Packed(
+        inputs,
+        torch.tensor([token for ids in rollout.completion_ids for token in ids], dtype=torch.long, device=device),
+        torch.cat(scored_at).to(device),
+        torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]).int().to(device),
+        lengths,
+    )
+
+
+def _places(sizes: Sequence[int], how: str) -> tuple[list[tuple[int, int]], int]:
+    """(row, first column) of each sequence, and the width of the rows."""
+    if how == "one_row":
+        starts = torch.tensor([0, *sizes]).cumsum(0).tolist()
+        return [(0, start) for start in starts[:-1]], starts[-1]
+    width = max(sizes)
+    if how != "rows":
+        return [(row, 0) for row in range(len(sizes))], width
+    places: list[tuple[int, int]] = [(0, 0)] * len(sizes)
+    filled: list[int] = []
+    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):  # the longest first, each into the first row that has room
+        row = next((r for r, used in enumerate(filled) if used + sizes[index] <= width), len(filled))
+        if row == len(filled):
+            filled.append(0)
+        places[index] = (row, filled[row])
+        filled[row] += sizes[index]
+    return places, width
+
+
+def attention_of(model: Any) -> str:
+    """The name of the attention a model runs."""
+    return str(getattr(getattr(model, "config", None), "_attn_implementation", None) or "eager")
+
+
+def choose_attention(*, half: bool) -> str:
+    """Flash attention where it can be imported, a GPU can run it, and the model computes in the 16 bits that it takes; else sdpa."""
+    if half and torch.cuda.is_available():
+        from transformers.utils import import_utils
+
+        for version in (3, 2):
+            available = getattr(import_utils, f"is_flash_attn_{version}_available", None)
+            if available is not None and available():
+                return f"flash_attention_{version}"
+    return "sdpa"
+
+
+def takes_positions(model: Any) -> bool:
+    """Whether the model's forward has an argument for positions."""
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
+@torch.no_grad()
+def sees_across(model: Any, pad_token_id: int, device: torch.device) -> float:
+    """How much a sequence's logits change, at most, with what is packed before it: 0 up to rounding if packing is honoured."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    watched = [token % vocabulary for token in (7, 11, 13, 17, 19)]
+    found = []
+    for first in (3, 23):
+        other = [(first + token) % vocabulary for token in range(6)]
+        constant = torch.ones(2)
+        rows = Rollout([other[:1], watched[:1]], [other[1:], watched[1:]], constant, constant, constant.bool())
+        packed = pack(rows, how="one_row", pad_token_id=pad_token_id, device=device)
+        logits = model(**packed.inputs).logits.flatten(0, 1)[packed.scored_at]
+        found.append(logits[-len(watched) + 1 :].float())
+    return float((found[0] - found[1]).abs().max())

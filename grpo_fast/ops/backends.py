@@ -1,0 +1,193 @@
+"""Which implementation computes: the choice, how to force it, and what is usable on this machine, with reason and cure."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from grpo_fast.ops import extension
+
+__all__ = ["BACKENDS", "BackendStatus", "backends", "forced", "select", "use_backend"]
+
+BACKENDS = ("reference", "cpu", "triton")
+_ISA_NAMES = {0: "portable C++", 1: "AVX2", 2: "AVX-512"}
+
+# A plain global, process-wide on purpose: torch.compile guards on it, so that a compiled function follows use_backend.
+_forced: str | None = None
+_said: set[str] = set()
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """One backend on this machine."""
+
+    name: str
+    usable: bool
+    why: str = ""  # why it is not usable; empty if it is
+    cure: str = ""  # what to do about it
+    details: Mapping[str, str] = field(default_factory=dict)  # versions, instruction set, files
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force one backend for everything computed inside the ``with``, in every thread of the process. Nests.
+
+    Args:
+        name: ``"reference"`` (plain PyTorch, any device), ``"cpu"`` (C++) or ``"triton"`` (GPUs; on CPU tensors Triton's interpreter).
+
+    Raises:
+        ValueError: no backend of that name.
+        RuntimeError: it is not usable here; says why and what to do.
+
+    Example:
+        >>> with use_backend("reference"):
+        ...     select(torch.device("cpu"))
+        'reference'
+    """
+    global _forced
+    if name not in BACKENDS:
+        raise ValueError(f"use_backend: name is {name!r}; expected one of {', '.join(BACKENDS)}.")
+    status = _status(name)
+    if not status.usable:
+        raise RuntimeError(f"use_backend: the backend {name!r} is not usable here: {status.why}. {status.cure}")
+    triton_ops = sys.modules.get("grpo_fast.ops.triton_registration")
+    before = _forced
+    _forced = name
+    try:
+        with triton_ops.interpreted_on_cpu(name == "triton") if triton_ops else contextlib.nullcontext():
+            yield
+    finally:
+        _forced = before
+
+
+def forced() -> str | None:
+    """The backend that use_backend has put in force; None outside of it."""
+    return _forced
+
+
+def backends() -> dict[str, BackendStatus]:
+    """What is usable on this machine, what is not, why, and the cure.
+
+    Asking settles the question: where the C++ extension is compiled at first use, this is a use.
+
+    Returns:
+        a status for each name of ``BACKENDS``.
+    """
+    return {name: _status(name) for name in BACKENDS}
+
+
+def select(device: torch.device) -> str:
+    """The backend that computes on tensors of ``device``: the forced one, else the fastest usable one.
+
+    May be called inside ``torch.compile(fullgraph=True)``.
+
+    Raises:
+        RuntimeError: the forced backend cannot work on this device.
+    """
+    if _forced is None:
+        return _default(device.type)
+    if _forced == "cpu" and device.type != "cpu":
+        raise RuntimeError(
+            f"use_backend('cpu') is in force, but the tensors are on {device}; expected CPU tensors. "
+            "Move them with .cpu(), or force 'reference', which works on every device."
+        )
+    if _forced == "triton" and device.type == "cpu" and not _interpreted():
+        raise RuntimeError(
+            "use_backend('triton') is in force, but the tensors are on the CPU; expected a GPU's. "
+            "Move them there; or, to run the kernels in Triton's interpreter, set TRITON_INTERPRET=1 before Python starts."
+        )
+    return _forced
+
+
+def _default(device_type: str) -> str:
+    """The unforced choice; constant for the life of the process, so torch.compile may evaluate it while it traces."""
+    preferred = {"cpu": "cpu", "cuda": "triton", "xpu": "triton"}.get(device_type, "reference")
+    if preferred == "reference":
+        return "reference"
+    usable, why, cure = _usable(preferred)
+    if usable:
+        return preferred
+    _say_once(
+        preferred,
+        f"the {preferred!r} backend is not usable: {why}. {cure} Tensors on {device_type!r} are computed by the reference backend "
+        "(plain PyTorch), which is right but slow and takes more memory.",
+    )
+    return "reference"
+
+
+# What torch.compiler.assume_constant_result does, without the four seconds that it takes to import torch._dynamo for it.
+_default._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _usable(name: str) -> tuple[bool, str, str]:
+    """(usable, why not, cure) of one backend. Makes no tensor and calls no operator: it may run while torch.compile traces."""
+    if name == "cpu" and not extension.load():
+        status = extension.status()
+        return False, status.why, status.cure
+    if name == "triton":
+        return _triton_usable()
+    return True, "", ""
+
+
+@functools.cache
+def _triton_usable() -> tuple[bool, str, str]:
+    """The same for Triton; where it is usable, its kernels are registered afterwards."""
+    if importlib.util.find_spec("triton") is None:
+        return False, "triton is not installed", "Install it: pip install triton (PyTorch's own builds for GPUs bring it)."
+    if not _interpreted() and not torch.cuda.is_available() and not torch.xpu.is_available():
+        cure = "Use 'reference' or 'cpu'; or, to try the kernels in Triton's interpreter, set TRITON_INTERPRET=1 before Python starts."
+        return False, "there is no GPU that PyTorch can use", cure
+    try:
+        importlib.import_module("grpo_fast.ops.triton_registration")
+    except Exception as error:  # a triton that does not fit this torch fails in many ways
+        return False, f"its kernels could not be loaded: {type(error).__name__}: {error}", "Install the triton that this torch asks for."
+    return True, "", ""
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _status(name: str) -> BackendStatus:
+    usable, why, cure = _usable(name)
+    details: dict[str, str] = {"torch": torch.__version__}
+    if name == "cpu" and usable:
+        details |= {"instruction set": cpu_isa(), "threads": str(torch.get_num_threads()), "library": extension.status().path}
+    if name == "triton":
+        details["triton"] = installed_version("triton") or "not installed"
+    return BackendStatus(name=name, usable=usable, why=why, cure=cure, details=details)
+
+
+def cpu_isa() -> str:
+    """The instruction set that the C++ kernels run with, in words."""
+    if not extension.status().loaded:
+        return "none: the extension is not loaded"
+    try:
+        isa = int(torch.ops.grpo_fast.cpu_isa())
+    except (AttributeError, RuntimeError):  # an extension without the operator
+        return f"unknown ({platform.machine()})"
+    return _ISA_NAMES.get(isa, f"number {isa}")
+
+
+def installed_version(package: str) -> str | None:
+    """The version of an installed distribution, without importing it; None if it is not there."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _say_once(key: str, text: str) -> None:
+    if key not in _said:
+        _said.add(key)
+        warnings.warn(f"grpo_fast: {text}", RuntimeWarning, stacklevel=4)

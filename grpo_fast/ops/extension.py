@@ -1,0 +1,206 @@
+"""Loading of the C++ and CUDA extension: the prebuilt one at import, else one compiled at first use into a cache folder.
+
+The extension is a library of operators, not of Python functions: loading it attaches kernels to the schemas of ops.py. A missing or
+broken extension is a status with a reason and a cure, never an error at import.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+import torch
+
+from grpo_fast.ops import build
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+_INSTALL = "Run `pip install --no-build-isolation --force-reinstall --no-deps .` in the checkout of grpo_fast and read what it prints."
+
+
+@dataclass(frozen=True)
+class ExtensionStatus:
+    """What became of the extension."""
+
+    loaded: bool
+    path: str = ""  # of the loaded library
+    why: str = ""  # why it is not loaded
+    cure: str = ""
+
+
+_status: ExtensionStatus | None = None  # None until it is loaded or has failed for good; a failure is not tried again in this process
+_prebuilt_failure = ""
+_lock = threading.Lock()
+
+
+def load_prebuilt() -> bool:
+    """Load ``grpo_fast._C`` if the install holds one. Milliseconds; compiles nothing; never raises.
+
+    Returns:
+        True if the extension is loaded.
+    """
+    global _status, _prebuilt_failure
+    if _status is not None:
+        return _status.loaded
+    # Beside this file alone: an editable install elsewhere on the path would offer its own.
+    spec = PathFinder.find_spec("grpo_fast._C", [str(_PACKAGE)])
+    if spec is None or spec.origin is None:
+        _prebuilt_failure = "this install of grpo_fast holds no compiled extension"
+        return False
+    try:
+        torch.ops.load_library(spec.origin)
+    except (OSError, RuntimeError, ImportError) as error:  # another torch than it was built for, or a damaged file
+        _prebuilt_failure = f"{spec.origin} does not load: {_first_line(error)}"
+        return False
+    _status = ExtensionStatus(loaded=True, path=spec.origin)
+    return True
+
+
+def load() -> bool:
+    """Load the extension, compiling it first where the install holds none. Idempotent; never raises.
+
+    The compilation happens once per version, torch and machine, under a lock, and says so on stderr. It is skipped with
+    GRPO_FAST_BUILD=none. A failure is remembered for the life of the process: see ``status()``.
+
+    Returns:
+        True if the extension's operators can be called.
+    """
+    global _status
+    if _status is not None:
+        return _status.loaded
+    with _lock:
+        if _status is None and not load_prebuilt():
+            try:
+                _status = _load_compiled()
+            except Exception as error:  # whatever it is, the reference backend still works
+                _status = _failed(f"the compilation at first use failed: {_first_line(error)}", _INSTALL)
+    return _status is not None and _status.loaded
+
+
+def status() -> ExtensionStatus:
+    """The state of the extension, without loading or compiling anything."""
+    if _status is not None:
+        return _status
+    return ExtensionStatus(loaded=False, why=f"{_prebuilt_failure or 'not loaded yet'}; it will be compiled when it is first needed")
+
+
+def _load_compiled() -> ExtensionStatus:
+    mode = build.mode()
+    if mode == "none":
+        return _failed("GRPO_FAST_BUILD=none forbids the compilation at first use", "Unset GRPO_FAST_BUILD, or install with it unset.")
+    if sys.platform == "win32":
+        return _failed("the extension is not supported on Windows", "Use Linux (WSL), or the reference backend.")
+    csrc = _source_folder()
+    if csrc is None:
+        cure = f"Install again without GRPO_FAST_BUILD=none. {_INSTALL}"
+        return _failed("this install is pure Python (built with GRPO_FAST_BUILD=none): it carries no C++ sources", cure)
+
+    cuda_home = None
+    if torch.version.cuda:
+        cuda_home, _ = build.choose_cuda(mode, torch.version.cuda)
+    library = _cache_folder(csrc, cuda_home) / "_C.so"
+    if not library.is_file():
+        if build.cxx_compiler() is None:
+            cure = "Install a C++17 compiler (for example: `apt install g++`), or set CXX to one."
+            return _failed("no C++ compiler was found, and it is compiled at first use", cure)
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(library.parent / "lock"):
+            if not library.is_file():  # else another process has made it meanwhile
+                return _compile(csrc, cuda_home, library)
+    torch.ops.load_library(str(library))
+    return ExtensionStatus(loaded=True, path=str(library))
+
+
+def _compile(csrc: Path, cuda_home: str | None, library: Path) -> ExtensionStatus:
+    """Compile, load, and move the finished file to ``library`` in one step: a killed process leaves no half file. Called under the lock."""
+    from torch.utils import cpp_extension
+
+    _say(f"compiling the {'C++ and CUDA' if cuda_home else 'C++'} extension for torch {torch.__version__}, once, into {library.parent} ...")
+    begin = time.perf_counter()
+    work = library.parent / "build"
+    shutil.rmtree(work, ignore_errors=True)  # of a process that was killed, with torch's lock file in it
+    work.mkdir()
+    log = library.with_suffix(".log")
+    torchs_cuda_home = cpp_extension.CUDA_HOME
+    try:
+        cpp_extension.CUDA_HOME = cuda_home or torchs_cuda_home  # the toolkit chosen, where torch would take another
+        with build.build_environment(native_archs=cuda_home is not None and torch.cuda.is_available()):
+            cpp_extension.load(
+                name="_C",
+                sources=build.sources(csrc, cuda=cuda_home is not None),
+                extra_include_paths=[str(csrc)],
+                extra_cflags=build.cxx_flags(cuda=cuda_home is not None),
+                extra_cuda_cflags=build.NVCC_FLAGS,
+                extra_ldflags=build.link_flags(cuda_home),
+                build_directory=str(work),
+                with_cuda=cuda_home is not None,
+                is_python_module=False,
+            )
+        os.replace(work / "_C.so", library)
+    except Exception as error:
+        log.write_text(str(error))
+        _say(f"the compilation failed after {time.perf_counter() - begin:.0f} s, the compiler's words are in {log}")
+        return _failed(f"the compilation at first use failed: {_first_line(error)}", f"Read {log}; a C++17 compiler and ninja are needed.")
+    finally:
+        cpp_extension.CUDA_HOME = torchs_cuda_home
+        shutil.rmtree(work, ignore_errors=True)
+    log.unlink(missing_ok=True)
+    _say(f"compiled in {time.perf_counter() - begin:.0f} s")
+    return ExtensionStatus(loaded=True, path=str(library))
+
+
+def _source_folder() -> Path | None:
+    """csrc of the wheel, or of the checkout that this file stands in."""
+    for folder in (_PACKAGE / "_csrc", _PACKAGE.parent / "csrc"):
+        if (folder / "ops.cpp").is_file():
+            return folder
+    return None
+
+
+def _cache_folder(csrc: Path, cuda_home: str | None) -> Path:
+    """Under $TORCH_EXTENSIONS_DIR, as for every extension that torch compiles, else under the user's cache; named after what goes in."""
+    key = hashlib.sha256()
+    files = sorted(path for path in csrc.rglob("*") if path.suffix in (".cpp", ".h", ".cu", ".cuh"))
+    for path in [*files, Path(build.__file__)]:
+        key.update(path.name.encode() + path.read_bytes())
+    key.update(f"{torch.__version__} {torch.version.cuda} {cuda_home} {os.uname().machine} {os.environ.get('CXX')}".encode())
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "grpo_fast" / key.hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """An exclusive lock between processes. The kernel releases it when its holder dies, unlike torch's own lock file."""
+    import fcntl
+
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            _say("another process is compiling the extension; waiting for it ...")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _failed(why: str, cure: str) -> ExtensionStatus:
+    both = f"{_prebuilt_failure}, and {why}" if _prebuilt_failure else why
+    return ExtensionStatus(loaded=False, why=both, cure=cure)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    telling = next((line for line in lines if "error" in line.lower() and "Error building" not in line), lines[0])
+    return f"{type(error).__name__}: {telling.strip()}"
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"grpo_fast: {text}\n")
+    sys.stderr.flush()

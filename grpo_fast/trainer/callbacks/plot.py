@@ -1,0 +1,164 @@
+"""Curves of one run or of several, laid over each other."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from grpo_fast.trainer.callbacks.records import RunError, read_run
+
+__all__ = ["PANELS", "draw", "series"]
+
+# Okabe and Ito's palette: told apart by colour-blind eyes too. Further runs differ in line style.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLES = ("-", "--", ":", "-.")
+
+PANELS = (  # title, key of the log, label of the axis, factor
+    ("Reward", "reward", "reward", 1),
+    ("Entropy of softmax(z/T)", "entropy", "nats a token", 1),
+    ("Groups with equal rewards", "frac_reward_zero_std", "%", 100),
+    ("Repetition", "completions/repetition", "% of n-grams", 100),
+    ("Length", "completions/mean_length", "tokens", 1),
+    ("Cut at the length limit", "completions/clipped_ratio", "%", 100),
+    ("Clipped tokens", "clip_ratio/region_mean", "%", 100),
+    ("KL to the reference", "kl", "nats a token", 1),
+    ("Temperature", "temperature", "T", 1),
+    ("Gradient norm", "grad_norm", "norm", 1),
+    ("Speed", "tokens_per_second", "tokens/s", 1),
+    ("Time of a step", "step_time", "seconds", 1),
+    ("Loss", "loss", "loss", 1),
+)
+DOTTED = {  # title -> pattern of further keys, which are drawn dotted and with their standard errors where there are any; what they are
+    "Reward": (r"eval(_.+)?_reward", "evaluation"),
+    "Length": (r"completions/mean_terminated_length", "those that ended"),
+    "Time of a step": (r"step_time/generate", "sampling"),
+}
+
+
+def series(records: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    """Steps and values of one metric, where it was logged as a finite number; of several at one step the last."""
+    points: dict[float, float] = {}
+    for record in records:
+        value = record.get(key)
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            points[float(record.get("step", len(points)))] = float(value)
+    return list(points), list(points.values())
+
+
+def draw(runs: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str], *, smooth: int = 1) -> list[str]:
+    """Draw the metrics that at least one run has into a file. Returns the titles of the panels drawn.
+
+    Args:
+        runs: folders or metrics files.
+        output: .png, .pdf or .svg. It is complete or not there: it is written beside and moved into place.
+        smooth: width of a running mean, in points; the points themselves stay, thin.
+
+    Raises:
+        RunError: a run that is missing or empty, or none of the metrics.
+        ValueError: an ending that matplotlib does not write.
+    """
+    if not runs:
+        raise RunError("no run was given; expected at least one folder or metrics file.")
+    if smooth < 1:
+        raise ValueError(f"smooth is {smooth}; expected at least 1, which leaves the curves as they are.")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure  # no pyplot: nothing global is touched, no window is opened
+
+    output = Path(output)
+    kinds = FigureCanvasAgg(Figure()).get_supported_filetypes()
+    kind = output.suffix.lstrip(".").lower()
+    if kind not in kinds:
+        raise ValueError(f"output is {str(output)!r}; expected a name that ends in .png, .pdf or .svg.")
+    data = [(_name(run, runs), [_with_time(record) for record in read_run(run)]) for run in runs]
+    panels = [panel for panel in PANELS if any(series(records, panel[1])[0] for _, records in data)]
+    if len({value for _, records in data for value in series(records, "temperature")[1]}) == 1:  # it says nothing where it never changes
+        panels = [panel for panel in panels if panel[1] != "temperature"]
+    if not panels:
+        known = ", ".join(sorted({key for _, records in data for key in records[0] if key != "step"})[:12])
+        raise RunError(f"{', '.join(name for name, _ in data)}: none of the metrics to draw; the first line has {known or 'only a step'}.")
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.4 * columns, 2.9 * rows + 0.4), layout="constrained", dpi=150)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis, panel in zip(axes, panels, strict=False):
+        _draw_panel(axis, panel, data, smooth)
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    if len(data) > 1:
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=min(len(data), 4), frameon=False)
+    else:
+        figure.suptitle(data[0][0], fontsize=11)
+    _save(figure, output, kind)
+    return [panel[0] for panel in panels]
+
+
+def _with_time(record: dict[str, Any]) -> dict[str, Any]:
+    """A record with the time of the whole step."""
+    parts = [value for key, value in record.items() if key.startswith("step_time/") and isinstance(value, (int, float))]
+    return record | ({"step_time": sum(parts)} if parts else {})
+
+
+def _draw_panel(axis: Any, panel: tuple[str, str, str, int], data: Sequence[tuple[str, list[dict[str, Any]]]], smooth: int) -> None:
+    title, key, label, factor = panel
+    pattern, what = DOTTED.get(title, ("", ""))
+    dotted = False
+    for number, (name, records) in enumerate(data):
+        colour, style = COLOURS[number % len(COLOURS)], STYLES[number // len(COLOURS) % len(STYLES)]
+        _curve(axis, *series(records, key), factor, colour, style, name, smooth)
+        dotted |= _further(axis, records, pattern, colour)
+    axis.set(title=f"{title} (dotted: {what})" if dotted else title, xlabel="step", ylabel=label)
+    axis.title.set_fontsize(10)
+    if factor == 100:  # a share: from 0 on, and a flat line of zeros at the bottom
+        axis.set_ylim(0, max(axis.get_ylim()[1], 1))
+    axis.grid(color="#dddddd", linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _curve(axis: Any, steps: list[float], values: list[float], factor: float, colour: str, style: str, name: str, smooth: int) -> None:
+    values = [factor * value for value in values]
+    if smooth > 1:
+        axis.plot(steps, values, color=colour, linewidth=0.7, alpha=0.35)
+        reach = smooth // 2
+        windows = [values[max(i - reach, 0) : i + reach + 1] for i in range(len(values))]
+        values = [sum(window) / len(window) for window in windows]
+    lonely = {"marker": "o", "markersize": 4} if len(values) == 1 else {}
+    axis.plot(steps, values, color=colour, linewidth=1.6, linestyle=style, label=name, **lonely)
+
+
+def _further(axis: Any, records: Sequence[dict[str, Any]], pattern: str, colour: str) -> bool:
+    """Draw the metrics that a pattern fits, dotted. Returns whether there were any."""
+    keys = dict.fromkeys(key for record in records for key in record if re.fullmatch(pattern, key))
+    for key in keys:
+        steps, values = series(records, key)
+        axis.plot(steps, values, color=colour, linewidth=1.2, linestyle=":")
+        errors = dict(zip(*series(records, f"{key}_se"), strict=True))
+        if errors:
+            axis.errorbar(steps, values, [errors.get(step, 0.0) for step in steps], fmt="o", color=colour, markersize=3, capsize=2)
+    return bool(keys)
+
+
+def _name(run: str | os.PathLike[str], runs: Sequence[str | os.PathLike[str]]) -> str:
+    """The folder's name, or as much of the path as tells the runs apart."""
+    folders = [(Path(each) if Path(each).is_dir() else Path(each).parent).resolve() for each in runs]
+    own = (Path(run) if Path(run).is_dir() else Path(run).parent).resolve()
+    return own.name if sum(folder.name == own.name for folder in folders) == 1 else "/".join(own.parts[-2:])
+
+
+def _save(figure: Any, output: Path, kind: str) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}.")
+    os.close(handle)
+    partial = Path(name)
+    try:
+        figure.savefig(partial, format=kind)
+        partial.chmod(0o644)  # mkstemp's 0600 is for secrets
+        partial.replace(output)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,1 @@
+"""Helpers without knowledge of GRPO that several packages share: files, environment, statistics, text statistics, install hints."""
