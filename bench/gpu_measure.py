@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from grpo_fast.benchmark.report import write_atomically
+from grpo_fast.utils.files import write_atomically
 
 KIND = "gpu"  # of the JSON: `grpo-fast bench --plot` draws it by this
 SHARE_OF_MEMORY = 0.9  # of what is free, that a case may be expected to take

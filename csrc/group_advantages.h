@@ -25,7 +25,8 @@
 
 namespace grpo_fast {
 
-// By what a centred reward is divided; the numbers are those of grpo_fast/loss/advantages.py. GDPO divides by the group's, then the batch's.
+// By what a centred reward is divided; the numbers are those of grpo_fast/loss/advantages.py. GDPO divides by the group's, then the
+// batch's.
 constexpr int64_t kScaleNone = 0, kScaleGroup = 1, kScaleBatch = 2;
 
 // One call, as plain data: it goes to the GPU by value.
@@ -224,8 +225,8 @@ namespace grpo_fast {
 
 using GroupAdvantagesOutput = std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor>;
 
-// Checks the arguments, allocates the outputs on the rewards' device, and calls run(args), which fills them. grpo_fast/loss/advantages.py has
-// made friendlier checks before; these hold for whoever calls the operator itself.
+// Checks the arguments, allocates the outputs on the rewards' device, and calls run(args), which fills them. grpo_fast/loss/advantages.py
+// has made friendlier checks before; these hold for whoever calls the operator itself.
 template <typename Run>
 GroupAdvantagesOutput with_group_advantages_args(const torch::stable::Tensor& rewards,
                                                  const std::optional<torch::stable::Tensor>& group_offsets, int64_t group_size,

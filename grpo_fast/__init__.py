@@ -18,6 +18,7 @@ from grpo_fast.loss.modules import GRPOLoss, LinearGRPOLoss
 from grpo_fast.models.lm_head import head_of, linear_logprobs_from, linear_loss_from
 from grpo_fast.ops import extension
 from grpo_fast.ops.backends import BackendStatus, backends, use_backend
+from grpo_fast.version import __version__ as __version__
 
 extension.load_prebuilt()  # milliseconds; a missing or broken extension is a status (see backends()), never an error here
 
@@ -45,4 +46,3 @@ __all__ = [
     "top_entropy_mask",
     "use_backend",
 ]
-__version__ = "0.1.0"

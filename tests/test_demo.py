@@ -17,7 +17,7 @@ pytest.importorskip("matplotlib")
 
 import grpo_fast as gf
 from grpo_fast.cli.demo import app
-from grpo_fast.demo import by_trainer, compare, grpo, need, report, run
+from grpo_fast.demo import by_trainer, compare, grpo, need, run
 from grpo_fast.demo.evaluate import TEMPERATURES, Quality, evaluate
 from grpo_fast.demo.grpo import Settings, check_on_policy, policy_loss, sample, train
 from grpo_fast.demo.judge import judge
@@ -25,6 +25,7 @@ from grpo_fast.demo.model import make_model
 from grpo_fast.demo.run import REWARDS, Options, warm_started
 from grpo_fast.demo.task import DIGITS, Teacher, make_tokenizer, question, solve, split_questions
 from grpo_fast.rewards import accuracy_reward
+from grpo_fast.utils.files import write_json
 from grpo_fast.utils.text_statistics import coherence, parse_sections
 
 MIXED = ["sort 5281=", "sort 5=", "sort 31="]  # prompts of unequal length: two of them are padded
@@ -197,9 +198,9 @@ def test_the_judge_says_which_criterion_failed():
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     target = tmp_path / "result.json"
-    report.write_json({"run": 1}, target)
+    write_json(target, {"run": 1})
     with pytest.raises(TypeError):
-        report.write_json({"run": object()}, target)
+        write_json(target, {"run": object()})
     assert json.loads(target.read_text()) == {"run": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
 

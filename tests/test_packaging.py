@@ -39,7 +39,7 @@ def python(code: str, *args: str, cwd: Path | None = None, **environment: str) -
     return run.stdout
 
 
-def build(tree: Path, what: str, out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_backend(tree: Path, what: str, out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Call the build backend as pip does: ``what`` is "wheel" or "sdist"."""
     clean = {key: value for key, value in os.environ.items() if key != "GRPO_FAST_BUILD"}
     code = f"from setuptools import build_meta; build_meta.build_{what}({str(out)!r})"
@@ -63,7 +63,7 @@ def tree(tmp_path_factory) -> Path:
 
 def wheel_of(tree: Path, out: Path, **environment: str) -> Path:
     """The wheel that a build with this environment gives, unpacked into ``out``."""
-    run = build(tree, "wheel", out / "dist", **environment)
+    run = run_backend(tree, "wheel", out / "dist", **environment)
     assert run.returncode == 0, run.stderr
     (wheel,) = (out / "dist").glob("*.whl")
     with zipfile.ZipFile(wheel) as file:
@@ -226,7 +226,7 @@ def test_a_wheel_without_extension_carries_every_source(late_wheel):
 
 
 def test_the_sdist_holds_everything_a_build_needs(tree, tmp_path):
-    run = build(tree, "sdist", tmp_path, GRPO_FAST_BUILD="none")
+    run = run_backend(tree, "sdist", tmp_path, GRPO_FAST_BUILD="none")
     assert run.returncode == 0, run.stderr
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as file:
@@ -240,7 +240,7 @@ def test_the_sdist_holds_everything_a_build_needs(tree, tmp_path):
 
 
 def test_a_wrong_value_of_the_switch_stops_the_build_with_the_allowed_ones(tree, tmp_path):
-    run = build(tree, "wheel", tmp_path, GRPO_FAST_BUILD="gpu")
+    run = run_backend(tree, "wheel", tmp_path, GRPO_FAST_BUILD="gpu")
     assert run.returncode != 0
     assert "expected one of auto, cpu, cuda, none" in run.stderr
 

@@ -18,10 +18,10 @@ pytest.importorskip("matplotlib")
 
 from study_cases import ROWS, Counting, made, run, sampled
 
-from grpo_fast.benchmark import report as benchmark_report
 from grpo_fast.generation import SamplingParams
 from grpo_fast.rewards import FormatReward
 from grpo_fast.study import draw, prepare, resume, sampling
+from grpo_fast.utils import files
 
 pytest_plugins = ["study_cases"]
 
@@ -249,10 +249,10 @@ def test_secrets_are_in_no_result(here: Path) -> None:
 
 
 def test_tables_are_shown_before_a_result_that_cannot_be_written_is_lost(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(result: Any, path: Path) -> None:
+    def full(path: Path, result: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(benchmark_report, "write_json", full)
+    monkeypatch.setattr(files, "write_json", full)
     out = sampled(*FEW, "--temperatures", "1.0", status=1)
     assert "What is right (4 prompts" in out and "the result cannot be written: no space left on device" in out
     assert "warning: what is finished cannot be kept" in out

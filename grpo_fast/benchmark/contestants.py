@@ -14,7 +14,7 @@ from torch import Tensor
 
 import grpo_fast as gf
 from grpo_fast.benchmark.data import CONFIG, Batch
-from grpo_fast.utils.environment import cache_bytes
+from grpo_fast.ops.environment import cache_bytes
 
 __all__ = ["LABELS", "Contestant", "Result", "UnavailableError", "make", "readable_logprobs", "readable_loss"]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -25,10 +24,9 @@ import grpo_fast as gf
 from grpo_fast.benchmark.contestants import UnavailableError, readable_loss
 from grpo_fast.benchmark.data import CONFIG
 from grpo_fast.benchmark.measure import timed
-from grpo_fast.benchmark.report import write_atomically
-from grpo_fast.benchmark.settings import check_output
 from grpo_fast.ops.backends import installed_version
-from grpo_fast.utils.environment import caption, describe, load_average
+from grpo_fast.ops.environment import caption, describe, load_average
+from grpo_fast.utils.files import check_output, write_json
 
 __all__ = ["PAIRS", "Settings", "app", "markdown", "run"]
 
@@ -249,7 +247,7 @@ def bench_drop_ins(
         raise typer.BadParameter(str(error)) from error
     torch.set_num_threads(threads)
     result = run(Settings(sequences, tokens, width, vocabulary, rounds, threads), lambda line: typer.echo(line, err=True))
-    write_atomically(output, lambda partial: Path(partial).write_text(json.dumps(result, indent=1) + "\n"))
+    write_json(output, result)
     for pair in PAIRS:
         typer.echo(result["left_out"][pair] if pair in result["left_out"] else "\n".join(markdown(result, pair, "grpo_fast")))
     typer.echo(f"{caption(result['machine'], threads)}\nEvery number: {output}")

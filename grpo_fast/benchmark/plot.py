@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_fast.benchmark.contestants import LABELS
-from grpo_fast.benchmark.report import write_atomically
 from grpo_fast.benchmark.settings import CONTESTANTS, MALLOC_MODES, PASSES
-from grpo_fast.utils.environment import caption
+from grpo_fast.ops.environment import caption
+from grpo_fast.utils.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import tempfile
-from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -17,9 +14,9 @@ from rich.table import Table
 from grpo_fast.benchmark.contestants import LABELS
 from grpo_fast.benchmark.schedule import Outcome, flush_bytes
 from grpo_fast.benchmark.settings import CONTESTANTS, PASSES, Settings
-from grpo_fast.utils.environment import caption
+from grpo_fast.ops.environment import caption
 
-__all__ = ["SCHEMA", "as_json", "load", "print_report", "summarise", "write_atomically", "write_json"]
+__all__ = ["SCHEMA", "as_json", "load", "print_report", "summarise"]
 
 SCHEMA = 1
 TITLES = {"forward": "Log-probabilities, no gradient", "forward_backward": "Loss and its gradient"}
@@ -80,26 +77,8 @@ def _key(entry: dict[str, Any], contestant: str | None = None) -> tuple[str, str
     return entry["malloc"], entry["case"], entry["step"], contestant or entry["contestant"]
 
 
-def write_json(result: dict[str, Any], path: Path) -> None:
-    write_atomically(path, lambda partial: partial.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8"))
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """A reader finds the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(descriptor)
-    try:
-        write(Path(partial))
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
-
-
 def load(path: Path) -> dict[str, Any]:
-    """A result of write_json.
+    """A result that `write_json` wrote.
 
     Raises:
         ValueError: the file is not there, or is not one.

@@ -18,7 +18,7 @@ from grpo_fast.benchmark.arena import Arena, arena_bytes
 from grpo_fast.benchmark.data import Batch, batch_bytes, fill, shared_batch, write_truth
 from grpo_fast.benchmark.overhead import SHAPE
 from grpo_fast.benchmark.settings import FOOTPRINT, MALLOC_MODES, PASSES, Case, Settings
-from grpo_fast.utils.environment import available_memory, cache_bytes
+from grpo_fast.ops.environment import available_memory, cache_bytes
 
 __all__ = ["Outcome", "Progress", "flush_bytes", "needed_memory", "run", "total_steps"]
 

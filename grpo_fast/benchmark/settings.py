@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-import tempfile
-from contextlib import suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["CONTESTANTS", "DTYPES", "MALLOC_MODES", "PASSES", "Case", "Settings", "check_output", "parse_shape"]
+__all__ = ["CONTESTANTS", "DTYPES", "MALLOC_MODES", "PASSES", "Case", "Settings", "parse_shape"]
 
 PASSES = ("forward", "forward_backward")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -132,24 +129,3 @@ def _names(name: str, given: tuple[str, ...], allowed: tuple[str, ...]) -> None:
 def _require(ok: bool, name: str, value: object, expected: str) -> None:
     if not ok:
         raise ValueError(f"{name} is {value!r}; expected {expected}.")
-
-
-def check_output(output: Path) -> None:
-    """Whether a result can be written there: nobody wants to hear it when everything has been measured.
-
-    Raises:
-        ValueError: says what is expected.
-    """
-    if output.suffix != ".json" or output.is_dir():
-        raise ValueError(f"output is {str(output)!r}; expected the name of a .json file. A figure takes the same name with .png.")
-    new = [folder for folder in output.parents if not folder.exists()]
-    try:  # what a folder permits does not tell: it is tried
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output.parent):
-            pass
-    except OSError as error:
-        raise ValueError(f"output is {str(output)!r}; expected a place to write to ({error}). Cure: another --output.") from error
-    finally:
-        for folder in new:  # who is refused leaves nothing
-            with suppress(OSError):
-                folder.rmdir()

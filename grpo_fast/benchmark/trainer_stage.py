@@ -9,7 +9,6 @@ losses, gradients and what is logged agree.
 from __future__ import annotations
 
 import copy
-import json
 import math
 import statistics
 import tempfile
@@ -24,15 +23,14 @@ from torch import Tensor
 
 import grpo_fast as gf
 from grpo_fast.benchmark.measure import timed
-from grpo_fast.benchmark.report import write_atomically
-from grpo_fast.benchmark.settings import check_output
 from grpo_fast.benchmark.trl_stage import Settings, make_batch, make_model
 from grpo_fast.models.forward import Passes
+from grpo_fast.ops.environment import caption, describe, load_average
 from grpo_fast.trainer.config import GRPOConfig
 from grpo_fast.trainer.diagnostics import MicroBatch
 from grpo_fast.trainer.grpo_trainer import GRPOTrainer
 from grpo_fast.trainer.rollout import Rollout
-from grpo_fast.utils.environment import caption, describe, load_average
+from grpo_fast.utils.files import check_output, write_json
 
 __all__ = ["CONTESTANTS", "EagerPasses", "app", "run"]
 
@@ -214,7 +212,7 @@ def bench_trainer(
     console = Console()
     with console.status("starting") as status:
         result = run(settings, status.update)
-    write_atomically(output, lambda partial: Path(partial).write_text(json.dumps(result, indent=1) + "\n"))
+    write_json(output, result)
     table = Table(title="Loss stage of GRPOTrainer: compute_loss, backward, metrics", title_justify="left")
     for column in ("", "seconds", "faster than eager", "extra memory, MiB"):
         table.add_column(column, justify="left" if not column else "right")

@@ -26,10 +26,9 @@ import typer
 from torch import Tensor
 
 from grpo_fast.benchmark.measure import timed
-from grpo_fast.benchmark.report import write_atomically
-from grpo_fast.benchmark.settings import check_output
 from grpo_fast.integrations.versions import refuse_other_versions
-from grpo_fast.utils.environment import caption, describe, load_average
+from grpo_fast.ops.environment import caption, describe, load_average
+from grpo_fast.utils.files import check_output, write_json
 from grpo_fast.utils.install_hints import install
 
 __all__ = ["CONTESTANTS", "Settings", "app", "disagreement", "run"]
@@ -350,7 +349,7 @@ def bench_trl(
     console = Console()
     with console.status("starting") as status:
         result = run(settings, status.update)
-    write_atomically(output, lambda partial: Path(partial).write_text(json.dumps(result, indent=1) + "\n"))
+    write_json(output, result)
     table = Table(title="Loss stage: compute_loss, backward, log", title_justify="left")
     for column in ("", "groups active", "seconds", "faster than stock", "extra memory, MiB"):
         table.add_column(column, justify="left" if not column else "right")

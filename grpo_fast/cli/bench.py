@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from grpo_fast.benchmark.settings import CONTESTANTS, DTYPES, MALLOC_MODES, Settings, check_output, parse_shape
+from grpo_fast.benchmark.settings import CONTESTANTS, DTYPES, MALLOC_MODES, Settings, parse_shape
+from grpo_fast.utils.files import check_output
 from grpo_fast.utils.install_hints import install
 
 __all__ = ["app", "bench"]
@@ -68,9 +69,10 @@ def bench(
 
     from rich.console import Console
 
-    from grpo_fast.benchmark.report import print_report, write_json
+    from grpo_fast.benchmark.report import print_report
+    from grpo_fast.utils.files import write_json
 
-    write_json(result, output)
+    write_json(output, result)
     print_report(result, Console())
     typer.echo(f"Every number: {output}")
     if importlib.util.find_spec("matplotlib") is None:
@@ -87,7 +89,7 @@ def _measure(settings: Settings) -> dict[str, Any]:
 
     from grpo_fast.benchmark.report import as_json
     from grpo_fast.benchmark.schedule import run, total_steps
-    from grpo_fast.utils.environment import describe, load_average
+    from grpo_fast.ops.environment import describe, load_average
 
     machine, load, start = describe(), load_average(), time.perf_counter()
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))

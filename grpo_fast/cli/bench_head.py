@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from grpo_fast.benchmark.head.run import Settings
-from grpo_fast.benchmark.settings import check_output
+from grpo_fast.utils.files import check_output
 from grpo_fast.utils.install_hints import install
 
 __all__ = ["app", "bench_head"]
@@ -40,7 +40,7 @@ def bench_head(
 
     from grpo_fast.benchmark.head.report import print_report, write_plot
     from grpo_fast.benchmark.head.run import run
-    from grpo_fast.benchmark.report import write_atomically
+    from grpo_fast.utils.files import write_json
 
     can_draw = importlib.util.find_spec("matplotlib") is not None
     try:
@@ -69,7 +69,7 @@ def bench_head(
     console = Console()
     with console.status("starting") as status:
         result = run(settings, status.update)
-    write_atomically(output, lambda partial: Path(partial).write_text(json.dumps(result, indent=1) + "\n"))
+    write_json(output, result)
     print_report(result, console)
     if not can_draw:
         typer.echo(f"No figure: matplotlib is not installed. Cure: {install('plot')}", err=True)

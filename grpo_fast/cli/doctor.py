@@ -12,10 +12,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from grpo_fast import __version__
 from grpo_fast.ops import build, extension
 from grpo_fast.ops.backends import BACKENDS, BackendStatus, backends, cpu_isa, installed_version
 from grpo_fast.utils.install_hints import install
+from grpo_fast.version import __version__
 
 _PACKAGES = ("triton", "trl", "liger-kernel", "numpy")
 _OPTIONAL = {  # package -> what needs it, the extra of this package that installs it ("": none does)

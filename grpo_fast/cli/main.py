@@ -7,8 +7,8 @@ from typing import Annotated, NamedTuple
 
 import typer
 
-from grpo_fast import __version__
 from grpo_fast.utils.install_hints import install
+from grpo_fast.version import __version__
 
 # Errors that nobody foresaw are shown as Python shows them: in the log of a run a traceback in a frame is hard to read and to search.
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)

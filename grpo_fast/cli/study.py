@@ -88,14 +88,14 @@ def _sampling(args: Sequence[str], name: str, console: Console) -> Path:
         prepared = prepare(args, GRPOConfig)
         with threads_of(prepared):
             model = load_model(prepared) if prepared.missing() else None
-    from grpo_fast.benchmark.report import write_json
     from grpo_fast.study import plot, report, sampling
+    from grpo_fast.utils.files import write_json
 
     path = prepared.path
 
     def keep(result: dict[str, Any]) -> None:
         try:
-            write_json(result, path)
+            write_json(path, result)
         except OSError as error:  # the measurement goes on: it may be written in the end, and its tables are printed before that
             _say(f"{name}: warning: what is finished cannot be kept: {error}")
 
@@ -109,7 +109,7 @@ def _sampling(args: Sequence[str], name: str, console: Console) -> Path:
         console.print(report.as_rich(table))
     _print_reading(result["reading"]["sentences"], console)
     try:
-        write_json(result, path)
+        write_json(path, result)
         report.write_sampling_csv(result, path.with_suffix(".csv"))
         plot.write_sampling_figure(result, path.with_suffix(".png"))
     except OSError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import sys
 import tempfile
 import traceback
@@ -20,6 +19,7 @@ from grpo_fast.generation import SamplerError, check_options
 from grpo_fast.rewards import RewardError, RewardRunner
 from grpo_fast.trainer.run_inputs import load_tokenizer, make_task, named_rewards, prompt_rows
 from grpo_fast.trainer.run_settings import SettingsError, TrainOptions, help_tables, parse
+from grpo_fast.utils.files import write_text
 
 __all__ = ["app", "prepare", "run"]
 
@@ -115,7 +115,8 @@ def run(prepared: dict[str, Any], trainer_class: Any = None, *, prog_name: str =
         raise SystemExit(2) from error
     output = Path(trainer.args.output_dir)
     if trainer.is_world_process_zero():
-        _write(output / SETTINGS_FILE, {name: value for name, value in prepared["given"].items() if name != "resume_from_checkpoint"})
+        given = {name: value for name, value in prepared["given"].items() if name != "resume_from_checkpoint"}
+        write_text(output / SETTINGS_FILE, json.dumps(given, indent=1, default=str) + "\n")
     try:
         trainer.train(resume_from_checkpoint=prepared["resume"])
     except (KeyboardInterrupt, RewardError, SamplerError, FloatingPointError) as error:
@@ -203,11 +204,3 @@ def _check_writable(output_dir: str) -> None:
             pass
     except OSError as error:
         raise SettingsError(f"output_dir is {output_dir!r}; expected a folder to write to ({type(error).__name__}: {error}).") from error
-
-
-def _write(path: Path, given: dict[str, Any]) -> None:
-    """The settings of this run, to run it again: ``grpo-fast train settings.json``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(given, indent=1, default=str) + "\n", encoding="utf-8")
-    partial.replace(path)

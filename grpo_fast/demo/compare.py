@@ -25,9 +25,9 @@ from grpo_fast.demo import need
 from grpo_fast.demo.by_trainer import train_by_trainer
 from grpo_fast.demo.evaluate import evaluate
 from grpo_fast.demo.grpo import train
-from grpo_fast.demo.report import write_json
 from grpo_fast.demo.run import MAX_NEW_TOKENS, REWARDS, Options, drawn_from, one_thread, warm_started
-from grpo_fast.utils.environment import describe, load_average
+from grpo_fast.ops.environment import describe, load_average
+from grpo_fast.utils.files import write_json
 from grpo_fast.utils.text_statistics import standard_error
 
 __all__ = ["compare"]
@@ -100,7 +100,7 @@ def command(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     result = compare(options, range(seeds), console)
-    write_json(result, output)
+    write_json(output, result)
     table = Table("", *WAYS, "difference", title="Mean over the seeds", title_justify="left")
     for name, found in result["summary"].items():
         within = "" if found["standard_error"] is None else f" ± {found['standard_error']:.3f}"

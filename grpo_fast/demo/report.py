@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ from rich.text import Text
 
 from grpo_fast.demo.evaluate import Quality
 from grpo_fast.demo.task import question
+from grpo_fast.utils.files import write_atomically
 
 # Okabe and Ito's palette: told apart by colour-blind eyes too. Before and after also differ in line style and marker.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#767676"
@@ -54,10 +52,6 @@ def samples_table(samples: Sequence[dict[str, Any]]) -> Table:
             cell.highlight_words([f"<answer>{answer}</answer>"], "bold green")
         out.add_row(f"{row['temperature']:.1f}", row["prompt"], *cells)
     return out
-
-
-def write_json(result: dict[str, Any], path: Path) -> None:
-    _write(path, lambda partial: partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8"))
 
 
 def write_curves(result: dict[str, Any], path: Path) -> None:
@@ -111,7 +105,7 @@ def write_curves(result: dict[str, Any], path: Path) -> None:
         panel.grid(color="#dddddd", linewidth=0.6)
         panel.spines[["top", "right"]].set_visible(False)
         panel.title.set_fontsize(11)
-    _write(path, lambda partial: figure.savefig(partial, format="png"))
+    write_atomically(path, lambda partial: figure.savefig(partial, format="png"))
 
 
 def _curve(panel: Any, steps: list[float], values: list[float], colour: str, label: str | None, style: str) -> None:
@@ -127,18 +121,3 @@ def _smooth(values: list[float], reach: int = 2) -> list[float]:
 
 def _percent(values: list[float]) -> list[float]:
     return [100 * value for value in values]
-
-
-def _write(path: Path, save: Callable[[Path], object]) -> None:
-    """Write beside the target and move into place: a reader sees the old file or the new one, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    partial = Path(name)
-    try:
-        save(partial)
-        partial.chmod(0o644)  # mkstemp's 0600 is for secrets
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise

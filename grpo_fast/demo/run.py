@@ -27,6 +27,7 @@ from grpo_fast.demo.model import imitate, make_model
 from grpo_fast.demo.task import Teacher, make_tokenizer, question, split_questions
 from grpo_fast.ops.backends import select
 from grpo_fast.rewards import CoherenceReward, RepetitionPenalty, Reward, accuracy_reward, format_reward
+from grpo_fast.utils.files import write_json
 
 MODULES = ("torch", "transformers", "tokenizers", "matplotlib")
 
@@ -138,7 +139,7 @@ def run(options: Options, output: Path, console: Console) -> dict[str, Any]:
         "samples": samples,
     }
     report.write_curves(result, output / "curves.png")
-    report.write_json(result, output / "result.json")
+    write_json(output / "result.json", result)
     return result
 
 

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from grpo_fast.benchmark.report import write_atomically
 from grpo_fast.study.options import name_of
 from grpo_fast.study.zones import COLD, COLLAPSE, ENTROPY_TARGET, EXPLORATION, ROBUST
 from grpo_fast.trainer.callbacks.plot import COLOURS, STYLES
+from grpo_fast.utils.files import write_atomically
 
 __all__ = ["write_sampling_figure", "write_training_figure"]
 

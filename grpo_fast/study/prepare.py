@@ -11,15 +11,15 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from grpo_fast.benchmark.settings import check_output
 from grpo_fast.data.tasks import Task
 from grpo_fast.generation import check_options
+from grpo_fast.ops.environment import describe
 from grpo_fast.rewards import CoherenceReward, FormatReward, RewardRunner
 from grpo_fast.study.options import check_count, sampling_temperatures
 from grpo_fast.study.resume import begun
 from grpo_fast.trainer.run_inputs import load_tokenizer, make_task, named_rewards, prompt_rows
 from grpo_fast.trainer.run_settings import SettingsError, TrainOptions, parse, said
-from grpo_fast.utils.environment import describe
+from grpo_fast.utils.files import check_output
 
 __all__ = ["SAMPLED_BY", "SHARED", "Prepared", "SamplingOptions", "load_model", "prepare", "threads_of"]
 

@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from grpo_fast.benchmark.settings import check_output
 from grpo_fast.demo.run import Options
+from grpo_fast.ops.environment import describe
 from grpo_fast.study.options import check_count, sampling_temperatures, training_temperatures
 from grpo_fast.study.resume import begun, made_with, made_with_others
 from grpo_fast.trainer.run_settings import said
-from grpo_fast.utils.environment import describe
+from grpo_fast.utils.files import check_output
 
 __all__ = ["BEFORE", "CURVES", "Prepared", "TrainingOptions", "prepare"]
 

@@ -13,8 +13,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from grpo_fast.benchmark.report import write_atomically
 from grpo_fast.study.options import name_of
+from grpo_fast.utils.files import write_atomically
 
 __all__ = [
     "as_rich",

@@ -8,8 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from grpo_fast.ops.environment import describe
 from grpo_fast.trainer.run_settings import SettingsError
-from grpo_fast.utils.environment import describe
 
 __all__ = ["begun", "made_with", "made_with_others"]
 

@@ -15,14 +15,14 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from grpo_fast.benchmark.report import write_json
 from grpo_fast.demo.by_trainer import train_by_trainer
 from grpo_fast.demo.evaluate import evaluate
 from grpo_fast.demo.run import MAX_NEW_TOKENS, Start, one_thread, warm_started
+from grpo_fast.ops.environment import load_average
 from grpo_fast.study.matrix import summarise
 from grpo_fast.study.prepare_training import BEFORE, CURVES, Prepared
 from grpo_fast.study.resume import made_with
-from grpo_fast.utils.environment import load_average
+from grpo_fast.utils.files import write_json
 
 __all__ = ["WARM_START", "run"]
 
@@ -57,9 +57,9 @@ def run(prepared: Prepared, on_step: Callable[[int, str, int], None] = lambda se
                 load = load_average()
                 cell = _cell(prepared, start, seed, label, on_step)
                 result["runs"].append(cell | {"made_with": made, "load_average": [load, load_average()]})
-                write_json(result, prepared.path)
+                write_json(prepared.path, result)
     result |= summarise(prepared)
-    write_json(result, prepared.path)
+    write_json(prepared.path, result)
     return result
 
 

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from grpo_fast.benchmark.head.contestants import LABELS
-from grpo_fast.benchmark.report import write_atomically
-from grpo_fast.utils.environment import caption
+from grpo_fast.ops.environment import caption
+from grpo_fast.utils.files import write_atomically
 
 __all__ = ["markdown", "print_report", "write_plot"]
 

@@ -19,7 +19,7 @@ import torch
 from grpo_fast.benchmark.head.case import SEQUENCES, TEMPERATURE, make_cases
 from grpo_fast.benchmark.head.contestants import CONTESTANTS
 from grpo_fast.ops.backends import installed_version
-from grpo_fast.utils.environment import available_memory, describe, load_average
+from grpo_fast.ops.environment import available_memory, describe, load_average
 
 __all__ = ["Settings", "run"]
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import os
 import re
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from grpo_fast.trainer.callbacks.records import RunError, read_run
+from grpo_fast.utils.files import write_atomically
 
 __all__ = ["PANELS", "draw", "series"]
 
@@ -94,7 +94,7 @@ def draw(runs: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str],
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=min(len(data), 4), frameon=False)
     else:
         figure.suptitle(data[0][0], fontsize=11)
-    _save(figure, output, kind)
+    write_atomically(output, lambda partial: figure.savefig(partial, format=kind))
     return [panel[0] for panel in panels]
 
 
@@ -148,17 +148,3 @@ def _name(run: str | os.PathLike[str], runs: Sequence[str | os.PathLike[str]]) -
     folders = [(Path(each) if Path(each).is_dir() else Path(each).parent).resolve() for each in runs]
     own = (Path(run) if Path(run).is_dir() else Path(run).parent).resolve()
     return own.name if sum(folder.name == own.name for folder in folders) == 1 else "/".join(own.parts[-2:])
-
-
-def _save(figure: Any, output: Path, kind: str) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}.")
-    os.close(handle)
-    partial = Path(name)
-    try:
-        figure.savefig(partial, format=kind)
-        partial.chmod(0o644)  # mkstemp's 0600 is for secrets
-        partial.replace(output)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise

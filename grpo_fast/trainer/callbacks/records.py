@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
+
+from grpo_fast.utils.files import write_text
 
 __all__ = ["METRICS_FILE", "RunError", "drop_after", "read_run"]
 
@@ -23,18 +24,7 @@ def drop_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [] if step == 0 else [record for record in _records(path) if record.get("step", 0) <= step]
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    partial = Path(name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.chmod(path.stat().st_mode & 0o777)
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    write_text(path, "".join(json.dumps(record) + "\n" for record in kept), mode=path.stat().st_mode & 0o777)
 
 
 def read_run(run: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from grpo_fast import __version__
 from grpo_fast.ops.backends import backends, cpu_isa, installed_version
+from grpo_fast.version import __version__
 
 __all__ = ["available_memory", "cache_bytes", "caption", "describe", "load_average"]
 
