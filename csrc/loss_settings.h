@@ -1,4 +1,4 @@
-// The settings of the loss as the operators pass them: numbers in the order of loss_settings() in grpo_fast/ops/operators.py.
+// The settings of the loss as the operators pass them: numbers in the order of loss_settings() in grpo_fast/loss/kernel_settings.py.
 #pragma once
 #include <torch/headeronly/util/Exception.h>
 

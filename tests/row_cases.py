@@ -25,8 +25,8 @@ from grpo_fast.kernels.scale import BLOCK as SCALE_BLOCK
 from grpo_fast.kernels.scale import scale_
 from grpo_fast.kernels.token_logprobs import Rows, Scoring, token_gradient, token_logprobs_bwd, token_logprobs_fwd
 from grpo_fast.loss import reference
+from grpo_fast.loss.kernel_settings import loss_settings
 from grpo_fast.ops import triton_registration as triton_ops
-from grpo_fast.ops.operators import loss_settings
 
 EPSILON = 2.0**-24
 

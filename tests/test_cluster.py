@@ -22,8 +22,8 @@ from vocabulary_cases import VOCABULARIES, assert_true, big, loss_and_gradient, 
 
 import grpo_fast as gf
 from grpo_fast.loss import checks
+from grpo_fast.loss.kernel_settings import loss_settings
 from grpo_fast.ops import build
-from grpo_fast.ops import operators as ops
 from grpo_fast.ops.impl_checks import why_no_clusters
 
 HERE = Path(__file__).parent
@@ -184,7 +184,7 @@ def test_nothing_beside_the_rows_is_touched(cluster: Callable[..., None], on_hos
     leaf = given["logits"].clone().requires_grad_()
     storage = wide.clone()
     ones = torch.ones(1, 6)
-    settings = ops.loss_settings(given["config"])
+    settings = loss_settings(given["config"])
     rest = (given["token_ids"], ones.bool(), given["advantages"], ones, ones, None, None, None, None, 0.8, 0.0, 1.0, 1.0, settings, False)
     on_host.loss_to(storage[..., 5:528], storage[..., 5:528], *rest)
     gradient = torch.ops.grpo_fast.grpo_loss(leaf.detach(), *rest, True)[-1]
@@ -199,7 +199,7 @@ def test_rows_that_lie_two_to_the_31_apart(cluster: Callable[..., None], on_host
 
     cluster(cluster=2, stages=2, clusters=1, seed=11)
     given = call(2, 528, torch.float16)
-    ones, settings = torch.ones(1, 2), ops.loss_settings(given["config"])
+    ones, settings = torch.ones(1, 2), loss_settings(given["config"])
     rest = (given["token_ids"], ones.bool(), given["advantages"], ones, ones, None, None, None, None, 0.8, 0.0, 1.0, 1.0, settings, False)
     results = []
     for logits in (given["logits"].clone(), far_apart(given["logits"])):
@@ -230,7 +230,7 @@ def test_extreme_rows(cluster: Callable[..., None]) -> None:
 def test_an_id_outside_the_vocabulary(dtype: torch.dtype, on_host: Any) -> None:
     """NaN in its row and nowhere else; the check in front of the kernel reads CPU tensors only."""
     given, ones = call(4, 515, dtype), torch.ones(1, 4)
-    settings = ops.loss_settings(gf.LossConfig())
+    settings = loss_settings(gf.LossConfig())
     for outside in (-1, 515, 2**40):
         given["token_ids"][0, 3] = outside
         rest = (
@@ -334,7 +334,7 @@ def operator_arguments(device: str) -> tuple[Any, ...]:
     ids, mask = torch.randint(523, (2, 3), generator=generator), torch.tensor([[True, True, False], [True, True, True]])
     per_token, weight = torch.randn(2, 3, generator=generator) - 6, torch.tensor(0.2)
     tensors = (torch.randn(2, 1, generator=generator), weight, weight, per_token, per_token.clone(), None, torch.full((2, 1), 0.7))
-    settings = ops.loss_settings(gf.LossConfig(beta=0.1, entropy_coef=0.1))
+    settings = loss_settings(gf.LossConfig(beta=0.1, entropy_coef=0.1))
     moved = [x if x is None else x.to(device) for x in (ids, mask, *tensors)]
     return *moved, 1.0, 0.0, 1.0, 1.0, settings, False
 

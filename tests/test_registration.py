@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import grpo_fast as gf
-from grpo_fast.ops.operators import loss_settings
+from grpo_fast.loss.kernel_settings import loss_settings
 
 OPERATORS = torch.ops.grpo_fast
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from grpo_fast.head.chunking import Chunk, Plan, plan_of
 from grpo_fast.head.products import Head, HeadTensors
 from grpo_fast.head.rows import Rows, RowStatistics
+from grpo_fast.loss.kernel_settings import loss_settings
 from grpo_fast.loss.reference import Policy, policy_loss
-from grpo_fast.ops.operators import METRICS, call_below_autograd, loss_settings
+from grpo_fast.ops.operators import METRICS, call_below_autograd
 
 __all__ = ["LINEAR_METRICS", "LinearLoss", "linear_loss", "loss_arguments"]
 

@@ -5,13 +5,10 @@ The C++ kernels (csrc/) and the Triton kernels (kernels/fused) attach themselves
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from grpo_fast.loss.config import KL_ESTIMATORS, SURROGATES, LossConfig
 
 LIBRARY = torch.library.Library("grpo_fast", "DEF")
 
@@ -77,24 +74,6 @@ LIBRARY.define("cluster_row_bytes(int device) -> int")
 LIBRARY.define("cpu_isa() -> int")
 
 METRICS = ("kl", "entropy", "ratio_mean", "ratio_max", "clip_low", "clip_high", "clip_region", "active_fraction")
-
-
-def loss_settings(config: LossConfig) -> list[float]:
-    """What the kernels need to know of a LossConfig, in the order of config_of() in csrc/loss_settings.h."""
-    return [
-        float(SURROGATES.index(config.surrogate)),
-        float(KL_ESTIMATORS.index(config.kl_estimator)),
-        float(config.bias_corrected_kl),
-        config.epsilon_low,
-        config.epsilon_high,
-        math.inf if config.delta is None else config.delta,
-        math.inf if config.dual_clip is None else config.dual_clip,
-        config.beta,
-        config.entropy_coef,
-        config.log_ratio_clamp,
-        config.sapo_temperature_pos,
-        config.sapo_temperature_neg,
-    ]
 
 
 def scaled(gradient: Tensor, upstream: Tensor, *, inplace: bool) -> Tensor:

@@ -174,7 +174,7 @@ def grpo_loss_fwd(
     it is None.
 
     Args:
-        settings: in the order of loss_settings() in grpo_fast/ops/operators.py.
+        settings: in the order of loss_settings() in grpo_fast/loss/kernel_settings.py.
         only_active: leave out tokens that cannot change the gradient.
         gradient: like the logits, or the logits themselves.
     """
