@@ -1,4 +1,4 @@
-# Everything here works from nothing: the first call makes .venv, later ones find it ready. PYTHON names the interpreter to start from.
+# Every target works on a fresh machine: the first call makes .venv, later calls reuse it. PYTHON names the interpreter to start from.
 PYTHON ?= python3
 BIN := .venv/bin
 CPP = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
@@ -12,32 +12,33 @@ demo:  ## a small language model learns by GRPO (make demo ARGS="--temperature 0
 test: check  ## checks of the sources, then the tests (make test ARGS="-k advantages")
 	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not sweep" $(ARGS)
 
-sweep:  ## the tests that take many minutes: all random cases in the interpreter, long runs, kills at any moment
+sweep:  ## the tests that take many minutes: all random cases in the interpreter, long runs, processes killed at random
 	@PYTHON="$(PYTHON)" tools/bootstrap.sh test
 	@$(BIN)/python -m pytest -n auto --maxprocesses 4 -m sweep $(ARGS)
 
-bench:  ## regressions with pytest-benchmark, then the comparison with what else there is, into runs/bench
+bench:  ## regressions with pytest-benchmark, then the comparison with other implementations, into runs/bench
 	@PYTHON="$(PYTHON)" tools/bootstrap.sh test
 	@$(BIN)/python -m pytest bench
 	@$(BIN)/grpo-fast bench $(ARGS)
 
-check:  ## ruff, clang-format, mypy, and nvcc over every .cu file
+check:  ## ruff, clang-format, mypy, the direction of imports, and nvcc over every .cu file
 	@PYTHON="$(PYTHON)" tools/bootstrap.sh test
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/clang-format --dry-run -Werror $(CPP)
 	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache
 	@$(BIN)/python tools/nvcc_check.py
 
-format:  ## rewrite the sources as check wants them
+format:  ## rewrite the sources as `make check` wants them
 	@PYTHON="$(PYTHON)" tools/bootstrap.sh test
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 	@$(BIN)/clang-format -i $(CPP)
 
-wheel:  ## dist/*.whl and dist/*.tar.gz; GRPO_FAST_BUILD=none|cpu|cuda chooses what is in it
+wheel:  ## dist/*.whl and dist/*.tar.gz; GRPO_FAST_BUILD=none|cpu|cuda chooses what they hold
 	@PYTHON="$(PYTHON)" tools/bootstrap.sh test
 	@$(BIN)/pip wheel -q --no-build-isolation --no-deps -w dist .
 	@$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')" >/dev/null && ls -l dist
 
-clean:  ## what was built; with it .venv, which the next call makes again
+clean:  ## remove what was built, .venv included; the next call makes it again
 	@rm -rf .venv build dist *.egg-info grpo_fast/_C*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
