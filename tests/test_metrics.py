@@ -9,25 +9,22 @@ from statistics import fmean, pstdev
 import pytest
 import torch
 
-from grpo_fast.utils import text_statistics as metrics
+from grpo_fast.loss import statistics as loss_statistics
+from grpo_fast.loss.statistics import entropy_summary, zero_variance_share
+from grpo_fast.utils import statistics, text_statistics
+from grpo_fast.utils.statistics import consensus_at_k, pass_at_1, pass_at_k, standard_error
 from grpo_fast.utils.text_statistics import (
     coherence,
-    consensus_at_k,
+    completion_statistics,
     distinct_ngrams,
     distinct_share,
     distinct_shares,
-    entropy_summary,
     is_truncated,
     longest_certain_run,
     loop_period,
     parse_sections,
-    pass_at_1,
-    pass_at_k,
     repeated_ngrams,
-    shape_of,
-    standard_error,
     truncated_share,
-    zero_variance_share,
 )
 
 
@@ -160,12 +157,12 @@ def test_distinct_shares_group_by_group():
 
 
 def test_the_shape_of_completions_by_hand():
-    shape = shape_of([[1, 2] * 6, [1, 2] * 6, [1, 2, 3]], [True, False, True], 2)
+    shape = completion_statistics([[1, 2] * 6, [1, 2] * 6, [1, 2, 3]], [True, False, True], 2)
     assert shape["endless"] == [1.0, 0.0, 0.0], "a loop that ended is none, and what is cut may be no loop"
     assert shape["repetition"] == [pytest.approx(9 / 11), pytest.approx(9 / 11), 0.0]
     assert shape["truncated"] == [1.0, 0.0, 1.0] and shape["length"] == [12.0, 12.0, 3.0]
     with pytest.raises(ValueError, match="zip"):
-        shape_of([[1, 2], [3]], [True], 2)
+        completion_statistics([[1, 2], [3]], [True], 2)
 
 
 def test_the_standard_error_of_a_mean_by_hand():
@@ -173,8 +170,9 @@ def test_the_standard_error_of_a_mean_by_hand():
     assert math.isnan(standard_error([1.0]))
 
 
-def test_examples():
-    found = doctest.testmod(metrics)
+@pytest.mark.parametrize("module", [text_statistics, statistics, loss_statistics])
+def test_examples(module):
+    found = doctest.testmod(module)
     assert found.attempted > 0 and found.failed == 0
 
 

@@ -198,7 +198,7 @@ def test_every_reward_takes_chat_messages_and_no_completions(reward):
         reward(prompts=["q", "q"], completions=["a"], completion_ids=[[1]], answer=["7", "7"])
 
 
-MODULES = ["grpo_fast.utils.text_statistics"] + [
+MODULES = ["grpo_fast.utils.text_statistics", "grpo_fast.utils.statistics"] + [
     f"grpo_fast.rewards.{module.name}" for module in pkgutil.iter_modules(grpo_fast.rewards.__path__)
 ]
 

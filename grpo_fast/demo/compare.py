@@ -28,7 +28,7 @@ from grpo_fast.demo.grpo import train
 from grpo_fast.demo.run import MAX_NEW_TOKENS, REWARDS, Options, drawn_from, one_thread, warm_started
 from grpo_fast.ops.environment import describe, load_average
 from grpo_fast.utils.files import write_json
-from grpo_fast.utils.text_statistics import standard_error
+from grpo_fast.utils.statistics import standard_error
 
 __all__ = ["compare"]
 

@@ -11,8 +11,9 @@ import torch
 
 import grpo_fast as gf
 from grpo_fast.demo.grpo import sample
+from grpo_fast.loss.statistics import entropy_summary
 from grpo_fast.rewards import accuracy_reward, format_reward
-from grpo_fast.utils.text_statistics import coherence, distinct_shares, entropy_summary, is_truncated, shape_of
+from grpo_fast.utils.text_statistics import coherence, completion_statistics, distinct_shares, is_truncated
 
 TEMPERATURES = (0.0, 0.2, 0.6, 1.0, 1.4)
 KEY_PATTERN = r"\d"  # of this task's questions every single digit counts
@@ -74,7 +75,7 @@ def _evaluate_at(model: Any, tokenizer: Any, rows: Sequence[dict[str, str]], tem
         samples=len(texts),
         accuracy=_mean(accuracy_reward(prompts, texts, ids, answer=answers)),
         format=_mean(format_reward(prompts, texts, ids)),
-        **{name: fmean(values) for name, values in shape_of(ids, cut, NGRAM).items()},
+        **{name: fmean(values) for name, values in completion_statistics(ids, cut, NGRAM).items()},
         coherence=fmean(coherence(p, t, key_pattern=KEY_PATTERN) for p, t in zip(prompts, texts, strict=True)),
         diversity=fmean(distinct_shares(texts, group_size)),
         entropy=entropy,

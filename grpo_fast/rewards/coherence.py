@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from grpo_fast.rewards.common import Completion, check_same_length, text_of, with_opening
-from grpo_fast.utils.text_statistics import NUMBER, STEP, coherence
+from grpo_fast.utils.text_statistics import NUMBER_PATTERN, STEP_PATTERN, coherence
 
 __all__ = ["CoherenceReward"]
 
@@ -30,8 +30,8 @@ class CoherenceReward:
         [1.0]
     """
 
-    key_pattern: str = NUMBER
-    step_pattern: str = STEP
+    key_pattern: str = NUMBER_PATTERN
+    step_pattern: str = STEP_PATTERN
     think_opened: bool = False
     __name__ = "coherence_reward"  # the name under which trainers log it
 

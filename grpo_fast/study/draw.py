@@ -16,7 +16,7 @@ from grpo_fast.models.forward import Passes
 from grpo_fast.models.unwrap import end_tokens_of
 from grpo_fast.study.prepare import Prepared
 from grpo_fast.trainer.rollout import Rollout, derived_seed
-from grpo_fast.utils.text_statistics import shape_of
+from grpo_fast.utils.text_statistics import completion_statistics
 
 __all__ = ["Call", "Drawer", "Drawn"]
 
@@ -30,7 +30,7 @@ class Drawn:
     rounds: int
     rewards: torch.Tensor  # [B, R], NaN where one does not apply
     no_signal: list[bool]  # [B / samples] a group whose rewards are all equal
-    shape: dict[str, list[float]]  # each [B], see `shape_of`
+    shape: dict[str, list[float]]  # each [B], see `completion_statistics`
     texts: list[str]  # [B]
     coherence: list[float] | None  # [B]
     entropy: list[float]  # [N] of softmax(z/T), mean over the prompt's tokens, in nats
@@ -180,7 +180,7 @@ class Drawer:
             options.rounds,
             rewards=torch.cat([call.rewards[group * k : (group + 1) * k] for call, group in groups]),
             no_signal=[call.no_signal[group] for call, group in groups],
-            shape=shape_of([c.token_ids for c in completions], [not c.finished for c in completions], options.ngram),
+            shape=completion_statistics([c.token_ids for c in completions], [not c.finished for c in completions], options.ngram),
             texts=texts,
             coherence=coherence,
             entropy=(entropy / tokens).tolist(),

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from grpo_fast.utils.text_statistics import standard_error
+from grpo_fast.utils.statistics import standard_error
 
 __all__ = ["Estimate", "by_group", "difference", "estimate", "told_apart"]
 

@@ -13,13 +13,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from grpo_fast.loss.statistics import zero_variance_share
 from grpo_fast.rewards import FormatReward, canonical_answer, extract_answer
 from grpo_fast.study.draw import Drawer, Drawn
 from grpo_fast.study.estimates import Estimate, by_group, estimate
 from grpo_fast.study.prepare import Prepared
 from grpo_fast.study.resume import made_with, made_with_others
 from grpo_fast.study.zones import Point, Reading, read
-from grpo_fast.utils.text_statistics import consensus_at_k, distinct_shares, pass_at_1, pass_at_k, zero_variance_share
+from grpo_fast.utils.statistics import consensus_at_k, pass_at_1, pass_at_k
+from grpo_fast.utils.text_statistics import distinct_shares
 
 __all__ = ["kept", "run", "summarise"]
 

@@ -14,7 +14,8 @@ import grpo_fast as gf
 from grpo_fast.generation import Completion
 from grpo_fast.trainer.metrics import Meters
 from grpo_fast.trainer.rollout import Rollout
-from grpo_fast.utils.text_statistics import distinct_share, repeated_ngrams, standard_error
+from grpo_fast.utils.statistics import standard_error
+from grpo_fast.utils.text_statistics import distinct_share, repeated_ngrams
 
 __all__ = [
     "Answer",

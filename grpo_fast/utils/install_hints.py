@@ -6,7 +6,7 @@ __all__ = ["install"]
 
 
 def install(*extras: str) -> str:
-    """The command that installs these extras of pyproject.toml, for the cure of an error: grpo_fast comes as a checkout.
+    """The command that installs these extras of pyproject.toml, for the "Fix:" part of an error message; grpo_fast is installed from a checkout.
 
     Example:
         >>> install("peft", "train")
