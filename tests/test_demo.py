@@ -17,7 +17,7 @@ pytest.importorskip("matplotlib")
 
 import grpo_fast as gf
 from grpo_fast.cli.demo import app
-from grpo_fast.demo import by_trainer, compare, grpo, need, run
+from grpo_fast.demo import by_trainer, compare, grpo, run
 from grpo_fast.demo.evaluate import TEMPERATURES, Quality, evaluate
 from grpo_fast.demo.grpo import Settings, check_on_policy, policy_loss, sample, train
 from grpo_fast.demo.judge import judge
@@ -26,6 +26,7 @@ from grpo_fast.demo.run import REWARDS, Options, warm_started
 from grpo_fast.demo.task import DIGITS, Teacher, make_tokenizer, question, solve, split_questions
 from grpo_fast.rewards import accuracy_reward
 from grpo_fast.utils.files import write_json
+from grpo_fast.utils.install_hints import require_packages
 from grpo_fast.utils.text_statistics import coherence, parse_sections
 
 MIXED = ["sort 5281=", "sort 5=", "sort 31="]  # prompts of unequal length: two of them are padded
@@ -205,9 +206,9 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
 
 
-def test_a_missing_package_is_named_with_its_cure():
-    with pytest.raises(ImportError, match=r"needs no_such_package, which is not installed. Cure: pip install '\.\[demo\]'"):
-        need("json", "no_such_package")
+def test_a_missing_package_is_named_with_its_fix():
+    with pytest.raises(ImportError, match=r"needs no_such_package, which is not installed. Fix: pip install '\.\[demo\]'"):
+        require_packages("json", "no_such_package", extras=("demo",), needed_by="The demo")
 
 
 def test_the_command_writes_everything_and_owns_up_to_not_having_learnt(tmp_path):

@@ -206,10 +206,10 @@ def test_missing_packages_and_missing_rewards_are_named(here: Path, monkeypatch:
     assert "model is not set" in run("sampling", "--dataset", "rows.jsonl", status=2)
     find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: None if name == "matplotlib" else find(name, *more))
-    cure = "the study needs matplotlib, which is not installed. Cure: pip install '.[{}]'"
-    assert cure.format("train,plot") in sampled("--rewards", "accuracy", status=2)
-    assert cure.format("demo,train") in run("training", status=2)
-    assert cure.format("train,plot") in run("sampling", "--help", status=2)
+    message = "the study needs matplotlib, which is not installed. Fix: pip install '.[{}]'"
+    assert message.format("train,plot") in sampled("--rewards", "accuracy", status=2)
+    assert message.format("demo,train") in run("training", status=2)
+    assert message.format("train,plot") in run("sampling", "--help", status=2)
 
 
 def test_where_no_prompt_can_be_scored_it_is_said(here: Path) -> None:

@@ -25,11 +25,11 @@ def demo(
     """Watch a small language model lose its bad habits by GRPO. Exit status 1 if it did not learn."""
     from rich.console import Console
 
-    from grpo_fast.demo import need
     from grpo_fast.demo.run import MODULES, Options, run
+    from grpo_fast.utils.install_hints import require_packages
 
     try:
-        need(*MODULES)
+        require_packages(*MODULES, extras=("demo",), needed_by="The demo")
     except ImportError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from error

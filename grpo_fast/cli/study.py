@@ -35,8 +35,8 @@ Both write JSON, CSV and a figure, and go on from the JSON file if they are star
 runs.
 """
 STUDIES = {  # with the packages that each needs, and the extras that bring them
-    "sampling": (("transformers", "datasets", "accelerate", "matplotlib"), ("train", "plot")),
-    "training": (("transformers", "tokenizers", "datasets", "accelerate", "matplotlib"), ("demo", "train")),
+    "sampling": (("transformers", "datasets", "accelerate", "matplotlib", "scipy"), ("train", "plot")),
+    "training": (("transformers", "tokenizers", "datasets", "accelerate", "matplotlib", "scipy"), ("demo", "train")),
 }
 
 
@@ -59,10 +59,10 @@ def app(args: Sequence[str] | None = None, prog_name: str = "grpo-fast study") -
         raise SystemExit(2)
     name = f"{prog_name} {study}"
     with _wrong_settings(name):
-        from grpo_fast.study.options import need_packages
+        from grpo_fast.utils.install_hints import require_packages
 
         modules, extras = STUDIES[study]
-        need_packages(*modules, extras=extras)
+        require_packages(*modules, extras=extras, needed_by="the study")
     if wants_help:
         _help(study, console)
         raise SystemExit(0)

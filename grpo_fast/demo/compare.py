@@ -21,13 +21,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from grpo_fast.demo import need
 from grpo_fast.demo.by_trainer import train_by_trainer
 from grpo_fast.demo.evaluate import evaluate
 from grpo_fast.demo.grpo import train
 from grpo_fast.demo.run import MAX_NEW_TOKENS, REWARDS, Options, drawn_from, one_thread, warm_started
 from grpo_fast.ops.environment import describe, load_average
 from grpo_fast.utils.files import write_json
+from grpo_fast.utils.install_hints import require_packages
 from grpo_fast.utils.statistics import standard_error
 
 __all__ = ["compare"]
@@ -93,7 +93,7 @@ def command(
     output: Annotated[Path, typer.Option(help="The result as JSON.")] = Path("runs/bench/demo_trainer.json"),
 ) -> None:
     """The demonstration by its plain loop and by GRPOTrainer. About two minutes a seed."""
-    need("transformers", "tokenizers", "accelerate", "datasets", extras=("demo", "train"))
+    require_packages("transformers", "tokenizers", "accelerate", "datasets", extras=("demo", "train"), needed_by="The demo")
     console = Console()
     try:
         options = Options(steps=steps, warm_start_steps=warm_start_steps, prompts=prompts)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from grpo_fast.demo import need
 from grpo_fast.demo.task import Teacher, question
+from grpo_fast.utils.install_hints import require_packages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,7 +21,7 @@ IGNORE = -100  # the label that transformers' cross entropy leaves out
 
 def make_model(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A randomly initialised Qwen2 of about 0.1 million parameters."""
-    need("transformers")
+    require_packages("transformers", extras=("demo",), needed_by="The demo")
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     config = Qwen2Config(

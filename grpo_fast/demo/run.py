@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import grpo_fast as gf
-from grpo_fast.demo import need, report
+from grpo_fast.demo import report
 from grpo_fast.demo.evaluate import KEY_PATTERN, NGRAM, TEMPERATURES, Quality, evaluate, sample_texts
 from grpo_fast.demo.grpo import Settings, train
 from grpo_fast.demo.judge import judge
@@ -28,6 +28,7 @@ from grpo_fast.demo.task import Teacher, make_tokenizer, question, split_questio
 from grpo_fast.ops.backends import select
 from grpo_fast.rewards import CoherenceReward, RepetitionPenalty, Reward, accuracy_reward, format_reward
 from grpo_fast.utils.files import write_json
+from grpo_fast.utils.install_hints import require_packages
 
 MODULES = ("torch", "transformers", "tokenizers", "matplotlib")
 
@@ -104,7 +105,7 @@ def warm_started(options: Options, on_loss: Callable[[float], None] = lambda los
 
 def run(options: Options, output: Path, console: Console) -> dict[str, Any]:
     """Play the whole demonstration, write ``curves.png`` and ``result.json`` into ``output``, and return what the latter holds."""
-    need(*MODULES)
+    require_packages(*MODULES, extras=("demo",), needed_by="The demo")
     output.mkdir(parents=True, exist_ok=True)  # better refused now than after the training
     started = time.perf_counter()
     with one_thread():

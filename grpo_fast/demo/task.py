@@ -13,7 +13,7 @@ import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from grpo_fast.demo import need
+from grpo_fast.utils.install_hints import require_packages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -65,7 +65,7 @@ def split_questions() -> tuple[list[str], list[str]]:
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token per character and per tag; ``<pad>`` and ``<eos>`` are the special tokens. Pads on the left, as generation needs it."""
-    need("transformers", "tokenizers")
+    require_packages("transformers", "tokenizers", extras=("demo",), needed_by="The demo")
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

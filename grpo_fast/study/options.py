@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Sequence
 from typing import Any
 
 from grpo_fast.trainer.run_settings import SettingsError
-from grpo_fast.utils.install_hints import install
 
-__all__ = ["check_count", "name_of", "need_packages", "sampling_temperatures", "training_temperatures"]
+__all__ = ["check_count", "name_of", "sampling_temperatures", "training_temperatures"]
 
 ARROW = "->"
 LEAST, LARGEST = 1e-3, 1e3  # float32 has room for z/T in between; see `_number`
@@ -64,13 +62,6 @@ def check_count(name: str, value: Any, cure: str) -> None:
     """A whole number of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise SettingsError(f"{name} is {value!r}; expected a whole number of at least 1. {cure}")
-
-
-def need_packages(*modules: str, extras: tuple[str, ...]) -> None:
-    """Raise the ImportError that says what to install, if one of these packages is missing."""
-    missing = [name for name in modules if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ImportError(f"the study needs {' and '.join(missing)}, which is not installed. Cure: {install(*extras)}")
 
 
 def _number(name: str, text: Any, expected: str, *, greedy: bool = False, whole: Any = None) -> float:
