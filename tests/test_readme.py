@@ -1,4 +1,4 @@
-"""What README.md says is run: its Python, and its commands as far as one test run can contain them."""
+"""README.md: its Python is run, its commands as far as a test run can contain them, and its numbers are those of the result files."""
 
 from __future__ import annotations
 
@@ -18,19 +18,21 @@ from grpo_fast.benchmark.head.report import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text()
+RESULTS = (ROOT / "docs" / "results.md").read_text()
 COMMANDS = [
-    line for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S) for line in block.splitlines() if line and not line.startswith("#")
+    line
+    for block in re.findall(r"```bash\n(.*?)```", TEXT + RESULTS, re.S)
+    for line in block.splitlines()
+    if line and not line.startswith("#")
 ]
 
 # Where a command of the README is run, if not here: a command that is in no list fails the test below.
 RUN_ELSEWHERE = {
     "pip install .": "tests/test_packaging.py builds and installs the wheel",
     "pip install '.[train]'": "tests/test_packaging.py knows the extras",
-    "pip install --no-build-isolation -e .": "tools/bootstrap.sh does it, for every run of these tests",
     "make demo": "tests/test_demo.py runs the command behind it",
     "make test": "is what runs this",
     "make bench": "tests/test_benchmark.py runs the command behind it",
-    "make sweep": "runs the tests that this run leaves out",
     "grpo-fast bench-trainer": "tests/test_trainer_stage.py runs it at toy size",
     "grpo-fast bench-drop-ins": "tests/test_benchmark_drop_ins.py runs it at toy size",
     "grpo-fast bench-trl": "tests/test_benchmark_trl.py runs it at toy size",
@@ -145,7 +147,8 @@ CONTESTANTS = {
 
 def rows_of(header: str) -> list[list[str]]:
     """The cells of the table whose header begins so."""
-    table = TEXT[TEXT.index(f"| {header} |") :].split("\n\n")[0].splitlines()
+    text = TEXT if f"| {header} |" in TEXT else RESULTS
+    table = text[text.index(f"| {header} |") :].split("\n\n")[0].splitlines()
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in table[2:]]
 
 
@@ -171,6 +174,43 @@ def test_the_table_of_the_heads_says_what_was_measured() -> None:
     assert rows == expected, "the rows of the table are:\n" + "\n".join(expected)
 
 
+def test_the_table_of_the_readme_says_what_was_measured() -> None:
+    """One row per measurement: the README shows a part of what docs/results.md shows."""
+    loss = json.loads((ROOT / "bench/results/cpu.json").read_text())["results"]
+    head = json.loads((ROOT / "bench/results/head_cpu.json").read_text())["results"]
+    stage = json.loads((ROOT / "bench/results/trl_cpu.json").read_text())["results"]
+
+    def of_loss(step: str, name: str) -> str:
+        (entry,) = (
+            e for e in loss if (e["step"], e["contestant"], e["malloc"], e["case"]) == (step, name, "touched", "2048x32000 float32")
+        )
+        return f"{entry['summary']['median_ms']:.0f} ms"
+
+    def of_head(name: str, active: float) -> str:
+        (entry,) = (e for e in head if (e["contestant"], e["active"], e["tokens"], e["trainable"]) == (name, active, 1024, True))
+        return f"{entry['median']:.1f} s, {entry['peak_bytes'] / 2**30:.2f} GiB"
+
+    def of_stage(name: str) -> str:
+        (entry,) = (e for e in stage if (e["contestant"], e["active"]) == (name, 1.0))
+        return f"{entry['median']:.1f} s"
+
+    whole_head = [of_head(name, 1.0) for name in ("eager", "trl", "liger")]
+    expected = [
+        [of_loss("forward", name) for name in ("ours", "compile", "eager", "trl")] + ["-"],
+        [of_loss("forward_backward", name) for name in ("ours", "compile", "eager", "trl")] + ["-"],
+        [of_head("ours", 1.0), "-", *whole_head],
+        [of_head("ours", 0.3), "-", *whole_head],
+        [of_stage("ours"), "-", "-", of_stage("stock"), "-"],
+    ]
+    rows = [[cell.replace("**", "") for cell in row[1:]] for row in rows_of("CPU time, peak memory beyond the inputs for the head")]
+    assert rows == expected
+
+
+def test_the_readme_is_short_and_names_every_loss_type() -> None:
+    assert len(TEXT.splitlines()) <= 150
+    assert [name for name in gf.LOSS_TYPES if f"`{name}`" not in TEXT] == []
+
+
 @pytest.mark.parametrize("command", RUN_HERE)
 def test_command(command: str) -> None:
     program, *arguments = shlex.split(command)
@@ -189,6 +229,6 @@ def test_make_knows_its_targets(command: str) -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", TEXT):
-        if "://" not in target:
-            assert (ROOT / target).exists(), target
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), *ROOT.glob("*/README.md")):
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+            assert "://" in target or (page.parent / target).exists(), f"{page.name}: {target}"
