@@ -9,12 +9,13 @@ if find_spec("grpo_fast.kernels") is None:  # the Triton package lies in kernels
     )
 
 from grpo_fast.head.api import linear_grpo_loss, linear_token_logprobs
+from grpo_fast.head.modules import LinearGRPOLoss
 from grpo_fast.loss.advantages import GroupAdvantages, group_advantages
 from grpo_fast.loss.api import GRPOOutput, TokenLogprobs, grpo_loss, token_logprobs
 from grpo_fast.loss.checks import debug_checks
 from grpo_fast.loss.config import LOSS_TYPES, LossConfig
 from grpo_fast.loss.corrections import off_policy_sequence_mask, rollout_weights, top_entropy_mask
-from grpo_fast.loss.modules import GRPOLoss, LinearGRPOLoss
+from grpo_fast.loss.modules import GRPOLoss
 from grpo_fast.models.lm_head import head_of, linear_logprobs_from, linear_loss_from
 from grpo_fast.ops import extension
 from grpo_fast.ops.backends import BackendStatus, backends, use_backend

@@ -18,13 +18,14 @@ from grpo_fast.head.chunking import Plan, chunk_rows, free_bytes
 from grpo_fast.head.loss import LINEAR_METRICS, linear_loss
 from grpo_fast.head.operators import compiled_logprobs, compiled_loss
 from grpo_fast.head.products import DenseHead, Head, HeadTensors, ModuleHead, Wants
-from grpo_fast.head.rows import Rows, Shard, all_vocabulary_parts, fewest
 from grpo_fast.head.weights import gathered, is_quantised
 from grpo_fast.loss import checks
 from grpo_fast.loss.api import GRPOOutput, TokenLogprobs, by_reference, grpo_loss, scoring, token_logprobs
 from grpo_fast.loss.config import LossConfig
 from grpo_fast.loss.inputs import checked_policy
 from grpo_fast.loss.token_inputs import ANY_VOCABULARY, TokenInputs, check_ids, token_inputs
+from grpo_fast.loss.token_rows import TokenRows
+from grpo_fast.loss.vocab_parallel import Shard, all_reduce_min, gather_vocab_shards
 
 __all__ = ["linear_grpo_loss", "linear_token_logprobs"]
 
@@ -239,7 +240,7 @@ class _Call(NamedTuple):
     def limit(self) -> int:
         """Tokens per chunk; processes that divide the vocabulary among them take the same chunks."""
         rows = chunk_rows(self.chunk_bytes, self.row_bytes, self.inputs.scored.device)
-        return rows if self.group is None else fewest(rows, self.group, self.inputs.scored.device)
+        return rows if self.group is None else all_reduce_min(rows, self.group, self.inputs.scored.device)
 
     @property
     def compiled(self) -> bool:
@@ -259,7 +260,7 @@ class _Call(NamedTuple):
     def scoring_as_given(self) -> dict[str, Any]:
         return {"temperature": self.temperature, "softcap": self.inputs.softcap, "logit_scale": self.inputs.logit_scale}
 
-    def rows(self) -> Rows:
+    def rows(self) -> TokenRows:
         """Tokens and how they are scored, [1, N]."""
         inputs = self.inputs
         temperatures, temperature, softcap, logit_scale = scoring(inputs)
@@ -267,9 +268,11 @@ class _Call(NamedTuple):
             temperatures = temperatures.expand(inputs.token_ids.shape).reshape(1, -1)
         shard: Shard | None = None
         if self.group is not None:
-            shard = all_vocabulary_parts(self.vocabulary, self.group, inputs.scored.device)
+            shard = gather_vocab_shards(self.vocabulary, self.group, inputs.scored.device)
             check_ids(inputs, shard.total)
-        return Rows(inputs.token_ids.reshape(1, -1), inputs.mask.reshape(1, -1), temperatures, temperature, softcap, logit_scale, shard)
+        return TokenRows(
+            inputs.token_ids.reshape(1, -1), inputs.mask.reshape(1, -1), temperatures, temperature, softcap, logit_scale, shard
+        )
 
     def head(self, tensors: HeadTensors, wants: Wants, plan: Plan) -> Head:
         """The head for a plan's chunks; made of other tensors where autograd hands them over."""

@@ -12,7 +12,7 @@ from grpo_fast.head.chunking import Plan
 from grpo_fast.head.logprobs import linear_token_logprobs_bwd, linear_token_logprobs_fwd
 from grpo_fast.head.loss import LinearLoss
 from grpo_fast.head.products import Head, HeadTensors, Wants, per_row
-from grpo_fast.head.rows import Rows
+from grpo_fast.loss.token_rows import TokenRows
 from grpo_fast.ops.operators import scaled
 
 __all__ = ["LinearLogprobsFunction", "LinearLossFunction"]
@@ -46,7 +46,7 @@ class LinearLogprobsFunction(torch.autograd.Function):
     """Log-probabilities and entropy, [1, N]; what backward needs is kept or made again (see logprobs.py)."""
 
     @staticmethod
-    def forward(ctx: Any, make_head: MakeHead, rows: Rows, limit: int, keep: int, *given: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, make_head: MakeHead, rows: TokenRows, limit: int, keep: int, *given: Tensor | None) -> tuple[Tensor, ...]:
         tensors, wants = HeadTensors(*given), Wants(*ctx.needs_input_grad[4:])
         with torch.autocast(rows.mask.device.type, enabled=False):
             ctx.left = linear_token_logprobs_fwd(
@@ -87,7 +87,7 @@ class LinearLogprobsFunction(torch.autograd.Function):
 
     @staticmethod
     @torch.no_grad()
-    def without_gradient(make_head: MakeHead, rows: Rows, limit: int, tensors: HeadTensors) -> tuple[Tensor, Tensor]:
+    def without_gradient(make_head: MakeHead, rows: TokenRows, limit: int, tensors: HeadTensors) -> tuple[Tensor, Tensor]:
         """The same values, nothing kept."""
         with torch.autocast(rows.mask.device.type, enabled=False):
             left = linear_token_logprobs_fwd(

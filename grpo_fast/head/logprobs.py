@@ -18,7 +18,7 @@ from torch import Tensor
 
 from grpo_fast.head.chunking import Chunk, Plan, plan_of
 from grpo_fast.head.products import Head, HeadTensors
-from grpo_fast.head.rows import Rows, RowStatistics
+from grpo_fast.loss.token_rows import RowStatistics, TokenRows
 
 __all__ = ["Forward", "linear_token_logprobs_bwd", "linear_token_logprobs_fwd"]
 
@@ -34,7 +34,7 @@ class Forward(NamedTuple):
 
 def linear_token_logprobs_fwd(
     make_head: Callable[[Plan], Head],
-    rows: Rows,
+    rows: TokenRows,
     *,
     limit: int,  # tokens per chunk
     keep: int,  # tokens whose logits may be kept
@@ -63,7 +63,7 @@ def linear_token_logprobs_fwd(
 
 
 def linear_token_logprobs_bwd(
-    make_head: Callable[[Plan], Head], rows: Rows, forward: Forward, g: Tensor, h: Tensor, *, keep_graph: bool
+    make_head: Callable[[Plan], Head], rows: TokenRows, forward: Forward, g: Tensor, h: Tensor, *, keep_graph: bool
 ) -> HeadTensors:
     """The gradients of the head's tensors from those of log-probabilities and entropies, [1, N]."""
     statistics, order, _, kept = forward

@@ -7,19 +7,19 @@ do), so the logits are made once and forgotten: 6 N D V operations with a traina
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from grpo_fast.head.chunking import Chunk, Plan, plan_of
 from grpo_fast.head.products import Head, HeadTensors
-from grpo_fast.head.rows import Rows, RowStatistics
-from grpo_fast.loss.kernel_settings import loss_settings
+from grpo_fast.loss.operator_arguments import loss_arguments
 from grpo_fast.loss.reference import Policy, policy_loss
+from grpo_fast.loss.token_rows import RowStatistics, TokenRows
 from grpo_fast.ops.operators import METRICS, call_below_autograd
 
-__all__ = ["LINEAR_METRICS", "LinearLoss", "linear_loss", "loss_arguments"]
+__all__ = ["LINEAR_METRICS", "LinearLoss", "linear_loss"]
 
 LINEAR_METRICS = (*METRICS, "recomputed_fraction")
 
@@ -36,7 +36,7 @@ class LinearLoss(NamedTuple):
 
 def linear_loss(
     make_head: Callable[[Plan], Head],
-    rows: Rows,
+    rows: TokenRows,
     policy: Policy,  # packed
     *,
     only_active: bool,
@@ -95,23 +95,6 @@ def linear_loss(
     recomputed = torch.full_like(loss, order.recomputed) / computed.sum().clamp(min=1)
     return LinearLoss(
         loss.float(), whole.logprobs, whole.entropy, torch.stack([*(metrics[name] for name in METRICS), recomputed]), head.gradients()
-    )
-
-
-def loss_arguments(rows: Rows, policy: Policy) -> tuple[Any, ...]:
-    """What the operators grpo_loss and grpo_loss_ take behind the logits."""
-    floats = (None if x is None else x.float() for x in (policy.old_logprobs, policy.ref_logprobs, policy.rollout_weights))
-    return (
-        rows.token_ids,
-        rows.mask,
-        policy.advantages.float(),
-        policy.weights,
-        policy.entropy_weights if policy.config.entropy_coef != 0 else None,
-        *floats,
-        *rows.scoring,
-        policy.loss_scale,
-        loss_settings(policy.config),
-        False,
     )
 
 

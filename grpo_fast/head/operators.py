@@ -13,9 +13,9 @@ from grpo_fast.head.chunking import Plan, chunk_rows, plan_of
 from grpo_fast.head.logprobs import Forward, linear_token_logprobs_bwd, linear_token_logprobs_fwd
 from grpo_fast.head.loss import LINEAR_METRICS, linear_loss
 from grpo_fast.head.products import DenseHead, HeadTensors, Wants, per_row
-from grpo_fast.head.rows import Rows, RowStatistics
 from grpo_fast.loss.config import AGGREGATIONS, ENTROPY_AGGREGATIONS, KL_ESTIMATORS, LEVELS, LOSS_TYPES, LossConfig
 from grpo_fast.loss.reference import Policy, Sequences
+from grpo_fast.loss.token_rows import RowStatistics, TokenRows
 from grpo_fast.ops.operators import LIBRARY, scaled
 
 __all__ = ["compiled_logprobs", "compiled_loss"]
@@ -87,7 +87,7 @@ def _config_of(numbers: tuple[float | str, ...]) -> LossConfig:
 
 
 def compiled_loss(
-    tensors: HeadTensors, rows: Rows, policy: Policy, *, only_active: bool, dtype: torch.dtype, length: int, chunk_bytes: int | None
+    tensors: HeadTensors, rows: TokenRows, policy: Policy, *, only_active: bool, dtype: torch.dtype, length: int, chunk_bytes: int | None
 ) -> tuple[Tensor, ...]:
     """linear_loss as one node: loss, logprobs, entropy, metrics."""
     assert policy.sequences.segment is not None
@@ -115,7 +115,7 @@ def compiled_loss(
 
 
 def compiled_logprobs(
-    tensors: HeadTensors, rows: Rows, *, dtype: torch.dtype, length: int, chunk_bytes: int | None
+    tensors: HeadTensors, rows: TokenRows, *, dtype: torch.dtype, length: int, chunk_bytes: int | None
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropy as one node. Its backward scales slopes where the head is frozen, else it computes the logits again:
     how many could be kept is not known when a graph is made."""
@@ -123,7 +123,7 @@ def compiled_logprobs(
     return torch.ops.grpo_fast.linear_token_logprobs.default(*arguments)[:2]
 
 
-def _row_arguments(rows: Rows) -> tuple[Any, ...]:
+def _row_arguments(rows: TokenRows) -> tuple[Any, ...]:
     return rows.token_ids, rows.mask, *rows.scoring
 
 
@@ -149,7 +149,7 @@ def _given(gradients: tuple[Tensor | None, ...], like: Tensor) -> list[Tensor]:
 
 
 def _linear_grpo_loss(*arguments: Any) -> tuple[Tensor, ...]:
-    tensors, rows = HeadTensors(*arguments[:5]), Rows(*arguments[5:11])
+    tensors, rows = HeadTensors(*arguments[:5]), TokenRows(*arguments[5:11])
     advantages, weights, entropy_weights, old_logprobs, ref_logprobs, rollout_weights, segment, count = arguments[11:19]
     rollout_per_sequence, loss_scale, config, only_active, dtype, length, chunk_bytes, wants = arguments[19:]
     policy = Policy(
@@ -218,7 +218,7 @@ torch.library.register_autograd(
 
 
 def _linear_token_logprobs(*arguments: Any) -> tuple[Tensor, ...]:
-    tensors, rows, (dtype, length, chunk_bytes, wants) = HeadTensors(*arguments[:5]), Rows(*arguments[5:11]), arguments[11:]
+    tensors, rows, (dtype, length, chunk_bytes, wants) = HeadTensors(*arguments[:5]), TokenRows(*arguments[5:11]), arguments[11:]
     want_slopes = Wants(*wants).states_alone
     forward = linear_token_logprobs_fwd(
         lambda plan: _head(tensors, wants if want_slopes else [False] * 5, dtype, length, plan),
@@ -242,7 +242,7 @@ def _linear_token_logprobs_fake(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _linear_token_logprobs_backward(g: Tensor, h: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    tensors, rows, (dtype, length, chunk_bytes, wants) = HeadTensors(*arguments[:5]), Rows(*arguments[5:11]), arguments[11:15]
+    tensors, rows, (dtype, length, chunk_bytes, wants) = HeadTensors(*arguments[:5]), TokenRows(*arguments[5:11]), arguments[11:15]
     order = plan_of(rows.mask[0], rows.mask[0], _limit(tensors, dtype, chunk_bytes), None)
     gradients = linear_token_logprobs_bwd(
         lambda plan: _head(tensors, wants, dtype, length, plan),

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from grpo_fast.head.loss import loss_arguments
-from grpo_fast.head.rows import Rows, ShardedLogprobsFunction, all_vocabulary_parts
 from grpo_fast.loss.config import LossConfig
 from grpo_fast.loss.inputs import checked_policy
+from grpo_fast.loss.operator_arguments import loss_arguments
 from grpo_fast.loss.reference import Policy, policy_loss, token_statistics
 from grpo_fast.loss.token_inputs import ANY_VOCABULARY, TokenInputs, check_ids, token_inputs
+from grpo_fast.loss.token_rows import ShardedLogprobsFunction, TokenRows
+from grpo_fast.loss.vocab_parallel import gather_vocab_shards
 from grpo_fast.ops.backends import select
 from grpo_fast.ops.impl_checks import check_impl
 from grpo_fast.ops.operators import METRICS, GrpoLossFunction, TokenLogprobsFunction
@@ -269,9 +270,9 @@ def scoring(inputs: TokenInputs) -> tuple[Tensor | None, float, float, float]:
 
 def _statistics(inputs: TokenInputs, computed: Tensor, inplace: bool, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
     if group is not None:
-        shard = all_vocabulary_parts(inputs.scored.shape[-1], group, inputs.scored.device)
+        shard = gather_vocab_shards(inputs.scored.shape[-1], group, inputs.scored.device)
         check_ids(inputs, shard.total)
-        return ShardedLogprobsFunction.apply(inputs.scored, Rows(inputs.token_ids, computed, *scoring(inputs), shard))
+        return ShardedLogprobsFunction.apply(inputs.scored, TokenRows(inputs.token_ids, computed, *scoring(inputs), shard))
     arguments = (inputs.scored, inputs.token_ids, computed, *scoring(inputs))
     if _wants_gradient(inputs.scored) and not torch.compiler.is_compiling():
         logprobs, entropy, _ = TokenLogprobsFunction.apply(inplace, *arguments)
@@ -284,7 +285,7 @@ def _one_pass_loss(
     inputs: TokenInputs, policy: Policy, token_level: Policy, computed: Tensor, inplace: bool, *, cluster: bool
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
     """token_level: the policy itself, or what its gradient is on-policy."""
-    logits, arguments = inputs.scored, loss_arguments(Rows(inputs.token_ids, computed, *scoring(inputs)), token_level)
+    logits, arguments = inputs.scored, loss_arguments(TokenRows(inputs.token_ids, computed, *scoring(inputs)), token_level)
     wants_gradient = _wants_gradient(logits)
     if wants_gradient and not torch.compiler.is_compiling():
         loss, logprobs, entropy, metrics = GrpoLossFunction.apply(logits, inplace, arguments, cluster)

@@ -1,4 +1,4 @@
-"""The losses as modules, which hold their settings: for code that wants an ``nn.Module`` where the loss stands."""
+"""The loss over logits as an ``nn.Module`` that holds its settings, and the base class of such modules."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from grpo_fast.head.api import linear_grpo_loss
 from grpo_fast.loss.api import GRPOOutput, grpo_loss
 from grpo_fast.loss.config import LossConfig
 from grpo_fast.loss.inputs import check_config, check_metrics_on
 from grpo_fast.loss.token_inputs import checked_scoring
 
-__all__ = ["GRPOLoss", "LinearGRPOLoss"]
+__all__ = ["GRPOLoss", "LossModule"]
 
 
-class _Loss(nn.Module):
-    """Settings that do not change from batch to batch; the temperature may be set anew between two calls."""
+class LossModule(nn.Module):
+    """Holds the settings that do not change from batch to batch. The attribute ``temperature`` may be set between two calls."""
 
     def __init__(
         self,
@@ -41,8 +40,8 @@ class _Loss(nn.Module):
             check_metrics_on(metrics_on)
         self.temperature, self.softcap, self.logit_scale, self.metrics_on = temperature, softcap, logit_scale, metrics_on
 
-    def _with_settings(self, options: dict[str, Any]) -> dict[str, Any]:
-        """Options of a call, which go before the module's settings."""
+    def with_settings(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Merge the module's settings with the options of a call; the options take precedence."""
         held = {name: getattr(self, name) for name in ("config", "temperature", "softcap", "logit_scale")}
         if self.metrics_on is not None:
             held["metrics_on"] = self.metrics_on
@@ -52,7 +51,7 @@ class _Loss(nn.Module):
         return f"loss_type={self.config.loss_type!r}, temperature={self.temperature}"
 
 
-class GRPOLoss(_Loss):
+class GRPOLoss(LossModule):
     """gf.grpo_loss as a module.
 
     Args:
@@ -75,31 +74,4 @@ class GRPOLoss(_Loss):
         **options: Any,
     ) -> GRPOOutput:
         """gf.grpo_loss with the module's settings; options as there."""
-        return grpo_loss(logits, token_ids, advantages, **self._with_settings(options))
-
-
-class LinearGRPOLoss(_Loss):
-    """gf.linear_grpo_loss as a module: the loss from hidden states and the weight of the LM head, which stays the model's.
-
-    Args:
-        config: which member of the family; None = LossConfig().
-        temperature, softcap, logit_scale, metrics_on: as in gf.linear_grpo_loss, which has the defaults.
-
-    Raises:
-        TypeError, ValueError: names the argument, what it was, what was expected and the cure.
-
-    Example:
-        >>> head, loss = torch.nn.Linear(4, 8, bias=False), LinearGRPOLoss(temperature=0.7)
-        >>> out = loss(torch.randn(2, 3, 4), head.weight, torch.randint(8, (2, 3)), torch.tensor([1.0, -1.0]))
-    """
-
-    def forward(
-        self,
-        hidden: Tensor,  # [B, T, D], [B, T + 1, D] or packed [N, D]
-        weight: Tensor,  # [V, D]
-        token_ids: Tensor,  # int64 [B, T] or [N]
-        advantages: Tensor,  # [B], [B, T] or [N]
-        **options: Any,
-    ) -> GRPOOutput:
-        """gf.linear_grpo_loss with the module's settings; options as there."""
-        return linear_grpo_loss(hidden, weight, token_ids, advantages, **self._with_settings(options))
+        return grpo_loss(logits, token_ids, advantages, **self.with_settings(options))

@@ -1,0 +1,80 @@
+"""The tokens of a batch or of one chunk with what scores them, and the token_logprobs operators applied to their logits."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from grpo_fast.loss.vocab_parallel import RowStatistics, Shard, combine_over_shards
+from grpo_fast.ops.operators import call_below_autograd
+
+__all__ = ["RowStatistics", "ShardedLogprobsFunction", "TokenRows"]
+
+
+class TokenRows(NamedTuple):
+    """Token ids and the settings that score them; tensors are ``[B, T]``, or ``[1, n]`` for a chunk of n tokens."""
+
+    token_ids: Tensor  # int64
+    mask: Tensor  # bool: the tokens that are computed
+    temperatures: Tensor | None  # float32, broadcastable to token_ids; None: ``temperature`` holds for all tokens
+    temperature: float
+    softcap: float  # 0: no soft cap
+    logit_scale: float
+    shard: Shard | None = None  # None: the logits span the whole vocabulary
+
+    def take(self, tokens: Tensor | slice) -> TokenRows:
+        """Select some tokens, by index or slice along the last dimension."""
+        temperatures = None if self.temperatures is None else self.temperatures[:, tokens]
+        return self._replace(token_ids=self.token_ids[:, tokens], mask=self.mask[:, tokens], temperatures=temperatures)
+
+    @property
+    def scoring(self) -> tuple[Tensor | None, float, float, float]:
+        """``(temperatures, temperature, softcap, logit_scale)`` in the order of the operators' arguments."""
+        return self.temperatures, self.temperature, self.softcap, self.logit_scale
+
+    @property
+    def own_ids(self) -> Tensor:
+        """Ids relative to this process's shard of the vocabulary; -1 where another process holds the token."""
+        if self.shard is None:
+            return self.token_ids
+        ids = self.token_ids - self.shard.begin
+        return torch.where((ids >= 0) & (ids < self.shard.size), ids, -1)
+
+    def statistics(self, logits: Tensor) -> RowStatistics:
+        """Compute log-probability, entropy and log-sum-exp over the whole vocabulary from logits ``[B, T or T + 1, V of the shard]``."""
+        ids = self.own_ids
+        known = ids if self.shard is None else ids.clamp(min=0)  # the operator needs a valid id also where another process holds the token
+        operator = torch.ops.grpo_fast.token_logprobs.default
+        statistics = RowStatistics(*call_below_autograd(operator, logits, known, self.mask, *self.scoring))
+        if self.shard is None:
+            return statistics
+        return combine_over_shards(statistics, ids >= 0, self.mask, self.shard.group)
+
+    def gradient_(self, logits: Tensor, statistics: RowStatistics, g: Tensor, h: Tensor) -> None:
+        """Overwrite the logits with d loss / d logits, from ``g = d loss / d logprob`` and ``h = d loss / d entropy`` of every token."""
+        operator = torch.ops.grpo_fast.token_logprobs_backward_.default
+        call_below_autograd(operator, g, h, logits, self.own_ids, self.mask, *self.scoring, *statistics)
+
+    def gradient(self, logits: Tensor, statistics: RowStatistics, g: Tensor, h: Tensor) -> Tensor:
+        """Return d loss / d logits in new memory; arguments as in ``gradient_``."""
+        operator = torch.ops.grpo_fast.token_logprobs_backward.default
+        return call_below_autograd(operator, g, h, logits, self.own_ids, self.mask, *self.scoring, *statistics)
+
+
+class ShardedLogprobsFunction(torch.autograd.Function):
+    """Log-probability and entropy from logits of which each process holds a shard of the vocabulary; backward fills the process's shard."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, rows: TokenRows) -> tuple[Tensor, Tensor]:
+        statistics = rows.statistics(logits)
+        ctx.rows = rows
+        ctx.save_for_backward(logits, *statistics)
+        return statistics.logprobs, statistics.entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor, h: Tensor) -> tuple[Tensor, None]:
+        logits, *statistics = ctx.saved_tensors
+        return ctx.rows.gradient(logits, RowStatistics(*statistics), g, h), None
