@@ -42,7 +42,7 @@ RUN_ELSEWHERE = {
     ),
     "grpo-fast study sampling --model Qwen/Qwen3-0.6B --dataset 'reasoning_gym:chain_sum' --rewards task format "
     "--temperatures 0 0.2 0.6 1.0 1.4": "tests/test_study_docs.py runs it with a model that lies on the disk",
-    "grpo-fast plot runs/sums": "tests/test_monitor.py draws runs",
+    "grpo-fast plot runs/sums": "tests/test_callbacks.py draws runs",
 }
 RUN_HERE = ("grpo-fast doctor",)
 

@@ -22,7 +22,7 @@ from grpo_fast.data.prompts import read_rows
 from grpo_fast.demo.task import make_tokenizer
 from grpo_fast.generation import SAMPLERS, SamplerError
 from grpo_fast.rewards import BUILT_IN, RewardError
-from grpo_fast.trainer import callbacks as monitor
+from grpo_fast.trainer.callbacks import ProgressBarCallback
 from grpo_fast.trainer.config import GRPOConfig
 from grpo_fast.trainer.run_inputs import make_task, shape_prompts
 from grpo_fast.trainer.run_settings import SettingsError, TrainOptions, build_parser, parse
@@ -76,7 +76,7 @@ class StubTrainer:
         self.arguments, self.args = arguments, arguments["args"]
         self.done: list[Any] = []
         self.state = SimpleNamespace(global_step=7)
-        self.callback_handler = SimpleNamespace(callbacks=[monitor.ProgressBarCallback()])
+        self.callback_handler = SimpleNamespace(callbacks=[ProgressBarCallback()])
         StubTrainer.made.append(self)
 
     def is_world_process_zero(self) -> bool:
@@ -342,7 +342,7 @@ def test_the_real_trainer(here: Path, capsys: pytest.CaptureFixture[str]) -> Non
     """Two steps of a random model, and two more of the resumed run; metrics, completions, model and curves are there."""
     from grpo_fast.demo.model import make_model
     from grpo_fast.trainer.callbacks import read_run
-    from grpo_fast.trainer.callbacks.plot import draw
+    from grpo_fast.trainer.plot import plot_runs
 
     make_model(TOKENIZER).save_pretrained("model")
     settings = (
@@ -357,7 +357,7 @@ def test_the_real_trainer(here: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert [record["step"] for record in records] == [1, 2, 3, 4]
     assert [record["temperature"] for record in records] == pytest.approx([0.8, 0.9, 1.0, 1.1])
     assert Path("run/model.safetensors").is_file() and Path("run/completions/step-000004.jsonl").is_file()
-    assert "Reward" in draw(["run"], "run/curves.png")
+    assert "Reward" in plot_runs(["run"], "run/curves.png")
     assert "step 4/4  reward" in capsys.readouterr().err
 
 

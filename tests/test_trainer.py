@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from trainer_cases import ROWS, TOKENIZER, Scripted, logs, model, odd_tokens, parameters, short, trainer
 
 import grpo_fast as gf
@@ -193,6 +194,20 @@ def test_several_updates_of_a_rollout(tmp_path: Path) -> None:
     assert clipped > 0 and sum(log["clip_ratio/region_mean"] for log in logs(run)) == pytest.approx(clipped, abs=1e-2)
 
 
+@pytest.mark.parametrize("name", ["loss_mask", "counts"])
+def test_rollouts_of_earlier_checkpoints_are_read(tmp_path: Path, name: str) -> None:
+    """An unfinished rollout in a checkpoint called its loss mask ``counts`` before it was renamed."""
+    rollout = Rollout([[1], [2, 3]], [[4, 5], [6]], torch.ones(2), torch.tensor([1.0, -1.0]), torch.tensor([True, False]))
+    rollout.tokens["old"] = torch.tensor([0.5, 1.5, 2.5])
+    rollout.save(tmp_path / "rollout.safetensors")
+    table = load_file(tmp_path / "rollout.safetensors")
+    table[name] = table.pop("loss_mask")
+    save_file(table, tmp_path / "rollout.safetensors")
+    found = Rollout.load(tmp_path / "rollout.safetensors", torch.device("cpu"))
+    assert found.loss_mask.tolist() == [True, False] and found.completion_ids == [[4, 5], [6]]
+    assert found.tokens["old"].tolist() == [0.5, 1.5, 2.5] and list(found.tokens) == ["old"]
+
+
 def test_prompts_of_an_epoch_come_once_each_and_in_an_order_of_the_seed(tmp_path: Path) -> None:
     def asked(**settings: Any) -> list[str]:
         sampler = Scripted()
@@ -209,7 +224,7 @@ def test_the_trainer_is_still_to_be_read_from_top_to_bottom() -> None:
     assert len(Path(trainer_module.__file__).read_text().splitlines()) < 600
 
 
-@pytest.mark.parametrize("name", ["meters", "rollout", "watch", "grpo_config"])
+@pytest.mark.parametrize("name", ["trainer.metrics", "trainer.rollout", "trainer.diagnostics", "trainer.config", "utils.seeds"])
 def test_examples_in_docstrings(name: str) -> None:
     found = doctest.testmod(importlib.import_module(f"grpo_fast.{name}"))
     assert found.attempted > 0 and found.failed == 0

@@ -54,7 +54,7 @@ def test_killed_and_resumed_it_goes_on_as_if_nothing_had_been(
     undisturbed = run_of(tmp_path / "undisturbed", **settings)
     undisturbed.train()
     expected = {record["step"]: record for record in logs(undisturbed)}
-    assert len({record.get("temperature") for record in expected.values()}) > 2  # the temperature is steered, and its state matters
+    assert len({record.get("temperature") for record in expected.values()}) > 2  # the temperature is adaptive, and its state matters
     for step in random.Random(7).sample(range(1, STEPS), 10):
         output = tmp_path / f"killed-{step}"
         output.mkdir()
@@ -173,7 +173,7 @@ def test_truncated_completions_are_left_out_and_overlong_ones_punished(tmp_path:
     run.train()
     assert run.rollout is not None
     cut = [len(ids) == 8 and ids[-1] != TOKENIZER.eos_token_id for ids in run.rollout.completion_ids]
-    assert any(cut) and run.rollout.counts.tolist() == [not was for was in cut]
+    assert any(cut) and run.rollout.loss_mask.tolist() == [not was for was in cut]
     assert run._step_tokens == [sum(len(ids) for ids, was in zip(run.rollout.completion_ids, cut, strict=True) if not was)]
     punished = [-min(max((len(ids) - 4) / 4, 0.0), 1.0) for ids in run.rollout.completion_ids]
     assert logs(run)[0]["rewards/soft_overlong_punishment/mean"] == pytest.approx(sum(punished) / 16)
@@ -205,7 +205,7 @@ def test_evaluation_is_at_its_own_temperature_over_rounds(tmp_path: Path) -> Non
     drawn = trainer(tmp_path, eval_dataset=ROWS[:8], eval_rounds=4, eval_temperature=1.0, eval_top_p=1.0)
     first, again = drawn.evaluate(), drawn.evaluate()
     assert first["eval_reward_se"] > 0 and first["eval_reward"] == again["eval_reward"]  # the same random numbers each time
-    assert not drawn.meters.read()  # nothing of it in the training's log
+    assert not drawn.metrics.read()  # nothing of it in the training's log
 
 
 class Poison(torch.nn.Module):
@@ -451,8 +451,8 @@ def test_numbers_of_numpy_and_json_for_dictionaries_are_taken(tmp_path: Path) ->
     assert (
         (given.temperature, given.num_generations) == (0.75, 4) and type(given.temperature) is float and type(given.num_generations) is int
     )
-    assert config(tmp_path, temperature_schedule='{"kind": "constant", "value": 0.9}').schedule().coldest == 0.9
-    assert config(tmp_path, temperature_schedule=0.9).schedule().coldest == 0.9
+    assert config(tmp_path, temperature_schedule='{"kind": "constant", "value": 0.9}').schedule().lowest == 0.9
+    assert config(tmp_path, temperature_schedule=0.9).schedule().lowest == 0.9
 
 
 def solved(completions: list[str], solution: list[str], **columns: Any) -> list[float]:

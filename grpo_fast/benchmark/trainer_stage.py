@@ -50,7 +50,7 @@ class EagerPasses(Passes):
         config, scale = options["config"], options["loss_scale"]
         packed = self._pack(model, rows)
         logits = self._scored(model, packed, from_hidden=None, from_logits=lambda found: found)  # type: ignore[arg-type]
-        advantages, mask = packed.per_token(rows.advantages), packed.per_token(rows.counts)
+        advantages, mask = packed.per_token(rows.advantages), packed.per_token(rows.loss_mask)
         scores = (logits.float() / packed.per_token(rows.temperature)[:, None]).log_softmax(-1)
         logprobs = scores.gather(-1, packed.token_ids[:, None]).squeeze(-1)
         ratio = (logprobs - rows.tokens.get("old", logprobs.detach())).exp()
@@ -98,24 +98,24 @@ def prepared(settings: Settings) -> MicroBatch:
         torch.ones(settings.sequences, dtype=torch.bool),
         {"old": batch["old_per_token_logps"].flatten()},
     )
-    return MicroBatch(rows, settings.sequences * settings.tokens, settings.sequences, fresh=True)
+    return MicroBatch(rows, settings.sequences * settings.tokens, settings.sequences, on_policy=True)
 
 
 def repetition(trainer: GRPOTrainer, passes: Passes, batch: MicroBatch, threads: int) -> dict[str, Any]:
     """One loss stage: seconds (CPU time of the thread; wall time with several), peak_bytes above what was resident before, the loss, and
     what is logged. The gradients are left in the model.
     """
-    trainer.passes = passes
+    trainer.model_forward = passes
     trainer.model.train()
     trainer.model.zero_grad(set_to_none=True)
 
     def stage() -> tuple[Tensor, dict[str, float]]:
         loss: Tensor = trainer.compute_loss(trainer.model, batch)
         loss.backward()
-        return loss, trainer.meters.read()
+        return loss, trainer.metrics.read()
 
     (loss, logged), seconds, peak = timed(stage, threads)
-    trainer.meters = type(trainer.meters)()
+    trainer.metrics = type(trainer.metrics)()
     return {"seconds": seconds, "peak_bytes": peak, "loss": loss.item(), "logged": {name: logged[name] for name in LOGGED}}
 
 
@@ -147,10 +147,10 @@ def run(settings: Settings, report: Callable[[str], None]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         report("the batch")
         trainer, batch = make_trainer(settings, folder), prepared(settings)
-        common = (trainer.accelerator, trainer.passes.pad_token_id)
+        common = (trainer.accelerator, trainer.model_forward.pad_token_id)
         args = copy.copy(trainer.args)
         args.fused_head = False
-        ways: dict[str, Passes] = {"fused": trainer.passes, "logits": Passes(args, *common), "eager": EagerPasses(args, *common)}
+        ways: dict[str, Passes] = {"fused": trainer.model_forward, "logits": Passes(args, *common), "eager": EagerPasses(args, *common)}
         report("the gradients to compare with")
         eager = repetition(trainer, ways["eager"], batch, settings.threads)
         expected = {name: gradient.clone() for name, gradient in gradients(trainer).items()}

@@ -18,11 +18,11 @@ def plot(
     smooth: Annotated[int, typer.Option(help="Width of a running mean, in points.")] = 1,
 ) -> None:
     """Draw the curves of one run or several. Exit status 2 if there is nothing to draw."""
-    from grpo_fast.trainer.callbacks.plot import draw
+    from grpo_fast.trainer.plot import plot_runs
 
     target = output if output is not None else (runs[0] if runs[0].is_dir() else runs[0].parent) / "curves.png"
     try:
-        panels = draw(runs, target, smooth=smooth)
+        panels = plot_runs(runs, target, smooth=smooth)
     except ModuleNotFoundError as error:
         typer.echo(f"grpo-fast plot: it needs the package {error.name!r}, which is not installed. Cure: pip install {error.name}", err=True)
         raise typer.Exit(2) from error

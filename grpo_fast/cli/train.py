@@ -104,7 +104,7 @@ def prepare(args: Sequence[str], config_class: Any) -> dict[str, Any]:
 
 def run(prepared: dict[str, Any], trainer_class: Any = None, *, prog_name: str = "grpo-fast train") -> Any:
     """Make the trainer, train, and leave model, metrics and settings in the output folder. Returns the trainer."""
-    from grpo_fast.trainer import callbacks as monitor
+    from grpo_fast.trainer.callbacks import METRICS_FILE, stop_progress
 
     if trainer_class is None:
         from grpo_fast.trainer.grpo_trainer import GRPOTrainer as trainer_class  # noqa: N813
@@ -120,14 +120,14 @@ def run(prepared: dict[str, Any], trainer_class: Any = None, *, prog_name: str =
     try:
         trainer.train(resume_from_checkpoint=prepared["resume"])
     except (KeyboardInterrupt, RewardError, SamplerError, FloatingPointError) as error:
-        monitor.stop(trainer)
+        stop_progress(trainer)
         interrupted = isinstance(error, KeyboardInterrupt)
         if trainer.is_world_process_zero() or not interrupted:
             _say(f"{prog_name}: {_how_it_ended(error, trainer.state.global_step, output)}")
         raise SystemExit(130 if interrupted else 1) from error
     trainer.save_model(str(output))
     if trainer.is_world_process_zero():
-        _say(f"Model, {SETTINGS_FILE} and {monitor.METRICS_FILE} are in {output}. Curves: grpo-fast plot {output}")
+        _say(f"Model, {SETTINGS_FILE} and {METRICS_FILE} are in {output}. Curves: grpo-fast plot {output}")
     return trainer
 
 

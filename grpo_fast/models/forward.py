@@ -50,7 +50,7 @@ class Passes:
             "old_logprobs": rows.tokens.get("old"),
             "ref_logprobs": rows.tokens.get("ref"),
             "rollout_weights": rows.tokens.get("weights"),
-            "mask": packed.per_token(rows.counts),
+            "mask": packed.per_token(rows.loss_mask),
             "temperature": packed.per_token(rows.temperature),
             "cu_seqlens": packed.cu_seqlens,
         }

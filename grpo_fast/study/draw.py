@@ -15,7 +15,8 @@ from grpo_fast.generation import Completion, SamplingParams, make_sampler
 from grpo_fast.models.forward import Passes
 from grpo_fast.models.unwrap import end_tokens_of
 from grpo_fast.study.prepare import Prepared
-from grpo_fast.trainer.rollout import Rollout, derived_seed
+from grpo_fast.trainer.rollout import Rollout
+from grpo_fast.utils.seeds import derived_seed
 from grpo_fast.utils.text_statistics import completion_statistics
 
 __all__ = ["Call", "Drawer", "Drawn"]

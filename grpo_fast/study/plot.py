@@ -12,8 +12,8 @@ from typing import Any
 
 from grpo_fast.study.options import name_of
 from grpo_fast.study.zones import COLD, COLLAPSE, ENTROPY_TARGET, EXPLORATION, ROBUST
-from grpo_fast.trainer.callbacks.plot import COLOURS, STYLES
 from grpo_fast.utils.files import write_atomically
+from grpo_fast.utils.plot_style import COLOURS, LINE_STYLES
 
 __all__ = ["write_sampling_figure", "write_training_figure"]
 
@@ -181,4 +181,8 @@ def _band(axis: Any, runs: Sequence[Sequence[float]], colour: str, style: str) -
 
 def _look(i: int) -> tuple[str, str]:
     """Black for what it was before."""
-    return (COLOURS[-1], "--") if i == 0 else (COLOURS[(i - 1) % (len(COLOURS) - 1)], STYLES[(i - 1) // (len(COLOURS) - 1) % len(STYLES)])
+    return (
+        (COLOURS[-1], "--")
+        if i == 0
+        else (COLOURS[(i - 1) % (len(COLOURS) - 1)], LINE_STYLES[(i - 1) // (len(COLOURS) - 1) % len(LINE_STYLES)])
+    )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import grpo_fast as gf
 from grpo_fast.generation import Completion
-from grpo_fast.trainer.metrics import Meters
+from grpo_fast.trainer.metrics import MetricAccumulator
 from grpo_fast.trainer.rollout import Rollout
 from grpo_fast.utils.statistics import standard_error
 from grpo_fast.utils.text_statistics import distinct_share, repeated_ngrams
@@ -57,22 +57,22 @@ class MicroBatch(NamedTuple):
     rows: Rollout
     step_tokens: int
     step_sequences: int
-    fresh: bool  # the policy is still the one that sampled
+    on_policy: bool  # the policy is still the one that sampled
 
 
-def measure_rewards(meters: Meters, names: Sequence[str], rewards: Tensor, weights: Tensor, groups: gf.GroupAdvantages) -> None:
+def measure_rewards(metrics: MetricAccumulator, names: Sequence[str], rewards: Tensor, weights: Tensor, groups: gf.GroupAdvantages) -> None:
     """Of all processes' completions: ``rewards`` [B, R], whose ``weights`` are [R]."""
-    meters.mean("reward", _mean_of_sums(rewards, weights).nan_to_num())
-    meters.mean("reward_std", groups.std.mean())
-    meters.mean("frac_reward_zero_std", groups.degenerate.float().mean())
+    metrics.mean("reward", _mean_of_sums(rewards, weights).nan_to_num())
+    metrics.mean("reward_std", groups.std.mean())
+    metrics.mean("frac_reward_zero_std", groups.degenerate.float().mean())
     for name, column in zip(names, rewards.unbind(1), strict=True):
         values = column[~column.isnan()]
         if values.numel():
-            meters.mean(f"rewards/{name}/mean", values.mean())
-            meters.mean(f"rewards/{name}/std", values.std(correction=min(1, values.numel() - 1)))
+            metrics.mean(f"rewards/{name}/mean", values.mean())
+            metrics.mean(f"rewards/{name}/std", values.std(correction=min(1, values.numel() - 1)))
 
 
-def measure_rollout(meters: Meters, answers: Sequence[Answer], groups: Sequence[int], rollout: Rollout) -> None:
+def measure_rollout(metrics: MetricAccumulator, answers: Sequence[Answer], groups: Sequence[int], rollout: Rollout) -> None:
     """Of this process's completions; ``groups``: to which prompt each belongs."""
     lengths, count = rollout.lengths, len(rollout)
     finished = [answer.completion.finished for answer in answers]
@@ -80,17 +80,17 @@ def measure_rollout(meters: Meters, answers: Sequence[Answer], groups: Sequence[
     together: dict[int, list[str]] = {}
     for group, answer in zip(groups, answers, strict=True):
         together.setdefault(group, []).append(answer.text)
-    meters.add("completions/mean_length", sum(lengths), count)
-    meters.add("completions/mean_terminated_length", sum(terminated), len(terminated))
-    meters.largest("completions/max_length", float(max(lengths)))
-    meters.add("completions/clipped_ratio", finished.count(False), count)
-    meters.add("completions/repetition", sum(repeated_ngrams(ids) for ids in rollout.completion_ids), count)
-    meters.add("completions/distinct", sum(distinct_share(texts) for texts in together.values()), len(together))
-    meters.add("temperature", rollout.temperature.sum(), count)
+    metrics.add("completions/mean_length", sum(lengths), count)
+    metrics.add("completions/mean_terminated_length", sum(terminated), len(terminated))
+    metrics.largest("completions/max_length", float(max(lengths)))
+    metrics.add("completions/clipped_ratio", finished.count(False), count)
+    metrics.add("completions/repetition", sum(repeated_ngrams(ids) for ids in rollout.completion_ids), count)
+    metrics.add("completions/distinct", sum(distinct_share(texts) for texts in together.values()), len(together))
+    metrics.add("temperature", rollout.temperature.sum(), count)
 
 
 @torch.no_grad()
-def measure_loss(meters: Meters, out: gf.GRPOOutput, rows: Rollout, batch: MicroBatch, *, truncated: bool) -> None:
+def measure_loss(metrics: MetricAccumulator, out: gf.GRPOOutput, rows: Rollout, batch: MicroBatch, *, truncated: bool) -> None:
     """Means over the tokens that were computed, so that micro-batches count by their tokens.
 
     rows: those of the batch that were run through the model; truncated: the sampler draws from a part of the vocabulary.
@@ -98,15 +98,15 @@ def measure_loss(meters: Meters, out: gf.GRPOOutput, rows: Rollout, batch: Micro
     computed = out.active.sum()
     for metric, name in _LOSS_METRICS.items():
         if metric != "kl" or "ref" in rows.tokens:
-            meters.mean(name, out.metrics[metric], computed)
-    meters.largest("ratio/max", out.metrics["ratio_max"])
-    meters.add("active_fraction", out.metrics["active_fraction"] * rows.tokens_that_count(), batch.rows.tokens_that_count())
-    if batch.fresh and "sampler" in rows.tokens:
+            metrics.mean(name, out.metrics[metric], computed)
+    metrics.largest("ratio/max", out.metrics["ratio_max"])
+    metrics.add("active_fraction", out.metrics["active_fraction"] * rows.num_loss_tokens(), batch.rows.num_loss_tokens())
+    if batch.on_policy and "sampler" in rows.tokens:
         gap = torch.where(out.active, out.logprobs - rows.tokens["sampler"], 0.0).nan_to_num()
-        meters.add("sampling/sampling_logp_difference/mean", gap.abs().sum(), computed)
-        meters.largest("sampling/sampling_logp_difference/max", gap.abs().max())
+        metrics.add("sampling/sampling_logp_difference/mean", gap.abs().sum(), computed)
+        metrics.largest("sampling/sampling_logp_difference/max", gap.abs().max())
         if truncated:  # p over the whole vocabulary / p over what was kept = the mass that was kept
-            meters.add("sampling/kept_mass", (gap.exp() * out.active).sum(), computed)
+            metrics.add("sampling/kept_mass", (gap.exp() * out.active).sum(), computed)
 
 
 def sampler_gap(losses: Sequence[tuple[gf.GRPOOutput, MicroBatch]], most_left_out: float = 0.0) -> float:
@@ -114,9 +114,8 @@ def sampler_gap(losses: Sequence[tuple[gf.GRPOOutput, MicroBatch]], most_left_ou
 
     most_left_out: a sampler that truncates gives the tokens it keeps up to so much more; that is no difference.
     """
-    gaps = [
-        (batch.rows.tokens["sampler"] - out.logprobs)[out.active] for out, batch in losses if batch.fresh and "sampler" in batch.rows.tokens
-    ]
+    scored = [(out, batch.rows) for out, batch in losses if batch.on_policy and "sampler" in batch.rows.tokens]
+    gaps = [(rows.tokens["sampler"] - out.logprobs)[out.active] for out, rows in scored]
     together = torch.cat(gaps) if gaps else torch.zeros(0)
     together = (-together).clamp(min=0) + (together - most_left_out).clamp(min=0)
     return float(together.mean()) if together.numel() else 0.0

@@ -30,7 +30,7 @@ from grpo_fast.generation.transformers_sampler import TransformersSampler
 from grpo_fast.models.forward import Passes, load_policy
 from grpo_fast.models.unwrap import end_tokens_of, inner_model, is_sharded
 from grpo_fast.rewards import RewardRunner, SoftOverlongPunishment
-from grpo_fast.trainer import callbacks as monitor
+from grpo_fast.trainer.callbacks import add_default_callbacks
 from grpo_fast.trainer.checkpoints import STATE, CompleteCheckpoints
 from grpo_fast.trainer.config import GRPOConfig
 from grpo_fast.trainer.diagnostics import (
@@ -47,10 +47,12 @@ from grpo_fast.trainer.diagnostics import (
     what_is_not_finite,
     whole,
 )
-from grpo_fast.trainer.metrics import Meters
+from grpo_fast.trainer.metrics import MetricAccumulator
+from grpo_fast.trainer.prompt_source import PromptSource
 from grpo_fast.trainer.reference_policy import ReferencePolicy
-from grpo_fast.trainer.rollout import PromptSource, Rollout, derived_seed
+from grpo_fast.trainer.rollout import Rollout
 from grpo_fast.trainer.temperature import explain_mismatch
+from grpo_fast.utils.seeds import derived_seed
 from grpo_fast.utils.text_statistics import repeated_ngrams
 
 __all__ = ["GRPOConfig", "GRPOTrainer"]
@@ -105,7 +107,7 @@ class GRPOTrainer(CompleteCheckpoints):
             self.rewards.check_columns(self.prompts.columns)
         check_evaluation(eval_dataset, args.eval_strategy.value)
         self.temperatures = args.schedule()
-        self.metrics_on = "all" if self.temperatures.steered else args.metrics_on  # it steers by what is measured
+        self.metrics_on = "all" if self.temperatures.adaptive else args.metrics_on  # it steers by what is measured
         self.loss_config = args.loss_config()
 
         model, tokenizer = load_policy(model, args, processing_class, peft_config, quantization_config)
@@ -122,12 +124,12 @@ class GRPOTrainer(CompleteCheckpoints):
             optimizers=optimizers,
         )
         self.model_accepts_loss_kwargs = True  # the loss is normalised over the whole step here, not by the number of micro-batches
-        self.passes = Passes(args, self.accelerator, tokenizer.pad_token_id)
+        self.model_forward = Passes(args, self.accelerator, tokenizer.pad_token_id)
         options: Any = args.sampler_options or {}
         self.sampler = make_sampler(args.sampler if sampler is None else sampler, self.model, tokenizer, **options)
         correction = args.vllm_importance_sampling_correction
         self.corrects_sampler = not isinstance(self.sampler, TransformersSampler) if correction is None else correction
-        self.meters, self.meters_to_log = Meters(), Meters()  # of this step; of those since the last log
+        self.metrics, self.metrics_to_log = MetricAccumulator(), MetricAccumulator()  # of this step; of those since the last log
         self.rollout: Rollout | None = None
         self.last_completions: list[dict[str, Any]] = []  # of the last rollout, in this process: for tables
         self._step_tokens: list[int] = []  # of each optimiser step that the rollout feeds
@@ -135,7 +137,7 @@ class GRPOTrainer(CompleteCheckpoints):
         self._sampler_step, self._sampler_checked = -1, False  # whose weights the sampler has
         self._logged_at, self._tokens_logged = 0.0, 0
         self._grad_norm: Any = None
-        monitor.attach(self)
+        add_default_callbacks(self)
 
     # Rollout ------------------------------------------------------------------------------------------------------------------
 
@@ -143,7 +145,7 @@ class GRPOTrainer(CompleteCheckpoints):
         """A clock for transformers' loop: a tick per micro-batch. What is in the batches is decided in get_batch_samples."""
         if self.prompts is None:
             raise ValueError("train_dataset is None; expected one, to train on.")
-        ticks = self.prompts.per_epoch * self.args.steps_per_generation * self.args.num_iterations
+        ticks = self.prompts.rollouts_per_epoch * self.args.steps_per_generation * self.args.num_iterations
         return DataLoader(range(ticks), batch_size=1)  # type: ignore[arg-type]
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[MicroBatch], int]:
@@ -165,7 +167,7 @@ class GRPOTrainer(CompleteCheckpoints):
         batches = []
         for i in range(args.gradient_accumulation_steps):
             rows = self.rollout.select(range((first + i) * size, (first + i + 1) * size))
-            batches.append(MicroBatch(rows, tokens, sequences, fresh=position == 0))
+            batches.append(MicroBatch(rows, tokens, sequences, on_policy=position == 0))
         return batches, tokens
 
     def roll_out(self, number: int) -> Rollout:
@@ -181,7 +183,7 @@ class GRPOTrainer(CompleteCheckpoints):
         wanted = list(range(len(rows)))
         for attempt in range(1 + args.dynamic_sampling_attempts):
             if attempt:  # prompts whose completions are all as good as one another teach nothing: others in their place
-                for prompt, row in zip(wanted, self.prompts.others(number, attempt, len(wanted)), strict=True):
+                for prompt, row in zip(wanted, self.prompts.replacements(number, attempt, len(wanted)), strict=True):
                     rows[prompt] = row
             again = set(wanted)
             drawn = [i for i in mine if i // group in again]
@@ -200,7 +202,7 @@ class GRPOTrainer(CompleteCheckpoints):
             wanted = groups.degenerate.nonzero().flatten().tolist()
             if not wanted or attempt == args.dynamic_sampling_attempts:
                 break
-        self.meters.mean("dynamic_sampling/attempts", attempt)
+        self.metrics.mean("dynamic_sampling/attempts", attempt)
 
         rollout = Rollout(
             [answer.prompt_ids for answer in answers],
@@ -212,7 +214,7 @@ class GRPOTrainer(CompleteCheckpoints):
         if all(answer.completion.logprobs is not None for answer in answers):
             values = [value for answer in answers for value in answer.completion.logprobs]
             rollout.tokens["sampler"] = torch.tensor(values, dtype=torch.float32, device=args.device)
-        with self.meters.timed("step_time/logprobs"):
+        with self.metrics.timed("step_time/logprobs"):
             self._score_tokens(rollout)
         self._count_tokens(rollout)
         self._measure(rows, answers, everyone, groups, rollout)
@@ -248,7 +250,7 @@ class GRPOTrainer(CompleteCheckpoints):
             pad_token_id=self.processing_class.pad_token_id,
             **(cut or {"top_p": self.args.top_p, "top_k": self.args.top_k, "min_p": self.args.min_p or 0.0}),
         )
-        with self.meters.timed("step_time/generate"), self.passes.whole(self.model_wrapped):
+        with self.metrics.timed("step_time/generate"), self.model_forward.whole(self.model_wrapped):
             drawn = self.sampler.generate(prompts, params) if prompts else []
         drawn = drawn[: len(drawn) - extra]
         if len(drawn) != len(rows):
@@ -259,7 +261,7 @@ class GRPOTrainer(CompleteCheckpoints):
     def _scores(self, rows: Sequence[dict[str, Any]], answers: Sequence[Answer], temperatures: Sequence[float]) -> Tensor:  # [B, R]
         ref_logprobs = {}
         if self.reference.for_rewards:
-            with self.meters.timed("step_time/logprobs"):
+            with self.metrics.timed("step_time/logprobs"):
                 ref_logprobs = {"ref_logprobs": self._reference_logprobs(answers, temperatures)}
         if not rows:
             return torch.empty(0, len(self.rewards.names))
@@ -271,18 +273,18 @@ class GRPOTrainer(CompleteCheckpoints):
         columns_to_log: dict[str, list[Any]] = {}
         extras = {
             "trainer_state": self.state,
-            "log_metric": self.meters.mean,
+            "log_metric": self.metrics.mean,
             "log_extra": lambda column, values: columns_to_log.setdefault(column, []).extend(values),
             "logprobs": [answer.completion.logprobs for answer in answers],
             **ref_logprobs,
         }
-        with self.meters.timed("step_time/reward"):
+        with self.metrics.timed("step_time/reward"):
             table = self.rewards(
                 [row["prompt"] for row in rows], texts, [a.completion.token_ids for a in answers], extras=extras, **columns
             )
         for name, value in table.metrics.items():
             if not name.endswith(("/mean", "/std")):  # those are taken over all processes
-                self.meters.mean(name, value)
+                self.metrics.mean(name, value)
         for name, values in columns_to_log.items():
             for answer, value in zip(answers, values, strict=True):
                 answer.extra[name] = value
@@ -294,7 +296,7 @@ class GRPOTrainer(CompleteCheckpoints):
         ids, flat = [answer.completion.token_ids for answer in answers], torch.zeros(len(answers))
         rollout = Rollout([answer.prompt_ids for answer in answers], ids, flat + torch.tensor(temperatures), flat, flat == 0)
         with self.reference.of(self.model_wrapped, self.accelerator.unwrap_model(self.model_wrapped)) as reference:
-            found = self.passes.logprobs(reference, rollout, at_once=self.args.per_device_train_batch_size).logprobs
+            found = self.model_forward.logprobs(reference, rollout, at_once=self.args.per_device_train_batch_size).logprobs
         return [part.tolist() for part in found.cpu().split(rollout.lengths)]
 
     def _score_tokens(self, rollout: Rollout) -> None:
@@ -306,28 +308,28 @@ class GRPOTrainer(CompleteCheckpoints):
         rows = list(range(len(rollout))) if is_sharded(self.model_wrapped) else self._that_matter(rollout)
         part = rollout.select(rows)
         if several or corrects or args.top_entropy_quantile < 1:
-            old = self.passes.logprobs(self.model_wrapped, part, at_once=args.per_device_train_batch_size)
+            old = self.model_forward.logprobs(self.model_wrapped, part, at_once=args.per_device_train_batch_size)
             if several:
-                rollout.tokens["old"] = rollout.scattered(old.logprobs, rows)
+                rollout.tokens["old"] = rollout.scatter_tokens(old.logprobs, rows)
             weights = self._weights(part, old, corrects)
             if weights is not None:
-                rollout.tokens["weights"] = rollout.scattered(weights, rows)
+                rollout.tokens["weights"] = rollout.scatter_tokens(weights, rows)
         if args.beta != 0:
             with self.reference.of(self.model_wrapped, self.accelerator.unwrap_model(self.model_wrapped)) as reference:
-                ref = self.passes.logprobs(reference, part, at_once=args.per_device_train_batch_size)
-            rollout.tokens["ref"] = rollout.scattered(ref.logprobs, rows)
+                ref = self.model_forward.logprobs(reference, part, at_once=args.per_device_train_batch_size)
+            rollout.tokens["ref"] = rollout.scatter_tokens(ref.logprobs, rows)
 
     def _that_matter(self, rollout: Rollout) -> list[int]:
         """Rows that can change the gradient (at least one: all processes must do a backward pass), or all if the metrics want them."""
         if self.metrics_on == "all" or self.args.beta != 0 or self.args.entropy_coef != 0:
             return list(range(len(rollout)))
-        return ((rollout.advantages != 0) & rollout.counts).nonzero().flatten().tolist() or [0]
+        return ((rollout.advantages != 0) & rollout.loss_mask).nonzero().flatten().tolist() or [0]
 
     def _weights(self, rows: Rollout, old: gf.TokenLogprobs, corrects: bool) -> Tensor | None:  # [n]
         """What multiplies each token's surrogate: the correction of the sampler, and the mask of the tokens with the highest entropy."""
         args = self.args
         lengths = torch.tensor(rows.lengths)
-        counts = rows.counts.repeat_interleave(lengths).to(old.logprobs.device)
+        counts = rows.loss_mask.repeat_interleave(lengths).to(old.logprobs.device)
         weights = None
         if corrects:
             level, mode = args.vllm_importance_sampling_mode.split("_")
@@ -342,8 +344,8 @@ class GRPOTrainer(CompleteCheckpoints):
                 high=args.vllm_importance_sampling_clip_max,
                 cu_seqlens=bounds,
             )
-            self.meters.add("sampling/importance_sampling_ratio/mean", (weights * counts).sum(), counts.sum())
-            self.meters.largest("sampling/importance_sampling_ratio/max", (weights * counts).max())
+            self.metrics.add("sampling/importance_sampling_ratio/mean", (weights * counts).sum(), counts.sum())
+            self.metrics.largest("sampling/importance_sampling_ratio/max", (weights * counts).max())
         if args.top_entropy_quantile < 1:
             everyone = torch.cat([values.to(old.entropy.device) for values in gather_object([old.entropy[counts].cpu()])])
             threshold = torch.quantile(everyone, 1 - args.top_entropy_quantile)
@@ -353,7 +355,7 @@ class GRPOTrainer(CompleteCheckpoints):
 
     def _count_tokens(self, rollout: Rollout) -> None:
         """Tokens that count in each optimiser step, over all processes: the denominator that makes the loss the same for any split."""
-        tokens = rollout.lengths_that_count().to(self.args.device)
+        tokens = rollout.loss_lengths().to(self.args.device)
         steps = self.accelerator.gather(tokens).view(self.accelerator.num_processes, self.args.minibatches, -1)
         self._step_tokens = steps.sum((0, 2)).tolist()
 
@@ -374,11 +376,11 @@ class GRPOTrainer(CompleteCheckpoints):
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """transformers' own; here for its time."""
-        before = self.meters.total_seconds("step_time/loss")
+        before = self.metrics.total_seconds("step_time/loss")
         started = time.perf_counter()
         loss = super().training_step(model, inputs, num_items_in_batch)
-        spent = time.perf_counter() - started - (self.meters.total_seconds("step_time/loss") - before)
-        self.meters.seconds("step_time/backward", spent)
+        spent = time.perf_counter() - started - (self.metrics.total_seconds("step_time/loss") - before)
+        self.metrics.seconds("step_time/backward", spent)
         return loss
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
@@ -394,8 +396,8 @@ class GRPOTrainer(CompleteCheckpoints):
             num_items = max(batch.step_tokens, 1)
         else:
             scale *= len(rows) / batch.step_sequences
-        with self.meters.timed("step_time/loss"):
-            out = self.passes.loss(
+        with self.metrics.timed("step_time/loss"):
+            out = self.model_forward.loss(
                 model,
                 rows,
                 config=self.loss_config,
@@ -404,7 +406,7 @@ class GRPOTrainer(CompleteCheckpoints):
                 metrics_on=self.metrics_on,
             )
         self._losses.append((out._replace(loss=out.loss.detach()), batch._replace(rows=rows)))
-        measure_loss(self.meters, out, rows, batch, truncated=self.args.truncates)
+        measure_loss(self.metrics, out, rows, batch, truncated=self.args.truncates)
         return (out.loss, out) if return_outputs else out.loss
 
     def _clip_grad_norm(self, model: Any) -> Any:
@@ -435,7 +437,7 @@ class GRPOTrainer(CompleteCheckpoints):
         rows = losses[0][1].rows
         assumed = float(rows.temperature.mean())
         found = explain_mismatch(
-            lambda other: self.passes.logprobs_at(self.model_wrapped, rows, rows.temperature * (other / assumed)),
+            lambda other: self.model_forward.logprobs_at(self.model_wrapped, rows, rows.temperature * (other / assumed)),
             rows.tokens["sampler"],
             temperature=assumed,
         )
@@ -443,11 +445,11 @@ class GRPOTrainer(CompleteCheckpoints):
 
     def after_step(self) -> None:
         """When the weights have changed: steer the temperature, if a rollout was new in this step, and add the step to what is logged."""
-        self.meters.steps += 1
-        if self.temperatures.steered and (self.state.global_step - 1) % self.args.updates_per_rollout == 0:
-            self.temperatures.observe(self.meters.read())
-        self.meters_to_log.merge(self.meters)
-        self.meters = Meters()
+        self.metrics.steps += 1
+        if self.temperatures.adaptive and (self.state.global_step - 1) % self.args.updates_per_rollout == 0:
+            self.temperatures.observe(self.metrics.read())
+        self.metrics_to_log.merge(self.metrics)
+        self.metrics = MetricAccumulator()
 
     # Evaluation ----------------------------------------------------------------------------------------------------------------
 
@@ -464,11 +466,11 @@ class GRPOTrainer(CompleteCheckpoints):
         if dataset is None:
             raise ValueError("eval_dataset is None; expected one, to evaluate on.")
         started = time.perf_counter()
-        meters, self.meters = self.meters, Meters()  # an evaluation's time is not a step's
+        step_metrics, self.metrics = self.metrics, MetricAccumulator()  # an evaluation's time is not a step's
         try:
             rounds = [self._evaluation_round(dataset, number) for number in range(self.args.eval_rounds)]
         finally:
-            self.meters = meters
+            self.metrics = step_metrics
         metrics = summary_of_rounds(rounds, metric_key_prefix)
         metrics[f"{metric_key_prefix}_temperature"] = self.args.eval_temperature
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - started
@@ -497,8 +499,8 @@ class GRPOTrainer(CompleteCheckpoints):
     def _measure(self, rows: Sequence[dict[str, Any]], answers: list[Answer], rewards: Tensor, groups: Any, rollout: Rollout) -> None:
         mine = self._rows_of_this_process()
         of_group = [i // self.args.num_generations for i in mine]
-        measure_rewards(self.meters, self.rewards.names, rewards, self.rewards.weights, groups)
-        measure_rollout(self.meters, answers, of_group, rollout)
+        measure_rewards(self.metrics, self.rewards.names, rewards, self.rewards.weights, groups)
+        measure_rollout(self.metrics, answers, of_group, rollout)
         self.state.num_input_tokens_seen += sum(gather_object([sum(rollout.lengths) + sum(map(len, rollout.prompt_ids))]))
         prompts = [rows[group]["prompt"] for group in of_group]
         self.last_completions = completion_records(self.state.global_step, prompts, answers, self.rewards.names, rewards[mine], rollout)
@@ -506,7 +508,7 @@ class GRPOTrainer(CompleteCheckpoints):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """transformers' own, with what the steps since the last time have measured."""
         if "loss" in logs:
-            logs, self.meters_to_log = {**logs, **self.meters_to_log.read()}, Meters()
+            logs, self.metrics_to_log = {**logs, **self.metrics_to_log.read()}, MetricAccumulator()
             now, tokens = time.perf_counter(), self.state.num_input_tokens_seen
             logs["num_tokens"] = tokens
             if tokens != self._tokens_logged:  # steps that draw nothing belong to the next rollout's time
@@ -576,7 +578,7 @@ class _Hooks(TrainerCallback):
         self.started = time.perf_counter()
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        self.trainer.meters.seconds("step_time/optimizer", time.perf_counter() - self.started)
+        self.trainer.metrics.seconds("step_time/optimizer", time.perf_counter() - self.started)
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.after_step()

@@ -9,17 +9,17 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Meters"]
+__all__ = ["MetricAccumulator"]
 
 
-class Meters:
+class MetricAccumulator:
     """Weighted means, maxima and seconds per step, by name.
 
     Example:
-        >>> meters = Meters()
-        >>> meters.mean("length", 10.0, weight=1)
-        >>> meters.mean("length", 40.0, weight=2)
-        >>> meters.read()
+        >>> metrics = MetricAccumulator()
+        >>> metrics.mean("length", 10.0, weight=1)
+        >>> metrics.mean("length", 40.0, weight=2)
+        >>> metrics.read()
         {'length': 30.0}
     """
 
@@ -37,7 +37,7 @@ class Meters:
         before, weights = self._sums.get(name, (0.0, 0.0))
         self._sums[name] = before + total, weights + weight
 
-    def merge(self, other: Meters) -> None:
+    def merge(self, other: MetricAccumulator) -> None:
         """Take over what another has measured: of one step into those of many."""
         for name, (total, weight) in other._sums.items():
             self.add(name, total, weight)

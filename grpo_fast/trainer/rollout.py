@@ -1,78 +1,31 @@
-"""What is sampled and trained on: a rollout and its rows, the prompts it is made of, and the seeds that make it repeatable."""
+"""A rollout: completions and everything that the loss needs to know about them."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from grpo_fast.data.prompts import check_rows
-
-__all__ = ["PromptSource", "Rollout", "derived_seed"]
-
-
-def derived_seed(*parts: object) -> int:
-    """A number that depends on all parts and on nothing else: the same on every machine, in every process and after a resumption.
-
-    Example:
-        >>> derived_seed(0, "rollout", 3) == derived_seed(0, "rollout", 3) != derived_seed(0, "rollout", 4)
-        True
-    """
-    return random.Random("/".join(map(str, parts))).getrandbits(63)
-
-
-class PromptSource:
-    """The rows of a data set in the order in which rollouts take them: a function of seed and rollout, with no position to lose.
-
-    Args:
-        dataset: anything with a length and rows that are dictionaries with a ``prompt``.
-        count: prompts per rollout. What is left of an epoch when it is too few for a rollout is passed over.
-        shuffle: a new order each epoch.
-    """
-
-    def __init__(self, dataset: Any, count: int, *, seed: int, shuffle: bool) -> None:
-        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-            raise TypeError(
-                f"train_dataset is a {type(dataset).__name__} without a length; expected a Dataset or a list of dictionaries. "
-                "Cure for a stream: datasets.Dataset.from_generator, or list(itertools.islice(stream, n))."
-            )
-        if len(dataset) < count:
-            raise ValueError(
-                f"train_dataset has {len(dataset)} rows; expected at least {count}, the prompts of one rollout "
-                "(generation_batch_size / num_generations). Take smaller batches, or more generations per prompt."
-            )
-        check_rows(dataset, "train_dataset")
-        self.columns = [name for name in dataset[0] if name not in ("prompt", "completion", "completion_ids")]  # what rewards may read
-        self.dataset, self.count, self.seed, self.shuffle = dataset, count, seed, shuffle
-        self.per_epoch = len(dataset) // count  # rollouts
-        self._order: tuple[int, list[int]] = (-1, [])  # of the last epoch asked for
-
-    def rows(self, rollout: int) -> list[dict[str, Any]]:
-        """The prompts of a rollout, counted from 0 over all epochs."""
-        epoch, position = divmod(rollout, self.per_epoch)
-        if self._order[0] != epoch:
-            order = list(range(len(self.dataset)))
-            if self.shuffle:
-                random.Random(derived_seed(self.seed, "epoch", epoch)).shuffle(order)
-            self._order = epoch, order
-        return [self.dataset[index] for index in self._order[1][position * self.count : (position + 1) * self.count]]
-
-    def others(self, rollout: int, attempt: int, count: int) -> list[dict[str, Any]]:
-        """Prompts to put in the place of those without signal."""
-        rng = random.Random(derived_seed(self.seed, "others", rollout, attempt))
-        return [self.dataset[rng.randrange(len(self.dataset))] for _ in range(count)]
+__all__ = ["Rollout"]
 
 
 @dataclass
 class Rollout:
-    """Completions and all that the loss needs to know of them: B rows, whose completions hold N tokens together.
+    """B completions with N tokens in total, and what the loss needs to know about them.
 
-    What there is one of per row lies on the CPU, where it decides what is computed; what there is one of per token lies on the device.
+    Values per completion are on the CPU, because they decide which rows are computed. Values per token are on the training device.
+
+    Args:
+        prompt_ids: token ids of each prompt, B lists.
+        completion_ids: token ids of each completion, end token included, B lists.
+        temperature: float32 [B], the temperature at which each completion was drawn and is scored.
+        advantages: float32 [B].
+        loss_mask: bool [B]; False leaves the completion out of the loss.
+        tokens: float32 [N] each, as far as they are needed: the log-probabilities ``"sampler"`` (reported by the sampler), ``"old"``
+            (policy at sampling time) and ``"ref"`` (reference policy), and ``"weights"``, which multiply the surrogate.
 
     Example:
         >>> rollout = Rollout([[1], [1]], [[5, 6], [7]], torch.ones(2), torch.zeros(2), torch.tensor([True, True]))
@@ -80,30 +33,31 @@ class Rollout:
         [[7]]
     """
 
-    prompt_ids: list[list[int]]  # B
-    completion_ids: list[list[int]]  # B, with their end tokens
-    temperature: Tensor  # [B] float32: each was drawn at, and is scored at
-    advantages: Tensor  # [B] float32
-    counts: Tensor  # [B] bool; False: left out of the loss
-    tokens: dict[str, Tensor] = field(default_factory=dict)  # float32 [N] each: "sampler", "old", "ref" log-probabilities, and "weights"
+    prompt_ids: list[list[int]]
+    completion_ids: list[list[int]]
+    temperature: Tensor
+    advantages: Tensor
+    loss_mask: Tensor
+    tokens: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.completion_ids)
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each completion."""
+        """Number of tokens of each completion."""
         return [len(ids) for ids in self.completion_ids]
 
-    def lengths_that_count(self) -> Tensor:
-        """[B] int64: tokens of each completion, 0 where it is left out."""
-        return torch.tensor(self.lengths) * self.counts
+    def loss_lengths(self) -> Tensor:
+        """Number of tokens of each completion in the loss, int64 [B]: 0 where ``loss_mask`` is False."""
+        return torch.tensor(self.lengths) * self.loss_mask
 
-    def tokens_that_count(self) -> int:
-        return int(self.lengths_that_count().sum())
+    def num_loss_tokens(self) -> int:
+        """Number of tokens in the loss."""
+        return int(self.loss_lengths().sum())
 
     def select(self, rows: Sequence[int]) -> Rollout:
-        """Some of the rows."""
+        """The given rows as a rollout of their own."""
         parts = {name: column.split(self.lengths) for name, column in self.tokens.items()}
         index = torch.tensor(rows, dtype=torch.long)
         return Rollout(
@@ -111,12 +65,20 @@ class Rollout:
             [self.completion_ids[row] for row in rows],
             self.temperature[index],
             self.advantages[index],
-            self.counts[index],
+            self.loss_mask[index],
             {name: torch.cat([column[row] for row in rows]) if rows else self.tokens[name][:0] for name, column in parts.items()},
         )
 
-    def scattered(self, values: Tensor, rows: Sequence[int]) -> Tensor:  # values float32 [n], of the tokens of these rows; [N]
-        """Values of some rows' tokens as a column of the rollout, 0 for the others."""
+    def scatter_tokens(self, values: Tensor, rows: Sequence[int]) -> Tensor:
+        """Expand values for the tokens of some rows to all tokens, with 0 for the tokens of the other rows.
+
+        Args:
+            values: float32 [n], one per token of ``rows``, in their order.
+            rows: row indices.
+
+        Returns:
+            float32 [N].
+        """
         starts = torch.tensor([0, *self.lengths]).cumsum(0).tolist()
         column = values.new_zeros(starts[-1])
         if rows:
@@ -124,20 +86,20 @@ class Rollout:
         return column
 
     def save(self, path: Path) -> None:
-        """As safetensors, which hold numbers and no code."""
+        """Write the rollout as safetensors, a format that cannot hold code."""
         from safetensors.torch import save_file
 
         table = {f"tokens.{name}": column.cpu().contiguous() for name, column in self.tokens.items()}
         for name, ragged in (("prompt", self.prompt_ids), ("completion", self.completion_ids)):
             table[f"{name}_ids"] = torch.tensor([token for ids in ragged for token in ids], dtype=torch.long)
             table[f"{name}_lengths"] = torch.tensor([len(ids) for ids in ragged], dtype=torch.long)
-        for name in ("temperature", "advantages", "counts"):
+        for name in ("temperature", "advantages", "loss_mask"):
             table[name] = getattr(self, name).contiguous()
         save_file(table, path)
 
     @classmethod
     def load(cls, path: Path, device: torch.device) -> Rollout:
-        """What `save` wrote."""
+        """Read a rollout that `save` wrote, with its values per token on ``device``."""
         from safetensors.torch import load_file
 
         table = load_file(path)
@@ -145,6 +107,8 @@ class Rollout:
         for name in ("prompt", "completion"):
             lengths = table.pop(f"{name}_lengths").tolist()
             ragged[name] = [ids.tolist() for ids in table.pop(f"{name}_ids").split(lengths)]
-        temperature, advantages, counts = (table.pop(name) for name in ("temperature", "advantages", "counts"))
+        if "counts" in table:  # the name of loss_mask in earlier checkpoints
+            table["loss_mask"] = table.pop("counts")
+        temperature, advantages, loss_mask = (table.pop(name) for name in ("temperature", "advantages", "loss_mask"))
         tokens = {name.removeprefix("tokens."): column.to(device) for name, column in table.items()}
-        return cls(ragged["prompt"], ragged["completion"], temperature, advantages, counts, tokens)
+        return cls(ragged["prompt"], ragged["completion"], temperature, advantages, loss_mask, tokens)

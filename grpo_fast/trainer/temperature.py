@@ -60,7 +60,7 @@ class TemperatureSpec:
 
 
 class TemperatureSchedule:
-    """The temperature at each step, for each completion; with a state, where it is steered by what the run shows.
+    """The temperature at each step, for each completion; with a state, where it is adaptive by what the run shows.
 
     Make one with `from_config`. It is asked with `temperatures` for a rollout, told with `observe` what a step measured, and saved and
     restored with `state_dict` and `load_state_dict`, so that a resumed run goes on where it was.
@@ -68,7 +68,7 @@ class TemperatureSchedule:
 
     def __init__(self, spec: TemperatureSpec) -> None:
         self.spec = spec
-        self._value = spec.start  # of the steered kinds
+        self._value = spec.start  # of the adaptive kinds
         self._mean: float | None = None  # running mean of the observed metric
         self._observed = 0
 
@@ -87,7 +87,7 @@ class TemperatureSchedule:
                         target 0.5)
         ==============  ===================================================================================================
 
-        The steered kinds have a ``start`` (1.0), the bounds ``min`` (0.7) and ``max`` (1.5), and a ``memory`` (0.8): the share that the
+        The adaptive kinds have a ``start`` (1.0), the bounds ``min`` (0.7) and ``max`` (1.5), and a ``memory`` (0.8): the share that the
         running mean of the observations keeps at each step. Every kind may have a ``spread`` within the group (arXiv:2510.08892 trains on
         mixed temperatures): the last ``spread_share`` (0.5) of each group is drawn at T + spread.
 
@@ -105,9 +105,9 @@ class TemperatureSchedule:
                 f"temperature is a {type(config).__name__}; expected a number, or a dictionary such as "
                 "{'kind': 'constant', 'value': 1.0}."
             )
-        if schedule.coldest < COLD:
+        if schedule.lowest < COLD:
             warnings.warn(
-                f"temperature goes down to {schedule.coldest:g}: training below {COLD:g} tends to collapse. Measured by Skywork-OR1 "
+                f"temperature goes down to {schedule.lowest:g}: training below {COLD:g} tends to collapse. Measured by Skywork-OR1 "
                 "(arXiv:2505.22312, section 3.2.4): at 0.6 the entropy starts near zero, or gets there within some 100 steps, and learning "
                 "slows; at 1.0 it starts slower and ends higher. Cure: train at 1.0 and keep 0.6 for evaluation.",
                 UserWarning,
@@ -116,7 +116,7 @@ class TemperatureSchedule:
         return schedule
 
     @property
-    def coldest(self) -> float:
+    def lowest(self) -> float:
         """The lowest temperature this schedule can give."""
         spec = self.spec
         if spec.kind == "linear":
@@ -129,7 +129,7 @@ class TemperatureSchedule:
         return base + min(spec.spread, 0.0)
 
     @property
-    def steered(self) -> bool:
+    def adaptive(self) -> bool:
         """Whether `observe` can change what comes."""
         return self.spec.kind in ("entropy", "diversity")
 
@@ -152,12 +152,12 @@ class TemperatureSchedule:
         return ([base] * (group_size - hot) + [base + self.spec.spread] * hot) * num_prompts
 
     def observe(self, metrics: Mapping[str, float]) -> None:
-        """Tell what a step measured. The steered kinds read one of the metrics, and move T; the others ignore it.
+        """Tell what a step measured. The adaptive kinds read one of the metrics, and move T; the others ignore it.
 
         Call it once for each rollout. A step without the metric, or with a NaN, changes nothing.
         """
         spec = self.spec
-        value = metrics.get(spec.metric) if self.steered else None
+        value = metrics.get(spec.metric) if self.adaptive else None
         if value is None or math.isnan(float(value)):
             return
         self._observed += 1
@@ -188,7 +188,7 @@ class TemperatureSchedule:
         self._value, self._mean, self._observed = float(state["value"]), state["mean"], int(state["observed"])
 
     def __repr__(self) -> str:
-        return f"TemperatureSchedule({self.spec.kind}, now {self._value:g})" if self.steered else f"TemperatureSchedule({self.spec})"
+        return f"TemperatureSchedule({self.spec.kind}, now {self._value:g})" if self.adaptive else f"TemperatureSchedule({self.spec})"
 
 
 class Mismatch(NamedTuple):
@@ -335,7 +335,7 @@ def _parse(config: dict[str, Any]) -> TemperatureSpec:
         stages = _stages(config["stages"])
         start, more = stages[0][1], {"stages": stages}
     else:
-        start, more = _steered(kind, config)
+        start, more = _parse_adaptive(kind, config)
     spec = TemperatureSpec(kind, start, spread=spread, spread_share=share, **more)
     lowest = min([start, *(value for _, value in spec.stages), *([spec.end] if spec.end else []), *([spec.low] if spec.low else [])])
     if not lowest + min(spread, 0.0) > 0:
@@ -354,7 +354,7 @@ def _stages(stages: Any) -> tuple[tuple[int, float], ...]:
     return pairs
 
 
-def _steered(kind: str, config: dict[str, Any]) -> tuple[float, dict[str, Any]]:
+def _parse_adaptive(kind: str, config: dict[str, Any]) -> tuple[float, dict[str, Any]]:
     start = _above_zero("start", config.get("start", 1.0))
     low, high = _above_zero("min", config.get("min", 0.7)), _above_zero("max", config.get("max", 1.5))
     if not low <= start <= high:

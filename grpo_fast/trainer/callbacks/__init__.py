@@ -1,9 +1,7 @@
-"""What a user sees of a run: a live progress bar, a table of completions, a metrics file, and curves drawn from it.
+"""What a user sees of a run: a progress bar, a table of completions and a metrics file. Each is an ordinary transformers callback.
 
-    trainer = Trainer(...)             # of transformers
-    monitor.attach(trainer)            # progress and metrics.jsonl, in place of its own progress bar
-
-GRPOTrainer does so by itself; ``grpo-fast plot RUN`` draws what was written.
+``add_default_callbacks(trainer)`` gives them to a transformers ``Trainer``; `GRPOTrainer` calls it in its constructor.
+``grpo-fast plot RUN`` draws the metrics file.
 """
 
 from __future__ import annotations
@@ -13,55 +11,60 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from grpo_fast.trainer.callbacks.records import METRICS_FILE, RunError, drop_after, read_run
-from grpo_fast.trainer.callbacks.samples import completions_table, print_completions
+from grpo_fast.trainer.callbacks.completions_table import completions_table, print_completions
+from grpo_fast.trainer.metrics_file import METRICS_FILE, RunError, drop_later_steps, read_run
 
 if TYPE_CHECKING:
-    from grpo_fast.trainer.callbacks.journal import JournalCallback
-    from grpo_fast.trainer.callbacks.progress import CompletionsCallback, ProgressBarCallback
+    from transformers import Trainer
+
+    from grpo_fast.trainer.callbacks.completions import CompletionsCallback
+    from grpo_fast.trainer.callbacks.jsonl_log import JSONLLogCallback
+    from grpo_fast.trainer.callbacks.progress import ProgressBarCallback
 
 __all__ = [
     "METRICS_FILE",
     "CompletionsCallback",
-    "JournalCallback",
+    "JSONLLogCallback",
     "ProgressBarCallback",
     "RunError",
-    "attach",
+    "add_default_callbacks",
     "completions_table",
-    "drop_after",
+    "drop_later_steps",
     "print_completions",
     "read_run",
-    "stop",
+    "stop_progress",
 ]
 
 _CALLBACKS = {
-    "CompletionsCallback": "grpo_fast.trainer.callbacks.progress",
-    "JournalCallback": "grpo_fast.trainer.callbacks.journal",
+    "CompletionsCallback": "grpo_fast.trainer.callbacks.completions",
+    "JSONLLogCallback": "grpo_fast.trainer.callbacks.jsonl_log",
     "ProgressBarCallback": "grpo_fast.trainer.callbacks.progress",
 }
 
 
-def attach(trainer: Any) -> None:
-    """Give a transformers Trainer these callbacks, and take away its own progress bar and printer. Twice is once.
+def add_default_callbacks(trainer: Trainer) -> None:
+    """Add the progress bar, the completions table and the metrics file to a trainer, and remove transformers' own progress output.
 
-    ``disable_tqdm`` switches our progress off as it does transformers'; the metrics file is written in any case.
+    A second call replaces the callbacks of the first. ``args.disable_tqdm`` leaves the progress bar and the table out; the metrics file is
+    always written.
     """
     from transformers import PrinterCallback, ProgressCallback
 
-    from grpo_fast.trainer.callbacks.journal import JournalCallback
-    from grpo_fast.trainer.callbacks.progress import CompletionsCallback, ProgressBarCallback
+    from grpo_fast.trainer.callbacks.completions import CompletionsCallback
+    from grpo_fast.trainer.callbacks.jsonl_log import JSONLLogCallback
+    from grpo_fast.trainer.callbacks.progress import ProgressBarCallback
 
-    for callback in (ProgressCallback, PrinterCallback, ProgressBarCallback, CompletionsCallback, JournalCallback):
+    for callback in (ProgressCallback, PrinterCallback, ProgressBarCallback, CompletionsCallback, JSONLLogCallback):
         trainer.remove_callback(callback)
     if not trainer.args.disable_tqdm:
         console = Console(stderr=True)
         trainer.add_callback(ProgressBarCallback(console))
         trainer.add_callback(CompletionsCallback(console))
-    trainer.add_callback(JournalCallback())
+    trainer.add_callback(JSONLLogCallback())
 
 
-def stop(trainer: Any) -> None:
-    """End the live progress bar of a trainer whose training ended in an error or an interrupt."""
+def stop_progress(trainer: Trainer) -> None:
+    """Stop the live progress bar after an error or an interrupt, which end training without a call of ``on_train_end``."""
     from grpo_fast.trainer.callbacks.progress import ProgressBarCallback
 
     for callback in trainer.callback_handler.callbacks:
@@ -70,7 +73,7 @@ def stop(trainer: Any) -> None:
 
 
 def __getattr__(name: str) -> Any:
-    """The callbacks need transformers, which takes seconds to import: only when asked for, so that plotting stays quick."""
+    """Import the callback classes on first access, because they need transformers, which plotting and reading a run do not."""
     if name in _CALLBACKS:
         return getattr(importlib.import_module(_CALLBACKS[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Reading and mending metrics files. Nothing here needs transformers."""
+"""Reading the metrics file of a run, and removing steps from it. Nothing here needs transformers."""
 
 from __future__ import annotations
 
@@ -9,18 +9,23 @@ from typing import Any
 
 from grpo_fast.utils.files import write_text
 
-__all__ = ["METRICS_FILE", "RunError", "drop_after", "read_run"]
+__all__ = ["METRICS_FILE", "RunError", "drop_later_steps", "read_run"]
 
 METRICS_FILE = "metrics.jsonl"
-_NAMED = 5  # runs, in the message that one is not there
+_RUNS_NAMED = 5  # how many existing runs the error for a missing run lists
 
 
 class RunError(ValueError):
-    """A run has no metrics to read: the message has the path and the cure."""
+    """A run has no metrics to read. The message names the path and how to fix it."""
 
 
-def drop_after(path: Path, step: int) -> None:
-    """Leave the lines up to this step in the file, and no torn one; with step 0, none. There need be no file."""
+def drop_later_steps(path: Path, step: int) -> None:
+    """Remove the records of steps after ``step``, and an incomplete last line, from a metrics file. Step 0 removes every record.
+
+    Args:
+        path: a metrics file; if it does not exist, nothing happens.
+        step: the last step to keep.
+    """
     if not path.exists():
         return
     kept = [] if step == 0 else [record for record in _records(path) if record.get("step", 0) <= step]
@@ -28,17 +33,20 @@ def drop_after(path: Path, step: int) -> None:
 
 
 def read_run(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The records of a run, given by its folder or its metrics file, in the order they were written.
+    """Read the records of a run in the order in which they were written.
+
+    Args:
+        run: the run's folder (its ``output_dir``) or its metrics file.
 
     Raises:
-        RunError: there is no such file, or no record in it.
+        RunError: the file does not exist, holds no record, or has a line that is not a JSON object.
     """
     path = Path(run)
     if path.is_dir():
         path = path / METRICS_FILE
     if not path.is_file():
         found = sorted(path.parent.glob(f"*/{METRICS_FILE}"), key=os.path.getmtime, reverse=True)
-        names, more = [file.parent.name for file in found[:_NAMED]], len(found) - _NAMED
+        names, more = [file.parent.name for file in found[:_RUNS_NAMED]], len(found) - _RUNS_NAMED
         near = f" Runs beside it, the latest first: {', '.join(names)}{f' and {more} more' if more > 0 else ''}." if found else ""
         raise RunError(f"there is no {path}; expected a run's folder (its output_dir) or its {METRICS_FILE}.{near}")
     records = _records(path)
@@ -48,7 +56,7 @@ def read_run(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
-    """All whole lines. A line that is no JSON object is an error, but for the last one, which may be torn."""
+    """All records. A line that is not a JSON object is an error, except an unterminated last line, which a killed process may leave."""
     lines = path.read_text(encoding="utf-8").split("\n")
     records = []
     for number, line in enumerate(lines, 1):
@@ -57,9 +65,9 @@ def _records(path: Path) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
             if not isinstance(record, dict):
-                raise ValueError("no object")
+                raise ValueError("not an object")
         except ValueError as error:
-            if number >= len(lines):  # no line break behind it: the process died in the middle
+            if number >= len(lines):  # no line break follows: the process was killed while it wrote this line
                 break
             raise RunError(f"{path}, line {number}: {line[:80]!r} is no JSON object ({error}); expected one in each line.") from error
         records.append(record)

@@ -1,4 +1,4 @@
-"""Completions to look at: prompt, completion, rewards, advantage, in a table."""
+"""A table of completions with their prompts, rewards and advantages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.text import Text
 
 __all__ = ["completions_table", "print_completions", "read_completions"]
 
-MOST_COLUMNS = 3  # beside prompt, completion and advantage: more would leave the texts no room, and go into one column
+MAX_REWARD_COLUMNS = 3  # with more values than this they share one column, so that prompt and completion keep their width
 
 
 def completions_table(
@@ -28,17 +28,20 @@ def completions_table(
     limit: int | None = None,
     max_characters: int = 600,
 ) -> Table:
-    """A rich table, one row for each completion.
+    """Build a rich table with one row per completion.
 
     Args:
-        prompts: text, or chat messages, of which the last one is shown.
+        prompts: strings, or lists of chat messages, whose last message is shown.
         completions: likewise.
-        rewards: name -> one number for each completion, None where it did not apply.
-        advantages: one for each completion; green above 0, red below.
-        extra: name -> whatever else is to be shown of each completion.
-        step: for the title.
-        limit: rows, at most, from the largest advantage to the smallest; None = all, as they are.
-        max_characters: of a text; the middle of a longer one is left out, for a loop shows at the end.
+        rewards: name -> one number per completion, None or NaN where the reward did not apply.
+        advantages: one number per completion, green above 0 and red below.
+        extra: name -> one further value per completion, shown as text.
+        step: shown in the title; None = no title.
+        limit: largest number of rows, spread evenly from the highest advantage to the lowest; None = all rows in the given order.
+        max_characters: longer texts lose their middle part, because repetition shows at the end.
+
+    Raises:
+        ValueError: the arguments do not have the same number of entries.
     """
     lengths = {"prompts": len(prompts), "completions": len(completions), "advantages": len(advantages)}
     shown = {name: [_number(value) for value in values] for name, values in rewards.items()}
@@ -57,15 +60,17 @@ def completions_table(
     table = Table(title=None if step is None else f"Step {step}{of}", show_lines=True, expand=True)
     table.add_column("prompt", ratio=2, overflow="fold")
     table.add_column("completion", ratio=3, overflow="fold")
-    apart = len(shown) <= MOST_COLUMNS
-    for name in shown if apart else ("rewards",):
+    own_columns = len(shown) <= MAX_REWARD_COLUMNS
+    for name in shown if own_columns else ("rewards",):
         table.add_column(name, justify="right", overflow="fold")
     table.add_column("advantage", justify="right")
     for row in rows:
         advantage = float(advantages[row])
         colour = "green" if advantage > 0 else "red" if advantage < 0 else "dim"
         values = (
-            [column[row] for column in shown.values()] if apart else ["\n".join(f"{name} {column[row]}" for name, column in shown.items())]
+            [column[row] for column in shown.values()]
+            if own_columns
+            else ["\n".join(f"{name} {column[row]}" for name, column in shown.items())]
         )
         table.add_row(
             Text(_shorten(_text(prompts[row]), max_characters)),
@@ -77,9 +82,18 @@ def completions_table(
 
 
 def print_completions(*columns: Any, console: Console | None = None, **options: Any) -> bool:
-    """Print `completions_table` if a terminal is there to look at it. Returns whether it did; a file or a pipe gets nothing."""
+    """Print `completions_table` if the console is a terminal.
+
+    Args:
+        columns: positional arguments of `completions_table`.
+        console: where to print; None = standard error.
+        options: keyword arguments of `completions_table`.
+
+    Returns:
+        Whether it printed; nothing is written to a file or a pipe.
+    """
     console = console if console is not None else Console(stderr=True)
-    table = completions_table(*columns, **options)  # made in any case: a mistake shows everywhere
+    table = completions_table(*columns, **options)  # built in any case, so that wrong arguments raise without a terminal too
     if not console.is_terminal:
         return False
     console.print(table)
@@ -87,15 +101,15 @@ def print_completions(*columns: Any, console: Console | None = None, **options: 
 
 
 def read_completions(file: str | os.PathLike[str]) -> dict[str, Any]:
-    """The arguments of `completions_table`, of a file of ``output_dir/completions`` (GRPOConfig's log_completions)."""
+    """Read a file of ``output_dir/completions`` (see ``GRPOConfig.log_completions``) as keyword arguments of `completions_table`."""
     rows = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
 
     def by_name(column: str) -> dict[str, list[Any]]:
         names = dict.fromkeys(name for row in rows for name in row.get(column, {}))
         return {name: [row.get(column, {}).get(name) for row in rows] for name in names}
 
-    plain = {"prompts": "prompt", "completions": "completion", "advantages": "advantage"}
-    found: dict[str, Any] = {argument: [row[column] for row in rows] for argument, column in plain.items()}
+    columns = {"prompts": "prompt", "completions": "completion", "advantages": "advantage"}
+    found: dict[str, Any] = {argument: [row[column] for row in rows] for argument, column in columns.items()}
     return found | {"rewards": by_name("rewards"), "extra": by_name("extra")}
 
 

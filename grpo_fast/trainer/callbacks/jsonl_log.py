@@ -1,4 +1,4 @@
-"""The metrics file: one JSON object for each log call, safe to append to when a run is resumed."""
+"""The metrics file: one JSON object per log call, with no duplicate steps when a run is resumed."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from grpo_fast.trainer.callbacks.records import METRICS_FILE, drop_after
+from grpo_fast.trainer.metrics_file import METRICS_FILE, drop_later_steps
 
-__all__ = ["JournalCallback"]
+__all__ = ["JSONLLogCallback"]
 
 
-class JournalCallback(TrainerCallback):
-    """Writes ``output_dir/metrics.jsonl``: what the trainer logs, and ``step``, a line for each call, by the first process alone.
+class JSONLLogCallback(TrainerCallback):
+    """Writes ``output_dir/metrics.jsonl``: one line per log call with ``step`` and everything that was logged; in the first process only.
 
-    A run that starts over empties the file; one that is resumed at step N first drops the lines of the steps after N, which it will make
-    again. That is done by writing a new file beside the old one and moving it into place. A line is one write: a run that is killed leaves
-    at most one torn line, at the end, which reading and resuming leave out.
+    A run that starts from step 0 empties the file. A run that is resumed at step N first removes the lines of later steps, because it will
+    log those steps again; the shortened file replaces the old one atomically. Each line is a single write, so a killed run leaves at most
+    one incomplete line, at the end, which reading and resuming ignore.
+
+    Args:
+        file: where to write; None = ``metrics.jsonl`` in the trainer's ``output_dir``.
     """
 
     def __init__(self, file: str | os.PathLike[str] | None = None) -> None:
@@ -28,7 +31,7 @@ class JournalCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            drop_after(self._path(args), state.global_step)
+            drop_later_steps(self._path(args), state.global_step)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
@@ -37,7 +40,7 @@ class JournalCallback(TrainerCallback):
             return
         path = self._path(args)
         path.parent.mkdir(parents=True, exist_ok=True)
-        line = json.dumps({"step": state.global_step} | {key: _plain(value) for key, value in logs.items() if key != "step"})
+        line = json.dumps({"step": state.global_step} | {key: _to_json(value) for key, value in logs.items() if key != "step"})
         with path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
@@ -45,9 +48,9 @@ class JournalCallback(TrainerCallback):
         return self.file if self.file is not None else Path(args.output_dir) / METRICS_FILE
 
 
-def _plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null. Tensors and NumPy's scalars are made into numbers."""
-    if hasattr(value, "item"):  # a tensor or scalar of torch or NumPy; what holds more than one number raises, and should
+def _to_json(value: Any) -> Any:
+    """A value that JSON can hold: tensors and NumPy scalars become numbers, NaN and infinity become null."""
+    if hasattr(value, "item"):  # raises for a tensor with more than one element, which is a mistake of the caller
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return None

@@ -23,18 +23,19 @@ pytest.importorskip("transformers", reason="the callbacks are transformers'")
 
 from transformers import TrainerControl, TrainerState
 
-from grpo_fast.trainer import callbacks as monitor
 from grpo_fast.trainer.callbacks import (
     CompletionsCallback,
-    JournalCallback,
+    JSONLLogCallback,
     ProgressBarCallback,
     RunError,
+    add_default_callbacks,
     completions_table,
+    drop_later_steps,
     print_completions,
     read_run,
 )
-from grpo_fast.trainer.callbacks.plot import draw, series
-from grpo_fast.trainer.callbacks.progress import numbers
+from grpo_fast.trainer.callbacks.progress import format_metrics
+from grpo_fast.trainer.plot import metric_series, plot_runs
 
 LOGS = {
     "reward": 0.512,
@@ -69,40 +70,45 @@ def begin(callback: Any, folder: Path, step: int = 0, **more: Any) -> None:
 
 
 def test_one_object_for_each_log(tmp_path: Path) -> None:
-    journal = JournalCallback()
-    begin(journal, tmp_path / "run")
-    log(journal, tmp_path / "run", 1, {"loss": 0.5, "reward": torch.tensor(0.25), "size": np.float32(2.0), "kl": math.nan, "up": math.inf})
-    log(journal, tmp_path / "run", 2, {"loss": 0.4, "note": "a\nb"})
+    log_callback = JSONLLogCallback()
+    begin(log_callback, tmp_path / "run")
+    log(
+        log_callback,
+        tmp_path / "run",
+        1,
+        {"loss": 0.5, "reward": torch.tensor(0.25), "size": np.float32(2.0), "kl": math.nan, "up": math.inf},
+    )
+    log(log_callback, tmp_path / "run", 2, {"loss": 0.4, "note": "a\nb"})
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [
         {"step": 1, "loss": 0.5, "reward": 0.25, "size": 2.0, "kl": None, "up": None},
         {"step": 2, "loss": 0.4, "note": "a\nb"},
     ]
     assert "NaN" not in lines[0]
-    log(journal, tmp_path / "run", 3, {"loss": 0.3}, first=False)  # another process
-    log(journal, tmp_path / "run", 3, {})
+    log(log_callback, tmp_path / "run", 3, {"loss": 0.3}, first=False)  # another process
+    log(log_callback, tmp_path / "run", 3, {})
     assert len(read_run(tmp_path / "run")) == 2
 
 
 def test_a_resumed_run_drops_what_it_will_make_again(tmp_path: Path) -> None:
-    journal = JournalCallback()
-    begin(journal, tmp_path)
+    log_callback = JSONLLogCallback()
+    begin(log_callback, tmp_path)
     for step in range(1, 6):
-        log(journal, tmp_path, step, {"loss": step})
+        log(log_callback, tmp_path, step, {"loss": step})
     path = tmp_path / "metrics.jsonl"
     with path.open("a") as file:
         file.write('{"step": 6, "lo')  # killed in the middle of a line
     assert [record["step"] for record in read_run(path)] == [1, 2, 3, 4, 5]
-    begin(JournalCallback(), tmp_path, step=3, first=False)  # another process leaves the file alone
+    begin(JSONLLogCallback(), tmp_path, step=3, first=False)  # another process leaves the file alone
     assert path.read_text().endswith('"lo')
     path.chmod(0o640)
-    begin(JournalCallback(), tmp_path, step=3)
+    begin(JSONLLogCallback(), tmp_path, step=3)
     for step in (4, 5):
-        log(journal, tmp_path, step, {"loss": 10 * step})
+        log(log_callback, tmp_path, step, {"loss": 10 * step})
     assert [(record["step"], record["loss"]) for record in read_run(path)] == [(1, 1), (2, 2), (3, 3), (4, 40), (5, 50)]
     assert path.stat().st_mode & 0o777 == 0o640
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
-    begin(JournalCallback(), tmp_path)  # from the start
+    begin(JSONLLogCallback(), tmp_path)  # from the start
     assert path.read_text() == ""
 
 
@@ -111,7 +117,7 @@ def test_dropping_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     path.write_text('{"step": 1}\n{"step": 2}\n')
     monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        monitor.drop_after(path, 1)
+        drop_later_steps(path, 1)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
     assert list(tmp_path.iterdir()) == [path]
 
@@ -150,9 +156,9 @@ WORDS = [
 
 
 def test_the_numbers_that_are_there_are_shown() -> None:
-    assert numbers(LOGS) == WORDS
-    assert numbers({"reward": 1.0, "entropy": math.nan, "epoch": 0.1, "kl": "?"}) == ["reward 1.000"]
-    assert numbers({"reward_std": 1.0}) == numbers({"train_runtime": 3.0}) == []
+    assert format_metrics(LOGS) == WORDS
+    assert format_metrics({"reward": 1.0, "entropy": math.nan, "epoch": 0.1, "kl": "?"}) == ["reward 1.000"]
+    assert format_metrics({"reward_std": 1.0}) == format_metrics({"train_runtime": 3.0}) == []
 
 
 def play(console: Console, folder: Path, **more: Any) -> None:
@@ -226,7 +232,7 @@ def test_transformers_own_bars_are_silent_meanwhile_and_the_cursor_comes_back_af
     assert logging.is_progress_bar_enabled() and console.file.getvalue().rpartition("\x1b[?25")[2].startswith("h")
 
     program = (
-        f"import pathlib, sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_monitor as t\n"
+        f"import pathlib, sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_callbacks as t\n"
         "from rich.console import Console\n"
         "bar = t.ProgressBarCallback(Console(file=sys.stdout, force_terminal=True)); t.begin(bar, pathlib.Path('.')); raise KeyError('x')"
     )
@@ -262,18 +268,18 @@ def test_rewards_that_fail_are_named_once(tmp_path: Path) -> None:
     assert said.count("rewards/yours/errors is 2: reward 'yours' failed") == 1 and "rewards/mine/errors" not in said
 
 
-def test_attach_replaces_transformers_own(tmp_path: Path) -> None:
+def test_add_default_callbacks_replaces_transformers_own(tmp_path: Path) -> None:
     from transformers import ProgressCallback, Trainer, TrainingArguments
 
     args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
     trainer = Trainer(torch.nn.Linear(1, 1), args)
     for _ in range(2):
-        monitor.attach(trainer)
+        add_default_callbacks(trainer)
     kinds = [type(callback) for callback in trainer.callback_handler.callbacks]
     assert ProgressCallback not in kinds
-    assert kinds.count(ProgressBarCallback) == kinds.count(JournalCallback) == 1
+    assert kinds.count(ProgressBarCallback) == kinds.count(JSONLLogCallback) == 1
     args.disable_tqdm = True
-    monitor.attach(trainer)
+    add_default_callbacks(trainer)
     assert ProgressBarCallback not in [type(callback) for callback in trainer.callback_handler.callbacks]
 
 
@@ -295,7 +301,7 @@ def test_a_real_trainer_writes_and_resumes_its_file(tmp_path: Path) -> None:
             str(tmp_path), max_steps=steps, logging_steps=1, save_steps=2, per_device_train_batch_size=2, use_cpu=True, report_to="none"
         )
         trainer = Trainer(Line(), args, train_dataset=data)
-        monitor.attach(trainer)
+        add_default_callbacks(trainer)
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2") if resume else None)
 
     run(4, resume=False)
@@ -379,7 +385,7 @@ def make_run(folder: Path, shift: float = 0.0, steps: int = 6) -> Path:
 
 def test_series_leave_out_what_is_no_number() -> None:
     records = [{"step": 1, "a": 1.0}, {"step": 2, "a": None}, {"step": 3, "a": 3}, {"step": 3, "a": 4.0}, {"step": 4, "b": 1}]
-    assert series(records, "a") == ([1.0, 3.0], [1.0, 4.0])
+    assert metric_series(records, "a") == ([1.0, 3.0], [1.0, 4.0])
 
 
 @pytest.mark.parametrize("ending", ["png", "svg"])
@@ -388,11 +394,11 @@ def test_curves_of_two_runs(tmp_path: Path, ending: str) -> None:
 
     runs = [make_run(tmp_path / "one" / "out"), make_run(tmp_path / "two" / "out", 0.2)]
     picture = tmp_path / "new" / f"curves.{ending}"
-    assert draw(runs, picture, smooth=3) == ["Reward", "Entropy of softmax(z/T)", "Time of a step"]
+    assert plot_runs(runs, picture, smooth=3) == ["Reward", "Entropy of softmax(z/T)", "Time of a step"]
     assert picture.stat().st_size > 5000 and [file.name for file in picture.parent.iterdir()] == [picture.name]
     if ending == "svg":
         with rc_context({"svg.fonttype": "none"}):  # text as text
-            assert draw([runs[0]], picture)
+            assert plot_runs([runs[0]], picture)
         words = picture.read_text()
         assert (
             ">Time of a step (dotted: sampling)<" in words
@@ -424,5 +430,5 @@ def test_the_command(tmp_path: Path) -> None:
 
 
 def test_plotting_does_not_import_transformers() -> None:
-    code = "import sys, grpo_fast.cli.plot, grpo_fast.trainer.callbacks.plot; sys.exit('transformers' in sys.modules)"
+    code = "import sys, grpo_fast.cli.plot, grpo_fast.trainer.plot; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=os.environ, check=False).returncode == 0
