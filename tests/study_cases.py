@@ -12,8 +12,9 @@ import torch
 from typer.testing import CliRunner
 
 from grpo_fast.cli import main as cli
+from grpo_fast.data.tasks.sorting import make_tokenizer, question, split_questions
 from grpo_fast.demo.model import imitate, make_model
-from grpo_fast.demo.task import Teacher, make_tokenizer, question, split_questions
+from grpo_fast.demo.task import Teacher
 from grpo_fast.generation import Completion
 from grpo_fast.study import prepare
 from grpo_fast.trainer.config import GRPOConfig

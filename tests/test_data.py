@@ -12,7 +12,7 @@ import pytest
 
 import grpo_fast.data.prompts
 from grpo_fast.data.prompts import encode_prompt, load_prompts
-from grpo_fast.demo.task import make_tokenizer
+from grpo_fast.data.tasks.sorting import make_tokenizer
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<think>' if m['role'] == 'user' else '<answer>' }}{{ m['content'] }}"

@@ -17,13 +17,14 @@ pytest.importorskip("matplotlib")
 
 import grpo_fast as gf
 from grpo_fast.cli.demo import app
+from grpo_fast.data.tasks.sorting import DIGITS, make_tokenizer, question, solve, split_questions
 from grpo_fast.demo import by_trainer, compare, grpo, run
 from grpo_fast.demo.evaluate import TEMPERATURES, Quality, evaluate
 from grpo_fast.demo.grpo import Settings, check_on_policy, policy_loss, sample, train
 from grpo_fast.demo.judge import judge
 from grpo_fast.demo.model import make_model
 from grpo_fast.demo.run import REWARDS, Options, warm_started
-from grpo_fast.demo.task import DIGITS, Teacher, make_tokenizer, question, solve, split_questions
+from grpo_fast.demo.task import Teacher
 from grpo_fast.rewards import accuracy_reward
 from grpo_fast.utils.files import write_json
 from grpo_fast.utils.install_hints import require_packages

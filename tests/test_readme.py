@@ -113,7 +113,7 @@ def test_before_after_and_without_logits_agree(model: Any) -> None:
 def test_the_trainer_trains(tmp_path: Path, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import PreTrainedTokenizerFast
 
-    from grpo_fast.demo.task import make_tokenizer
+    from grpo_fast.data.tasks.sorting import make_tokenizer
 
     tokenizer: PreTrainedTokenizerFast = make_tokenizer()
     model.resize_token_embeddings(len(tokenizer))

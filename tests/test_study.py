@@ -19,7 +19,7 @@ pytest.importorskip("matplotlib")
 
 from study_cases import ROWS, Counting, made, run, sampled
 
-from grpo_fast.demo.task import make_tokenizer
+from grpo_fast.data.tasks.sorting import make_tokenizer
 from grpo_fast.generation import Completion
 from grpo_fast.loss import reference
 from grpo_fast.study import draw, prepare

@@ -20,9 +20,9 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("reasoning_gym")
 
 from grpo_fast.cli import main as cli
+from grpo_fast.data.tasks.sorting import make_tokenizer
 from grpo_fast.demo.model import make_model
 from grpo_fast.demo.run import Options
-from grpo_fast.demo.task import make_tokenizer
 from grpo_fast.study import matrix, prepare, prepare_training, report, sampling
 from grpo_fast.study.estimates import difference, told_apart
 from grpo_fast.study.options import training_temperatures

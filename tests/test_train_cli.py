@@ -19,7 +19,7 @@ pytest.importorskip("datasets", reason="rows are a dataset")
 
 from grpo_fast.cli import train as command
 from grpo_fast.data.prompts import read_rows
-from grpo_fast.demo.task import make_tokenizer
+from grpo_fast.data.tasks.sorting import make_tokenizer
 from grpo_fast.generation import SAMPLERS, SamplerError
 from grpo_fast.rewards import BUILT_IN, RewardError
 from grpo_fast.trainer.callbacks import ProgressBarCallback

@@ -359,8 +359,8 @@ def test_a_training_run_draws_each_step_from_the_weights_of_that_step(tmp_path: 
     """GRPOTrainer over the wire: whatever the sampler said about its tokens, the trainer's own log-probabilities agree, step after step."""
     pytest.importorskip("datasets", reason="the trainer's rows are a dataset")
     from grpo_fast.data.tasks import sorting_task
+    from grpo_fast.data.tasks.sorting import make_tokenizer
     from grpo_fast.demo.model import make_model
-    from grpo_fast.demo.task import make_tokenizer
     from grpo_fast.trainer import GRPOTrainer
     from grpo_fast.trainer.config import GRPOConfig
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from grpo_fast.demo.task import make_tokenizer, question
+from grpo_fast.data.tasks.sorting import make_tokenizer, question
 from grpo_fast.generation import Completion
 from grpo_fast.trainer import GRPOTrainer
 from grpo_fast.trainer.config import GRPOConfig

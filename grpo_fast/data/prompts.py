@@ -67,7 +67,7 @@ def load_prompts(
         ValueError, TypeError: naming the row or column, what it was, what was expected and the cure.
 
     Example:
-        >>> from grpo_fast.demo.task import make_tokenizer
+        >>> from grpo_fast.data.tasks.sorting import make_tokenizer
         >>> print(load_prompts([{"prompt": "sort 21=", "answer": "12"}, {"prompt": "sort 4321=", "answer": "1234"}], make_tokenizer(),
         ...                    max_prompt_length=8))
         1 prompts (texts), of up to 8 tokens; 1 of 2 were too long and left out

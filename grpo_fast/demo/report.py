@@ -10,8 +10,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from grpo_fast.data.tasks.sorting import question
 from grpo_fast.demo.evaluate import Quality
-from grpo_fast.demo.task import question
 from grpo_fast.utils.files import write_atomically
 
 # Okabe and Ito's palette: told apart by colour-blind eyes too. Before and after also differ in line style and marker.

@@ -11,17 +11,8 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from grpo_fast.utils.install_hints import require_packages
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
-DIGITS = 4
-TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-CHARACTERS = "0123456789=; sort"
-HELD_OUT = 1000  # of the 10,000 questions, these many are kept from both trainings and used by the evaluation only
+from grpo_fast.data.tasks.sorting import DIGITS, solve
 
 
 @dataclass(frozen=True)
@@ -45,39 +36,3 @@ class Teacher:
             swapped[i], swapped[j] = swapped[j], swapped[i]
             answer = "".join(swapped)
         return f"<think>{';'.join(lines)}</think><answer>{answer}</answer>"
-
-
-def solve(digits: str) -> str:
-    return "".join(sorted(digits))
-
-
-def question(digits: str) -> dict[str, str]:
-    """A row of the data set: ``prompt``, and the true ``answer`` as a column for the rewards."""
-    return {"prompt": f"sort {digits}=", "answer": solve(digits)}
-
-
-def split_questions() -> tuple[list[str], list[str]]:
-    """All digit strings, shuffled once and for all, as ``(training, held out)``: the split is the same for every seed."""
-    numbers = [f"{number:0{DIGITS}d}" for number in range(10**DIGITS)]
-    random.Random(0).shuffle(numbers)
-    return numbers[HELD_OUT:], numbers[:HELD_OUT]
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character and per tag; ``<pad>`` and ``<eos>`` are the special tokens. Pads on the left, as generation needs it."""
-    require_packages("transformers", "tokenizers", extras=("demo",), needed_by="The demo")
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {token: index for index, token in enumerate(("<pad>", "<eos>", "<unk>", *TAGS, *dict.fromkeys(CHARACTERS)))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("|".join((*TAGS, "."))), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-    )

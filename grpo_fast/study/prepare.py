@@ -195,7 +195,7 @@ def _told(options: SamplingOptions, config: Any, rows: Any) -> dict[str, Any]:
 
 def _task(options: SamplingOptions, seed: int) -> Task | None:
     if options.dataset == DEMO:
-        from grpo_fast.demo.task import question, split_questions
+        from grpo_fast.data.tasks.sorting import question, split_questions
         from grpo_fast.rewards import accuracy_reward
 
         return Task([question(digits) for digits in split_questions()[1]], accuracy_reward)
@@ -203,7 +203,7 @@ def _task(options: SamplingOptions, seed: int) -> Task | None:
 
 
 def _demo_tokenizer() -> Any:
-    from grpo_fast.demo.task import make_tokenizer
+    from grpo_fast.data.tasks.sorting import make_tokenizer
 
     return make_tokenizer()
 

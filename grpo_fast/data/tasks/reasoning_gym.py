@@ -1,89 +1,28 @@
-"""Tasks with answers that a rule can check: two that need nothing installed, and the generators of the reasoning-gym package.
-
-A task is rows and the reward that scores them: ``GRPOTrainer(model, task.reward, train_dataset=task.rows)``.
-"""
+"""The generators of the reasoning-gym package (arXiv:2505.24760) as tasks, with scores that can be trusted in training."""
 
 from __future__ import annotations
 
 import json
 import math
-import random
 import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from grpo_fast.rewards.accuracy import accuracy_reward, canonical_answer, extract_answer
-from grpo_fast.rewards.common import Completion, Reward, check_range, check_same_length, text_of
+from grpo_fast.data.tasks.common import INSTRUCTION, Task, check_instruction
+from grpo_fast.rewards.accuracy import canonical_answer, extract_answer
+from grpo_fast.rewards.common import Completion, check_range, check_same_length, text_of
 from grpo_fast.rewards.pool import Outcome, WorkerPool
 from grpo_fast.utils.install_hints import install
 
-__all__ = ["INSTRUCTION", "ReasoningGymReward", "Task", "arithmetic_task", "reasoning_gym_task", "sorting_task"]
+__all__ = ["ReasoningGymReward", "reasoning_gym_task"]
 
-# The template of DeepSeek-R1-Zero (arXiv:2501.12948, table 1) in one sentence: what `format_reward` and `extract_answer` look for.
-INSTRUCTION = (
-    "{question}\nThink first, between <think> and </think>. Then give the answer, and nothing else, between <answer> and </answer>."
-)
 
 _JUNK = ("", "junk", "qwxz vbn", "-987654321", "(((", "None", "[]", "{}", "0.1234567", "yes")
 _PROBED = 6  # entries that junk is tried on
-
-
-class Task(NamedTuple):
-    """Rows with ``prompt``, ``answer`` and whatever else the reward reads, and that reward."""
-
-    rows: Any  # a list of dictionaries, or a datasets.Dataset
-    reward: Reward
-
-
-def arithmetic_task(size: int = 1000, *, seed: int = 0, terms: int = 2, digits: int = 2, instruction: str = INSTRUCTION) -> Task:
-    """Sums and differences of random numbers, scored by `accuracy_reward`.
-
-    Args:
-        size: rows.
-        seed: the same seed gives the same rows.
-        terms: numbers in a question, at least 2.
-        digits: of each number at most.
-        instruction: the prompt, with the question in place of ``{question}``; ``"{question}"`` for the bare question.
-
-    Example:
-        >>> arithmetic_task(1, terms=3, instruction="{question}").rows
-        [{'prompt': 'What is 49 - 5 - 65?', 'answer': '-21'}]
-    """
-    for name, value, low in (("size", size, 1), ("terms", terms, 2), ("digits", digits, 1)):
-        check_range("arithmetic_task", name, value, low)
-    _check_instruction("arithmetic_task", instruction)
-    rng = random.Random(seed)
-    rows = []
-    for _ in range(size):
-        text = str(total := rng.randrange(10**digits))
-        for _ in range(terms - 1):
-            sign, number = rng.choice((1, -1)), rng.randrange(10**digits)
-            text, total = f"{text} {'+' if sign > 0 else '-'} {number}", total + sign * number
-        rows.append({"prompt": instruction.replace("{question}", f"What is {text}?"), "answer": str(total)})
-    return Task(rows, accuracy_reward)
-
-
-def sorting_task(size: int = 1000, *, seed: int = 0, digits: int = 4, instruction: str = "{question}") -> Task:
-    """Sort the digits of a number: the task of ``grpo-fast demo``, whose tokenizer knows no other characters, scored by `accuracy_reward`.
-
-    Args: as in `arithmetic_task`; ``digits`` is the length of every number, which may begin with zeros.
-
-    Example:
-        >>> sorting_task(1, digits=5).rows
-        [{'prompt': 'sort 87425=', 'answer': '24578'}]
-    """
-    from grpo_fast.demo.task import question
-
-    for name, value in (("size", size), ("digits", digits)):
-        check_range("sorting_task", name, value, 1)
-    _check_instruction("sorting_task", instruction)
-    rng = random.Random(seed)
-    rows = [question("".join(rng.choices("0123456789", k=digits))) for _ in range(size)]
-    return Task([{**row, "prompt": instruction.replace("{question}", row["prompt"])} for row in rows], accuracy_reward)
 
 
 @dataclass(frozen=True)
@@ -181,7 +120,7 @@ def reasoning_gym_task(
         ValueError: no such generator, a setting that it does not take, or scores that cannot be trusted.
     """
     check_range("reasoning_gym_task", "size", size, 1)
-    _check_instruction("reasoning_gym_task", instruction)
+    check_instruction("reasoning_gym_task", instruction)
     try:
         settings = json.dumps(config, sort_keys=True)
     except TypeError as error:
@@ -257,8 +196,3 @@ def _generator(name: str, settings: str, *, size: int = 1, seed: int = 0) -> Any
         return reasoning_gym.create_dataset(name, size=size, seed=seed, **json.loads(settings))
     except (AssertionError, TypeError, ValueError) as error:
         raise ValueError(f"reasoning_gym_task: {name!r} does not take the settings {settings}: {error}") from error
-
-
-def _check_instruction(where: str, instruction: str) -> None:
-    if "{question}" not in instruction:
-        raise ValueError(f"{where}: instruction is {instruction!r}; expected a text with '{{question}}' where the question goes.")
