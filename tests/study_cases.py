@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 from grpo_fast.cli import main as cli
 from grpo_fast.data.tasks.sorting import make_tokenizer, question, split_questions
 from grpo_fast.demo.model import imitate, make_model
-from grpo_fast.demo.task import Teacher
+from grpo_fast.demo.teacher import Teacher
 from grpo_fast.generation import Completion
-from grpo_fast.study import prepare
+from grpo_fast.study import sampling_setup
 from grpo_fast.trainer.config import GRPOConfig
 
 ROWS = [question(digits) for digits in ("5281", "3316", "9070", "4498")]
@@ -65,9 +65,9 @@ def sampled(*arguments: str, status: int = 0) -> str:
     return run("sampling", "--model", "./model", "--dataset", "rows.jsonl", *FAST, "--output", "found.json", *arguments, status=status)
 
 
-def made(*arguments: str, rewards: tuple[str, ...] = ("accuracy", "format"), width: str = "64") -> prepare.Prepared:
+def made(*arguments: str, rewards: tuple[str, ...] = ("accuracy", "format"), width: str = "64") -> sampling_setup.Prepared:
     given = ["--model", "./model", "--dataset", "rows.jsonl", *FAST, "--output", "found.json", "--per_device_eval_batch_size", width]
-    return prepare.prepare([*given, "--rewards", *rewards, *arguments], GRPOConfig)
+    return sampling_setup.prepare([*given, "--rewards", *rewards, *arguments], GRPOConfig)
 
 
 class Counting:

@@ -18,13 +18,13 @@ pytest.importorskip("matplotlib")
 import grpo_fast as gf
 from grpo_fast.cli.demo import app
 from grpo_fast.data.tasks.sorting import DIGITS, make_tokenizer, question, solve, split_questions
-from grpo_fast.demo import by_trainer, compare, grpo, run
+from grpo_fast.demo import compare, grpo, run, train_with_trainer
 from grpo_fast.demo.evaluate import TEMPERATURES, Quality, evaluate
 from grpo_fast.demo.grpo import Settings, check_on_policy, policy_loss, sample, train
-from grpo_fast.demo.judge import judge
 from grpo_fast.demo.model import make_model
 from grpo_fast.demo.run import REWARDS, Options, warm_started
-from grpo_fast.demo.task import Teacher
+from grpo_fast.demo.success_criteria import judge
+from grpo_fast.demo.teacher import Teacher
 from grpo_fast.rewards import accuracy_reward
 from grpo_fast.utils.files import write_json
 from grpo_fast.utils.install_hints import require_packages
@@ -287,10 +287,10 @@ def test_the_trainer_of_the_comparison_makes_the_step_of_the_loop(model, tokeniz
     def odd(completion_ids, **columns):
         return [float(sum(ids) % 2) for ids in completion_ids]
 
-    monkeypatch.setattr(by_trainer, "REWARDS", {odd: 1.0})
+    monkeypatch.setattr(train_with_trainer, "REWARDS", {odd: 1.0})
     settings = Settings(steps=1, group_size=4, max_new_tokens=6)
     rows = [question("5281"), question("3631")]
-    trainer = by_trainer.trainer_of(copy.deepcopy(model), tokenizer, rows, settings, 2, 0, tmp_path)
+    trainer = train_with_trainer.trainer_of(copy.deepcopy(model), tokenizer, rows, settings, 2, 0, tmp_path)
     trainer.train()
     drawn = trainer.rollout
 

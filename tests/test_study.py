@@ -22,7 +22,7 @@ from study_cases import ROWS, Counting, made, run, sampled
 from grpo_fast.data.tasks.sorting import make_tokenizer
 from grpo_fast.generation import Completion
 from grpo_fast.loss import reference
-from grpo_fast.study import draw, prepare
+from grpo_fast.study import generate_completions, sampling_setup
 from grpo_fast.study import sampling as study
 
 pytest_plugins = ["study_cases"]
@@ -77,8 +77,8 @@ def test_sampling_from_the_command_line(here: Path) -> None:
 @pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0, 1.7])
 def test_entropies_against_the_reference_in_float64(here: Path, temperature: float) -> None:
     prepared = made("--samples", "3")
-    model = prepare.load_model(prepared)
-    call = draw.Drawer(prepared, model).call(range(1, 4), temperature, 0)
+    model = sampling_setup.load_model(prepared)
+    call = generate_completions.Drawer(prepared, model).call(range(1, 4), temperature, 0)
     copies = call.drawn[::3] if temperature == 0 else call.drawn
     prompts = [row["prompt"] for row in (call.rows[::3] if temperature == 0 else call.rows)]
     at_t, at_1, tokens = 0.0, 0.0, 0
@@ -101,11 +101,11 @@ def test_entropies_against_the_reference_in_float64(here: Path, temperature: flo
 def test_completions_stand_prompt_by_prompt_and_round_by_round(here: Path, monkeypatch: pytest.MonkeyPatch, width: str) -> None:
     """However many prompts a call of the sampler has."""
     sampler = Counting()
-    monkeypatch.setattr(draw, "make_sampler", lambda *args, **options: sampler)
+    monkeypatch.setattr(generate_completions, "make_sampler", lambda *args, **options: sampler)
     prepared = made("--samples", "2", "--rounds", "3", width=width)
-    model = prepare.load_model(prepared)
+    model = sampling_setup.load_model(prepared)
     told: list[tuple[int, int]] = []
-    drawn = draw.Drawer(prepared, model).at(0.7, lambda temperature, done, total: told.append((done, total)))
+    drawn = generate_completions.Drawer(prepared, model).at(0.7, lambda temperature, done, total: told.append((done, total)))
     last = [row["prompt"][-2] for row in ROWS]  # the digit before "="
     numbers = [prepared.tokenizer.decode([7 + i]) for i in range(6)]
     assert drawn.texts == [f"{digit}{number}" for digit in last for number in numbers]
@@ -113,7 +113,7 @@ def test_completions_stand_prompt_by_prompt_and_round_by_round(here: Path, monke
     assert [done for done, _ in told] == list(range(3 * math.ceil(4 / at_once) + 1)) and {total for _, total in told} == {told[-1][0]}
     sampler.asked.clear()
     told.clear()
-    greedy = draw.Drawer(prepared, model).at(0.0, lambda temperature, done, total: told.append((done, total)))
+    greedy = generate_completions.Drawer(prepared, model).at(0.0, lambda temperature, done, total: told.append((done, total)))
     assert told[-1][1] == math.ceil(4 / int(width)), "one completion stands for a group, so that more prompts go at once"
     assert greedy.texts == [f"{digit}{numbers[0]}" for digit in last for _ in range(6)]
     assert set(sampler.asked.values()) == {1}, "greedy decoding is not done twice"
@@ -126,7 +126,7 @@ def test_completions_stand_prompt_by_prompt_and_round_by_round(here: Path, monke
 def test_rounds_differ_and_the_seed_repeats_them(here: Path) -> None:
     def texts(seed: str) -> list[str]:
         prepared = made("--samples", "2", "--rounds", "2", "--seed", seed)
-        drawn = draw.Drawer(prepared, prepare.load_model(prepared)).at(1.5, lambda temperature, done, total: None)
+        drawn = generate_completions.Drawer(prepared, sampling_setup.load_model(prepared)).at(1.5, lambda temperature, done, total: None)
         return drawn.texts
 
     first = texts("5")
@@ -140,9 +140,9 @@ def test_a_sampler_at_another_temperature_is_found_out(here: Path, monkeypatch: 
         def generate(self, prompts: list[list[int]], params: Any) -> list[Completion]:
             return [Completion(c.token_ids, True, [-0.1] * 3) for c in super().generate(prompts, params)]
 
-    monkeypatch.setattr(draw, "make_sampler", lambda *args, **options: Hotter())
+    monkeypatch.setattr(generate_completions, "make_sampler", lambda *args, **options: Hotter())
     prepared = made("--samples", "2", "--rounds", "1", "--temperatures", "1.0")
-    sentences = study.run(prepared, prepare.load_model(prepared))["reading"]["sentences"]
+    sentences = study.run(prepared, sampling_setup.load_model(prepared))["reading"]["sentences"]
     assert any("The sampler's log-probabilities differ from the loss's by" in sentence for sentence in sentences)
 
 
@@ -194,7 +194,7 @@ def test_sampling_refuses_before_any_work(here: Path, monkeypatch: pytest.Monkey
     def load_model(prepared: Any) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(prepare, "load_model", load_model)
+    monkeypatch.setattr(sampling_setup, "load_model", load_model)
     Path("no_answers.jsonl").write_text('{"prompt": "sort 1="}\n')
     out = sampled("--rewards", "accuracy", *WRONG[message], status=2)
     assert message.replace("'nowhere'", "./nowhere") in out

@@ -23,7 +23,7 @@ from grpo_fast.cli import main as cli
 from grpo_fast.data.tasks.sorting import make_tokenizer
 from grpo_fast.demo.model import make_model
 from grpo_fast.demo.run import Options
-from grpo_fast.study import matrix, prepare, prepare_training, report, sampling
+from grpo_fast.study import report, sampling, sampling_setup, training_setup, training_summary
 from grpo_fast.study.estimates import difference, told_apart
 from grpo_fast.study.options import training_temperatures
 from grpo_fast.trainer.config import GRPOConfig
@@ -63,9 +63,9 @@ def test_the_summary_is_that_of_the_runs() -> None:
     found = result("training")
     told = found["options"]
     schedules = training_temperatures(found["trained_at"][1:], told["steps"])
-    prepared = prepare_training.Prepared(Options(), schedules, told["eval_temperatures"], found["seeds"], False, Path("x.json"), found)
+    prepared = training_setup.Prepared(Options(), schedules, told["eval_temperatures"], found["seeds"], False, Path("x.json"), found)
     assert len(prepared.runs()) == found["seeds"] * len(found["trained_at"]) and found["seeds"] >= 5
-    again = matrix.summarise(prepared)
+    again = training_summary.summarise(prepared)
     assert json.loads(json.dumps(again)) == {name: found[name] for name in again}
 
 
@@ -139,12 +139,12 @@ def test_results_name_their_machine_and_are_no_quick_look(name: str) -> None:
 def test_the_commands_of_the_results_are_those_that_made_them() -> None:
     made = {Path(command.split("--output ")[1]).stem.removeprefix("temperature_"): command for command in COMMANDS if "--output" in command}
     args = [*shlex.split(made["sampling"])[3:], "--output", "elsewhere.json"]
-    prepared = prepare.prepare(args, GRPOConfig)
+    prepared = sampling_setup.prepare(args, GRPOConfig)
     found = result("sampling")
     assert [row["temperature"] for row in found["rows"]] == prepared.temperatures
     assert found["prompts"] == len(prepared.rows) == len(found["drawn"][0]["per_prompt"]["right"])
     assert prepared.result["options"] == found["options"]
-    asked = prepare_training.prepare([*shlex.split(made["training"])[3:], "--output", "elsewhere.json"])
+    asked = training_setup.prepare([*shlex.split(made["training"])[3:], "--output", "elsewhere.json"])
     found = result("training")
     assert asked.labels == found["trained_at"] and asked.seeds == found["seeds"] and asked.result["options"] == found["options"]
 

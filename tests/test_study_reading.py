@@ -16,14 +16,14 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from grpo_fast.rewards import RewardRunner
-from grpo_fast.study import estimates, options, plot, sampling, zones
-from grpo_fast.study.draw import Drawn
+from grpo_fast.study import estimates, options, plot, sampling, temperature_regions
 from grpo_fast.study.estimates import difference, estimate, told_apart
-from grpo_fast.study.zones import COLD, COLLAPSE, EXPLORATION, ROBUST, Point, read, temperature_at_entropy
+from grpo_fast.study.generate_completions import Drawn
+from grpo_fast.study.temperature_regions import COLD, COLLAPSE, EXPLORATION, ROBUST, Point, read, temperature_at_entropy
 from grpo_fast.trainer.run_settings import SettingsError
 
 
-@pytest.mark.parametrize("module", [estimates, options, zones])
+@pytest.mark.parametrize("module", [estimates, options, temperature_regions])
 def test_examples(module: Any) -> None:
     found = doctest.testmod(module)
     assert found.attempted > 0 and found.failed == 0

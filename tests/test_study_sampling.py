@@ -20,7 +20,7 @@ from study_cases import ROWS, Counting, made, run, sampled
 
 from grpo_fast.generation import SamplingParams
 from grpo_fast.rewards import FormatReward
-from grpo_fast.study import draw, prepare, resume, sampling
+from grpo_fast.study import generate_completions, result_files, sampling, sampling_setup
 from grpo_fast.utils import files
 
 pytest_plugins = ["study_cases"]
@@ -39,13 +39,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
             asked.append((len(prompts), params))
             return super().generate(prompts, params)
 
-    monkeypatch.setattr(draw, "make_sampler", lambda *args, **options: Listening())
+    monkeypatch.setattr(generate_completions, "make_sampler", lambda *args, **options: Listening())
     return asked
 
 
-def drawer(*arguments: str, **more: Any) -> draw.Drawer:
+def drawer(*arguments: str, **more: Any) -> generate_completions.Drawer:
     prepared = made(*arguments, **more)
-    return draw.Drawer(prepared, prepare.load_model(prepared))
+    return generate_completions.Drawer(prepared, sampling_setup.load_model(prepared))
 
 
 def silent(temperature: float, done: int, total: int) -> None: ...
@@ -83,10 +83,10 @@ def test_sixty_four_at_once_unless_said_otherwise(here: Path) -> None:
     given = ["--model", "./model", "--dataset", "rows.jsonl", *FEW, "--use_cpu"]
     from grpo_fast.trainer.config import GRPOConfig
 
-    assert prepare.prepare(given, GRPOConfig).config.per_device_eval_batch_size == 64
+    assert sampling_setup.prepare(given, GRPOConfig).config.per_device_eval_batch_size == 64
     assert next(line for line in run("sampling", "--help").splitlines() if line.startswith("--per_device_eval")).split()[1] == "64"
     Path("sums.yaml").write_text("model: ./model\ndataset: rows.jsonl\nper_device_eval_batch_size: 4\nnum_generations: 4\n")
-    prepared = prepare.prepare(["sums.yaml", "--rewards", "accuracy", "--use_cpu"], GRPOConfig)
+    prepared = sampling_setup.prepare(["sums.yaml", "--rewards", "accuracy", "--use_cpu"], GRPOConfig)
     assert prepared.config.per_device_eval_batch_size == 4 and prepared.options.samples == 4, "a group is that of the training"
 
 
@@ -109,12 +109,12 @@ def test_rewards_are_given_the_policys_log_probabilities_and_no_others(here: Pat
         torch.testing.assert_close(torch.tensor(ref), own, rtol=0, atol=1e-5)
 
 
-def _function_of(drawing: draw.Drawer) -> Any:
+def _function_of(drawing: generate_completions.Drawer) -> Any:
     (reward,) = drawing.prepared.runner.reward_funcs
     return getattr(reward, "__wrapped__", reward)
 
 
-def _logprobs(drawing: draw.Drawer, call: draw.Call, temperature: float) -> torch.Tensor:
+def _logprobs(drawing: generate_completions.Drawer, call: generate_completions.Call, temperature: float) -> torch.Tensor:
     rows = []
     for row, completion in zip(call.rows, call.drawn, strict=True):
         ids = drawing.prepared.tokenizer(row["prompt"])["input_ids"]
@@ -137,7 +137,7 @@ def test_a_group_is_without_a_gradient_by_the_weighted_rewards(here: Path, calls
 def test_coherence_knows_whether_the_prompt_opens_the_thinking(here: Path) -> None:
     assert made(rewards=("accuracy", "format")).coherence is not None
     for opened in (True, False):
-        coherence = prepare._coherence([FormatReward(think_opened=opened)])
+        coherence = sampling_setup._coherence([FormatReward(think_opened=opened)])
         assert coherence is not None and coherence.think_opened is opened
     assert made(rewards=("accuracy",)).coherence is None
 
@@ -155,15 +155,15 @@ def without_times(result: dict[str, Any]) -> dict[str, Any]:
 
 def dies_at(monkeypatch: pytest.MonkeyPatch, temperature: float, error: type[BaseException]) -> list[float]:
     """Drawing fails there; what was begun is told."""
-    at, begun = draw.Drawer.at, []
+    at, begun = generate_completions.Drawer.at, []
 
-    def dies(self: draw.Drawer, asked: float, on_calls: Callable[[float, int, int], None]) -> draw.Drawn:
+    def dies(self: generate_completions.Drawer, asked: float, on_calls: Callable[[float, int, int], None]) -> generate_completions.Drawn:
         begun.append(asked)
         if asked == temperature:
             raise error("not today")
         return at(self, asked, on_calls)
 
-    monkeypatch.setattr(draw.Drawer, "at", dies)
+    monkeypatch.setattr(generate_completions.Drawer, "at", dies)
     return begun
 
 
@@ -187,7 +187,7 @@ def test_interrupted_it_goes_on(here: Path, monkeypatch: pytest.MonkeyPatch, err
     sampled(*FEW, "--temperatures", "0.8", "0.5")
     assert begun == [1.5, 0.8] and [row["temperature"] for row in found()["rows"]] == [0.5, 0.8]
     assert [one["temperature"] for one in found()["drawn"]] == [0.0, 0.5, 0.8, 1.5]
-    monkeypatch.setattr(prepare, "load_model", lambda prepared: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(sampling_setup, "load_model", lambda prepared: pytest.fail("the model was loaded"))
     out = sampled(*given)
     assert begun == [1.5, 0.8] and found()["rows"] == whole["rows"] and found()["reading"] == whole["reading"]
     assert all(sentence in out for sentence in whole["reading"]["sentences"])
@@ -236,7 +236,7 @@ def test_a_quick_look_replaces_a_quick_look(here: Path, monkeypatch: pytest.Monk
 
 def test_of_several_commits_it_is_said(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sampled(*FEW, "--temperatures", "1.0")
-    here_made = resume.made_with()
+    here_made = result_files.made_with()
     assert found()["drawn"][0]["made_with"] == here_made and {"cpu", "torch", "commit", "transformers"} <= set(here_made)
     monkeypatch.setattr(sampling, "made_with", lambda: here_made | {"torch": "9.9"})
     out = sampled(*FEW, "--temperatures", "0.5", "1.0")
@@ -277,7 +277,7 @@ def test_what_sampling_does_not_read_is_refused_on_the_command_line(here: Path, 
 
 
 def test_a_place_that_only_seems_to_be_one_is_refused(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare, "load_model", lambda prepared: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(sampling_setup, "load_model", lambda prepared: pytest.fail("the model was loaded"))
     for place in ("/proc/x/y.json", "/proc/y.json"):
         assert f"output is '{place}'; expected a place to write to" in sampled(*FEW, "--output", place, status=2)
     assert "is nothing" in sampled(*FEW, "--output", "new/folder/found.json", "--temperature", "1", status=2) and not Path("new").exists()

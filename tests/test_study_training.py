@@ -18,7 +18,7 @@ pytest.importorskip("matplotlib")
 
 from grpo_fast.cli import main as cli
 from grpo_fast.demo.run import Options, warm_started
-from grpo_fast.study import matrix, options, prepare_training, report, training
+from grpo_fast.study import options, report, training, training_setup, training_summary
 from grpo_fast.trainer.run_settings import SettingsError
 
 TRAIN = ["--steps", "3", "--warm_start_steps", "2", "--prompts", "3", "--group_size", "4", "--evaluation_prompts", "3"]
@@ -43,7 +43,7 @@ def cells(found: dict[str, Any]) -> list[tuple[int, str]]:
 
 def test_training_from_the_command_line_interrupted_resumed_and_extended(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "made_with", lambda: {"commit": "0000000"})
-    monkeypatch.setattr(prepare_training, "made_with", lambda: {"commit": "0000000"})
+    monkeypatch.setattr(training_setup, "made_with", lambda: {"commit": "0000000"})
     starts: list[int] = []
 
     def counted(demo: Any) -> Any:
@@ -122,13 +122,13 @@ def test_means_errors_and_advice_over_seeds_worked_by_hand(tmp_path: Path) -> No
         for seed, pair in enumerate(of_seeds):
             table = [{"temperature": t, "samples": 8, "accuracy": value} for t, value in zip((0.0, 1.0), pair, strict=True)]
             curve = [0.0] * 5 + [0.5] * 10 + [0.2 * seed] * 5
-            curves = {} if label == "before" else dict.fromkeys(prepare_training.CURVES, curve)
+            curves = {} if label == "before" else dict.fromkeys(training_setup.CURVES, curve)
             runs.append({"seed": seed, "trained_at": label, "curves": curves, "table": table})
     schedules = {"0.6": {}, "1": {}}
     told = {"eval_temperatures": [0.0, 1.0]}
     result = {"runs": runs, "options": told}
-    prepared = prepare_training.Prepared(Options(), schedules, [0.0, 1.0], 3, False, tmp_path / "x.json", result)
-    found = matrix.summarise(prepared)
+    prepared = training_setup.Prepared(Options(), schedules, [0.0, 1.0], 3, False, tmp_path / "x.json", result)
+    found = training_summary.summarise(prepared)
     cell = found["matrix"]["0.6"]["1"]["accuracy"]
     assert cell["mean"] == pytest.approx(0.5) and cell["error"] == pytest.approx(0.1 / math.sqrt(3))
     assert found["training"]["1"]["entropy"]["first"]["mean"] == 0.0
@@ -140,27 +140,28 @@ def test_means_errors_and_advice_over_seeds_worked_by_hand(tmp_path: Path) -> No
     assert found["reading"]["tied"] == [["1", 0.0], ["1", 1.0]]
     assert report.matrix_table(result | found)[2][1] == ["0.6", "0.800 ± 0.058", "0.500 ± 0.058"]
 
-    alone = prepare_training.Prepared(Options(), {"0.6": {}}, [0.0], 3, False, tmp_path / "x.json", result)
+    alone = training_setup.Prepared(Options(), {"0.6": {}}, [0.0], 3, False, tmp_path / "x.json", result)
     assert (
-        matrix.summarise(alone)["reading"]["sentences"][-1] == "Train at 0.6 and evaluate at T = 0: the only accuracy of the table, 0.800."
+        training_summary.summarise(alone)["reading"]["sentences"][-1]
+        == "Train at 0.6 and evaluate at T = 0: the only accuracy of the table, 0.800."
     )
     for one in runs:
         if one["trained_at"] == "0.6":
             one["table"][0]["accuracy"] += 0.5
-    certain = matrix.summarise(prepared)["reading"]["sentences"][-1]
+    certain = training_summary.summarise(prepared)["reading"]["sentences"][-1]
     assert certain == "Train at 0.6 and evaluate at T = 0: the highest accuracy of the table, 1.300, by more than the errors."
 
     for one in runs:
         for quality in one["table"]:
             quality["accuracy"] = 0.0
-    nothing = matrix.summarise(prepared)["reading"]
+    nothing = training_summary.summarise(prepared)["reading"]
     assert nothing["train"] is None and nothing["evaluate"] is None
     assert [sentence.split(",")[0] for sentence in nothing["sentences"]] == ["No answer was right after any training"]
 
 
 def test_a_long_list_is_cut() -> None:
     names = [str(i) for i in range(10)]
-    assert matrix._few(names[:8]) == "0, 1, 2, 3, 4, 5, 6, 7" and matrix._few(names, "; ", 2) == "0; 1; and 8 more"
+    assert training_summary._few(names[:8]) == "0, 1, 2, 3, 4, 5, 6, 7" and training_summary._few(names, "; ", 2) == "0; 1; and 8 more"
 
 
 @pytest.mark.parametrize(
@@ -265,7 +266,7 @@ def test_what_was_made_elsewhere_is_said(here: Path, monkeypatch: pytest.MonkeyP
     given = ["training", *TRAIN, "--steps", "1", "--temperatures", "1.0"]
 
     def at(commit: str, *more: str) -> str:
-        for module in (training, prepare_training):
+        for module in (training, training_setup):
             monkeypatch.setattr(module, "made_with", lambda: {"torch": "2.13.0", "commit": commit})
         return run(*given, *more)
 
@@ -297,6 +298,6 @@ def test_what_a_run_is_made_with_is_what_is_installed() -> None:
 
     import grpo_fast
 
-    made = prepare_training.made_with()
+    made = training_setup.made_with()
     assert made["torch"] == torch.__version__ and made["transformers"] == transformers.__version__
     assert made["grpo_fast"] == grpo_fast.__version__ and made["cpu"] and "commit" in made

@@ -82,7 +82,7 @@ def app(args: Sequence[str] | None = None, prog_name: str = "grpo-fast study") -
 
 def _sampling(args: Sequence[str], name: str, console: Console) -> Path:
     with _wrong_settings(name):
-        from grpo_fast.study.prepare import load_model, prepare, threads_of
+        from grpo_fast.study.sampling_setup import load_model, prepare, threads_of
         from grpo_fast.trainer.config import GRPOConfig
 
         prepared = prepare(args, GRPOConfig)
@@ -135,16 +135,16 @@ class _Calls:
 
 def _training(args: Sequence[str], name: str, console: Console) -> Path:
     with _wrong_settings(name):
-        from grpo_fast.study import plot, prepare_training, report, training
+        from grpo_fast.study import plot, report, training, training_setup
 
-        prepared = prepare_training.prepare(args)
+        prepared = training_setup.prepare(args)
     with _progress(console) as bar:
         total = prepared.seeds * len(prepared.schedules) * prepared.demo.steps
         task = bar.add_task("warm start", total=total)
         shown = [(-1, "")]
 
         def on_step(seed: int, label: str, steps: int) -> None:
-            begins = label in (training.WARM_START, prepare_training.BEFORE)
+            begins = label in (training.WARM_START, training_setup.BEFORE)
             bar.update(task, description=f"seed {seed}, {label if begins else f'T = {label}'}", advance=steps)
             if not console.is_terminal and shown[0] != (seed, label):
                 shown[0] = seed, label
@@ -190,11 +190,11 @@ def _help(study: str, console: Console) -> None:
     from grpo_fast.trainer.run_settings import option_table, reward_table
 
     if study == "training":
-        from grpo_fast.study.prepare_training import TrainingOptions
+        from grpo_fast.study.training_setup import TrainingOptions
 
         console.print(option_table("Options", TrainingOptions, [each.name for each in fields(TrainingOptions)]))
         return
-    from grpo_fast.study.prepare import AT_ONCE, NOT_READ, SAMPLED_BY, SHARED, SamplingOptions
+    from grpo_fast.study.sampling_setup import AT_ONCE, NOT_READ, SAMPLED_BY, SHARED, SamplingOptions
     from grpo_fast.trainer.config import GRPOConfig
 
     config = make_dataclass("Config", [(each, int, value) for each, value in AT_ONCE.items()], bases=(GRPOConfig,))  # its own defaults

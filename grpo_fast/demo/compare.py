@@ -21,10 +21,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from grpo_fast.demo.by_trainer import train_by_trainer
 from grpo_fast.demo.evaluate import evaluate
 from grpo_fast.demo.grpo import train
 from grpo_fast.demo.run import MAX_NEW_TOKENS, REWARDS, Options, drawn_from, one_thread, warm_started
+from grpo_fast.demo.train_with_trainer import train_by_trainer
 from grpo_fast.ops.environment import describe, load_average
 from grpo_fast.utils.files import write_json
 from grpo_fast.utils.install_hints import require_packages

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from grpo_fast.data.tasks.sorting import question
-from grpo_fast.demo.task import Teacher
+from grpo_fast.demo.teacher import Teacher
 from grpo_fast.utils.install_hints import require_packages
 
 if TYPE_CHECKING:

@@ -23,9 +23,9 @@ from grpo_fast.data.tasks.sorting import make_tokenizer, question, split_questio
 from grpo_fast.demo import report
 from grpo_fast.demo.evaluate import KEY_PATTERN, NGRAM, TEMPERATURES, Quality, evaluate, sample_texts
 from grpo_fast.demo.grpo import Settings, train
-from grpo_fast.demo.judge import judge
 from grpo_fast.demo.model import imitate, make_model
-from grpo_fast.demo.task import Teacher
+from grpo_fast.demo.success_criteria import judge
+from grpo_fast.demo.teacher import Teacher
 from grpo_fast.ops.backends import select
 from grpo_fast.rewards import CoherenceReward, RepetitionPenalty, Reward, accuracy_reward, format_reward
 from grpo_fast.utils.files import write_json

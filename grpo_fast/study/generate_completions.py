@@ -14,7 +14,7 @@ from grpo_fast.data.prompts import encode_prompt
 from grpo_fast.generation import Completion, SamplingParams, make_sampler
 from grpo_fast.models.forward import Passes
 from grpo_fast.models.unwrap import end_tokens_of
-from grpo_fast.study.prepare import Prepared
+from grpo_fast.study.sampling_setup import Prepared
 from grpo_fast.trainer.rollout import Rollout
 from grpo_fast.utils.seeds import derived_seed
 from grpo_fast.utils.text_statistics import completion_statistics

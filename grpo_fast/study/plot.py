@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_fast.study.options import name_of
-from grpo_fast.study.zones import COLD, COLLAPSE, ENTROPY_TARGET, EXPLORATION, ROBUST
+from grpo_fast.study.temperature_regions import COLD, COLLAPSE, ENTROPY_TARGET, EXPLORATION, ROBUST
 from grpo_fast.utils.files import write_atomically
 from grpo_fast.utils.plot_style import COLOURS, LINE_STYLES
 

@@ -15,11 +15,11 @@ from typing import Any
 
 from grpo_fast.loss.statistics import zero_variance_share
 from grpo_fast.rewards import FormatReward, canonical_answer, extract_answer
-from grpo_fast.study.draw import Drawer, Drawn
 from grpo_fast.study.estimates import Estimate, by_group, estimate
-from grpo_fast.study.prepare import Prepared
-from grpo_fast.study.resume import made_with, made_with_others
-from grpo_fast.study.zones import Point, Reading, read
+from grpo_fast.study.generate_completions import Drawer, Drawn
+from grpo_fast.study.result_files import made_with, made_with_others
+from grpo_fast.study.sampling_setup import Prepared
+from grpo_fast.study.temperature_regions import Point, Reading, read
 from grpo_fast.utils.statistics import consensus_at_k, pass_at_1, pass_at_k
 from grpo_fast.utils.text_statistics import distinct_shares
 

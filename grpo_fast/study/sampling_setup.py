@@ -16,7 +16,7 @@ from grpo_fast.generation import check_options
 from grpo_fast.ops.environment import describe
 from grpo_fast.rewards import CoherenceReward, FormatReward, RewardRunner
 from grpo_fast.study.options import check_count, sampling_temperatures
-from grpo_fast.study.resume import begun
+from grpo_fast.study.result_files import begun
 from grpo_fast.trainer.run_inputs import load_tokenizer, make_task, named_rewards, prompt_rows
 from grpo_fast.trainer.run_settings import SettingsError, TrainOptions, parse, said
 from grpo_fast.utils.files import check_output

@@ -15,13 +15,13 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from grpo_fast.demo.by_trainer import train_by_trainer
 from grpo_fast.demo.evaluate import evaluate
 from grpo_fast.demo.run import MAX_NEW_TOKENS, Start, one_thread, warm_started
+from grpo_fast.demo.train_with_trainer import train_by_trainer
 from grpo_fast.ops.environment import load_average
-from grpo_fast.study.matrix import summarise
-from grpo_fast.study.prepare_training import BEFORE, CURVES, Prepared
-from grpo_fast.study.resume import made_with
+from grpo_fast.study.result_files import made_with
+from grpo_fast.study.training_setup import BEFORE, CURVES, Prepared
+from grpo_fast.study.training_summary import summarise
 from grpo_fast.utils.files import write_json
 
 __all__ = ["WARM_START", "run"]

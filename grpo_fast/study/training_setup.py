@@ -11,7 +11,7 @@ from typing import Any
 from grpo_fast.demo.run import Options
 from grpo_fast.ops.environment import describe
 from grpo_fast.study.options import check_count, sampling_temperatures, training_temperatures
-from grpo_fast.study.resume import begun, made_with, made_with_others
+from grpo_fast.study.result_files import begun, made_with, made_with_others
 from grpo_fast.trainer.run_settings import said
 from grpo_fast.utils.files import check_output
 

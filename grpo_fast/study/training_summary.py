@@ -11,8 +11,8 @@ from typing import Any
 
 from grpo_fast.study.estimates import difference, estimate, told_apart
 from grpo_fast.study.options import name_of
-from grpo_fast.study.prepare_training import CURVES, Prepared
-from grpo_fast.study.resume import made_with_others
+from grpo_fast.study.result_files import made_with_others
+from grpo_fast.study.training_setup import CURVES, Prepared
 
 __all__ = ["summarise"]
 
