@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from trainer_cases import ROWS, TOKENIZER, Scripted, logs, model, odd_tokens, parameters, short, trainer
 
 import grpo_fast as gf
-from grpo_fast.models.forward import LEAK
-from grpo_fast.models.packing import pack, sees_across
+from grpo_fast.models.forward import LARGEST_LEAK
+from grpo_fast.models.packing import pack, packing_leak
 from grpo_fast.trainer import grpo_trainer as trainer_module
 from grpo_fast.trainer.rollout import Rollout
 
@@ -130,7 +130,7 @@ def test_how_it_is_computed_does_not_matter(tmp_path: Path, variant: str) -> Non
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_packed_sequences_do_not_see_each_other(attention: str) -> None:
     of = model(attn_implementation=attention).eval()
-    assert sees_across(of, TOKENIZER.pad_token_id, torch.device("cpu")) < 1e-6
+    assert packing_leak(of, TOKENIZER.pad_token_id, torch.device("cpu")) < 1e-6
 
     class Leaking(torch.nn.Module):  # what happens to who passes a mask of ones
         def __init__(self) -> None:
@@ -143,14 +143,14 @@ def test_packed_sequences_do_not_see_each_other(attention: str) -> None:
         def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, **inputs: Any) -> Any:
             return of(input_ids=input_ids, position_ids=position_ids, attention_mask=torch.ones_like(input_ids))
 
-    assert sees_across(Leaking(), TOKENIZER.pad_token_id, torch.device("cpu")) > LEAK
+    assert packing_leak(Leaking(), TOKENIZER.pad_token_id, torch.device("cpu")) > LARGEST_LEAK
 
 
 @pytest.mark.parametrize("how", ["one_row", "rows", "padded"])
 def test_layouts_score_each_token_by_the_one_before_it(how: str) -> None:
     prompts, completions = [[1, 2, 3], [4], [5, 6]], [[7], [8, 9, 10], [11, 12]]
     rows = Rollout(prompts, completions, torch.ones(3), torch.ones(3), torch.ones(3).bool())
-    packed = pack(rows, how=how, pad_token_id=0, device=torch.device("cpu"))
+    packed = pack(rows, layout=how, pad_token_id=0, device=torch.device("cpu"))
     ids, positions = packed.inputs["input_ids"].flatten(), packed.inputs["position_ids"].flatten()
     assert packed.token_ids.tolist() == [7, 8, 9, 10, 11, 12]
     assert ids[packed.scored_at + 1].tolist() == packed.token_ids.tolist()

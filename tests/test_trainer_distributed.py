@@ -15,10 +15,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 from ranks import part
-from trainer_cases import ROWS, Scripted, config, logs, model, parameters, trainer
+from trainer_cases import ROWS, Scripted, logs, model, parameters, trainer
 
 import grpo_fast as gf
-from grpo_fast.models.forward import Passes
+from grpo_fast.models.forward import ModelForward
 from grpo_fast.trainer.rollout import Rollout
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "two_processes.py"
@@ -73,14 +73,14 @@ def sharded_is_the_same() -> float:
         fully_shard(layer, mesh=mesh)
     gaps = []
     for fused in (True, False):
-        passes = Passes(config("unused", fused_head=fused), Accelerator(cpu=True), 0)
-        expected, found = (passes.loss(of, rows, config=gf.LossConfig(), num_items=14) for of in (whole, sharded))
+        forward = ModelForward(Accelerator(cpu=True), 0, fused_head=fused)
+        expected, found = (forward.loss(of, rows, config=gf.LossConfig(), num_items=14) for of in (whole, sharded))
         expected.loss.backward()
         found.loss.backward()
         gaps += [(found.loss - expected.loss).abs(), *_gradient_gaps(whole, sharded)]
         whole.zero_grad()
         sharded.zero_grad()
-        gaps.append((passes.logprobs(sharded, rows, at_once=2).logprobs - expected.logprobs).abs().max())
+        gaps.append((forward.logprobs(sharded, rows, batch_size=2).logprobs - expected.logprobs).abs().max())
     return float(torch.stack(gaps).max())
 
 

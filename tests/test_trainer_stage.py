@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from grpo_fast.benchmark import trainer_stage
-from grpo_fast.benchmark.trainer_stage import CONTESTANTS, EagerPasses, app, disagreement
+from grpo_fast.benchmark.trainer_stage import CONTESTANTS, EagerForward, app, disagreement
 
 SMALL = ["--quick", "--rounds", "2"]
 
@@ -29,7 +29,7 @@ def test_all_contestants_agree_and_are_timed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wrong", ["doubled", "zeroed", "entropy"])
 def test_nothing_is_reported_where_they_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
-    honest = trainer_stage.Passes.loss
+    honest = trainer_stage.ModelForward.loss
 
     def loss(self: Any, model: Any, rows: Any, **options: Any) -> Any:
         out = honest(self, model, rows, **options)
@@ -37,8 +37,8 @@ def test_nothing_is_reported_where_they_differ(tmp_path: Path, monkeypatch: pyte
             return out._replace(metrics={**out.metrics, "entropy": out.metrics["entropy"] * 1.001})
         return out._replace(loss=out.loss * (2.0 if wrong == "doubled" else 0.0))
 
-    monkeypatch.setattr(trainer_stage.Passes, "loss", loss)
-    assert "loss" in vars(EagerPasses)  # its own, which is as it was
+    monkeypatch.setattr(trainer_stage.ModelForward, "loss", loss)
+    assert "loss" in vars(EagerForward)  # its own, which is as it was
     result = CliRunner().invoke(app, [*SMALL, "--output", str(tmp_path / "found.json")])
     assert isinstance(result.exception, RuntimeError) and "No times are reported" in str(result.exception)
     assert not (tmp_path / "found.json").exists()

@@ -8,7 +8,6 @@ losses, gradients and what is logged agree.
 
 from __future__ import annotations
 
-import copy
 import math
 import statistics
 import tempfile
@@ -24,7 +23,8 @@ from torch import Tensor
 import grpo_fast as gf
 from grpo_fast.benchmark.measure import timed
 from grpo_fast.benchmark.trl_stage import Settings, make_batch, make_model
-from grpo_fast.models.forward import Passes
+from grpo_fast.models.batch import ForwardBatch
+from grpo_fast.models.forward import ModelForward
 from grpo_fast.ops.environment import caption, describe, load_average
 from grpo_fast.trainer.config import GRPOConfig
 from grpo_fast.trainer.diagnostics import MicroBatch
@@ -32,7 +32,7 @@ from grpo_fast.trainer.grpo_trainer import GRPOTrainer
 from grpo_fast.trainer.rollout import Rollout
 from grpo_fast.utils.files import check_output, write_json
 
-__all__ = ["CONTESTANTS", "EagerPasses", "app", "run"]
+__all__ = ["CONTESTANTS", "EagerForward", "app", "run"]
 
 CONTESTANTS = {
     "fused": "fused head",
@@ -43,19 +43,28 @@ LOGGED = ("entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/
 TOLERANCE = 1e-4  # relative, of the loss, of what is logged, and of each parameter's gradient
 
 
-class EagerPasses(Passes):
+class EagerForward(ModelForward):
     """The loss as one writes it by hand: float32 log-softmax of z/T, ratio, clip, mean, each an operation; and the trainer's metrics."""
 
-    def loss(self, model: Any, rows: Rollout, **options: Any) -> gf.GRPOOutput:
-        config, scale = options["config"], options["loss_scale"]
-        packed = self._pack(model, rows)
-        logits = self._scored(model, packed, from_hidden=None, from_logits=lambda found: found)  # type: ignore[arg-type]
-        advantages, mask = packed.per_token(rows.advantages), packed.per_token(rows.loss_mask)
-        scores = (logits.float() / packed.per_token(rows.temperature)[:, None]).log_softmax(-1)
+    def loss(
+        self,
+        model: Any,
+        batch: ForwardBatch,
+        *,
+        config: gf.LossConfig,
+        num_items: float | Tensor | None = None,
+        loss_scale: float = 1.0,
+        metrics_on: str = "all",
+    ) -> gf.GRPOOutput:
+        assert num_items is not None
+        packed = self.pack(model, batch)
+        logits = self.logits(model, packed)
+        advantages, mask = packed.per_token(batch.advantages), packed.per_token(batch.loss_mask)
+        scores = (logits.float() / packed.per_token(batch.temperature)[:, None]).log_softmax(-1)
         logprobs = scores.gather(-1, packed.token_ids[:, None]).squeeze(-1)
-        ratio = (logprobs - rows.tokens.get("old", logprobs.detach())).exp()
+        ratio = (logprobs - batch.tokens.get("old", logprobs.detach())).exp()
         clipped = ratio.clamp(1 - config.epsilon_low, 1 + config.epsilon_high)
-        loss = (-torch.min(ratio * advantages, clipped * advantages) * mask).sum() / options["num_items"] * scale
+        loss = (-torch.min(ratio * advantages, clipped * advantages) * mask).sum() / num_items * loss_scale
         with torch.no_grad():
             entropy = -(scores.exp() * scores).sum(-1)
             low = (ratio < 1 - config.epsilon_low) & (advantages < 0)
@@ -101,11 +110,11 @@ def prepared(settings: Settings) -> MicroBatch:
     return MicroBatch(rows, settings.sequences * settings.tokens, settings.sequences, on_policy=True)
 
 
-def repetition(trainer: GRPOTrainer, passes: Passes, batch: MicroBatch, threads: int) -> dict[str, Any]:
+def repetition(trainer: GRPOTrainer, forward: ModelForward, batch: MicroBatch, threads: int) -> dict[str, Any]:
     """One loss stage: seconds (CPU time of the thread; wall time with several), peak_bytes above what was resident before, the loss, and
     what is logged. The gradients are left in the model.
     """
-    trainer.model_forward = passes
+    trainer.model_forward = forward
     trainer.model.train()
     trainer.model.zero_grad(set_to_none=True)
 
@@ -147,17 +156,19 @@ def run(settings: Settings, report: Callable[[str], None]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         report("the batch")
         trainer, batch = make_trainer(settings, folder), prepared(settings)
-        common = (trainer.accelerator, trainer.model_forward.pad_token_id)
-        args = copy.copy(trainer.args)
-        args.fused_head = False
-        ways: dict[str, Passes] = {"fused": trainer.model_forward, "logits": Passes(args, *common), "eager": EagerPasses(args, *common)}
+        fused = trainer.model_forward
+        ways: dict[str, ModelForward] = {
+            "fused": fused,
+            "logits": ModelForward(fused.accelerator, fused.pad_token_id, packing=fused.packing, fused_head=False),
+            "eager": EagerForward(fused.accelerator, fused.pad_token_id, packing=fused.packing, fused_head=False),
+        }
         report("the gradients to compare with")
         eager = repetition(trainer, ways["eager"], batch, settings.threads)
         expected = {name: gradient.clone() for name, gradient in gradients(trainer).items()}
         for number in range(settings.rounds + 1):
-            for name, passes in ways.items():
+            for name, forward in ways.items():
                 report(f"round {number} of {settings.rounds}: {CONTESTANTS[name]}")
-                answer = repetition(trainer, passes, batch, settings.threads)
+                answer = repetition(trainer, forward, batch, settings.threads)
                 gate[name] = max(gate[name], disagreement(answer, gradients(trainer), eager, expected))
                 if not gate[name] <= TOLERANCE:
                     raise RuntimeError(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from grpo_fast.generation.protocol import SamplerError
 from grpo_fast.generation.vllm_http import Server
-from grpo_fast.models.unwrap import inner_model, is_peft, is_sharded
+from grpo_fast.models.unwrap import inner_model, is_peft, is_sharded, without_wrappers
 
 __all__ = ["WEIGHT_SYNCS", "WeightSync", "make_weight_sync", "merged_state_dict"]
 
@@ -154,14 +154,8 @@ def merged_state_dict(model: Any) -> dict[str, Tensor]:
 
         state: dict[str, Any] = dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)))
     else:
-        state = dict(_whole(model).state_dict())
-    return _merge_adapter(_whole(model), state) if is_peft(_whole(model)) else state
-
-
-def _whole(model: Any) -> Any:
-    while not is_peft(model) and not hasattr(model, "save_pretrained") and hasattr(model, "module"):
-        model = model.module
-    return getattr(model, "_orig_mod", model)
+        state = dict(without_wrappers(model).state_dict())
+    return _merge_adapter(without_wrappers(model), state) if is_peft(without_wrappers(model)) else state
 
 
 def _merge_adapter(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:

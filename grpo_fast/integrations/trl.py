@@ -27,7 +27,8 @@ from grpo_fast.integrations.versions import refuse_other_versions
 from grpo_fast.loss.api import GRPOOutput, TokenLogprobs
 from grpo_fast.loss.config import LossConfig
 from grpo_fast.loss.reference import Sequences, kl_penalty, vespo_phi
-from grpo_fast.models.lm_head import ModelHead, head_of
+from grpo_fast.models.lm_head import ModelHead, head_of, hidden_states_of
+from grpo_fast.models.unwrap import unwrap
 
 __all__ = ["GRPOTrainer", "fused_lm_head"]
 
@@ -83,13 +84,10 @@ def _install(model: Any, temperature: Callable[[], float], in_float32: bool) -> 
     def forward(self: Any, *args: Any, fused_lm_head: Any = False, labels: Tensor | None = None, **kwargs: Any) -> Any:
         if fused_lm_head is False:
             return given_forward(*args, **kwargs) if labels is None else given_forward(*args, labels=labels, **kwargs)
-        outputs = self.base_model(*args, **{**kwargs, "use_cache": False})
-        model_head = head_of(self)  # on each call: FSDP and PEFT change it
-        hidden = outputs.last_hidden_state
-        if isinstance(model_head.weight, Tensor):  # with the model split across devices, the head may lie on another one
-            hidden = hidden.to(model_head.weight.device)
+        run = functools.partial(given_forward, *args)
+        hidden, model_head, output = hidden_states_of(self, {**kwargs, "use_cache": False}, forward=run)
         head = _Head(hidden.float() if in_float32 else hidden, model_head, temperature(), in_float32)
-        aux_loss = _load_balancing(self.config, outputs, kwargs) if kwargs.get("output_router_logits") else None
+        aux_loss = output.aux_loss if kwargs.get("output_router_logits") else None
         if callable(fused_lm_head):
             out = fused_lm_head(head)
             return out.loss, out, aux_loss  # the loss by itself too: what wraps a model looks for tensors, and not always into dataclasses
@@ -101,13 +99,6 @@ def _install(model: Any, temperature: Callable[[], float], in_float32: bool) -> 
         )
 
     model.forward = types.MethodType(forward, model)
-
-
-def _load_balancing(config: Any, outputs: Any, kwargs: dict[str, Any]) -> Tensor:
-    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-
-    text = config.get_text_config()
-    return load_balancing_loss_func(outputs.router_logits, text.num_experts, text.num_experts_per_tok, kwargs.get("attention_mask"))
 
 
 # GRPO -----------------------------------------------------------------------------------------------------------------------------------
@@ -187,7 +178,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         _refuse_unknown_options(self.args)
         self.metrics_on = metrics_on
         self._waiting: dict[str, list[tuple[tuple[_Metric, ...], Tensor]]] = {"train": [], "eval": []}
-        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        base = unwrap(self.model)
         self._refuse_unsupported(base)
         for model in (base, self.ref_model):
             if model is not None:

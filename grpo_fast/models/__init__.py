@@ -1,1 +1,1 @@
-"""What the package knows of transformers' model classes: the LM head, unwrapping, forward passes, packing."""
+"""What the package knows of transformers' model classes: unwrapping, the LM head, hidden states, forward passes, packing, loading."""

@@ -1,9 +1,9 @@
-"""From rows of different lengths to what a model is fed, with little padding or none, and back to one [N] column of tokens.
+"""From sequences of different lengths to the inputs of a model, with little padding or none, and back to one [N] column of tokens.
 
-Sequences are laid one after the other into rows, each with positions of its own from 0 on: transformers sees from the positions that they
-are packed, and lets none look at another, if it is given no attention mask and no cache (with either they WOULD see each other, and
-nothing says so: hence `sees_across`). Where a model cannot do that, every sequence gets a row of its own and is padded on the right,
-where a causal model never looks.
+Sequences are laid one after the other into rows, each with positions that begin at 0. From these positions transformers derives an
+attention mask that keeps the sequences apart, provided that it is given neither an attention mask nor a cache. A model that ignores the
+positions would let sequences attend to each other without an error, which is why `packing_leak` measures it. Such a model gets one row
+per sequence, padded on the right, where causal attention does not reach.
 """
 
 from __future__ import annotations
@@ -11,81 +11,84 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from grpo_fast.trainer.rollout import Rollout
+from grpo_fast.models.batch import ForwardBatch, ModelInputs
 
-__all__ = ["Packed", "attention_of", "choose_attention", "pack", "sees_across", "takes_positions"]
+__all__ = ["Layout", "PackedBatch", "attention_of", "choose_attention", "pack", "packing_leak", "takes_positions"]
 
 FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
 
+Layout = Literal["one_row", "rows", "padded", "padded_without_positions"]
+
 
 @dataclass(frozen=True)
-class Packed:
+class PackedBatch:
     """A micro-batch as tensors: R rows of L tokens for the model, S sequences with N completion tokens for the loss."""
 
-    inputs: dict[str, Any]  # of the model: input_ids, position_ids [R, L], ...
+    inputs: ModelInputs  # input_ids, position_ids [R, L], ...
     token_ids: Tensor  # int64 [N]
     scored_at: Tensor  # int64 [N]: in the flattened [R * L], the position whose output scores the token
     cu_seqlens: Tensor  # int32 [S + 1]: where sequences begin in N
-    lengths: Tensor  # int64 [S], on the CPU: their tokens
+    lengths: Tensor  # int64 [S], on the CPU: tokens of each completion
 
     def per_token(self, x: Tensor) -> Tensor:  # [S] -> [N]
-        """A number of each sequence, on the CPU, for each of its tokens."""
+        """Repeat each sequence's number, given on the CPU, for each of its tokens."""
         return x.repeat_interleave(self.lengths).to(self.token_ids.device)
 
 
-def pack(rollout: Rollout, *, how: str, pad_token_id: int, device: torch.device) -> Packed:
-    """Lay out the rows of a rollout.
+def pack(batch: ForwardBatch, *, layout: Layout, pad_token_id: int, device: torch.device) -> PackedBatch:
+    """Lay out the sequences of a batch.
 
     Args:
-        how: ``"one_row"`` (R = 1, no padding, for flash attention), ``"rows"`` (as few rows as long as the longest sequence as hold them
-            all), ``"padded"`` (a row per sequence), or ``"padded_without_positions"`` for a model that takes no positions.
+        layout: ``"one_row"`` (R = 1, no padding, for flash attention), ``"rows"`` (the width is that of the longest sequence, and a row
+            takes as many sequences as fit), ``"padded"`` (a row per sequence), or ``"padded_without_positions"`` for a model whose
+            forward has no ``position_ids``.
     """
-    sequences = [prompt + completion for prompt, completion in zip(rollout.prompt_ids, rollout.completion_ids, strict=True)]
+    sequences = [prompt + completion for prompt, completion in zip(batch.prompt_ids, batch.completion_ids, strict=True)]
     sizes = [len(sequence) for sequence in sequences]
-    places, width = _places(sizes, how)
+    places, width = _places(sizes, layout)
     height = 1 + max((row for row, _ in places), default=0)
     input_ids = torch.full((height, width), pad_token_id)
     position_ids = torch.arange(width).repeat(height, 1)
     filled = [0] * height
     scored_at = []
-    for sequence, prompt, (row, start) in zip(sequences, rollout.prompt_ids, places, strict=True):
+    for sequence, prompt, (row, start) in zip(sequences, batch.prompt_ids, places, strict=True):
         end = start + len(sequence)
         input_ids[row, start:end] = torch.tensor(sequence)
         position_ids[row, start:end] = torch.arange(len(sequence))
         filled[row] = max(filled[row], end)
         first = row * width + start + len(prompt) - 1  # the prompt's last token scores the completion's first
         scored_at.append(torch.arange(first, first + len(sequence) - len(prompt)))
-    if not how.startswith("padded"):
+    if not layout.startswith("padded"):
         for row, end in enumerate(filled):
             position_ids[row, end:] = torch.arange(width - end)  # the padding is a sequence of its own
-    inputs: dict[str, Any] = {"input_ids": input_ids.to(device), "use_cache": False}
-    if how != "padded_without_positions":
+    inputs: ModelInputs = {"input_ids": input_ids.to(device), "use_cache": False}
+    if layout != "padded_without_positions":
         inputs["position_ids"] = position_ids.to(device)
-    if how == "one_row":  # said outright: else flash attention reads it from the positions, with a synchronisation in every layer
+    if layout == "one_row":  # without these, flash attention reads them from the positions, with a synchronisation in every layer
         bounds = torch.tensor([0, *sizes]).cumsum(0).int().to(device)
         inputs |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": max(sizes), "max_length_k": max(sizes)}
-    lengths = torch.tensor(rollout.lengths)
-    return Packed(
+    lengths = torch.tensor(batch.lengths)
+    return PackedBatch(
         inputs,
-        torch.tensor([token for ids in rollout.completion_ids for token in ids], dtype=torch.long, device=device),
+        torch.tensor([token for ids in batch.completion_ids for token in ids], dtype=torch.long, device=device),
         torch.cat(scored_at).to(device),
         torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]).int().to(device),
         lengths,
     )
 
 
-def _places(sizes: Sequence[int], how: str) -> tuple[list[tuple[int, int]], int]:
+def _places(sizes: Sequence[int], layout: Layout) -> tuple[list[tuple[int, int]], int]:
     """(row, first column) of each sequence, and the width of the rows."""
-    if how == "one_row":
+    if layout == "one_row":
         starts = torch.tensor([0, *sizes]).cumsum(0).tolist()
         return [(0, start) for start in starts[:-1]], starts[-1]
     width = max(sizes)
-    if how != "rows":
+    if layout != "rows":
         return [(row, 0) for row in range(len(sizes))], width
     places: list[tuple[int, int]] = [(0, 0)] * len(sizes)
     filled: list[int] = []
@@ -98,8 +101,8 @@ def _places(sizes: Sequence[int], how: str) -> tuple[list[tuple[int, int]], int]
     return places, width
 
 
-def attention_of(model: Any) -> str:
-    """The name of the attention a model runs."""
+def attention_of(model: object) -> str:
+    """The name of the attention implementation that a model runs."""
     return str(getattr(getattr(model, "config", None), "_attn_implementation", None) or "eager")
 
 
@@ -115,22 +118,22 @@ def choose_attention(*, half: bool) -> str:
     return "sdpa"
 
 
-def takes_positions(model: Any) -> bool:
+def takes_positions(model: nn.Module) -> bool:
     """Whether the model's forward has an argument for positions."""
     return "position_ids" in inspect.signature(model.forward).parameters
 
 
 @torch.no_grad()
-def sees_across(model: Any, pad_token_id: int, device: torch.device) -> float:
-    """How much a sequence's logits change, at most, with what is packed before it: 0 up to rounding if packing is honoured."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+def packing_leak(model: nn.Module, pad_token_id: int, device: torch.device) -> float:
+    """The largest change of a sequence's logits with the sequence that is packed before it: 0 up to rounding if they are kept apart."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     watched = [token % vocabulary for token in (7, 11, 13, 17, 19)]
     found = []
     for first in (3, 23):
-        other = [(first + token) % vocabulary for token in range(6)]
+        neighbour = [(first + token) % vocabulary for token in range(6)]
         constant = torch.ones(2)
-        rows = Rollout([other[:1], watched[:1]], [other[1:], watched[1:]], constant, constant, constant.bool())
-        packed = pack(rows, how="one_row", pad_token_id=pad_token_id, device=device)
+        batch = ForwardBatch([neighbour[:1], watched[:1]], [neighbour[1:], watched[1:]], constant, constant, constant.bool())
+        packed = pack(batch, layout="one_row", pad_token_id=pad_token_id, device=device)
         logits = model(**packed.inputs).logits.flatten(0, 1)[packed.scored_at]
         found.append(logits[-len(watched) + 1 :].float())
     return float((found[0] - found[1]).abs().max())

@@ -1,56 +1,91 @@
-"""From what the trainer holds to the transformers model inside, whose `generate` and whose weights a sampler needs."""
+"""From a wrapped model (PEFT, data parallelism, torch.compile) to the transformers model inside. The package has no other unwrapper."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-import torch
+from torch import nn
 
-__all__ = ["end_tokens_of", "eval_mode", "inner_model", "is_peft", "is_sharded", "whole_parameters"]
+__all__ = [
+    "end_tokens_of",
+    "eval_mode",
+    "inner_model",
+    "is_fsdp2",
+    "is_peft",
+    "is_sharded",
+    "unwrap",
+    "whole_parameters",
+    "without_wrappers",
+]
 
 _FSDP1 = "FullyShardedDataParallel"
 
 
+def without_wrappers(model: Any) -> Any:
+    """The model without DistributedDataParallel, FSDP, DeepSpeed and torch.compile. A PEFT model stays one."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)  # torch.compile
+        if inner is None and not hasattr(type(model), "generate"):  # of the class: FSDP and DeepSpeed pass attributes of the inner model on
+            inner = getattr(model, "module", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def unwrap(model: Any) -> Any:
+    """The transformers model without any wrapper. LoRA layers are part of it and stay in force."""
+    model = without_wrappers(model)
+    return without_wrappers(model.get_base_model()) if is_peft(model) else model
+
+
 def inner_model(model: Any) -> Any:
-    """The transformers model under DDP, FSDP, DeepSpeed, torch.compile and PEFT. LoRA layers are part of it and stay in force."""
-    model = _without_wrappers(model)
-    if is_peft(model):
-        if any(getattr(config, "is_prompt_learning", False) for config in model.peft_config.values()):
-            raise ValueError(
-                "model uses prompt learning (prefix or prompt tuning), whose virtual tokens live outside the model; expected an adapter "
-                "inside the layers. Use LoRA."
-            )
-        return _without_wrappers(model.get_base_model())
-    return model
+    """`unwrap`, for callers that run the inner model itself.
+
+    Raises:
+        ValueError: the adapter is one of prompt learning, which the inner model does not have.
+    """
+    peft = without_wrappers(model)
+    if is_peft(peft) and any(getattr(config, "is_prompt_learning", False) for config in peft.peft_config.values()):
+        raise ValueError(
+            "model uses prompt learning (prefix or prompt tuning), whose virtual tokens live outside the model; expected an adapter "
+            "inside the layers. Fix: use LoRA."
+        )
+    return unwrap(model)
 
 
 def end_tokens_of(model: Any, tokenizer: Any) -> list[int]:
-    """The tokens that end a completion: the tokenizer's, and those the model's own generation knows."""
+    """The tokens that end a completion: the tokenizer's, and those of the model's generation_config."""
     known = getattr(getattr(inner_model(model), "generation_config", None), "eos_token_id", None)
     more = known if isinstance(known, list) else [known]
     return list(dict.fromkeys(token for token in [tokenizer.eos_token_id, *more] if token is not None))
 
 
-def is_peft(model: Any) -> bool:
+def is_peft(model: object) -> bool:
+    """Whether the model is a PEFT model, not wrapped further."""
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
-def is_sharded(model: Any) -> bool:
+def is_fsdp2(module: object) -> bool:
+    """Whether `fully_shard` was applied to the module. An isinstance check would cost a second of imports."""
+    return hasattr(module, "set_requires_gradient_sync") and hasattr(module, "unshard")
+
+
+def is_sharded(model: nn.Module) -> bool:
     """Whether each process holds a part of the parameters only: then all must make the same number of forward passes."""
     while True:
         if type(model).__name__ in (_FSDP1, "DeepSpeedEngine") or any(base.__name__ == "FSDPModule" for base in type(model).__mro__):
             return True
         inner = getattr(model, "module", None)
-        if not isinstance(inner, torch.nn.Module):
+        if not isinstance(inner, nn.Module):
             return False
         model = inner
 
 
 @contextmanager
-def eval_mode(model: Any) -> Iterator[None]:
-    """No dropout and no gradient checkpointing inside; after it every module is in the mode it was in before, one by one."""
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Switch dropout and gradient checkpointing off; afterwards put every module back into the mode that it was in."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -60,18 +95,8 @@ def eval_mode(model: Any) -> Iterator[None]:
             module.training = True
 
 
-def whole_parameters(model: Any) -> Any:
-    """A context in which FSDP's flat parameters outside the layers are whole, as `generate` of the inner module needs them."""
+def whole_parameters(model: Any) -> AbstractContextManager[None]:
+    """A context in which FSDP1's flat parameters outside of the layers are gathered, as `generate` of the inner model needs them."""
     if type(model).__name__ == _FSDP1:
         return model.summon_full_params(model, recurse=False, writeback=False)
     return nullcontext()
-
-
-def _without_wrappers(model: Any) -> Any:
-    while True:
-        inner = getattr(model, "_orig_mod", None)  # torch.compile
-        if inner is None and not hasattr(model, "generate"):
-            inner = getattr(model, "module", None)  # DDP, FSDP, DeepSpeed
-        if not isinstance(inner, torch.nn.Module):
-            return model
-        model = inner

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 import grpo_fast as gf
 from grpo_fast.data.prompts import encode_prompt
 from grpo_fast.generation import Completion, SamplingParams, make_sampler
-from grpo_fast.models.forward import Passes
+from grpo_fast.models.forward import ModelForward
 from grpo_fast.models.unwrap import end_tokens_of
 from grpo_fast.study.sampling_setup import Prepared
 from grpo_fast.trainer.rollout import Rollout
@@ -52,7 +52,7 @@ class Drawer:
         tokenizer = prepared.tokenizer
         self.pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         precision = "bf16" if config.bf16 else "fp16" if config.fp16 else "no"
-        self.passes = Passes(config, Accelerator(cpu=config.use_cpu, mixed_precision=precision), self.pad)
+        self.model_forward = ModelForward(Accelerator(cpu=config.use_cpu, mixed_precision=precision), self.pad, **config.forward_options())
         self.sampler = make_sampler(config.sampler, model, tokenizer, **(config.sampler_options or {}))
         self.sampler.update_weights(model, 0)
         self.ends = end_tokens_of(model, tokenizer)
@@ -140,7 +140,7 @@ class Drawer:
 
         def score(value: float) -> gf.TokenLogprobs:
             rollout = Rollout(prompts, [completion.token_ids for completion in drawn], flat + value, flat, flat == 0)
-            return self.passes.logprobs(self.model, rollout, at_once=at_once)
+            return self.model_forward.logprobs(self.model, rollout, batch_size=at_once)
 
         plain = score(1.0)
         return (plain if temperature in (0.0, 1.0) else score(temperature)), plain

@@ -166,9 +166,9 @@ def load_model(prepared: Prepared) -> Any:
         from grpo_fast.demo.run import Options, warm_started
 
         return warm_started(Options(seed=prepared.config.seed, warm_start_steps=prepared.options.warm_start_steps)).model
-    from grpo_fast.models.forward import load_policy
+    from grpo_fast.models.loading import load_policy
 
-    model, _ = load_policy(prepared.options.model, prepared.config, prepared.tokenizer)
+    model, _ = load_policy(prepared.options.model, prepared.tokenizer, **prepared.config.loading_options())
     return model.to(prepared.config.device)
 
 

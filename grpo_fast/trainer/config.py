@@ -231,6 +231,20 @@ class GRPOConfig(TrainingArguments):
             max_completion_length=self.max_completion_length,
         )
 
+    def loading_options(self) -> dict[str, Any]:
+        """The settings that `load_policy` takes."""
+        return {
+            "model_init_kwargs": self.model_init_kwargs,
+            "trust_remote_code": self.trust_remote_code,
+            "half_precision": bool(self.bf16 or self.fp16),
+            "gradient_checkpointing": self.gradient_checkpointing,
+            "disable_dropout": self.disable_dropout,
+        }
+
+    def forward_options(self) -> dict[str, Any]:
+        """The settings that `ModelForward` takes."""
+        return {"packing": self.packing, "fused_head": self.fused_head}
+
     def schedule(self) -> TemperatureSchedule:
         """The one temperature, from step to step; a new one each time, since it has a state."""
         return TemperatureSchedule(self._schedule.spec)

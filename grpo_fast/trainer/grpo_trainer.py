@@ -27,7 +27,8 @@ import grpo_fast as gf
 from grpo_fast.data.prompts import check_evaluation, encode_prompt
 from grpo_fast.generation import Sampler, SamplingParams, make_sampler
 from grpo_fast.generation.transformers_sampler import TransformersSampler
-from grpo_fast.models.forward import Passes, load_policy
+from grpo_fast.models.forward import ModelForward
+from grpo_fast.models.loading import load_policy
 from grpo_fast.models.unwrap import end_tokens_of, inner_model, is_sharded
 from grpo_fast.rewards import RewardRunner, SoftOverlongPunishment
 from grpo_fast.trainer.callbacks import add_default_callbacks
@@ -110,7 +111,13 @@ class GRPOTrainer(CompleteCheckpoints):
         self.metrics_on = "all" if self.temperatures.adaptive else args.metrics_on  # it steers by what is measured
         self.loss_config = args.loss_config()
 
-        model, tokenizer = load_policy(model, args, processing_class, peft_config, quantization_config)
+        model, tokenizer = load_policy(
+            model,
+            processing_class,
+            peft_config=peft_config,
+            quantization_config=quantization_config,
+            **args.loading_options(),
+        )
         self.reference = ReferencePolicy(model, args, for_rewards=self.rewards.reads("ref_logprobs"))
 
         super().__init__(
@@ -124,7 +131,7 @@ class GRPOTrainer(CompleteCheckpoints):
             optimizers=optimizers,
         )
         self.model_accepts_loss_kwargs = True  # the loss is normalised over the whole step here, not by the number of micro-batches
-        self.model_forward = Passes(args, self.accelerator, tokenizer.pad_token_id)
+        self.model_forward = ModelForward(self.accelerator, tokenizer.pad_token_id, **args.forward_options())
         options: Any = args.sampler_options or {}
         self.sampler = make_sampler(args.sampler if sampler is None else sampler, self.model, tokenizer, **options)
         correction = args.vllm_importance_sampling_correction
@@ -250,7 +257,7 @@ class GRPOTrainer(CompleteCheckpoints):
             pad_token_id=self.processing_class.pad_token_id,
             **(cut or {"top_p": self.args.top_p, "top_k": self.args.top_k, "min_p": self.args.min_p or 0.0}),
         )
-        with self.metrics.timed("step_time/generate"), self.model_forward.whole(self.model_wrapped):
+        with self.metrics.timed("step_time/generate"), self.model_forward.unsharded(self.model_wrapped):
             drawn = self.sampler.generate(prompts, params) if prompts else []
         drawn = drawn[: len(drawn) - extra]
         if len(drawn) != len(rows):
@@ -296,7 +303,7 @@ class GRPOTrainer(CompleteCheckpoints):
         ids, flat = [answer.completion.token_ids for answer in answers], torch.zeros(len(answers))
         rollout = Rollout([answer.prompt_ids for answer in answers], ids, flat + torch.tensor(temperatures), flat, flat == 0)
         with self.reference.of(self.model_wrapped, self.accelerator.unwrap_model(self.model_wrapped)) as reference:
-            found = self.model_forward.logprobs(reference, rollout, at_once=self.args.per_device_train_batch_size).logprobs
+            found = self.model_forward.logprobs(reference, rollout, batch_size=self.args.per_device_train_batch_size).logprobs
         return [part.tolist() for part in found.cpu().split(rollout.lengths)]
 
     def _score_tokens(self, rollout: Rollout) -> None:
@@ -308,7 +315,7 @@ class GRPOTrainer(CompleteCheckpoints):
         rows = list(range(len(rollout))) if is_sharded(self.model_wrapped) else self._that_matter(rollout)
         part = rollout.select(rows)
         if several or corrects or args.top_entropy_quantile < 1:
-            old = self.model_forward.logprobs(self.model_wrapped, part, at_once=args.per_device_train_batch_size)
+            old = self.model_forward.logprobs(self.model_wrapped, part, batch_size=args.per_device_train_batch_size)
             if several:
                 rollout.tokens["old"] = rollout.scatter_tokens(old.logprobs, rows)
             weights = self._weights(part, old, corrects)
@@ -316,7 +323,7 @@ class GRPOTrainer(CompleteCheckpoints):
                 rollout.tokens["weights"] = rollout.scatter_tokens(weights, rows)
         if args.beta != 0:
             with self.reference.of(self.model_wrapped, self.accelerator.unwrap_model(self.model_wrapped)) as reference:
-                ref = self.model_forward.logprobs(reference, part, at_once=args.per_device_train_batch_size)
+                ref = self.model_forward.logprobs(reference, part, batch_size=args.per_device_train_batch_size)
             rollout.tokens["ref"] = rollout.scatter_tokens(ref.logprobs, rows)
 
     def _that_matter(self, rollout: Rollout) -> list[int]:

@@ -3,50 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from grpo_fast.models.batch import ForwardBatch
+
 __all__ = ["Rollout"]
 
 
 @dataclass
-class Rollout:
+class Rollout(ForwardBatch):
     """B completions with N tokens in total, and what the loss needs to know about them.
 
     Values per completion are on the CPU, because they decide which rows are computed. Values per token are on the training device.
 
-    Args:
-        prompt_ids: token ids of each prompt, B lists.
-        completion_ids: token ids of each completion, end token included, B lists.
-        temperature: float32 [B], the temperature at which each completion was drawn and is scored.
-        advantages: float32 [B].
-        loss_mask: bool [B]; False leaves the completion out of the loss.
-        tokens: float32 [N] each, as far as they are needed: the log-probabilities ``"sampler"`` (reported by the sampler), ``"old"``
-            (policy at sampling time) and ``"ref"`` (reference policy), and ``"weights"``, which multiply the surrogate.
-
-    Example:
-        >>> rollout = Rollout([[1], [1]], [[5, 6], [7]], torch.ones(2), torch.zeros(2), torch.tensor([True, True]))
-        >>> rollout.select([1]).completion_ids
-        [[7]]
+    The fields are those of `ForwardBatch`.
     """
-
-    prompt_ids: list[list[int]]
-    completion_ids: list[list[int]]
-    temperature: Tensor
-    advantages: Tensor
-    loss_mask: Tensor
-    tokens: dict[str, Tensor] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.completion_ids)
-
-    @property
-    def lengths(self) -> list[int]:
-        """Number of tokens of each completion."""
-        return [len(ids) for ids in self.completion_ids]
 
     def loss_lengths(self) -> Tensor:
         """Number of tokens of each completion in the loss, int64 [B]: 0 where ``loss_mask`` is False."""
@@ -55,19 +30,6 @@ class Rollout:
     def num_loss_tokens(self) -> int:
         """Number of tokens in the loss."""
         return int(self.loss_lengths().sum())
-
-    def select(self, rows: Sequence[int]) -> Rollout:
-        """The given rows as a rollout of their own."""
-        parts = {name: column.split(self.lengths) for name, column in self.tokens.items()}
-        index = torch.tensor(rows, dtype=torch.long)
-        return Rollout(
-            [self.prompt_ids[row] for row in rows],
-            [self.completion_ids[row] for row in rows],
-            self.temperature[index],
-            self.advantages[index],
-            self.loss_mask[index],
-            {name: torch.cat([column[row] for row in rows]) if rows else self.tokens[name][:0] for name, column in parts.items()},
-        )
 
     def scatter_tokens(self, values: Tensor, rows: Sequence[int]) -> Tensor:
         """Expand values for the tokens of some rows to all tokens, with 0 for the tokens of the other rows.

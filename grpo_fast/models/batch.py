@@ -1,0 +1,69 @@
+"""Sequences to be scored, as plain numbers: what the forward passes take, and what a rollout of the trainer is."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["ForwardBatch", "ModelInputs"]
+
+ModelInputs = dict[str, Any]  # the keyword arguments of a model's forward, which differ from model to model
+
+
+@dataclass
+class ForwardBatch:
+    """B prompts with their completions, which have N tokens in total, and what the loss needs to know about them.
+
+    Values per sequence are on the CPU, because they decide what is computed. Values per token are on the device of the model.
+
+    Args:
+        prompt_ids: token ids of each prompt, B lists.
+        completion_ids: token ids of each completion, end token included, B lists.
+        temperature: float32 [B], the temperature at which each completion was drawn and is scored.
+        advantages: float32 [B].
+        loss_mask: bool [B]; False leaves the completion out of the loss.
+        tokens: float32 [N] each, as far as they are needed: the log-probabilities ``"sampler"`` (reported by the sampler), ``"old"``
+            (policy at sampling time) and ``"ref"`` (reference policy), and ``"weights"``, which multiply the surrogate.
+
+    Example:
+        >>> batch = ForwardBatch([[1], [1]], [[5, 6], [7]], torch.ones(2), torch.zeros(2), torch.tensor([True, True]))
+        >>> batch.select([1]).completion_ids
+        [[7]]
+    """
+
+    prompt_ids: list[list[int]]
+    completion_ids: list[list[int]]
+    temperature: Tensor
+    advantages: Tensor
+    loss_mask: Tensor
+    tokens: dict[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.completion_ids)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each completion."""
+        return [len(ids) for ids in self.completion_ids]
+
+    def select(self, rows: Sequence[int]) -> Self:
+        """The sequences with these indices, in this order."""
+        parts = {name: column.split(self.lengths) for name, column in self.tokens.items()}
+        index = torch.tensor(rows, dtype=torch.long)
+        return dataclasses.replace(
+            self,
+            prompt_ids=[self.prompt_ids[row] for row in rows],
+            completion_ids=[self.completion_ids[row] for row in rows],
+            temperature=self.temperature[index],
+            advantages=self.advantages[index],
+            loss_mask=self.loss_mask[index],
+            tokens={name: torch.cat([column[row] for row in rows]) if rows else self.tokens[name][:0] for name, column in parts.items()},
+        )

@@ -1,0 +1,93 @@
+"""A model and its tokenizer, loaded by name or taken as given, ready to be trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from grpo_fast.models.packing import choose_attention
+from grpo_fast.models.unwrap import is_peft
+
+__all__ = ["load_policy", "without_dropout"]
+
+
+def load_policy(
+    model: Any,
+    tokenizer: Any = None,
+    *,
+    peft_config: Any = None,
+    quantization_config: Any = None,
+    model_init_kwargs: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
+    half_precision: bool = False,
+    gradient_checkpointing: bool = False,
+    disable_dropout: bool = True,
+) -> tuple[Any, Any]:
+    """Load the model and its tokenizer where they are given by name, and prepare both for training.
+
+    Args:
+        model: a causal language model of transformers, a PEFT model, or the name of one.
+        tokenizer: None = the model's own, by name.
+        peft_config: makes a PEFT model of the model.
+        quantization_config, model_init_kwargs, trust_remote_code: of ``from_pretrained``, for a model given by name.
+        half_precision: whether the model is run under autocast in 16 bits, so that flash attention can be chosen.
+        gradient_checkpointing: whether it will be on, for which a PEFT model needs gradients of its inputs.
+        disable_dropout: set every dropout to 0.
+
+    Returns:
+        The model and the tokenizer.
+
+    Raises:
+        ValueError: names the argument, what it was, what was expected and the fix.
+    """
+    if quantization_config is not None and not isinstance(model, str):
+        raise ValueError(
+            "quantization_config is given with a model; expected None, or the model's name: a model is quantised while it is loaded."
+        )
+    name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
+    if isinstance(model, str):
+        options = _from_pretrained_options(model_init_kwargs or {}, quantization_config, trust_remote_code, half_precision)
+        model = AutoModelForCausalLM.from_pretrained(model, **options)
+    if tokenizer is None:
+        if not name:
+            raise ValueError("processing_class is None and the model has no name to find its tokenizer by; expected the tokenizer.")
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    if tokenizer.eos_token_id is None:
+        raise ValueError("processing_class has no eos_token_id; expected one: a completion ends with it.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if peft_config is not None:
+        from peft import get_peft_model
+
+        model = get_peft_model(model, peft_config)
+    if is_peft(model) and gradient_checkpointing:
+        model.enable_input_require_grads()
+    if disable_dropout:
+        without_dropout(model)
+    return model, tokenizer
+
+
+def _from_pretrained_options(
+    given: Mapping[str, Any], quantization_config: Any, trust_remote_code: bool, half_precision: bool
+) -> dict[str, Any]:
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "dtype": "float32", **given}
+    if quantization_config is not None:
+        options["quantization_config"] = quantization_config
+    if options.get("attn_implementation") in (None, "auto"):
+        half = half_precision or options["dtype"] in ("bfloat16", "float16", torch.bfloat16, torch.float16)
+        options["attn_implementation"] = choose_attention(half=half)
+    return options
+
+
+def without_dropout(model: nn.Module) -> None:
+    """Set every dropout to 0: of modules, and of attention, where transformers keeps it as a number."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
