@@ -20,7 +20,7 @@ from grpo_fast.study import estimates, options, plot, sampling, temperature_regi
 from grpo_fast.study.estimates import difference, estimate, told_apart
 from grpo_fast.study.generate_completions import Drawn
 from grpo_fast.study.temperature_regions import COLD, COLLAPSE, EXPLORATION, ROBUST, Point, read, temperature_at_entropy
-from grpo_fast.trainer.run_settings import SettingsError
+from grpo_fast.utils.errors import SettingsError
 
 
 @pytest.mark.parametrize("module", [estimates, options, temperature_regions])

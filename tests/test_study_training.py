@@ -19,7 +19,7 @@ pytest.importorskip("matplotlib")
 from grpo_fast.cli import main as cli
 from grpo_fast.demo.run import Options, warm_started
 from grpo_fast.study import options, report, training, training_setup, training_summary
-from grpo_fast.trainer.run_settings import SettingsError
+from grpo_fast.utils.errors import SettingsError
 
 TRAIN = ["--steps", "3", "--warm_start_steps", "2", "--prompts", "3", "--group_size", "4", "--evaluation_prompts", "3"]
 TRAIN += ["--eval_temperatures", "0", "1.0", "--output", "training.json"]

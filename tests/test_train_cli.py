@@ -18,14 +18,15 @@ pytest.importorskip("transformers", reason="the trainer is transformers'")
 pytest.importorskip("datasets", reason="rows are a dataset")
 
 from grpo_fast.cli import train as command
+from grpo_fast.data.loading import make_task, shape_prompts
 from grpo_fast.data.prompts import read_rows
 from grpo_fast.data.tasks.sorting import make_tokenizer
 from grpo_fast.generation import SAMPLERS, SamplerError
 from grpo_fast.rewards import BUILT_IN, RewardError
 from grpo_fast.trainer.callbacks import ProgressBarCallback
 from grpo_fast.trainer.config import GRPOConfig
-from grpo_fast.trainer.run_inputs import make_task, shape_prompts
-from grpo_fast.trainer.run_settings import SettingsError, TrainOptions, build_parser, parse
+from grpo_fast.trainer.run_settings import TrainOptions, build_parser, parse
+from grpo_fast.utils.errors import SettingsError
 
 TOKENIZER = make_tokenizer()
 TOKENIZER.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"

@@ -14,11 +14,12 @@ from typing import Any
 
 from rich.console import Console
 
+from grpo_fast.data.loading import load_rewards, load_tokenizer, make_task, prompt_rows
 from grpo_fast.data.tasks import Task
 from grpo_fast.generation import SamplerError, check_options
 from grpo_fast.rewards import RewardError, RewardRunner
-from grpo_fast.trainer.run_inputs import load_tokenizer, make_task, named_rewards, prompt_rows
-from grpo_fast.trainer.run_settings import SettingsError, TrainOptions, help_tables, parse
+from grpo_fast.trainer.run_settings import TrainOptions, help_tables, parse
+from grpo_fast.utils.errors import SettingsError
 from grpo_fast.utils.files import write_text
 
 __all__ = ["app", "prepare", "run"]
@@ -75,7 +76,7 @@ def prepare(args: Sequence[str], config_class: Any) -> dict[str, Any]:
     _check_writable(config.output_dir)
     seed = config.prompt_seed
     task = make_task(options.dataset, size=options.dataset_size, seed=seed)
-    rewards = named_rewards(options, task)
+    rewards = load_rewards(options.rewards, task)
     runner = RewardRunner(rewards, weights=config.reward_weights, on_error=config.reward_on_error, isolation=config.reward_isolation)
     check_options(config.sampler, config.sampler_options or {})
     peft_config = _peft(options)

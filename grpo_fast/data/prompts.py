@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grpo_fast.rewards.runner import EXTRAS
+from grpo_fast.rewards.common import TRAINER_ARGUMENTS
 from grpo_fast.utils.install_hints import install
 
 __all__ = ["Prompts", "check_evaluation", "check_rows", "encode_prompt", "load_prompts", "read_rows"]
 
 _LOADERS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".parquet": "parquet"}
 # What the trainer itself passes to rewards. (Columns of the names completion and completion_ids reach no reward, here as in TRL.)
-_TAKEN = ("prompts", "completions", "extras", *EXTRAS)
+_TAKEN = ("prompts", "completions", "extras", *TRAINER_ARGUMENTS)
 
 logger = logging.getLogger("grpo_fast")
 

@@ -9,10 +9,24 @@ from typing import Any, TypeAlias
 
 from grpo_fast.utils.text_statistics import parse_sections
 
-__all__ = ["Completion", "Reward", "check_range", "check_same_length", "name_of", "reasoning_of", "rows_of", "text_of", "with_opening"]
+__all__ = [
+    "TRAINER_ARGUMENTS",
+    "Completion",
+    "Reward",
+    "check_range",
+    "check_same_length",
+    "name_of",
+    "reasoning_of",
+    "rows_of",
+    "text_of",
+    "with_opening",
+]
 
 Completion: TypeAlias = "str | Sequence[dict[str, str]]"
 Reward: TypeAlias = Callable[..., "list[float | None]"]
+
+# What the trainer passes to a reward that has a parameter of this name, in addition to the columns of the dataset.
+TRAINER_ARGUMENTS = ("trainer_state", "log_extra", "log_metric", "logprobs", "ref_logprobs")
 
 _TAG = re.compile(r"</?(?:think|answer)>")
 _ANSWER_SECTION = re.compile(r"<answer>.*?(?:</answer>|\Z)", re.DOTALL)

@@ -21,7 +21,7 @@ from grpo_fast.rewards.mathematics import MathReward
 from grpo_fast.rewards.repetition import CertainRunPenalty, RepetitionPenalty
 from grpo_fast.rewards.structure import FormatReward, TagCountReward
 
-__all__ = ["BUILT_IN", "load_reward", "spelled"]
+__all__ = ["BUILT_IN", "load_reward", "parse_call"]
 
 BUILT_IN: dict[str, Any] = {
     "accuracy": accuracy_reward,
@@ -39,7 +39,7 @@ BUILT_IN: dict[str, Any] = {
     "language": LanguageConsistencyReward,
 }
 
-_SPELLING = re.compile(r"(?P<what>[^()]+?)\s*(?P<settings>\(.*\))?", re.DOTALL)
+_CALL = re.compile(r"(?P<what>[^()]+?)\s*(?P<settings>\(.*\))?", re.DOTALL)
 
 
 def load_reward(name: str) -> Reward:
@@ -56,7 +56,7 @@ def load_reward(name: str) -> Reward:
         >>> load_reward("repetition(ngram_size=6, max_penalty=0.5)")
         RepetitionPenalty(ngram_size=6, max_penalty=0.5)
     """
-    what, settings = spelled(name)
+    what, settings = parse_call(name)
     found = BUILT_IN[what] if what in BUILT_IN else _imported(what)
     if settings is None and not inspect.isclass(found):
         reward = found
@@ -70,13 +70,13 @@ def load_reward(name: str) -> Reward:
     return reward
 
 
-def spelled(text: str) -> tuple[str, dict[str, Any] | None]:
+def parse_call(text: str) -> tuple[str, dict[str, Any] | None]:
     """``"name(setting=1)"`` as the name and its settings; None where there are no parentheses.
 
     Raises:
         ValueError: what stands in the parentheses is no list of keywords with plain values.
     """
-    match = _SPELLING.fullmatch(text.strip())
+    match = _CALL.fullmatch(text.strip())
     if match is None:
         raise ValueError(f"{text!r} is no name; expected 'name', or 'name(setting=1)'.")
     if match["settings"] is None:

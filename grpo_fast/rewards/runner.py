@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_fast.rewards.common import Completion, Reward, check_range, check_same_length, name_of
+from grpo_fast.rewards.common import TRAINER_ARGUMENTS, Completion, Reward, check_range, check_same_length, name_of
 from grpo_fast.rewards.loading import load_reward
 from grpo_fast.rewards.pool import Outcome, WorkerPool
 
@@ -26,7 +26,6 @@ __all__ = ["RewardError", "RewardRunner", "RewardTable", "reward_matrix"]
 
 MAX_ABANDONED = 4  # hung threads of one function: each holds its memory for good
 _ALWAYS = ("prompts", "completions", "completion_ids")
-EXTRAS = ("trainer_state", "log_extra", "log_metric", "logprobs", "ref_logprobs")  # what the trainer knows beside the columns
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
@@ -175,7 +174,7 @@ class RewardRunner:
             ValueError: names the function, what it needs, and the columns there are.
         """
         for i in range(len(self.names)):
-            self._check_given(i, {*_ALWAYS, *EXTRAS, *columns}, columns)
+            self._check_given(i, {*_ALWAYS, *TRAINER_ARGUMENTS, *columns}, columns)
 
     def _check_given(self, i: int, given: Collection[str], columns: Collection[str]) -> None:
         missing = [name for name in self._takes[i].required if name not in given]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from grpo_fast.trainer.run_settings import SettingsError
+from grpo_fast.utils.errors import SettingsError
 
 __all__ = ["check_count", "name_of", "sampling_temperatures", "training_temperatures"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_fast.ops.environment import describe
-from grpo_fast.trainer.run_settings import SettingsError
+from grpo_fast.utils.errors import SettingsError
 
 __all__ = ["begun", "made_with", "made_with_others"]
 

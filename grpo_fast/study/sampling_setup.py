@@ -11,14 +11,15 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from grpo_fast.data.loading import load_rewards, load_tokenizer, make_task, prompt_rows
 from grpo_fast.data.tasks import Task
 from grpo_fast.generation import check_options
 from grpo_fast.ops.environment import describe
 from grpo_fast.rewards import CoherenceReward, FormatReward, RewardRunner
 from grpo_fast.study.options import check_count, sampling_temperatures
 from grpo_fast.study.result_files import begun
-from grpo_fast.trainer.run_inputs import load_tokenizer, make_task, named_rewards, prompt_rows
-from grpo_fast.trainer.run_settings import SettingsError, TrainOptions, parse, said
+from grpo_fast.trainer.run_settings import TrainOptions, parse, parse_overrides
+from grpo_fast.utils.errors import SettingsError
 from grpo_fast.utils.files import check_output
 
 __all__ = ["SAMPLED_BY", "SHARED", "Prepared", "SamplingOptions", "load_model", "prepare", "threads_of"]
@@ -121,7 +122,7 @@ def prepare(args: Sequence[str], config_class: Any) -> Prepared:
     path = Path(options.output)
     check_output(path)
     task = _task(options, config.prompt_seed)
-    rewards = named_rewards(options, task)
+    rewards = load_rewards(options.rewards, task)
     runner = RewardRunner(
         rewards,
         weights=config.reward_weights,
@@ -176,7 +177,7 @@ def _refuse_what_is_not_read(args: Sequence[str], config_class: Any) -> None:
     """On the command line; a settings file is that of a training, and has more."""
     in_file = bool(args) and not args[0].startswith("-")
     read = {*SAMPLED_BY, *CHOOSES_SAMPLER, *(each.name for each in fields(SamplingOptions))} - set(NOT_READ)
-    for name in said(args[1:] if in_file else args, config_class, SamplingOptions):
+    for name in parse_overrides(args[1:] if in_file else args, config_class, SamplingOptions):
         if name not in read:
             cure = f"--{INSTEAD[name]}." if name in INSTEAD else "leave it out, or in the settings file."
             raise SettingsError(f"command line: --{name} is nothing that sampling reads; expected what --help shows. Cure: {cure}")

@@ -12,7 +12,7 @@ from grpo_fast.demo.run import Options
 from grpo_fast.ops.environment import describe
 from grpo_fast.study.options import check_count, sampling_temperatures, training_temperatures
 from grpo_fast.study.result_files import begun, made_with, made_with_others
-from grpo_fast.trainer.run_settings import said
+from grpo_fast.trainer.run_settings import parse_overrides
 from grpo_fast.utils.files import check_output
 
 __all__ = ["BEFORE", "CURVES", "Prepared", "TrainingOptions", "prepare"]
@@ -96,7 +96,7 @@ def prepare(args: Sequence[str]) -> Prepared:
     Raises:
         SettingsError, ValueError: name the setting, what it was, what was expected and the cure.
     """
-    given = said(args, None, TrainingOptions)
+    given = parse_overrides(args, None, TrainingOptions)
     if given.get("quick"):
         given = QUICK | {"output": TrainingOptions.output.replace(".json", "_quick.json")} | given
     options = TrainingOptions(**given)

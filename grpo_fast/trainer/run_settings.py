@@ -18,22 +18,18 @@ from typing import Any, NoReturn
 from grpo_fast.generation import SAMPLERS, sampler_class
 from grpo_fast.loss.config import LOSS_TYPES, LossConfig
 from grpo_fast.rewards import BUILT_IN
+from grpo_fast.utils.errors import SettingsError
 
 __all__ = [
-    "SettingsError",
     "TrainOptions",
     "build_parser",
     "help_tables",
     "option_table",
     "parse",
+    "parse_overrides",
     "read_settings",
     "reward_table",
-    "said",
 ]
-
-
-class SettingsError(ValueError):
-    """A setting is unknown, missing, or of the wrong kind; the message says where it stands, what was expected and the cure."""
 
 
 @dataclass
@@ -98,7 +94,7 @@ def parse(args: Sequence[str], config_class: Any, options_class: Any = TrainOpti
     Raises:
         SettingsError: see there. Everything else that is wrong is raised by the configuration itself, as ValueError.
     """
-    given = said(args, config_class, options_class)
+    given = parse_overrides(args, config_class, options_class)
     own = {each.name for each in dataclasses.fields(options_class)}
     options = options_class(**{name: value for name, value in given.items() if name in own})
     for name in ("model", "dataset"):
@@ -107,7 +103,7 @@ def parse(args: Sequence[str], config_class: Any, options_class: Any = TrainOpti
     return options, config_class(**{name: value for name, value in given.items() if name not in own}), given
 
 
-def said(args: Sequence[str], config_class: Any, options_class: Any = TrainOptions) -> dict[str, Any]:
+def parse_overrides(args: Sequence[str], config_class: Any, options_class: Any = TrainOptions) -> dict[str, Any]:
     """What ``[FILE] [--name value ...]`` sets, by name, of the fields of both classes; ``config_class`` None: of the options alone."""
     file = args[0] if args and not args[0].startswith("-") else None
     parser, actions = build_parser(config_class, options_class)
