@@ -11,7 +11,7 @@ from torch import Tensor
 import grpo_fast as gf
 from grpo_fast.benchmark.arena import Arena, arena_bytes
 from grpo_fast.benchmark.settings import Case
-from grpo_fast.loss.reference import Policy, Sequences, aggregation_weights, policy_loss, token_statistics
+from grpo_fast.loss.reference import policy_loss, token_statistics
 
 __all__ = ["CONFIG", "GATE_ROWS", "Batch", "batch_bytes", "expected_loss", "fill", "shared_batch", "write_truth"]
 
@@ -117,31 +117,25 @@ def write_truth(batch: Batch, temperature: float) -> None:
     for i, row in enumerate(batch.gate_rows.tolist()):
         leaf = logits[row : row + 1].double().requires_grad_()
         logprob, entropy = token_statistics(leaf, token_ids[row : row + 1], temperature)
-        weight = aggregation_weights(CONFIG.resolved_aggregation, batch.mask, Sequences(batch.token_ids), dtype=torch.float64)
-        loss = _loss(batch, logprob, entropy, slice(row, row + 1), weight)
+        loss = _loss(batch, logprob, entropy, slice(row, row + 1))
         batch.true_gradient[i] = torch.autograd.grad(loss, leaf)[0].squeeze(0)
         batch.true_entropy[i] = entropy.item()
 
 
 def expected_loss(batch: Batch) -> float:
     """The loss of the whole batch in float64, from the batch's true log-probabilities."""
-    weight = aggregation_weights(CONFIG.resolved_aggregation, batch.mask, Sequences(batch.token_ids), dtype=torch.float64)
     logprobs = batch.true_logprobs.flatten()
-    return float(_loss(batch, logprobs, torch.zeros_like(logprobs), slice(None), weight))
+    return float(_loss(batch, logprobs, torch.zeros_like(logprobs), slice(None)))
 
 
-def _loss(batch: Batch, logprobs: Tensor, entropy: Tensor, rows: slice, weight: Tensor) -> Tensor:
-    def part(x: Tensor) -> Tensor:
-        return x.flatten()[rows].unsqueeze(0)
-
-    mask = part(batch.mask)
-    policy = Policy(
-        config=CONFIG,
-        mask=mask,
-        sequences=Sequences(part(batch.token_ids)),
-        advantages=part(batch.advantages).double(),
-        weights=weight,
-        entropy_weights=weight,
-        old_logprobs=part(batch.old_logprobs).double(),
-    )
-    return policy_loss(logprobs.unsqueeze(0), entropy.unsqueeze(0), policy, mask)[0]
+def _loss(batch: Batch, logprobs: Tensor, entropy: Tensor, rows: slice) -> Tensor:
+    """The specification's loss of some rows, weighted as in the whole batch."""
+    return policy_loss(
+        logprobs,
+        entropy,
+        batch.advantages.flatten()[rows].double(),
+        CONFIG,
+        mask=batch.mask.flatten()[rows],
+        old_logprobs=batch.old_logprobs.flatten()[rows].double(),
+        num_items=batch.mask.sum(),
+    )[0]

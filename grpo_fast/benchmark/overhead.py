@@ -12,7 +12,8 @@ import torch
 
 import grpo_fast as gf
 from grpo_fast.benchmark.data import CONFIG
-from grpo_fast.loss.reference import Sequences, aggregation_weights
+from grpo_fast.loss.aggregation import aggregation_weights
+from grpo_fast.loss.sequences import Sequences
 from grpo_fast.loss.token_inputs import token_inputs
 
 __all__ = ["SHAPE", "measure"]

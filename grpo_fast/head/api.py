@@ -22,9 +22,9 @@ from grpo_fast.head.weights import gathered, is_quantised
 from grpo_fast.loss import checks
 from grpo_fast.loss.api import GRPOOutput, TokenLogprobs, by_reference, grpo_loss, scoring, token_logprobs
 from grpo_fast.loss.config import LossConfig
-from grpo_fast.loss.inputs import checked_policy
 from grpo_fast.loss.token_inputs import ANY_VOCABULARY, TokenInputs, check_ids, token_inputs
 from grpo_fast.loss.token_rows import TokenRows
+from grpo_fast.loss.validation import validated_loss_inputs
 from grpo_fast.loss.vocab_parallel import Shard, all_reduce_min, gather_vocab_shards
 
 __all__ = ["linear_grpo_loss", "linear_token_logprobs"]
@@ -117,7 +117,7 @@ def linear_grpo_loss(
         "loss_scale": loss_scale,
         "metrics_on": metrics_on,
     }
-    policy = checked_policy(call.inputs, advantages, **of_policy)
+    policy = validated_loss_inputs(call.inputs, advantages, **of_policy)
     if call.by_reference:
         out = grpo_loss(call.full_logits(), token_ids, advantages, mask=mask, **call.scoring_as_given, **of_policy)
         return out._replace(metrics={**out.metrics, LINEAR_METRICS[-1]: torch.zeros_like(out.loss.detach()).float()})

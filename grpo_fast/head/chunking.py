@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_fast.loss.reference import Sequences
+from grpo_fast.loss.sequences import Sequences
 
 __all__ = ["Chunk", "Plan", "chunk_rows", "free_bytes", "plan_of"]
 

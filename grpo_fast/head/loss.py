@@ -14,8 +14,9 @@ from torch import Tensor
 
 from grpo_fast.head.chunking import Chunk, Plan, plan_of
 from grpo_fast.head.products import Head, HeadTensors
+from grpo_fast.loss.inputs import LossInputs
+from grpo_fast.loss.logprob_loss import policy_loss
 from grpo_fast.loss.operator_arguments import loss_arguments
-from grpo_fast.loss.reference import Policy, policy_loss
 from grpo_fast.loss.token_rows import RowStatistics, TokenRows
 from grpo_fast.ops.operators import METRICS, call_below_autograd
 
@@ -37,7 +38,7 @@ class LinearLoss(NamedTuple):
 def linear_loss(
     make_head: Callable[[Plan], Head],
     rows: TokenRows,
-    policy: Policy,  # packed
+    policy: LossInputs,  # packed
     *,
     only_active: bool,
     want_gradient: bool,
@@ -98,7 +99,7 @@ def linear_loss(
     )
 
 
-def coefficients(statistics: RowStatistics, policy: Policy, computed: Tensor) -> tuple[Tensor, Tensor]:
+def coefficients(statistics: RowStatistics, policy: LossInputs, computed: Tensor) -> tuple[Tensor, Tensor]:
     """g = d loss / d logprob and h = d loss / d entropy of every token, by autograd through what stands behind the logits."""
     below_autograd = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
     with below_autograd, torch.enable_grad():  # an operator's own implementation runs with autograd switched off

@@ -14,7 +14,8 @@ from grpo_fast.head.logprobs import Forward, linear_token_logprobs_bwd, linear_t
 from grpo_fast.head.loss import LINEAR_METRICS, linear_loss
 from grpo_fast.head.products import DenseHead, HeadTensors, Wants, per_row
 from grpo_fast.loss.config import AGGREGATIONS, ENTROPY_AGGREGATIONS, KL_ESTIMATORS, LEVELS, LOSS_TYPES, LossConfig
-from grpo_fast.loss.reference import Policy, Sequences
+from grpo_fast.loss.inputs import LossInputs
+from grpo_fast.loss.sequences import Sequences
 from grpo_fast.loss.token_rows import RowStatistics, TokenRows
 from grpo_fast.ops.operators import LIBRARY, scaled
 
@@ -87,7 +88,14 @@ def _config_of(numbers: tuple[float | str, ...]) -> LossConfig:
 
 
 def compiled_loss(
-    tensors: HeadTensors, rows: TokenRows, policy: Policy, *, only_active: bool, dtype: torch.dtype, length: int, chunk_bytes: int | None
+    tensors: HeadTensors,
+    rows: TokenRows,
+    policy: LossInputs,
+    *,
+    only_active: bool,
+    dtype: torch.dtype,
+    length: int,
+    chunk_bytes: int | None,
 ) -> tuple[Tensor, ...]:
     """linear_loss as one node: loss, logprobs, entropy, metrics."""
     assert policy.sequences.segment is not None
@@ -152,10 +160,10 @@ def _linear_grpo_loss(*arguments: Any) -> tuple[Tensor, ...]:
     tensors, rows = HeadTensors(*arguments[:5]), TokenRows(*arguments[5:11])
     advantages, weights, entropy_weights, old_logprobs, ref_logprobs, rollout_weights, segment, count = arguments[11:19]
     rollout_per_sequence, loss_scale, config, only_active, dtype, length, chunk_bytes, wants = arguments[19:]
-    policy = Policy(
+    policy = LossInputs(
         config=config_of(config),
         mask=rows.mask,
-        sequences=Sequences.numbered(segment, count),
+        sequences=Sequences.from_segments(segment, count),
         advantages=advantages,
         weights=weights,
         entropy_weights=entropy_weights,

@@ -23,7 +23,7 @@ from grpo_fast.head.api import linear_grpo_loss, linear_token_logprobs
 from grpo_fast.integrations.logprobs import logprob_policy
 from grpo_fast.loss.api import GRPOOutput, grpo_loss, token_logprobs
 from grpo_fast.loss.config import LossConfig
-from grpo_fast.loss.reference import kl_penalty, token_losses
+from grpo_fast.loss.logprob_loss import kl_penalty, token_losses
 from grpo_fast.loss.token_inputs import checked_scoring
 
 __all__ = ["LigerFusedLinearGRPOLoss", "triton_grpo_loss"]

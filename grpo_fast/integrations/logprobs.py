@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from grpo_fast.loss import checks
+from grpo_fast.loss.aggregation import aggregation_weights
 from grpo_fast.loss.config import LossConfig
-from grpo_fast.loss.inputs import check_config
-from grpo_fast.loss.reference import Policy, Sequences, aggregation_weights, policy_loss
+from grpo_fast.loss.inputs import LossInputs
+from grpo_fast.loss.logprob_loss import policy_loss
+from grpo_fast.loss.sequences import Sequences
+from grpo_fast.loss.validation import check_config
 
 __all__ = ["logprob_loss", "lower_bound_of_cispo", "mean_over_tokens", "ratio_of"]
 
@@ -79,8 +82,8 @@ def logprob_policy(
     rollout_weights: Tensor | None = None,
     num_items: int | float | Tensor | None = None,
     loss_scale: float = 1.0,
-) -> Policy:
-    """The arguments of logprob_loss, checked, as reference.policy_loss and reference.token_losses want them."""
+) -> LossInputs:
+    """The arguments of logprob_loss, checked, as policy_loss and token_losses want them."""
     check_config(config)
     checks.tensor("logprobs", logprobs, like=None)
     if logprobs.dim() != 2:
@@ -101,7 +104,7 @@ def logprob_policy(
     if rollout_weights is not None:
         _check("rollout_weights", rollout_weights, logprobs, one_column=True)
     _check("advantages", advantages, logprobs, per_sequence=True)
-    return Policy(
+    return LossInputs(
         config=config,
         mask=counts,
         sequences=sequences,

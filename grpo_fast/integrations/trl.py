@@ -26,7 +26,9 @@ from grpo_fast.head.api import linear_grpo_loss, linear_token_logprobs
 from grpo_fast.integrations.versions import refuse_other_versions
 from grpo_fast.loss.api import GRPOOutput, TokenLogprobs
 from grpo_fast.loss.config import LossConfig
-from grpo_fast.loss.reference import Sequences, kl_penalty, vespo_phi
+from grpo_fast.loss.importance import vespo_phi
+from grpo_fast.loss.logprob_loss import kl_penalty
+from grpo_fast.loss.sequences import Sequences
 from grpo_fast.models.lm_head import ModelHead, head_of, hidden_states_of
 from grpo_fast.models.unwrap import unwrap
 

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from grpo_fast.loss import reference
 from grpo_fast.loss.config import LossConfig
-from grpo_fast.loss.inputs import checked_policy
+from grpo_fast.loss.inputs import LossInputs
+from grpo_fast.loss.logprob_loss import policy_loss
 from grpo_fast.loss.operator_arguments import loss_arguments
-from grpo_fast.loss.reference import Policy, policy_loss, token_statistics
 from grpo_fast.loss.token_inputs import ANY_VOCABULARY, TokenInputs, check_ids, token_inputs
 from grpo_fast.loss.token_rows import ShardedLogprobsFunction, TokenRows
+from grpo_fast.loss.validation import validated_loss_inputs
 from grpo_fast.loss.vocab_parallel import gather_vocab_shards
 from grpo_fast.ops.backends import select
 from grpo_fast.ops.impl_checks import check_impl
@@ -118,12 +120,12 @@ def grpo_loss(
         >>> out.loss.backward()
     """
     vocabulary = None if process_group is None else ANY_VOCABULARY
-    inputs = token_inputs(
+    tokens = token_inputs(
         logits, token_ids, mask=mask, temperature=temperature, softcap=softcap, logit_scale=logit_scale, vocabulary=vocabulary
     )
     _check_inplace(inplace)
-    policy = checked_policy(
-        inputs,
+    inputs = validated_loss_inputs(
+        tokens,
         advantages,
         config=config,
         old_logprobs=old_logprobs,
@@ -135,25 +137,37 @@ def grpo_loss(
         metrics_on=metrics_on,
     )
     if impl is not None:
-        check_impl(impl, logits, select(logits.device), one_pass=process_group is None and policy.token_level() is not None)
-    computed = inputs.mask if metrics_on == "all" else policy.active()
+        check_impl(impl, logits, select(logits.device), one_pass=process_group is None and inputs.token_level() is not None)
     inplace = inplace and _can_write_over(logits)
     if process_group is None and by_reference(logits):
-        loss, logprobs, entropy, metrics = _reference_loss(inputs, policy, computed)
-    elif process_group is None and (token_level := policy.token_level()) is not None:
-        loss, logprobs, entropy, metrics = _one_pass_loss(inputs, policy, token_level, computed, inplace, cluster=impl == "cluster")
-    else:  # the ratio needs the whole sequence first: a statistics pass here, the gradient pass in backward
-        logprobs, entropy = _statistics(inputs, computed, inplace, process_group)
         with torch.autocast(logits.device.type, enabled=False):
-            loss, metrics = policy_loss(logprobs, entropy, policy, computed)
+            specified = reference.grpo_loss(
+                logits,
+                token_ids,
+                advantages,
+                config,
+                old_logprobs=old_logprobs,
+                ref_logprobs=ref_logprobs,
+                mask=mask,
+                rollout_weights=rollout_weights,
+                temperature=temperature,
+                cu_seqlens=cu_seqlens,
+                num_items=num_items,
+                softcap=softcap,
+                logit_scale=logit_scale,
+                loss_scale=inputs.loss_scale,
+                metrics_on=metrics_on,
+            )
+        return GRPOOutput(specified.loss, specified.logprobs.detach(), specified.entropy.detach(), specified.active, specified.metrics)
+    computed = tokens.mask if metrics_on == "all" else inputs.active()
+    if process_group is None and (token_level := inputs.token_level()) is not None:
+        loss, logprobs, entropy, metrics = _one_pass_loss(tokens, inputs, token_level, computed, inplace, cluster=impl == "cluster")
+    else:  # a ratio needs the whole sequence: the statistics are computed here, the gradient of the logits in backward
+        logprobs, entropy = _statistics(tokens, computed, inplace, process_group)
+        with torch.autocast(logits.device.type, enabled=False):
+            loss, metrics = policy_loss(logprobs, entropy, inputs, computed)
         logprobs, entropy = logprobs.detach(), entropy.detach()
-    return GRPOOutput(
-        loss,
-        inputs.like_given(logprobs),
-        inputs.like_given(entropy),
-        inputs.like_given(computed),
-        metrics,
-    )
+    return GRPOOutput(loss, tokens.like_given(logprobs), tokens.like_given(entropy), tokens.like_given(computed), metrics)
 
 
 def token_logprobs(
@@ -192,14 +206,14 @@ def token_logprobs(
         tensor([[8., 8., 8.]])
     """
     vocabulary = None if process_group is None else ANY_VOCABULARY
-    inputs = token_inputs(
+    tokens = token_inputs(
         logits, token_ids, mask=mask, temperature=temperature, softcap=softcap, logit_scale=logit_scale, vocabulary=vocabulary
     )
     if process_group is None and by_reference(logits):
-        logprobs, entropy = _reference_statistics(inputs, inputs.mask)
-    else:
-        logprobs, entropy = _statistics(inputs, inputs.mask, inplace=False, group=process_group)
-    return TokenLogprobs(inputs.like_given(logprobs), inputs.like_given(entropy))
+        with torch.autocast(logits.device.type, enabled=False):
+            return TokenLogprobs(*reference.token_logprobs(logits, token_ids, mask, temperature, softcap, logit_scale))
+    logprobs, entropy = _statistics(tokens, tokens.mask, inplace=False, group=process_group)
+    return TokenLogprobs(tokens.like_given(logprobs), tokens.like_given(entropy))
 
 
 def _check_inplace(inplace: bool) -> None:
@@ -239,42 +253,22 @@ def _can_write_over(logits: Tensor) -> bool:
     return logits.stride(-1) == 1
 
 
-def _reference_statistics(inputs: TokenInputs, computed: Tensor) -> tuple[Tensor, Tensor]:
-    logits = inputs.scored[:, : inputs.token_ids.shape[1]]
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    logits = torch.where(computed.unsqueeze(-1), logits, 0)  # what is not computed may be NaN: it must not reach the gradient either
-    temperature: float | Tensor = inputs.temperature
-    if inputs.temperatures is not None:
-        temperature = torch.where(computed, inputs.temperatures, 1).to(logits.dtype)
-    with torch.autocast(logits.device.type, enabled=False):
-        token_ids = torch.where(computed, inputs.token_ids, 0)
-        logprobs, entropy = token_statistics(logits, token_ids, temperature, inputs.softcap, inputs.logit_scale)
-    return torch.where(computed, logprobs, 0), torch.where(computed, entropy, 0)
+def scoring(tokens: TokenInputs) -> tuple[Tensor | None, float, float, float]:
+    """Return ``(temperatures, temperature, softcap, logit_scale)`` as the operators take them."""
+    temperatures = None if tokens.temperatures is None else tokens.temperatures.float()
+    temperature = tokens.temperature
+    if temperatures is None and torch.compiler.is_compiling():  # a number would be a constant of the graph: every value recompiles
+        temperatures, temperature = torch.ones(1, 1, device=tokens.scored.device) * temperature, 1.0
+    return temperatures, temperature, tokens.softcap or 0.0, tokens.logit_scale
 
 
-def _reference_loss(inputs: TokenInputs, policy: Policy, computed: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    logprobs, entropy = _reference_statistics(inputs, computed)
-    with torch.autocast(inputs.scored.device.type, enabled=False):
-        loss, metrics = policy_loss(logprobs, entropy, policy, computed)
-    return loss, logprobs.detach(), entropy.detach(), metrics
-
-
-def scoring(inputs: TokenInputs) -> tuple[Tensor | None, float, float, float]:
-    """Temperatures, temperature, soft cap and logit scale as the operators take them."""
-    temperatures = None if inputs.temperatures is None else inputs.temperatures.float()
-    temperature = inputs.temperature
-    if temperatures is None and torch.compiler.is_compiling():  # as a number it would be part of the graph: each value, a compilation
-        temperatures, temperature = torch.ones(1, 1, device=inputs.scored.device) * temperature, 1.0
-    return temperatures, temperature, inputs.softcap or 0.0, inputs.logit_scale
-
-
-def _statistics(inputs: TokenInputs, computed: Tensor, inplace: bool, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
+def _statistics(tokens: TokenInputs, computed: Tensor, inplace: bool, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
     if group is not None:
-        shard = gather_vocab_shards(inputs.scored.shape[-1], group, inputs.scored.device)
-        check_ids(inputs, shard.total)
-        return ShardedLogprobsFunction.apply(inputs.scored, TokenRows(inputs.token_ids, computed, *scoring(inputs), shard))
-    arguments = (inputs.scored, inputs.token_ids, computed, *scoring(inputs))
-    if _wants_gradient(inputs.scored) and not torch.compiler.is_compiling():
+        shard = gather_vocab_shards(tokens.scored.shape[-1], group, tokens.scored.device)
+        check_ids(tokens, shard.total)
+        return ShardedLogprobsFunction.apply(tokens.scored, TokenRows(tokens.token_ids, computed, *scoring(tokens), shard))
+    arguments = (tokens.scored, tokens.token_ids, computed, *scoring(tokens))
+    if _wants_gradient(tokens.scored) and not torch.compiler.is_compiling():
         logprobs, entropy, _ = TokenLogprobsFunction.apply(inplace, *arguments)
     else:
         logprobs, entropy, _ = torch.ops.grpo_fast.token_logprobs.default(*arguments)
@@ -282,10 +276,10 @@ def _statistics(inputs: TokenInputs, computed: Tensor, inplace: bool, group: Pro
 
 
 def _one_pass_loss(
-    inputs: TokenInputs, policy: Policy, token_level: Policy, computed: Tensor, inplace: bool, *, cluster: bool
+    tokens: TokenInputs, inputs: LossInputs, token_level: LossInputs, computed: Tensor, inplace: bool, *, cluster: bool
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """token_level: the policy itself, or what its gradient is on-policy."""
-    logits, arguments = inputs.scored, loss_arguments(TokenRows(inputs.token_ids, computed, *scoring(inputs)), token_level)
+    """token_level: the inputs themselves, or inputs of token-level ratios with the same gradient (see LossInputs.token_level)."""
+    logits, arguments = tokens.scored, loss_arguments(TokenRows(tokens.token_ids, computed, *scoring(tokens)), token_level)
     wants_gradient = _wants_gradient(logits)
     if wants_gradient and not torch.compiler.is_compiling():
         loss, logprobs, entropy, metrics = GrpoLossFunction.apply(logits, inplace, arguments, cluster)
@@ -293,5 +287,5 @@ def _one_pass_loss(
         operator = torch.ops.grpo_fast.grpo_loss_cluster if cluster else torch.ops.grpo_fast.grpo_loss
         loss, logprobs, entropy, metrics, _ = operator.default(logits, *arguments, wants_gradient)
     named = dict(zip(METRICS, metrics.unbind(), strict=True))
-    named["active_fraction"] = policy.active_fraction()
+    named["active_fraction"] = inputs.active_fraction()
     return loss, logprobs, entropy, named

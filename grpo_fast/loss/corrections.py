@@ -13,7 +13,7 @@ from torch import Tensor
 
 from grpo_fast.loss import checks
 from grpo_fast.loss.config import LARGEST_LOG_RATIO
-from grpo_fast.loss.reference import Sequences
+from grpo_fast.loss.sequences import Sequences
 from grpo_fast.loss.token_inputs import check_cu_seqlens, checked_mask
 
 __all__ = ["off_policy_sequence_mask", "rollout_weights", "top_entropy_mask"]

@@ -1,140 +1,101 @@
-"""What a loss needs to know of the tokens beside their logits, checked: from the caller's arguments to a Policy."""
+"""The arguments of a loss beside the logits, validated and in one form, and what the kernels derive from them."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from grpo_fast.loss import checks
 from grpo_fast.loss.config import LossConfig
-from grpo_fast.loss.reference import Policy, Sequences, aggregation_weights
-from grpo_fast.loss.token_inputs import TokenInputs, check_cu_seqlens
+from grpo_fast.loss.importance import vespo_phi
+from grpo_fast.loss.sequences import Sequences
 
-__all__ = ["check_config", "check_metrics_on", "checked_policy"]
-
-MEANING_OF_NUM_ITEMS = "It is the number of tokens that count in the whole optimiser step."
+__all__ = ["LossInputs"]
 
 
-def checked_policy(
-    inputs: TokenInputs,
-    advantages: Tensor,  # [B], [B, T] or [N]
-    *,
-    config: LossConfig,
-    old_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    rollout_weights: Tensor | None,
-    cu_seqlens: Tensor | None,
-    num_items: int | float | Tensor | None,
-    loss_scale: float,
-    metrics_on: str,
-) -> Policy:
-    """The arguments of grpo_loss as its docstring has them, as tensors broadcastable to [B, T].
+@dataclass(frozen=True)
+class LossInputs:
+    """What the loss needs beside the logits; tensors are ``[B, T]`` (packed: ``[1, N]``) or broadcastable to that."""
 
-    Raises:
-        TypeError, ValueError: names the argument, what it was, what was expected and the cure.
-    """
-    check_config(config)
-    if config.beta != 0 and ref_logprobs is None:
-        raise ValueError(
-            f"ref_logprobs is None; expected a tensor like token_ids, since config.beta = {config.beta:g}. Pass them, or set beta=0."
-        )
-    check_metrics_on(metrics_on)
-    loss_scale = checks.finite("loss_scale", loss_scale, "Multiply the loss by a tensor afterwards.")
-    _check_cu_seqlens(cu_seqlens, inputs, config)
-    sequences = Sequences(inputs.token_ids, cu_seqlens)
-    weights, entropy_weights = _weights(inputs, sequences, config, num_items)
-    policy = Policy(
-        config=config,
-        mask=inputs.mask,
-        sequences=sequences,
-        advantages=inputs.per_token("advantages", advantages, like_sequences=True),
-        weights=weights,
-        entropy_weights=entropy_weights,
-        old_logprobs=inputs.optional("old_logprobs", old_logprobs),
-        ref_logprobs=inputs.optional("ref_logprobs", ref_logprobs),
-        rollout_weights=inputs.optional("rollout_weights", rollout_weights, one_column=True),
-        rollout_per_sequence=rollout_weights is not None and not inputs.packed and rollout_weights.shape != inputs.shape,
-        loss_scale=loss_scale,
-    )
-    if checks.value_checks_wanted(inputs.scored):
-        _check_values(inputs, policy)
-    return policy
+    config: LossConfig
+    mask: Tensor  # bool, exactly [B, T]: the unmasked tokens
+    sequences: Sequences
+    advantages: Tensor
+    weights: Tensor  # weight of each token in the loss, see aggregation_weights
+    entropy_weights: Tensor  # weight of each token in the entropy bonus
+    old_logprobs: Tensor | None = None  # None: on-policy
+    ref_logprobs: Tensor | None = None
+    rollout_weights: Tensor | None = None
+    rollout_per_sequence: bool = False  # the rollout weights are one number per sequence, shared by its tokens
+    loss_scale: float = 1.0
 
+    def active(self) -> Tensor:
+        """Return the tokens that can change the gradient, bool ``[B, T]``.
 
-def check_config(config: LossConfig) -> None:
-    """It is a LossConfig, which has checked itself."""
-    if not isinstance(config, LossConfig):
-        raise TypeError(f"config is a {type(config).__name__}; expected a LossConfig, for example LossConfig(loss_type='dapo').")
+        With a KL penalty or an entropy bonus these are all unmasked tokens, else those with an advantage other than 0. Where a ratio or a
+        weight is made from a whole sequence, all unmasked tokens of a sequence are active if one of them has an advantage other than 0.
+        """
+        if self.config.beta != 0 or self.config.entropy_coef != 0:
+            return self.mask
+        active = self.mask & (self.advantages != 0)
+        if self.config.level != "token" or self.config.surrogate == "vespo":
+            active = self.mask & (self.sequences.total(active.float()) > 0)
+        return active
 
+    def active_fraction(self) -> Tensor:
+        """Return the share of the unmasked tokens that are active, 0-d float32."""
+        return self.active().sum() / self.mask.sum().clamp(min=1)
 
-def check_metrics_on(metrics_on: str) -> None:
-    """Which tokens are computed: all that count, or the active ones."""
-    if metrics_on not in ("all", "active"):
-        raise ValueError(f"metrics_on is {metrics_on!r}; expected 'all' or 'active'.")
+    def packed(self) -> LossInputs:
+        """Return the same inputs with every tensor ``[1, N]``, the sequences of a padded batch one after the other."""
+        shape = self.mask.shape
+        sequences = self.sequences
+        if sequences.segment is None:
+            ends = torch.arange(shape[0] + 1, device=self.mask.device) * shape[1]
+            sequences = Sequences(self.mask.reshape(1, -1), ends)
+        return self._map(lambda x: x.expand(shape).reshape(1, -1), sequences)
 
+    def take(self, tokens: Tensor | slice) -> LossInputs:
+        """Select some tokens of packed inputs, in the given order. The weights stay those of the whole batch."""
+        return self._map(lambda x: x[:, tokens], self.sequences.take(tokens))
 
-def _check_values(inputs: TokenInputs, policy: Policy) -> None:
-    """No token that counts has an advantage or a log-probability that would make the loss NaN. A log-probability of -inf is one that a
-    sampler or a reference may give: the log-ratio is clamped."""
-    for name, finite, x in (
-        ("advantages", True, policy.advantages),
-        ("old_logprobs", False, policy.old_logprobs),
-        ("ref_logprobs", False, policy.ref_logprobs),
-        ("rollout_weights", True, policy.rollout_weights),
-    ):
-        if x is None:
-            continue
-        total = x.sum().item()  # quick, and not finite where an element is not
-        if total - total == 0 or (not finite and total == total):
-            continue
-        bad = inputs.mask & ~(x.isfinite() if finite else ~x.isnan())
-        if bool(bad.any()):
-            where = checks.first_index(bad)
-            value, expected = x.expand_as(bad)[tuple(where)].item(), "a finite number" if finite else "a log-probability"
-            raise ValueError(
-                f"{name} of token {inputs.given_index(where)} is {value}; expected {expected} on every token that counts. Mend where they "
-                "are made, or set the mask to 0 there."
-            )
+    def _map(self, change: Callable[[Tensor], Tensor], sequences: Sequences) -> LossInputs:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed: dict[str, Any] = {name: change(x) for name, x in values.items() if isinstance(x, Tensor)}
+        return replace(self, sequences=sequences, **changed)
 
+    def token_level(self) -> LossInputs | None:
+        """Return inputs with token-level ratios that have the same loss and gradient; None if there are none.
 
-def _check_cu_seqlens(cu_seqlens: Tensor | None, inputs: TokenInputs, config: LossConfig) -> None:
-    if cu_seqlens is None:
-        by_sequence = (
-            config.level != "token" or config.surrogate == "vespo" or config.resolved_aggregation not in ("token_mean", "global_token_mean")
-        )
-        if inputs.packed and by_sequence:
-            raise ValueError(
-                f"cu_seqlens is None; expected int32 [S + 1], since loss_type={config.loss_type!r} speaks of sequences and the input is "
-                "packed. Pass where the sequences begin, 0 ... N, or give a padded batch."
-            )
-        return
-    tokens = inputs.token_ids.squeeze(0) if inputs.packed else inputs.token_ids
-    check_cu_seqlens(cu_seqlens, tokens, "token_ids", scored=inputs.name)
+        There are none where a token's gradient depends on the log-probabilities of other tokens. On-policy every ratio is 1 at every level,
+        and only its derivative differs: with a sequence-level ratio each token receives the mean of the sequence's advantages, and VESPO's
+        weight is a constant.
+        """
+        config = self.config
+        if config.level == "token" and config.surrogate != "vespo":
+            return self
+        on_policy = self.old_logprobs is None
+        if not on_policy or (config.level == "sequence" and config.beta != 0 and config.bias_corrected_kl):
+            return None
+        if config.surrogate == "vespo":
+            zero = torch.zeros_like(self.weights.expand(self.mask.shape))
+            phi = torch.where(self.mask, vespo_phi(zero, self.advantages, self.log_rollout(self.mask), self.sequences, config), 0)
+            return replace(self, config=replace(config, loss_type="reinforce"), advantages=phi * self.advantages, rollout_weights=None)
+        if config.level == "sequence_token" or config.surrogate == "cispo":  # the derivative is that of the token's own ratio
+            return replace(self, config=replace(config, importance_sampling_level="token"))
+        if config.surrogate == "sapo":  # its value depends on the sign of each token's advantage, which the mean does not keep
+            return None
+        advantages = self.advantages if self.rollout_weights is None else self.advantages * self.rollout_weights
+        mean = self.sequences.mean(torch.where(self.mask, advantages, 0), self.mask)
+        return replace(self, config=replace(config, importance_sampling_level="token"), advantages=mean, rollout_weights=None)
 
-
-def _checked_num_items(num_items: int | float | Tensor, inputs: TokenInputs) -> float | Tensor:
-    """0 where nothing counts in the whole step, and the loss is 0."""
-    if not isinstance(num_items, Tensor):
-        return checks.not_negative("num_items", num_items, MEANING_OF_NUM_ITEMS, expected="a number or a 0-d tensor")
-    if num_items.dim() != 0:
-        raise ValueError(f"num_items has shape {list(num_items.shape)}; expected one number. Sum it over the batches first.")
-    if num_items.is_complex() or num_items.dtype == torch.bool:
-        raise TypeError(f"num_items has dtype {num_items.dtype}; expected an integer or floating-point type. {MEANING_OF_NUM_ITEMS}")
-    if num_items.device.type != "cpu":  # a number on the CPU goes anywhere without a synchronisation
-        checks.tensor("num_items", num_items, like=inputs.scored, like_name=inputs.name, floating=False)
-    if checks.value_checks_wanted(num_items) and not 0 <= num_items.item() < float("inf"):
-        raise ValueError(f"num_items is {num_items.item()}; expected a finite number >= 0. {MEANING_OF_NUM_ITEMS}")
-    return num_items
-
-
-def _weights(
-    inputs: TokenInputs, sequences: Sequences, config: LossConfig, num_items: int | float | Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Of every token in the loss and in the entropy bonus, broadcastable to [B, T]."""
-    if num_items is not None:
-        num_items = _checked_num_items(num_items, inputs)
-    dtype = torch.float64 if inputs.scored.dtype == torch.float64 else torch.float32
-    weights = aggregation_weights(config.resolved_aggregation, inputs.mask, sequences, num_items, config.max_completion_length, dtype)
-    if config.entropy_coef == 0 or config.entropy_aggregation == "same":
-        return weights, weights
-    return weights, aggregation_weights(config.entropy_aggregation, inputs.mask, sequences, dtype=dtype)
+    def log_rollout(self, computed: Tensor) -> Tensor | None:
+        """Return the log of each sequence's rollout weight for ``vespo_phi``: of the product over its tokens, or of its one number."""
+        if self.rollout_weights is None:
+            return None
+        logs = torch.where(computed, self.rollout_weights, 1).log().clamp(math.log(1e-8), self.config.log_ratio_clamp)
+        return self.sequences.mean(logs, computed) if self.rollout_per_sequence else self.sequences.total(logs)

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from grpo_fast.loss.api import GRPOOutput, grpo_loss
 from grpo_fast.loss.config import LossConfig
-from grpo_fast.loss.inputs import check_config, check_metrics_on
 from grpo_fast.loss.token_inputs import checked_scoring
+from grpo_fast.loss.validation import check_config, check_metrics_on
 
 __all__ = ["GRPOLoss", "LossModule"]
 

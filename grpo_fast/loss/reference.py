@@ -1,9 +1,9 @@
-"""The specification: from rewards to advantages, and from logits to the loss of the GRPO family, in plain PyTorch of any float type.
-Read it from top to bottom.
+"""The specification of grpo_fast: from rewards to advantages, and from logits to the loss of the GRPO family, in plain PyTorch of any
+float type. Read it from top to bottom.
 
-A prompt is answered by a group of completions, each is scored, and what counts is how much better a completion did than its siblings:
+A prompt is answered by a group of completions, each completion is scored, and its advantage is how much better it did than its group:
 
-    1. weighted_sum            rewards r_ik     ->  one number x_i per completion; NaN where no reward applies ("unscorable")
+    1. weighted_sum            rewards r_ik     ->  one number x_i per completion; NaN where no reward applies
     2. group_moments           x, group         ->  count, mean and unbiased std of each group, and whether its values are all equal
     3. normalized              x, moments       ->  (x_i - baseline) / (std + eps), exactly 0 in a group of equal values
     4. group_advantages        1 to 3, over the group or over the batch, rewards summed before or after
@@ -11,23 +11,29 @@ A prompt is answered by a group of completions, each is scored, and what counts 
 For a token with logits z and temperature T the policy is p = softmax(s), s = f(z) / T, where f is an optional scale followed by an optional
 soft cap. The sampler drew the token y from this same p, so the policy that is trained is this same p:
 
-    5. token_statistics        z, y             ->  log p_y  and the entropy of p
-    6. importance_log_ratio    log p_y, old     ->  how far the policy has moved: per token (PPO), or per sequence (GSPO)
-    7. surrogate               ratio, A         ->  the objective of one token
-    8. kl_penalty              log p_y, ref     ->  the distance to a reference policy
-    9. aggregation_weights     mask             ->  one weight per token:  loss = sum_n w_n * l_n
-   10. policy_loss             6 to 9 in one: everything behind the logits
+    5. token_statistics        z, y             ->  log p_y and the entropy of p
+    6. sequence_sum, _mean     x                ->  sums and means over the sequence that a token belongs to
+    7. importance_log_ratio    log p_y, old     ->  how far the policy has moved: per token (PPO), or per sequence (GSPO)
+    8. surrogate, vespo_phi    ratio, A         ->  the objective of one token
+    9. kl_penalty              log p_y, ref     ->  the distance to a reference policy
+   10. aggregation_weights     mask             ->  one weight per token:  loss = sum_n w_n * l_n
+   11. active_tokens           mask, A          ->  the tokens that can change the gradient
+   12. policy_loss             6 to 11: everything behind the logits
+   13. grpo_loss               5 and 12: the whole loss, from the arguments of the public function
 
-Autograd through this page is the gradient; the kernels compute the same by hand. Whatever stands under a 0 of the mask (NaN, -100) has no
-effect: it is replaced before any arithmetic, so that it can reach neither the value nor the gradient.
+Autograd through this file is the gradient; the kernels compute the same gradient by hand. Values under a 0 of the mask (NaN, -100) have
+no effect: they are replaced before any arithmetic, so that they can reach neither the value nor the gradient.
+
+The fast paths share no code with this file, so that the tests compare two independent implementations. The one exception is the elementwise
+``surrogate``, which loss/logprob_loss.py calls for ratios of whole sequences: a new surrogate is written once in PyTorch, and compared with
+the C++ and Triton kernels. The reference backend runs this file itself. Arguments are not checked here.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -185,48 +191,33 @@ def token_statistics(
 # 6 ------------------------------------------------------------------------------------------------------------------------
 
 
-class Sequences:
-    """Which tokens belong together: the rows of a padded [B, T] batch, or the slices of a packed [N] one."""
-
-    def __init__(self, token_ids: Tensor, cu_seqlens: Tensor | None = None):
-        self.segment: Tensor | None = None  # sequence of each token in rising order, packed input only
-        if cu_seqlens is None:
-            self.count = token_ids.shape[0] if token_ids.dim() == 2 else 1
-        else:
-            self.count = cu_seqlens.shape[0] - 1
-            position = torch.arange(token_ids.shape[-1], device=token_ids.device)
-            self.segment = torch.searchsorted(cu_seqlens[1:].contiguous(), position, right=True)
-
-    @classmethod
-    def numbered(cls, segment: Tensor, count: int) -> Sequences:
-        """From the number of each packed token's sequence, [N] in rising order."""
-        sequences = cls(segment)
-        sequences.segment, sequences.count = segment, count
-        return sequences
-
-    def total(self, x: Tensor) -> Tensor:
-        """Give every token the sum of x over its sequence; x and result shaped like the tokens (padded: the result is [B, 1])."""
-        if self.segment is None:
-            return x.sum(-1, keepdim=True)
-        # Slices, and not index_add, which adds up in another order each time on a GPU.
-        offsets = torch.searchsorted(self.segment, torch.arange(self.count + 1, device=x.device))
-        per_sequence = torch.segment_reduce(
-            x.expand(*x.shape[:-1], self.segment.shape[0]).reshape(-1), "sum", offsets=offsets, axis=0, unsafe=True
-        )
-        return per_sequence.index_select(0, self.segment).view(*x.shape[:-1], -1)
-
-    def take(self, tokens: Tensor | slice) -> Sequences:
-        """The same of some tokens, in their order; packed input only."""
-        assert self.segment is not None
-        return Sequences.numbered(self.segment[tokens], self.count)
-
-    def mean(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Give every token the mean of x over its sequence's unmasked tokens; 0 for a sequence without any."""
-        return self.total(x * mask) / self.total(mask.to(x.dtype)).clamp(min=1)
+def sequence_sum(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Give every token the sum of x over its sequence: its row of a padded [B, T], or its slice of a packed [N]."""
+    if cu_seqlens is None:
+        return x.sum(-1, keepdim=True).expand_as(x)
+    position = torch.arange(x.shape[0], device=x.device)
+    member = (cu_seqlens[:-1, None] <= position) & (position < cu_seqlens[1:, None])  # [S, N]: token n belongs to sequence s
+    sums = torch.where(member, x, 0).sum(1, keepdim=True)  # [S, 1]
+    return torch.where(member, sums, 0).sum(0)
 
 
-def importance_log_ratio(log_ratio: Tensor, mask: Tensor, sequences: Sequences, level: str) -> Tensor:
-    """The log of the importance ratio at its level; log_ratio is 0 under the mask's zeros.
+def sequence_mean(x: Tensor, mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Give every token the mean of x over its sequence's unmasked tokens; 0 for a sequence without any."""
+    return sequence_sum(torch.where(mask, x, 0), cu_seqlens) / sequence_sum(mask.to(x.dtype), cu_seqlens).clamp(min=1)
+
+
+def sequence_count(tokens: Tensor, cu_seqlens: Tensor | None) -> int:
+    """The number of sequences; packed tokens without boundaries are one."""
+    if cu_seqlens is not None:
+        return cu_seqlens.shape[0] - 1
+    return tokens.shape[0] if tokens.dim() == 2 else 1
+
+
+# 7 ------------------------------------------------------------------------------------------------------------------------
+
+
+def importance_log_ratio(log_ratio: Tensor, mask: Tensor, cu_seqlens: Tensor | None, level: str) -> Tensor:
+    """The log of the importance ratio at its level; log_ratio is 0 where masked.
 
     token           log p_y - log p_y^old                               PPO, arXiv:1707.06347; GRPO, arXiv:2402.03300
     sequence        its mean over the sequence, shared by its tokens    GSPO, arXiv:2507.18071
@@ -234,14 +225,14 @@ def importance_log_ratio(log_ratio: Tensor, mask: Tensor, sequences: Sequences, 
     """
     if level == "token":
         return log_ratio
-    mean = sequences.mean(log_ratio, mask)
+    mean = sequence_mean(log_ratio, mask, cu_seqlens)
     if level == "sequence":
-        return mean.expand_as(log_ratio)
-    gradient_alone = (log_ratio - log_ratio.detach()).nan_to_num(nan=0.0)  # 0; inf - inf where the sampler's log-probability is -inf
-    return mean.detach() + gradient_alone
+        return mean
+    value, slope = mean.detach(), torch.where(log_ratio.isfinite(), log_ratio - log_ratio.detach(), 0)
+    return value + slope
 
 
-# 7 ------------------------------------------------------------------------------------------------------------------------
+# 8 ------------------------------------------------------------------------------------------------------------------------
 
 
 def surrogate(ratio: Tensor, advantages: Tensor, logprobs: Tensor, phi: Tensor | None, config: LossConfig) -> Tensor:
@@ -277,21 +268,38 @@ def by_sign(positive: Tensor, if_positive: float, otherwise: float, dtype: torch
     return torch.full_like(positive, otherwise, dtype=dtype).masked_fill(positive, if_positive)
 
 
-def vespo_phi(log_ratio: Tensor, advantages: Tensor, log_rollout: Tensor | None, sequences: Sequences, config: LossConfig) -> Tensor:
-    """VESPO's weight of a sequence, arXiv:2602.10693: phi = W^k exp(lambda (1 - W)), W = the product of its tokens' ratios and of its
-    rollout weights (which are therefore not applied again); (k, lambda) by the sign of A. No gradient flows through it.
+def vespo_phi(
+    log_ratio: Tensor,  # 0 where masked
+    advantages: Tensor,
+    rollout_weights: Tensor | None,  # like the tokens (1 where masked), or [B, 1]
+    cu_seqlens: Tensor | None,
+    config: LossConfig,
+) -> Tensor:
+    """VESPO's weight of a sequence, arXiv:2602.10693: phi = W^k exp(lambda (1 - W)), (k, lambda) by the sign of A. No gradient flows
+    through it.
 
-    log_ratio is 0 under the mask's zeros; log_rollout is the sequence's log rollout weight, or None.
+    W is the product of the sequence's ratios and of its rollout weights, which are therefore not applied again. Rollout weights of one
+    column are one number per sequence and count once.
     """
-    floor, clamp = math.log(1e-8), config.log_ratio_clamp
-    log_w = sequences.total(log_ratio.detach().clamp(-clamp, clamp))
-    log_w = (log_w if log_rollout is None else log_w + log_rollout).clamp(floor, clamp)
-    k = by_sign(advantages >= 0, config.vespo_k_pos, config.vespo_k_neg, log_w.dtype)
-    lam = by_sign(advantages >= 0, config.vespo_lambda_pos, config.vespo_lambda_neg, log_w.dtype).clamp(min=1e-4)
-    return (lam + k * log_w - lam * log_w.exp()).exp().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    smallest, largest = math.log(1e-8), config.log_ratio_clamp
+    log_w = sequence_sum(log_ratio.detach().clamp(-largest, largest), cu_seqlens)
+    if rollout_weights is not None:
+        log_rollout = rollout_weights.log().clamp(smallest, largest)
+        log_w = log_w + (log_rollout if rollout_weights.shape != log_ratio.shape else sequence_sum(log_rollout, cu_seqlens))
+    log_w = log_w.clamp(smallest, largest)
+    w = log_w.exp()
+
+    def phi(k: float, lam: float) -> Tensor:
+        lam = max(lam, 1e-4)
+        return (k * log_w + lam * (1 - w)).exp()
+
+    phi_of_sign = torch.where(
+        advantages >= 0, phi(config.vespo_k_pos, config.vespo_lambda_pos), phi(config.vespo_k_neg, config.vespo_lambda_neg)
+    )
+    return torch.where(phi_of_sign.isfinite(), phi_of_sign, 0)
 
 
-# 8 ------------------------------------------------------------------------------------------------------------------------
+# 9 ------------------------------------------------------------------------------------------------------------------------
 
 
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str, clamp: float) -> Tensor:
@@ -306,22 +314,22 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str, clamp: fl
     if estimator == "k1":
         return -d
     if estimator == "k2":
-        return d * d / 2
+        return d**2 / 2
     d = d.clamp(-clamp, clamp)
     return torch.expm1(d) - d
 
 
-# 9 ------------------------------------------------------------------------------------------------------------------------
+# 10 ------------------------------------------------------------------------------------------------------------------------
 
 
 def aggregation_weights(
     aggregation: str,
     mask: Tensor,  # bool, [B, T] or [N]
-    sequences: Sequences,
-    num_items: int | float | Tensor | None = None,
-    max_completion_length: int | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:  # broadcastable to the mask
+    cu_seqlens: Tensor | None,
+    num_items: int | float | Tensor | None,
+    max_completion_length: int | None,
+    dtype: torch.dtype,
+) -> Tensor:  # like the mask
     """The weight of each token, |o| its sequence's unmasked tokens and S the number of sequences, fully masked ones included.
 
     sequence_mean      1 / (S |o|)            GRPO, GSPO, SAPO: each sequence counts the same
@@ -330,174 +338,204 @@ def aggregation_weights(
     fixed_length       1 / (S L_max)          Dr. GRPO, arXiv:2503.20783: no length bias
     sequence_sum       1 / S                  LUSPO, arXiv:2602.05261: a sequence counts by its length
 
-    nonempty_sequence_mean and nonempty_sequence_sum count the sequences that have an unmasked token alone (verl, OpenRLHF).
+    nonempty_sequence_mean and nonempty_sequence_sum count only the sequences that have an unmasked token (verl, OpenRLHF).
     """
+    one = torch.ones_like(mask, dtype=dtype)
+    length = sequence_sum(mask.to(dtype), cu_seqlens).clamp(min=1)  # |o|
+    sequences = one * max(sequence_count(mask, cu_seqlens), 1)
     if aggregation.startswith("nonempty_"):
-        share = sequences.total(mask.to(dtype)).clamp(min=1).reciprocal()
-        count_nonempty = (mask * share).sum().round().clamp(min=1)
-        return share / count_nonempty if aggregation == "nonempty_sequence_mean" else count_nonempty.reciprocal()
-    count = max(sequences.count, 1)
+        sequences = one * torch.where(mask, 1 / length, 0).sum().round().clamp(min=1)  # the 1 / |o| of a sequence's tokens add up to 1
+        aggregation = aggregation.removeprefix("nonempty_")
     if aggregation == "sequence_mean":
-        return (count * sequences.total(mask.to(dtype)).clamp(min=1)).reciprocal()
-    if aggregation == "fixed_length":
-        assert max_completion_length is not None  # LossConfig sees to it
-        return torch.full((), 1 / (count * max_completion_length), dtype=dtype, device=mask.device)
+        return 1 / (sequences * length)
     if aggregation == "sequence_sum":
-        return torch.full((), 1 / count, dtype=dtype, device=mask.device)
-    if aggregation == "global_token_mean" and num_items is not None:
-        if not isinstance(num_items, Tensor):  # filled on the device: a number copied there would be waited for
-            num_items = torch.full((), num_items, dtype=dtype, device=mask.device)
-        return num_items.to(mask.device, dtype).clamp(min=1).reciprocal()
-    return mask.sum().to(dtype).clamp(min=1).reciprocal()
+        return 1 / sequences
+    if aggregation == "fixed_length":
+        assert max_completion_length is not None
+        return 1 / (sequences * max_completion_length)
+    if aggregation == "token_mean" or num_items is None:
+        num_items = mask.sum()
+    if isinstance(num_items, Tensor):
+        num_items = num_items.to(mask.device, dtype)
+    return 1 / (one * num_items).clamp(min=1)
 
 
-# 10 ------------------------------------------------------------------------------------------------------------------------
+# 11 ------------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Policy:
-    """What is known of the tokens beside the logits; tensors shaped like the tokens, or broadcastable to them."""
+def active_tokens(mask: Tensor, advantages: Tensor, cu_seqlens: Tensor | None, config: LossConfig) -> Tensor:
+    """The tokens whose log-probability or entropy the gradient can depend on: bool, like the mask.
 
-    config: LossConfig
-    mask: Tensor  # bool: the tokens that count
-    sequences: Sequences
-    advantages: Tensor
-    weights: Tensor  # of each token in the loss, from aggregation_weights
-    entropy_weights: Tensor  # of each token in the entropy bonus
-    old_logprobs: Tensor | None = None  # None: on-policy
-    ref_logprobs: Tensor | None = None
-    rollout_weights: Tensor | None = None
-    rollout_per_sequence: bool = False  # the rollout weights are one number per sequence, shared by its tokens
-    loss_scale: float = 1.0
-
-    def active(self) -> Tensor:
-        """The tokens that can change the gradient: those that count and have a KL or entropy term or an advantage other than 0. Where
-        a weight is made from a whole sequence, all of a sequence's tokens are active or none."""
-        if self.config.beta != 0 or self.config.entropy_coef != 0:
-            return self.mask
-        active = self.mask & (self.advantages != 0)
-        if self.config.level != "token" or self.config.surrogate == "vespo":
-            active = self.mask & (self.sequences.total(active.float()) > 0)
-        return active
-
-    def active_fraction(self) -> Tensor:
-        """The share of the tokens that count which are active, 0-d float32."""
-        return self.active().sum() / self.mask.sum().clamp(min=1)
-
-    def packed(self) -> Policy:
-        """The same with every tensor [1, N], the sequences of a padded batch one after the other."""
-        shape = self.mask.shape
-        sequences = self.sequences
-        if sequences.segment is None:
-            ends = torch.arange(shape[0] + 1, device=self.mask.device) * shape[1]
-            sequences = Sequences(self.mask.reshape(1, -1), ends)
-        return self._each(lambda x: x.expand(shape).reshape(1, -1), sequences)
-
-    def take(self, tokens: Tensor | slice) -> Policy:
-        """The same of some tokens, from a packed one."""
-        return self._each(lambda x: x[:, tokens], self.sequences.take(tokens))
-
-    def _each(self, change: Callable[[Tensor], Tensor], sequences: Sequences) -> Policy:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        changed: dict[str, Any] = {name: change(x) for name, x in values.items() if isinstance(x, Tensor)}
-        return replace(self, sequences=sequences, **changed)
-
-    def token_level(self) -> Policy | None:
-        """A policy of ratios that belong to single tokens with the same loss and gradient; None where a token's gradient depends on the
-        log-probabilities of other tokens.
-
-        On-policy every ratio is 1 whatever its level, so that only its slope counts: that of exp(mean of lr) spreads the sequence's mean of
-        the advantages over its tokens, and VESPO's weight is a constant.
-        """
-        config = self.config
-        if config.level == "token" and config.surrogate != "vespo":
-            return self
-        if self.old_logprobs is not None or (config.level == "sequence" and config.beta != 0 and config.bias_corrected_kl):
-            return None
-        if config.surrogate == "vespo":
-            zero = torch.zeros_like(self.weights.expand(self.mask.shape))
-            phi = torch.where(self.mask, vespo_phi(zero, self.advantages, self.log_rollout(self.mask), self.sequences, config), 0)
-            return replace(self, config=replace(config, loss_type="reinforce"), advantages=phi * self.advantages, rollout_weights=None)
-        if config.level == "sequence_token" or config.surrogate == "cispo":  # the slope is the token's own
-            return replace(self, config=replace(config, importance_sampling_level="token"))
-        if config.surrogate == "sapo":  # its value depends on the sign of each advantage
-            return None
-        advantages = self.advantages if self.rollout_weights is None else self.advantages * self.rollout_weights
-        mean = self.sequences.mean(torch.where(self.mask, advantages, 0), self.mask)
-        return replace(self, config=replace(config, importance_sampling_level="token"), advantages=mean, rollout_weights=None)
-
-    def log_rollout(self, computed: Tensor) -> Tensor | None:
-        """The logarithm of each sequence's rollout weight, for VESPO."""
-        if self.rollout_weights is None:
-            return None
-        logs = torch.where(computed, self.rollout_weights, 1).log().clamp(math.log(1e-8), self.config.log_ratio_clamp)
-        return self.sequences.mean(logs, computed) if self.rollout_per_sequence else self.sequences.total(logs)
-
-
-def policy_loss(logprobs: Tensor, entropy: Tensor, policy: Policy, computed: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss and its metrics from log-probabilities and entropies, which are only looked at where ``computed`` (all the tokens that
-    count, or just the active ones: the loss is the same)."""
-    loss, ratio, kl = token_losses(logprobs, policy, computed)
-    entropy = torch.where(computed, entropy, 0).to(logprobs.dtype)
-    total = (policy.weights * loss).sum()
-    if policy.config.entropy_coef != 0:
-        total = total - policy.config.entropy_coef * (policy.entropy_weights * entropy).sum()
-    advantages = torch.where(computed, policy.advantages, 0).to(logprobs.dtype)
-    return total * policy.loss_scale, policy_metrics(ratio, kl, entropy, advantages, policy, computed)
-
-
-def token_losses(logprobs: Tensor, policy: Policy, computed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What the weights are applied to: the loss of each token, 0 where not computed; and its ratio and KL estimate.
-
-    Order of the factors as in TRL: rollout weights multiply the surrogate and not the KL, which is added after.
+    The KL penalty and the entropy bonus reach every unmasked token, and the surrogate every one whose advantage is not 0. A ratio (or
+    weight) of a whole sequence depends on all its unmasked tokens, so that they are active if one of them has an advantage other than 0.
     """
-    config, sequences, clamp = policy.config, policy.sequences, policy.config.log_ratio_clamp
+    if config.beta != 0 or config.entropy_coef != 0:
+        return mask
+    has_signal = torch.where(mask, advantages, 0) != 0
+    if config.level == "token" and config.surrogate != "vespo":
+        return has_signal
+    return mask & (sequence_sum(has_signal.float(), cu_seqlens) >= 1)
 
-    def select(x: Tensor) -> Tensor:  # before any arithmetic: 0 * inf and 0 * nan are nan
-        return torch.where(computed, x, 0).to(logprobs.dtype)
 
-    logprobs, advantages = select(logprobs), select(policy.advantages)
-    rollout_weights = None if policy.rollout_weights is None else select(policy.rollout_weights)
+# 12 ------------------------------------------------------------------------------------------------------------------------
 
-    log_ratio = logprobs - (logprobs.detach() if policy.old_logprobs is None else select(policy.old_logprobs))
-    ratio = importance_log_ratio(log_ratio, computed, sequences, config.level).clamp(-clamp, clamp).exp()
+
+def policy_loss(
+    logprobs: Tensor,  # [B, T] or [N]
+    entropy: Tensor,  # like logprobs
+    advantages: Tensor,  # [B], [B, T] or [N]
+    config: LossConfig,
+    *,
+    mask: Tensor,  # bool, like logprobs
+    computed: Tensor | None = None,  # bool, like logprobs: the active tokens, or all unmasked ones (None)
+    old_logprobs: Tensor | None = None,  # None: on-policy
+    ref_logprobs: Tensor | None = None,
+    rollout_weights: Tensor | None = None,  # [B, T], [B, 1] or [N]
+    cu_seqlens: Tensor | None = None,  # [S + 1], packed input only
+    num_items: int | float | Tensor | None = None,
+    loss_scale: float = 1.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss and its metrics from log-probabilities and entropies. The loss is the same whether all unmasked tokens are computed or
+    only the active ones; the metrics are means over the computed tokens.
+
+    Rollout weights multiply the surrogate and not the KL penalty, which is added afterwards (as in TRL).
+    """
+    clamp, computed = config.log_ratio_clamp, mask if computed is None else computed
+
+    def select(x: Tensor, masked: float = 0.0) -> Tensor:  # before any arithmetic: 0 * inf and 0 * nan are nan
+        return torch.where(computed, x.detach(), masked).to(logprobs.dtype)
+
+    def weights(aggregation: str) -> Tensor:
+        dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
+        return aggregation_weights(aggregation, mask, cu_seqlens, num_items, config.max_completion_length, dtype)
+
+    advantages = per_token(advantages, logprobs)
+    active, advantages = active_tokens(mask, advantages, cu_seqlens, config), select(advantages)
+    logprobs, entropy = torch.where(computed, logprobs, 0), torch.where(computed, entropy, 0)
+
+    log_ratio = logprobs - (logprobs.detach() if old_logprobs is None else select(old_logprobs))
+    ratio = importance_log_ratio(log_ratio, computed, cu_seqlens, config.level).clamp(-clamp, clamp).exp()
     phi = None
     if config.surrogate == "vespo":
-        phi = vespo_phi(log_ratio, advantages, policy.log_rollout(computed), sequences, config)
+        per_sequence = rollout_weights is not None and rollout_weights.shape != logprobs.shape
+        log_rollout_of = rollout_weights if rollout_weights is None or per_sequence else select(rollout_weights, masked=1.0)
+        phi = vespo_phi(log_ratio, advantages, log_rollout_of, cu_seqlens, config)
 
-    loss = surrogate(ratio, advantages, logprobs, phi, config)
+    losses = surrogate(ratio, advantages, logprobs, phi, config)
     if rollout_weights is not None and config.surrogate != "vespo":
-        loss = loss * rollout_weights
-    kl = torch.zeros_like(logprobs)
-    if policy.ref_logprobs is not None:
-        kl = kl_penalty(logprobs, select(policy.ref_logprobs), config.kl_estimator, clamp)
+        losses = losses * select(rollout_weights)
+    kl = torch.zeros_like(logprobs) if ref_logprobs is None else kl_penalty(logprobs, select(ref_logprobs), config.kl_estimator, clamp)
     if config.beta != 0:
-        loss = loss + config.beta * (kl * ratio if config.bias_corrected_kl else kl)
-    return select(loss), ratio, kl
+        losses = losses + config.beta * (ratio * kl if config.bias_corrected_kl else kl)
+    losses = torch.where(computed, losses, 0)
+
+    loss = (weights(config.resolved_aggregation) * losses).sum()
+    if config.entropy_coef != 0:
+        same = config.entropy_aggregation == "same"
+        bonus = weights(config.resolved_aggregation if same else config.entropy_aggregation) * entropy
+        loss = loss - config.entropy_coef * bonus.sum()
+
+    with torch.no_grad():
+        nowhere = torch.zeros_like(computed)
+        below = ratio < 1 - config.epsilon_low if config.surrogate == "clip" else nowhere
+        above = ratio > 1 + config.epsilon_high if config.surrogate == "clip" else nowhere
+        if config.surrogate == "cispo":
+            above = ratio > config.epsilon_high
+        clip_low, clip_high = below & (advantages < 0), above & (advantages > 0)
+
+        def mean(x: Tensor) -> Tensor:
+            return (torch.where(computed, x.double(), 0).sum() / computed.sum().clamp(min=1)).float()
+
+        metrics = {
+            "kl": mean(kl),
+            "entropy": mean(entropy),
+            "ratio_mean": mean(ratio),
+            "ratio_max": (torch.where(computed, ratio, 0).amax() if ratio.numel() else ratio.new_zeros(())).float(),
+            "clip_low": mean(clip_low),
+            "clip_high": mean(clip_high),
+            "clip_region": mean(clip_low | clip_high),
+            "active_fraction": active.sum() / mask.sum().clamp(min=1),
+        }
+    return loss * loss_scale, metrics
 
 
-@torch.no_grad()
-def policy_metrics(ratio: Tensor, kl: Tensor, entropy: Tensor, advantages: Tensor, policy: Policy, computed: Tensor) -> dict[str, Tensor]:
-    """Means over the computed tokens as 0-d float32 tensors: what each says is in GRPOOutput's docstring."""
-    config = policy.config
-    below, above = torch.zeros_like(computed), torch.zeros_like(computed)
-    if config.surrogate == "clip":
-        below, above = ratio < 1 - config.epsilon_low, ratio > 1 + config.epsilon_high
-    elif config.surrogate == "cispo":
-        above = ratio > config.epsilon_high
-    clip_low, clip_high = below & (advantages < 0), above & (advantages > 0)
+def per_token(x: Tensor, tokens: Tensor) -> Tensor:
+    """One number for all, [B], [B, 1], [B, T] or [N] as one number per token."""
+    return (x.unsqueeze(-1) if x.dim() < tokens.dim() else x).expand(tokens.shape)
 
-    def mean(x: Tensor, over: Tensor) -> Tensor:
-        return (torch.where(over, x, 0).sum(dtype=torch.float64) / over.sum().clamp(min=1)).float()
 
-    ratio_max = torch.where(computed, ratio, 0).amax() if computed.numel() else torch.zeros((), device=computed.device)
-    return {
-        "kl": mean(kl, computed),
-        "entropy": mean(entropy, computed),
-        "ratio_mean": mean(ratio, computed),
-        "ratio_max": ratio_max.float(),
-        "clip_low": mean(clip_low.float(), computed),
-        "clip_high": mean(clip_high.float(), computed),
-        "clip_region": mean((clip_low | clip_high).float(), computed),
-        "active_fraction": policy.active_fraction(),
-    }
+# 13 ------------------------------------------------------------------------------------------------------------------------
+
+
+class ReferenceOutput(NamedTuple):
+    """The fields of GRPOOutput; here log-probabilities and entropy are differentiable."""
+
+    loss: Tensor
+    logprobs: Tensor
+    entropy: Tensor
+    active: Tensor
+    metrics: dict[str, Tensor]
+
+
+def token_logprobs(
+    logits: Tensor,  # [B, T, V], [B, T + 1, V] or [N, V]
+    token_ids: Tensor,  # [B, T] or [N]
+    mask: Tensor | None = None,  # like token_ids
+    temperature: float | Tensor = 1.0,  # number, 0-d, [B], [B, 1], [B, T] or [N]
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy of each token, 0 where masked."""
+    logits = logits[..., : token_ids.shape[-1], :]  # [B, T + 1, V]: the last position predicts no token
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if mask is not None:
+        mask = mask != 0
+        logits, token_ids = torch.where(mask.unsqueeze(-1), logits, 0), torch.where(mask, token_ids, 0)
+    if isinstance(temperature, Tensor):
+        temperature = per_token(temperature.detach(), token_ids)
+        temperature = (temperature if mask is None else torch.where(mask, temperature, 1)).to(logits.dtype)
+    logprobs, entropy = token_statistics(logits, token_ids, temperature, softcap, logit_scale)
+    if mask is None:
+        return logprobs, entropy
+    return torch.where(mask, logprobs, 0), torch.where(mask, entropy, 0)
+
+
+def grpo_loss(
+    logits: Tensor,  # [B, T, V], [B, T + 1, V] or [N, V]
+    token_ids: Tensor,  # [B, T] or [N]
+    advantages: Tensor,  # [B], [B, T] or [N]
+    config: LossConfig,
+    *,
+    old_logprobs: Tensor | None = None,  # like token_ids
+    ref_logprobs: Tensor | None = None,  # like token_ids
+    mask: Tensor | None = None,  # bool or 0/1, like token_ids
+    rollout_weights: Tensor | None = None,  # [B, T], [B, 1] or [N]
+    temperature: float | Tensor = 1.0,  # number, 0-d, [B], [B, 1], [B, T] or [N]
+    cu_seqlens: Tensor | None = None,  # [S + 1]
+    num_items: int | float | Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    loss_scale: float = 1.0,
+    metrics_on: str = "all",
+) -> ReferenceOutput:
+    """The loss from logits, with the arguments of ``grpo_fast.grpo_loss``."""
+    mask = torch.ones_like(token_ids, dtype=torch.bool) if mask is None else mask != 0
+    computed = mask
+    if metrics_on == "active":
+        computed = active_tokens(mask, per_token(advantages.detach(), token_ids), cu_seqlens, config)
+    logprobs, entropy = token_logprobs(logits, token_ids, computed, temperature, softcap, logit_scale)
+    loss, metrics = policy_loss(
+        logprobs,
+        entropy,
+        advantages,
+        config,
+        mask=mask,
+        computed=computed,
+        old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs,
+        rollout_weights=rollout_weights,
+        cu_seqlens=cu_seqlens,
+        num_items=num_items,
+        loss_scale=loss_scale,
+    )
+    return ReferenceOutput(loss, logprobs, entropy, computed, metrics)

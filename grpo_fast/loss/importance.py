@@ -1,0 +1,50 @@
+"""Importance ratios at their level, and the weight that VESPO makes from a sequence's log-ratios."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from grpo_fast.loss.config import LossConfig
+from grpo_fast.loss.sequences import Sequences
+
+__all__ = ["importance_log_ratio", "vespo_phi"]
+
+
+def importance_log_ratio(log_ratio: Tensor, mask: Tensor, sequences: Sequences, level: str) -> Tensor:
+    """Return the log of the importance ratio of each token at the given level of ``LossConfig.importance_sampling_level``.
+
+    Args:
+        log_ratio: log p - log p_old of each token; 0 where the mask is False.
+        level: ``"token"``; ``"sequence"``, the mean over the sequence (GSPO, arXiv:2507.18071); or ``"sequence_token"``, the value of that
+            mean with the gradient of the token's own log-probability (GSPO-token, section 4.3 there).
+    """
+    if level == "token":
+        return log_ratio
+    mean = sequences.mean(log_ratio, mask)
+    if level == "sequence":
+        return mean.expand_as(log_ratio)
+    own_gradient = (log_ratio - log_ratio.detach()).nan_to_num(nan=0.0)  # value 0; inf - inf where old_logprobs is -inf
+    return mean.detach() + own_gradient
+
+
+def vespo_phi(log_ratio: Tensor, advantages: Tensor, log_rollout: Tensor | None, sequences: Sequences, config: LossConfig) -> Tensor:
+    """Return VESPO's weight of each token's sequence (arXiv:2602.10693), without gradient.
+
+    ``phi = W^k exp(lambda (1 - W))``, where W is the product of the sequence's ratios and rollout weights, and (k, lambda) are chosen by
+    the sign of the advantage. Phi contains the rollout weights, so the loss must not multiply by them again.
+
+    Args:
+        log_ratio: log p - log p_old of each token; 0 where the token is masked.
+        log_rollout: the log of the sequence's rollout weight, see ``LossInputs.log_rollout``; None without rollout weights.
+    """
+    lowest, clamp = math.log(1e-8), config.log_ratio_clamp
+    log_w = sequences.total(log_ratio.detach().clamp(-clamp, clamp))
+    log_w = (log_w if log_rollout is None else log_w + log_rollout).clamp(lowest, clamp)
+    positive = advantages >= 0
+    k = torch.full_like(positive, config.vespo_k_neg, dtype=log_w.dtype).masked_fill(positive, config.vespo_k_pos)
+    lam = torch.full_like(positive, config.vespo_lambda_neg, dtype=log_w.dtype).masked_fill(positive, config.vespo_lambda_pos)
+    lam = lam.clamp(min=1e-4)
+    return (lam + k * log_w - lam * log_w.exp()).exp().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)

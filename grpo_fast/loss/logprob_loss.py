@@ -1,0 +1,108 @@
+"""The loss and its metrics from log-probabilities, as tensor operations that autograd differentiates.
+
+This serves what the one-pass kernels do not: ratios of whole sequences, processes that share the vocabulary, and losses over
+log-probabilities that the caller has. Only the elementwise ``surrogate`` comes from the specification (a new loss type is written once in
+PyTorch); the C++ and Triton kernels have their own, and the tests compare them with it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from grpo_fast.loss.importance import importance_log_ratio, vespo_phi
+from grpo_fast.loss.inputs import LossInputs
+from grpo_fast.loss.reference import surrogate
+
+__all__ = ["kl_penalty", "policy_loss", "policy_metrics", "token_losses"]
+
+
+def policy_loss(logprobs: Tensor, entropy: Tensor, inputs: LossInputs, computed: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the loss, 0-d and differentiable, and its metrics.
+
+    Args:
+        logprobs, entropy: ``[B, T]``, read only where ``computed`` is True.
+        computed: bool ``[B, T]``: all unmasked tokens, or the active ones alone; the loss is the same.
+    """
+    loss, ratio, kl = token_losses(logprobs, inputs, computed)
+    entropy = torch.where(computed, entropy, 0).to(logprobs.dtype)
+    total = (inputs.weights * loss).sum()
+    if inputs.config.entropy_coef != 0:
+        total = total - inputs.config.entropy_coef * (inputs.entropy_weights * entropy).sum()
+    advantages = torch.where(computed, inputs.advantages, 0).to(logprobs.dtype)
+    return total * inputs.loss_scale, policy_metrics(ratio, kl, entropy, advantages, inputs, computed)
+
+
+def token_losses(logprobs: Tensor, inputs: LossInputs, computed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the loss of each token before the weights (0 where not computed), its importance ratio and its KL estimate.
+
+    The factors are in TRL's order: rollout weights multiply the surrogate and not the KL penalty, which is added afterwards.
+    """
+    config, sequences, clamp = inputs.config, inputs.sequences, inputs.config.log_ratio_clamp
+
+    def select(x: Tensor) -> Tensor:  # before any arithmetic: 0 * inf and 0 * nan are nan
+        return torch.where(computed, x, 0).to(logprobs.dtype)
+
+    logprobs, advantages = select(logprobs), select(inputs.advantages)
+    rollout_weights = None if inputs.rollout_weights is None else select(inputs.rollout_weights)
+
+    log_ratio = logprobs - (logprobs.detach() if inputs.old_logprobs is None else select(inputs.old_logprobs))
+    ratio = importance_log_ratio(log_ratio, computed, sequences, config.level).clamp(-clamp, clamp).exp()
+    phi = None
+    if config.surrogate == "vespo":
+        phi = vespo_phi(log_ratio, advantages, inputs.log_rollout(computed), sequences, config)
+
+    loss = surrogate(ratio, advantages, logprobs, phi, config)
+    if rollout_weights is not None and config.surrogate != "vespo":
+        loss = loss * rollout_weights
+    kl = torch.zeros_like(logprobs)
+    if inputs.ref_logprobs is not None:
+        kl = kl_penalty(logprobs, select(inputs.ref_logprobs), config.kl_estimator, clamp)
+    if config.beta != 0:
+        loss = loss + config.beta * (kl * ratio if config.bias_corrected_kl else kl)
+    return select(loss), ratio, kl
+
+
+def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str, clamp: float) -> Tensor:
+    """Return the estimate of KL(policy || reference) of each token (http://joschu.net/blog/kl-approx.html).
+
+    Args:
+        estimator: ``"k1"``, ``"k2"`` or ``"k3"``.
+        clamp: bound of the log-ratio that k3 exponentiates.
+    """
+    log_ratio = ref_logprobs - logprobs
+    if estimator == "k1":
+        return -log_ratio
+    if estimator == "k2":
+        return log_ratio * log_ratio / 2
+    log_ratio = log_ratio.clamp(-clamp, clamp)
+    return torch.expm1(log_ratio) - log_ratio
+
+
+@torch.no_grad()
+def policy_metrics(
+    ratio: Tensor, kl: Tensor, entropy: Tensor, advantages: Tensor, inputs: LossInputs, computed: Tensor
+) -> dict[str, Tensor]:
+    """Return means over the computed tokens as 0-d float32 tensors; the docstring of GRPOOutput defines them."""
+    config = inputs.config
+    below, above = torch.zeros_like(computed), torch.zeros_like(computed)
+    if config.surrogate == "clip":
+        below, above = ratio < 1 - config.epsilon_low, ratio > 1 + config.epsilon_high
+    elif config.surrogate == "cispo":
+        above = ratio > config.epsilon_high
+    clip_low, clip_high = below & (advantages < 0), above & (advantages > 0)
+
+    def mean(x: Tensor, over: Tensor) -> Tensor:
+        return (torch.where(over, x, 0).sum(dtype=torch.float64) / over.sum().clamp(min=1)).float()
+
+    ratio_max = torch.where(computed, ratio, 0).amax() if computed.numel() else torch.zeros((), device=computed.device)
+    return {
+        "kl": mean(kl, computed),
+        "entropy": mean(entropy, computed),
+        "ratio_mean": mean(ratio, computed),
+        "ratio_max": ratio_max.float(),
+        "clip_low": mean(clip_low.float(), computed),
+        "clip_high": mean(clip_high.float(), computed),
+        "clip_region": mean((clip_low | clip_high).float(), computed),
+        "active_fraction": inputs.active_fraction(),
+    }

@@ -1,0 +1,142 @@
+"""Validation of a loss call: from the caller's arguments to LossInputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from grpo_fast.loss import checks
+from grpo_fast.loss.aggregation import aggregation_weights
+from grpo_fast.loss.config import LossConfig
+from grpo_fast.loss.inputs import LossInputs
+from grpo_fast.loss.sequences import Sequences
+from grpo_fast.loss.token_inputs import TokenInputs, check_cu_seqlens
+
+__all__ = ["check_config", "check_metrics_on", "validated_loss_inputs"]
+
+MEANING_OF_NUM_ITEMS = "It is the number of tokens that count in the whole optimiser step."
+
+
+def validated_loss_inputs(
+    tokens: TokenInputs,
+    advantages: Tensor,  # [B], [B, T] or [N]
+    *,
+    config: LossConfig,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    rollout_weights: Tensor | None,
+    cu_seqlens: Tensor | None,
+    num_items: int | float | Tensor | None,
+    loss_scale: float,
+    metrics_on: str,
+) -> LossInputs:
+    """Validate the arguments of grpo_loss beside those of ``token_inputs``, and bring them into the form of LossInputs.
+
+    Raises:
+        TypeError, ValueError: names the argument, what it was, what was expected and the fix.
+    """
+    check_config(config)
+    if config.beta != 0 and ref_logprobs is None:
+        raise ValueError(
+            f"ref_logprobs is None; expected a tensor like token_ids, since config.beta = {config.beta:g}. Pass them, or set beta=0."
+        )
+    check_metrics_on(metrics_on)
+    loss_scale = checks.finite("loss_scale", loss_scale, "Multiply the loss by a tensor afterwards.")
+    _check_cu_seqlens(cu_seqlens, tokens, config)
+    sequences = Sequences(tokens.token_ids, cu_seqlens)
+    weights, entropy_weights = _weights(tokens, sequences, config, num_items)
+    inputs = LossInputs(
+        config=config,
+        mask=tokens.mask,
+        sequences=sequences,
+        advantages=tokens.per_token("advantages", advantages, like_sequences=True),
+        weights=weights,
+        entropy_weights=entropy_weights,
+        old_logprobs=tokens.optional("old_logprobs", old_logprobs),
+        ref_logprobs=tokens.optional("ref_logprobs", ref_logprobs),
+        rollout_weights=tokens.optional("rollout_weights", rollout_weights, one_column=True),
+        rollout_per_sequence=rollout_weights is not None and not tokens.packed and rollout_weights.shape != tokens.shape,
+        loss_scale=loss_scale,
+    )
+    if checks.value_checks_wanted(tokens.scored):
+        _check_values(tokens, inputs)
+    return inputs
+
+
+def check_config(config: LossConfig) -> None:
+    """It is a LossConfig, which has checked itself."""
+    if not isinstance(config, LossConfig):
+        raise TypeError(f"config is a {type(config).__name__}; expected a LossConfig, for example LossConfig(loss_type='dapo').")
+
+
+def check_metrics_on(metrics_on: str) -> None:
+    """Which tokens are computed: all that count, or the active ones."""
+    if metrics_on not in ("all", "active"):
+        raise ValueError(f"metrics_on is {metrics_on!r}; expected 'all' or 'active'.")
+
+
+def _check_values(tokens: TokenInputs, inputs: LossInputs) -> None:
+    """No token that counts has an advantage or a log-probability that would make the loss NaN. A log-probability of -inf is one that a
+    sampler or a reference may give: the log-ratio is clamped."""
+    for name, finite, x in (
+        ("advantages", True, inputs.advantages),
+        ("old_logprobs", False, inputs.old_logprobs),
+        ("ref_logprobs", False, inputs.ref_logprobs),
+        ("rollout_weights", True, inputs.rollout_weights),
+    ):
+        if x is None:
+            continue
+        total = x.sum().item()  # quick, and not finite where an element is not
+        if total - total == 0 or (not finite and total == total):
+            continue
+        bad = tokens.mask & ~(x.isfinite() if finite else ~x.isnan())
+        if bool(bad.any()):
+            where = checks.first_index(bad)
+            value, expected = x.expand_as(bad)[tuple(where)].item(), "a finite number" if finite else "a log-probability"
+            raise ValueError(
+                f"{name} of token {tokens.given_index(where)} is {value}; expected {expected} on every token that counts. Mend where they "
+                "are made, or set the mask to 0 there."
+            )
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor | None, tokens: TokenInputs, config: LossConfig) -> None:
+    if cu_seqlens is None:
+        by_sequence = (
+            config.level != "token" or config.surrogate == "vespo" or config.resolved_aggregation not in ("token_mean", "global_token_mean")
+        )
+        if tokens.packed and by_sequence:
+            raise ValueError(
+                f"cu_seqlens is None; expected int32 [S + 1], since loss_type={config.loss_type!r} speaks of sequences and the input is "
+                "packed. Pass where the sequences begin, 0 ... N, or give a padded batch."
+            )
+        return
+    token_ids = tokens.token_ids.squeeze(0) if tokens.packed else tokens.token_ids
+    check_cu_seqlens(cu_seqlens, token_ids, "token_ids", scored=tokens.name)
+
+
+def _checked_num_items(num_items: int | float | Tensor, tokens: TokenInputs) -> float | Tensor:
+    """0 where nothing counts in the whole step, and the loss is 0."""
+    if not isinstance(num_items, Tensor):
+        return checks.not_negative("num_items", num_items, MEANING_OF_NUM_ITEMS, expected="a number or a 0-d tensor")
+    if num_items.dim() != 0:
+        raise ValueError(f"num_items has shape {list(num_items.shape)}; expected one number. Sum it over the batches first.")
+    if num_items.is_complex() or num_items.dtype == torch.bool:
+        raise TypeError(f"num_items has dtype {num_items.dtype}; expected an integer or floating-point type. {MEANING_OF_NUM_ITEMS}")
+    if num_items.device.type != "cpu":  # a number on the CPU goes anywhere without a synchronisation
+        checks.tensor("num_items", num_items, like=tokens.scored, like_name=tokens.name, floating=False)
+    if checks.value_checks_wanted(num_items) and not 0 <= num_items.item() < float("inf"):
+        raise ValueError(f"num_items is {num_items.item()}; expected a finite number >= 0. {MEANING_OF_NUM_ITEMS}")
+    return num_items
+
+
+def _weights(
+    tokens: TokenInputs, sequences: Sequences, config: LossConfig, num_items: int | float | Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Of every token in the loss and in the entropy bonus, broadcastable to [B, T]."""
+    if num_items is not None:
+        num_items = _checked_num_items(num_items, tokens)
+    dtype = torch.float64 if tokens.scored.dtype == torch.float64 else torch.float32
+    weights = aggregation_weights(config.resolved_aggregation, tokens.mask, sequences, num_items, config.max_completion_length, dtype)
+    if config.entropy_coef == 0 or config.entropy_aggregation == "same":
+        return weights, weights
+    return weights, aggregation_weights(config.entropy_aggregation, tokens.mask, sequences, dtype=dtype)
