@@ -45,16 +45,16 @@ struct PolicyInputs {
   PerToken<float> advantages, weights, entropy_weights, old_logprobs, ref_logprobs, rollout_weights;
   double loss_scale;
 
-  PolicyInputs(const std::vector<double>& settings, const Tensor& advantages, const Tensor& weights,
+  PolicyInputs(const TokenShape& shape, const std::vector<double>& settings, const Tensor& advantages, const Tensor& weights,
                const std::optional<Tensor>& entropy_weights, const std::optional<Tensor>& old_logprobs,
                const std::optional<Tensor>& ref_logprobs, const std::optional<Tensor>& rollout_weights, double loss_scale)
       : config(config_of(settings)),
-        advantages(advantages),
-        weights(weights),
-        entropy_weights(entropy_weights),
-        old_logprobs(old_logprobs),
-        ref_logprobs(ref_logprobs),
-        rollout_weights(rollout_weights),
+        advantages("advantages", advantages, shape),
+        weights("weights", weights, shape),
+        entropy_weights("entropy_weights", entropy_weights, shape),
+        old_logprobs("old_logprobs", old_logprobs, shape),
+        ref_logprobs("ref_logprobs", ref_logprobs, shape),
+        rollout_weights("rollout_weights", rollout_weights, shape),
         loss_scale(loss_scale) {}
 
   bool active(int64_t b, int64_t t) const { return config.beta != 0 || config.entropy_coef != 0 || advantages.at(b, t) != 0; }
@@ -134,10 +134,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> grpo_loss_cpu(
     const std::optional<Tensor>& entropy_weights, const std::optional<Tensor>& old_logprobs, const std::optional<Tensor>& ref_logprobs,
     const std::optional<Tensor>& rollout_weights, const std::optional<Tensor>& temperatures, double temperature, double softcap,
     double logit_scale, double loss_scale, std::vector<double> settings, bool only_active, bool want_gradient) {
+  const TokenShape shape(logits_in, token_ids);
   const Tensor logits = unit_stride(logits_in);
-  const Tokens tokens{
-      PerToken<int64_t>(token_ids), PerToken<bool>(mask), PerToken<float>(temperatures), {temperature, logit_scale, softcap}};
-  const PolicyInputs policy(settings, advantages, weights, entropy_weights, old_logprobs, ref_logprobs, rollout_weights, loss_scale);
+  const Tokens tokens(shape, token_ids, mask, temperatures, {temperature, logit_scale, softcap});
+  const PolicyInputs policy(shape, settings, advantages, weights, entropy_weights, old_logprobs, ref_logprobs, rollout_weights, loss_scale);
   Tensor gradient = want_gradient ? new_gradient(logits) : torch::stable::new_empty(logits, {0});
   Pass pass = grpo_loss_pass(logits, want_gradient ? &gradient : nullptr, tokens, token_ids, policy, only_active);
   return {pass.loss, pass.logprobs, pass.entropy, pass.metrics, gradient};
@@ -148,10 +148,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grpo_loss_inplace_cpu(
     const std::optional<Tensor>& entropy_weights, const std::optional<Tensor>& old_logprobs, const std::optional<Tensor>& ref_logprobs,
     const std::optional<Tensor>& rollout_weights, const std::optional<Tensor>& temperatures, double temperature, double softcap,
     double logit_scale, double loss_scale, std::vector<double> settings, bool only_active) {
+  const TokenShape shape(logits, token_ids);
   STD_TORCH_CHECK(logits.stride(2) == 1, "in place: logits must be contiguous over the vocabulary");
-  const Tokens tokens{
-      PerToken<int64_t>(token_ids), PerToken<bool>(mask), PerToken<float>(temperatures), {temperature, logit_scale, softcap}};
-  const PolicyInputs policy(settings, advantages, weights, entropy_weights, old_logprobs, ref_logprobs, rollout_weights, loss_scale);
+  const Tokens tokens(shape, token_ids, mask, temperatures, {temperature, logit_scale, softcap});
+  const PolicyInputs policy(shape, settings, advantages, weights, entropy_weights, old_logprobs, ref_logprobs, rollout_weights, loss_scale);
   Pass pass = grpo_loss_pass(logits, &logits, tokens, token_ids, policy, only_active);
   return {pass.loss, pass.logprobs, pass.entropy, pass.metrics};
 }

@@ -11,11 +11,11 @@ using namespace grpo_fast;
 std::tuple<Tensor, Tensor, Tensor> token_logprobs_cpu(const Tensor& logits_in, const Tensor& token_ids, const Tensor& mask,
                                                       const std::optional<Tensor>& temperatures, double temperature, double softcap,
                                                       double logit_scale) {
+  const TokenShape shape(logits_in, token_ids);
+  const Tokens tokens(shape, token_ids, mask, temperatures, {temperature, logit_scale, softcap});
   const Tensor logits = unit_stride(logits_in);
   const Rows in(logits);
   const RowKernels& kernels = rows(in.type);
-  const Tokens tokens{
-      PerToken<int64_t>(token_ids), PerToken<bool>(mask), PerToken<float>(temperatures), {temperature, logit_scale, softcap}};
   Tensor logprobs = like_tokens(token_ids), entropy = like_tokens(token_ids), lse = like_tokens(token_ids);
   float *logprob_out = logprobs.mutable_data_ptr<float>(), *entropy_out = entropy.mutable_data_ptr<float>(),
         *lse_out = lse.mutable_data_ptr<float>();
@@ -58,11 +58,12 @@ static void token_logprobs_gradient(const Tensor& logits, const Tensor& gradient
                                     const Tensor& token_ids, const Tensor& mask, const std::optional<Tensor>& temperatures,
                                     double temperature, double softcap, double logit_scale, const Tensor& logprobs, const Tensor& entropy,
                                     const Tensor& lse) {
+  const TokenShape shape(logits, token_ids);
+  const Tokens tokens(shape, token_ids, mask, temperatures, {temperature, logit_scale, softcap});
+  const PerToken<float> g("grad_logprobs", grad_logprobs, shape), h("grad_entropy", grad_entropy, shape),
+      logprob("logprobs", logprobs, shape), row_entropy("entropy", entropy, shape), row_lse("lse", lse, shape);
   const Rows in(logits), out(gradient);
   const RowKernels& kernels = rows(in.type);
-  const Tokens tokens{
-      PerToken<int64_t>(token_ids), PerToken<bool>(mask), PerToken<float>(temperatures), {temperature, logit_scale, softcap}};
-  const PerToken<float> g(grad_logprobs), h(grad_entropy), logprob(logprobs), row_entropy(entropy), row_lse(lse);
 
   const int64_t length = token_ids.size(1);
   for_each_row(in.sequences * in.positions, in.vocabulary, [&](int64_t n) {
@@ -81,6 +82,7 @@ Tensor token_logprobs_backward_cpu(const Tensor& grad_logprobs, const Tensor& gr
                                    const Tensor& token_ids, const Tensor& mask, const std::optional<Tensor>& temperatures,
                                    double temperature, double softcap, double logit_scale, const Tensor& logprobs, const Tensor& entropy,
                                    const Tensor& lse) {
+  STD_TORCH_CHECK(logits_in.dim() == 3, "grpo_fast: logits have ", logits_in.dim(), " dimensions; expected three");
   const Tensor logits = unit_stride(logits_in);
   Tensor gradient = new_gradient(logits);
   token_logprobs_gradient(logits, gradient, grad_logprobs, grad_entropy, token_ids, mask, temperatures, temperature, softcap, logit_scale,
@@ -91,7 +93,7 @@ Tensor token_logprobs_backward_cpu(const Tensor& grad_logprobs, const Tensor& gr
 void token_logprobs_backward_inplace_cpu(const Tensor& grad_logprobs, const Tensor& grad_entropy, Tensor logits, const Tensor& token_ids,
                                          const Tensor& mask, const std::optional<Tensor>& temperatures, double temperature, double softcap,
                                          double logit_scale, const Tensor& logprobs, const Tensor& entropy, const Tensor& lse) {
-  STD_TORCH_CHECK(logits.stride(2) == 1, "in place: logits must be contiguous over the vocabulary");
+  STD_TORCH_CHECK(logits.dim() == 3 && logits.stride(2) == 1, "in place: logits must be [B, T, V], contiguous over the vocabulary");
   token_logprobs_gradient(logits, logits, grad_logprobs, grad_entropy, token_ids, mask, temperatures, temperature, softcap, logit_scale,
                           logprobs, entropy, lse);
 }

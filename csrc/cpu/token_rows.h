@@ -15,6 +15,7 @@
 #include <cstring>
 #include <limits>
 #include <optional>
+#include <type_traits>
 
 #include "rows.h"
 
@@ -63,19 +64,51 @@ struct Rows {  // [B, T or T + 1, V] logits or their gradient; a last position b
   void clear(int64_t b, int64_t t) const { std::memset(at(b, t), 0, static_cast<size_t>(vocabulary * element)); }
 };
 
+// The sizes of a call, checked where memory is read: the Python functions make friendlier checks before, but the operators can also be
+// called directly.
+struct TokenShape {
+  int64_t sequences, tokens;
+  bool on_cpu;
+  int64_t device;
+
+  TokenShape(const Tensor& logits, const Tensor& token_ids)
+      : sequences(0), tokens(0), on_cpu(logits.is_cpu()), device(logits.get_device_index()) {
+    STD_TORCH_CHECK(logits.dim() == 3, "grpo_fast: logits have ", logits.dim(), " dimensions; expected [B, T, V] or [B, T + 1, V]");
+    STD_TORCH_CHECK(token_ids.dim() == 2, "grpo_fast: token_ids have ", token_ids.dim(), " dimensions; expected [B, T]");
+    sequences = token_ids.size(0), tokens = token_ids.size(1);
+    STD_TORCH_CHECK(logits.size(0) == sequences && (logits.size(1) == tokens || logits.size(1) == tokens + 1), "grpo_fast: logits are [",
+                    logits.size(0), ", ", logits.size(1), ", V] and token_ids [", sequences, ", ", tokens,
+                    "]; expected logits [B, T, V] or [B, T + 1, V] with token_ids [B, T]");
+  }
+};
+
+template <typename T>
+constexpr ScalarType scalar_type_of() {
+  static_assert(std::is_same_v<T, bool> || std::is_same_v<T, int64_t> || std::is_same_v<T, float>, "per-token tensors have these types");
+  return std::is_same_v<T, bool> ? ScalarType::Bool : std::is_same_v<T, int64_t> ? ScalarType::Long : ScalarType::Float;
+}
+
 template <typename T>
 struct PerToken {  // a [B, T] tensor, or one that broadcasts to it, or none
   const T* data = nullptr;
   int64_t sequence_stride = 0, token_stride = 0;
 
-  explicit PerToken(const Tensor& x) : data(static_cast<const T*>(x.const_data_ptr())) {
+  PerToken(const char* name, const Tensor& x, const TokenShape& shape) : data(static_cast<const T*>(x.const_data_ptr())) {
+    STD_TORCH_CHECK(x.scalar_type() == scalar_type_of<T>(), "grpo_fast: ", name, " has the wrong dtype; expected ",
+                    std::is_same_v<T, bool>      ? "bool"
+                    : std::is_same_v<T, int64_t> ? "int64"
+                                                 : "float32");
+    STD_TORCH_CHECK(x.is_cpu() == shape.on_cpu && x.get_device_index() == shape.device, "grpo_fast: ", name,
+                    " is not on the device of the logits");
     if (x.dim() == 0) return;
-    STD_TORCH_CHECK(x.dim() == 2, "per-token tensors have two dimensions, or none");
+    STD_TORCH_CHECK(x.dim() == 2 && (x.size(0) == shape.sequences || x.size(0) == 1) && (x.size(1) == shape.tokens || x.size(1) == 1),
+                    "grpo_fast: ", name, " has the wrong shape; expected [B, T] = [", shape.sequences, ", ", shape.tokens,
+                    "], or one that broadcasts to it");
     if (x.size(0) > 1) sequence_stride = x.stride(0);
     if (x.size(1) > 1) token_stride = x.stride(1);
   }
-  explicit PerToken(const std::optional<Tensor>& x) {
-    if (x.has_value()) *this = PerToken(*x);
+  PerToken(const char* name, const std::optional<Tensor>& x, const TokenShape& shape) {
+    if (x.has_value()) *this = PerToken(name, *x, shape);
   }
   bool given() const { return data != nullptr; }
   T at(int64_t b, int64_t t, T otherwise = T()) const { return given() ? data[b * sequence_stride + t * token_stride] : otherwise; }
@@ -87,6 +120,9 @@ struct Tokens {  // which rows count, and how they are scored
   PerToken<float> temperatures;
   RowTransform shared;
 
+  Tokens(const TokenShape& shape, const Tensor& token_ids, const Tensor& mask, const std::optional<Tensor>& temperatures,
+         RowTransform shared)
+      : ids("token_ids", token_ids, shape), mask("mask", mask, shape), temperatures("temperatures", temperatures, shape), shared(shared) {}
   bool in_vocabulary(int64_t b, int64_t t, int64_t vocabulary) const { return ids.at(b, t) >= 0 && ids.at(b, t) < vocabulary; }
   RowTransform transform(int64_t b, int64_t t) const {
     RowTransform own = shared;

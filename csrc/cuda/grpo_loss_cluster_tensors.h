@@ -41,6 +41,7 @@ ClusterLossOutput cluster_loss(const Tensor& logits, const Tensor* gradient, con
                   "logits: float32, bfloat16 or float16 expected by the cluster kernel");
   STD_TORCH_CHECK(logits.stride(2) == 1 || logits.size(2) == 1, "the cluster kernel needs logits that are contiguous over the vocabulary");
   STD_TORCH_CHECK(logits.size(2) < (int64_t(1) << 31), "the cluster kernel needs a vocabulary below 2^31");
+  const TokenShape shape(logits, given.token_ids);
   ClusterLossArgs args{};
   take_forced_shape(args);
   args.logits = static_cast<const char*>(logits.const_data_ptr());
@@ -54,15 +55,15 @@ ClusterLossOutput cluster_loss(const Tensor& logits, const Tensor* gradient, con
   args.type = type == ScalarType::Float ? LogitType::kFloat32 : type == ScalarType::BFloat16 ? LogitType::kBFloat16 : LogitType::kFloat16;
 
   const auto view = [](const auto& x) { return TokenView<std::decay_t<decltype(*x.data)>>{x.data, x.sequence_stride, x.token_stride}; };
-  args.token_ids = view(PerToken<int64_t>(given.token_ids));
-  args.mask = view(PerToken<bool>(given.mask));
-  args.temperatures = view(PerToken<float>(given.temperatures));
-  args.advantages = view(PerToken<float>(given.advantages));
-  args.weights = view(PerToken<float>(given.weights));
-  args.entropy_weights = view(PerToken<float>(given.entropy_weights));
-  args.old_logprobs = view(PerToken<float>(given.old_logprobs));
-  args.ref_logprobs = view(PerToken<float>(given.ref_logprobs));
-  args.rollout_weights = view(PerToken<float>(given.rollout_weights));
+  args.token_ids = view(PerToken<int64_t>("token_ids", given.token_ids, shape));
+  args.mask = view(PerToken<bool>("mask", given.mask, shape));
+  args.temperatures = view(PerToken<float>("temperatures", given.temperatures, shape));
+  args.advantages = view(PerToken<float>("advantages", given.advantages, shape));
+  args.weights = view(PerToken<float>("weights", given.weights, shape));
+  args.entropy_weights = view(PerToken<float>("entropy_weights", given.entropy_weights, shape));
+  args.old_logprobs = view(PerToken<float>("old_logprobs", given.old_logprobs, shape));
+  args.ref_logprobs = view(PerToken<float>("ref_logprobs", given.ref_logprobs, shape));
+  args.rollout_weights = view(PerToken<float>("rollout_weights", given.rollout_weights, shape));
 
   const double log2_e = 1.4426950408889634074,
                slope = given.temperatures.has_value() ? given.logit_scale : given.logit_scale / given.temperature;
@@ -92,6 +93,7 @@ ClusterLossOutput cluster_loss(const Tensor& logits, const Tensor* gradient, con
 template <typename Launch>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cluster_loss_and_gradient(const Tensor& given_logits, bool want_gradient,
                                                                              const ClusterLossTensors& given, const Launch& launch) {
+  STD_TORCH_CHECK(given_logits.dim() == 3, "grpo_fast: logits have ", given_logits.dim(), " dimensions; expected three");
   const Tensor logits = unit_stride(given_logits);
   Tensor gradient = want_gradient ? torch::stable::new_empty(logits, {logits.size(0), logits.size(1), logits.size(2)})
                                   : torch::stable::new_empty(logits, {0});
