@@ -224,7 +224,7 @@ def test_the_trainer_is_still_to_be_read_from_top_to_bottom() -> None:
     assert len(Path(trainer_module.__file__).read_text().splitlines()) < 600
 
 
-@pytest.mark.parametrize("name", ["trainer.metrics", "trainer.rollout", "trainer.diagnostics", "trainer.config", "utils.seeds"])
+@pytest.mark.parametrize("name", ["trainer.metrics", "trainer.evaluation", "trainer.config", "models.batch", "utils.seeds"])
 def test_examples_in_docstrings(name: str) -> None:
     found = doctest.testmod(importlib.import_module(f"grpo_fast.{name}"))
     assert found.attempted > 0 and found.failed == 0

@@ -50,7 +50,7 @@ WITHIN = {"steps_per_generation": 2, "num_iterations": 2, "beta": 0.1, "sync_ref
 def test_killed_and_resumed_it_goes_on_as_if_nothing_had_been(
     tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("grpo_fast.trainer.checkpoints._to_disk", lambda folder: None)  # this computer stays on
+    monkeypatch.setattr("grpo_fast.trainer.checkpoints._flush_to_disk", lambda folder: None)  # this computer stays on
     undisturbed = run_of(tmp_path / "undisturbed", **settings)
     undisturbed.train()
     expected = {record["step"]: record for record in logs(undisturbed)}
@@ -73,14 +73,14 @@ def test_killed_and_resumed_it_goes_on_as_if_nothing_had_been(
 
 def test_killed_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = run_of(tmp_path, steps=3)
-    save = GRPOTrainer.extra_state
+    save = GRPOTrainer.save_extra_state
 
     def killed(self: GRPOTrainer, folder: Path) -> None:
         if self.state.global_step == 3:
             raise KeyboardInterrupt
         save(self, folder)
 
-    monkeypatch.setattr(GRPOTrainer, "extra_state", killed)
+    monkeypatch.setattr(GRPOTrainer, "save_extra_state", killed)
     with pytest.raises(KeyboardInterrupt):
         run.train()
     assert sorted(path.name for path in tmp_path.iterdir()) == [UNFINISHED, "checkpoint-1", "checkpoint-2", "metrics.jsonl"]
@@ -228,7 +228,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_step(tmp_path: Path)
     run.add_callback(_Remember(weights, of))
     with pytest.raises(FloatingPointError, match=r"step 2, process 0; .*Micro-batch 0: loss nan; .* of completion 0.*all finite") as error:
         run.train()
-    assert "Cure" in str(error.value)
+    assert "Fix" in str(error.value)
     assert all(torch.equal(value, weights[1][name]) for name, value in parameters(of).items())
 
 
@@ -451,8 +451,22 @@ def test_numbers_of_numpy_and_json_for_dictionaries_are_taken(tmp_path: Path) ->
     assert (
         (given.temperature, given.num_generations) == (0.75, 4) and type(given.temperature) is float and type(given.num_generations) is int
     )
-    assert config(tmp_path, temperature_schedule='{"kind": "constant", "value": 0.9}').schedule().lowest == 0.9
-    assert config(tmp_path, temperature_schedule=0.9).schedule().lowest == 0.9
+    assert config(tmp_path, temperature_schedule='{"kind": "constant", "value": 0.9}').make_temperature_schedule().lowest == 0.9
+    assert config(tmp_path, temperature_schedule=0.9).make_temperature_schedule().lowest == 0.9
+
+
+def test_every_setting_of_the_loss_is_one_of_the_trainer(tmp_path: Path) -> None:
+    """A new field of LossConfig is a setting of the trainer, without being declared again, and reaches the loss."""
+    names = {field.name for field in dataclasses.fields(GRPOConfig)}
+    missing = {field.name for field in dataclasses.fields(gf.LossConfig)} - names
+    renamed = {"epsilon_low", "bias_corrected_kl"}
+    assert missing == renamed | {"aggregation", "entropy_aggregation", "log_ratio_clamp"}
+    settings = {"loss_type": "vespo", "vespo_k_pos": 1.5, "sapo_temperature_neg": 1.2, "kl_estimator": "k2", "epsilon": 0.1, "beta": 0.5}
+    found = config(tmp_path, **settings, use_bias_correction_kl=False).loss_config()
+    expected = {name: value for name, value in settings.items() if name != "epsilon"} | {"epsilon_low": 0.1, "epsilon_high": 0.1}
+    assert found == gf.LossConfig(**expected, bias_corrected_kl=False, max_completion_length=8)
+    with pytest.raises(ValueError, match=r"GRPOConfig: vespo_k_pos is 'a'; expected a number\."):
+        config(tmp_path, vespo_k_pos="a")
 
 
 def solved(completions: list[str], solution: list[str], **columns: Any) -> list[float]:

@@ -27,9 +27,8 @@ from grpo_fast.models.batch import ForwardBatch
 from grpo_fast.models.forward import ModelForward
 from grpo_fast.ops.environment import caption, describe, load_average
 from grpo_fast.trainer.config import GRPOConfig
-from grpo_fast.trainer.diagnostics import MicroBatch
 from grpo_fast.trainer.grpo_trainer import GRPOTrainer
-from grpo_fast.trainer.rollout import Rollout
+from grpo_fast.trainer.rollout import MicroBatch, Rollout
 from grpo_fast.utils.files import check_output, write_json
 
 __all__ = ["CONTESTANTS", "EagerForward", "app", "run"]

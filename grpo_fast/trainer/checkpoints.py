@@ -1,6 +1,7 @@
-"""Checkpoints that are complete or absent: written to a folder beside the others, and renamed into place when all is on disk.
+"""Checkpoints that are either complete or absent: each is written to a temporary folder and renamed when everything is on disk.
 
-transformers' Trainer writes file by file into ``checkpoint-<step>``, and takes the newest such folder to resume from, half written or not.
+transformers' ``Trainer`` writes a checkpoint file by file into ``checkpoint-<step>``, and resumes from the newest such folder even if the
+run was killed while writing it.
 """
 
 from __future__ import annotations
@@ -10,114 +11,129 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
-__all__ = ["CompleteCheckpoints", "last_checkpoint", "missing_from"]
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers.trainer_utils import TrainOutput
 
-STATE = "grpo_state.json"  # what a GRPO run knows beside model, optimiser and transformers' own state
-UNFINISHED = ".unfinished"
+__all__ = ["AtomicCheckpointTrainer", "last_checkpoint", "missing_from"]
+
+STATE = "grpo_state.json"  # what a GRPO run needs beside the model, the optimizer and transformers' own state
+UNFINISHED = ".unfinished"  # folder in output_dir in which checkpoints are written
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 
 logger = logging.get_logger(__name__)
 
 
 def missing_from(checkpoint: str | Path) -> str | None:
-    """What a checkpoint lacks to be resumed from, in words; None if nothing."""
+    """What a checkpoint lacks for a run to resume from it, in words; None if it is complete."""
     checkpoint = Path(checkpoint)
     for name in ("trainer_state.json", STATE):
         try:
             json.loads((checkpoint / name).read_text())
         except (OSError, ValueError) as error:
             return f"{name} ({type(error).__name__})"
-    sharded = any(path.is_dir() for path in checkpoint.glob("*"))  # FSDP and DeepSpeed keep folders
+    sharded = any(path.is_dir() for path in checkpoint.glob("*"))  # FSDP and DeepSpeed write folders
     if not sharded and not any((checkpoint / name).is_file() for name in WEIGHTS):
         return " or ".join(WEIGHTS)
     return None
 
 
 def last_checkpoint(output_dir: str | Path) -> str | None:
-    """The newest complete checkpoint of a run; half ones are passed over with a warning."""
+    """The newest complete checkpoint of a run, or None. Incomplete ones are skipped with a warning."""
     found = [
         (int(match[1]), path) for path in Path(output_dir).glob("checkpoint-*") if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
     ]
     for _, path in sorted(found, reverse=True):
-        lacking = missing_from(path)
-        if lacking is None:
+        missing = missing_from(path)
+        if missing is None:
             return str(path)
-        logger.warning(f"{path} is passed over: it lacks {lacking}.")
+        logger.warning(f"{path} is skipped: it lacks {missing}.")
     return None
 
 
-class CompleteCheckpoints(Trainer):
-    """transformers' Trainer with checkpoints of that kind.
+class AtomicCheckpointTrainer(Trainer):
+    """transformers' ``Trainer`` with checkpoints that are complete or absent.
 
-    ``extra_state(folder)`` writes what else belongs into one, in every process, and ``load_extra_state(folder)`` reads it.
+    A subclass adds files of its own with ``save_extra_state(folder)``, which every process calls before the checkpoint is renamed, and
+    reads them with ``load_extra_state(folder)`` before training resumes.
     """
 
-    _writing_to: Path | None = None
-    _to_push: str | None = None
+    _staging: Path | None = None  # while a checkpoint is written: the folder that stands in for output_dir
 
-    def extra_state(self, folder: Path) -> None:
+    def save_extra_state(self, folder: Path) -> None:
+        """Write what else a checkpoint needs into its folder. Called in every process."""
         raise NotImplementedError
 
     def load_extra_state(self, folder: Path) -> None:
+        """Read what `save_extra_state` wrote. Called in every process."""
         raise NotImplementedError
 
-    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """transformers' own. ``resume_from_checkpoint=True`` takes the newest complete checkpoint of ``output_dir``."""
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train, as transformers' ``Trainer.train``.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder; True = the newest complete checkpoint of ``output_dir``.
+            args, kwargs: further arguments of ``Trainer.train``.
+
+        Raises:
+            ValueError: the checkpoint is incomplete, or there is none.
+        """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(f"resume_from_checkpoint is True and {self.args.output_dir} holds no complete checkpoint; expected one.")
         if resume_from_checkpoint:
-            lacking = missing_from(resume_from_checkpoint)
-            if lacking is not None:
+            missing = missing_from(resume_from_checkpoint)
+            if missing is not None:
                 raise ValueError(
-                    f"resume_from_checkpoint is {str(resume_from_checkpoint)!r}, which lacks {lacking}; expected a complete one."
+                    f"resume_from_checkpoint is {str(resume_from_checkpoint)!r}, which lacks {missing}; expected a complete one."
                 )
             self.load_extra_state(Path(resume_from_checkpoint))
         return super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, *args, **kwargs)
 
     def stop_if_finished(self) -> bool:
-        """Whether the last step is done; if so the loop is told to end. It looks after a step only, so that one more would be made of a run
-        that is resumed from its end.
+        """End the training loop if the last step is done, and return whether training ends.
+
+        transformers' loop checks the number of steps after a step only, so a run that is resumed at its end would make one step too many.
         """
         self.control.should_training_stop |= self.state.global_step >= self.state.max_steps
         return self.control.should_training_stop
 
     def _get_output_dir(self, trial: Any) -> str:
-        return str(self._writing_to or super()._get_output_dir(trial))
+        return str(self._staging or super()._get_output_dir(trial))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._writing_to is None:
-            super()._push_from_checkpoint(checkpoint_folder)  # else: when it is where it belongs
+        if self._staging is None:  # otherwise _save_checkpoint pushes after the rename
+            super()._push_from_checkpoint(checkpoint_folder)
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(super()._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
         staging = folder / UNFINISHED
         if self.args.should_save:
-            shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
+            shutil.rmtree(staging, ignore_errors=True)  # left over from a killed run
         self.accelerator.wait_for_everyone()
-        self._writing_to = staging
+        self._staging = staging
         try:
             super()._save_checkpoint(model, trial)
         finally:
-            self._writing_to = None
-        self.extra_state(staging / name)
+            self._staging = None
+        self.save_extra_state(staging / name)
         best = self.state.best_global_step
         if best and (best == self.state.global_step or (folder / f"checkpoint-{best}").exists()):
             self.state.best_model_checkpoint = str(folder / f"checkpoint-{best}")
         if self.args.should_save:
             self.state.save_to_json(str(staging / name / "trainer_state.json"))
-        self.accelerator.wait_for_everyone()  # all have written
+        self.accelerator.wait_for_everyone()  # every process has written its files
         if self.args.should_save:
-            _to_disk(staging / name)
-            _replace(staging / name, folder / name)
+            _flush_to_disk(staging / name)
+            _replace_folder(staging / name, folder / name)
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder / name))
@@ -131,14 +147,14 @@ class CompleteCheckpoints(Trainer):
             )
 
 
-def _to_disk(folder: Path) -> None:
+def _flush_to_disk(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_file():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
 
 
-def _replace(new: Path, final: Path) -> None:
+def _replace_folder(new: Path, final: Path) -> None:
     old = new.with_name(f"{new.name}-before")
     if final.exists():  # a resumed run reaches the same step again
         os.replace(final, old)

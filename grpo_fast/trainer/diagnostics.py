@@ -1,38 +1,32 @@
-"""What is looked at while training: the numbers of a rollout and of a loss, and what stops a run before it trains on something wrong."""
+"""The metrics of a rollout and of a loss, and the description of a loss or gradient that is not finite."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import grpo_fast as gf
-from grpo_fast.generation import Completion
+from grpo_fast.trainer.completions import GeneratedCompletion
 from grpo_fast.trainer.metrics import MetricAccumulator
-from grpo_fast.trainer.rollout import Rollout
-from grpo_fast.utils.statistics import standard_error
+from grpo_fast.trainer.rollout import MicroBatch, Rollout
 from grpo_fast.utils.text_statistics import distinct_share, repeated_ngrams
 
 __all__ = [
-    "Answer",
-    "MicroBatch",
     "completion_records",
+    "describe_nonfinite",
+    "full_norm",
     "gradient_norm",
+    "mean_weighted_reward",
     "measure_loss",
     "measure_rewards",
     "measure_rollout",
-    "sampler_gap",
-    "summary_of_round",
-    "summary_of_rounds",
-    "what_is_not_finite",
-    "whole",
 ]
 
-_LOSS_METRICS = {
+_LOSS_METRICS = {  # key of GRPOOutput.metrics -> name in the log
     "entropy": "entropy",
     "clip_low": "clip_ratio/low_mean",
     "clip_high": "clip_ratio/high_mean",
@@ -42,175 +36,156 @@ _LOSS_METRICS = {
 }
 
 
-class Answer(NamedTuple):
-    """A completion, its prompt's tokens before it and its text after."""
-
-    prompt_ids: list[int]
-    completion: Completion
-    text: str
-    extra: dict[str, Any]  # what rewards say of it by ``log_extra``
-
-
-class MicroBatch(NamedTuple):
-    """Some rows of a rollout, and what is said of the whole optimiser step, over all processes: its tokens and its sequences."""
-
-    rows: Rollout
-    step_tokens: int
-    step_sequences: int
-    on_policy: bool  # the policy is still the one that sampled
-
-
 def measure_rewards(metrics: MetricAccumulator, names: Sequence[str], rewards: Tensor, weights: Tensor, groups: gf.GroupAdvantages) -> None:
-    """Of all processes' completions: ``rewards`` [B, R], whose ``weights`` are [R]."""
-    metrics.mean("reward", _mean_of_sums(rewards, weights).nan_to_num())
-    metrics.mean("reward_std", groups.std.mean())
-    metrics.mean("frac_reward_zero_std", groups.degenerate.float().mean())
+    """Add the metrics of the rewards of a rollout.
+
+    Args:
+        metrics: where to add them.
+        names: R names of rewards.
+        rewards: float32 [B, R] of the completions of all processes, NaN where a reward does not apply.
+        weights: float32 [R].
+        groups: what `group_advantages` returned for them.
+    """
+    metrics.add_mean("reward", mean_weighted_reward(rewards, weights).nan_to_num())
+    metrics.add_mean("reward_std", groups.std.mean())
+    metrics.add_mean("frac_reward_zero_std", groups.degenerate.float().mean())
     for name, column in zip(names, rewards.unbind(1), strict=True):
         values = column[~column.isnan()]
         if values.numel():
-            metrics.mean(f"rewards/{name}/mean", values.mean())
-            metrics.mean(f"rewards/{name}/std", values.std(correction=min(1, values.numel() - 1)))
+            metrics.add_mean(f"rewards/{name}/mean", values.mean())
+            metrics.add_mean(f"rewards/{name}/std", values.std(correction=min(1, values.numel() - 1)))
 
 
-def measure_rollout(metrics: MetricAccumulator, answers: Sequence[Answer], groups: Sequence[int], rollout: Rollout) -> None:
-    """Of this process's completions; ``groups``: to which prompt each belongs."""
+def mean_weighted_reward(rewards: Tensor, weights: Tensor) -> Tensor:
+    """Mean over the completions of the weighted sum of the rewards that apply; completions to which none applies do not count.
+
+    Args:
+        rewards: float32 [B, R], NaN where a reward does not apply.
+        weights: float32 [R].
+
+    Returns:
+        float32, no dimensions; NaN if no reward applies to any completion.
+    """
+    return (rewards.nan_to_num() @ weights.to(rewards.device))[~rewards.isnan().all(1)].mean()
+
+
+def measure_rollout(
+    metrics: MetricAccumulator, completions: Sequence[GeneratedCompletion], groups: Sequence[int], rollout: Rollout
+) -> None:
+    """Add the metrics of the completions of this process; ``groups`` has the prompt's number of each of them."""
     lengths, count = rollout.lengths, len(rollout)
-    finished = [answer.completion.finished for answer in answers]
+    finished = [each.completion.finished for each in completions]
     terminated = [length for length, done in zip(lengths, finished, strict=True) if done]
-    together: dict[int, list[str]] = {}
-    for group, answer in zip(groups, answers, strict=True):
-        together.setdefault(group, []).append(answer.text)
-    metrics.add("completions/mean_length", sum(lengths), count)
-    metrics.add("completions/mean_terminated_length", sum(terminated), len(terminated))
-    metrics.largest("completions/max_length", float(max(lengths)))
-    metrics.add("completions/clipped_ratio", finished.count(False), count)
-    metrics.add("completions/repetition", sum(repeated_ngrams(ids) for ids in rollout.completion_ids), count)
-    metrics.add("completions/distinct", sum(distinct_share(texts) for texts in together.values()), len(together))
-    metrics.add("temperature", rollout.temperature.sum(), count)
+    texts: dict[int, list[str]] = {}
+    for group, each in zip(groups, completions, strict=True):
+        texts.setdefault(group, []).append(each.text)
+    metrics.add_sum("completions/mean_length", sum(lengths), count)
+    metrics.add_sum("completions/mean_terminated_length", sum(terminated), len(terminated))
+    metrics.add_max("completions/max_length", float(max(lengths)))
+    metrics.add_sum("completions/clipped_ratio", finished.count(False), count)
+    metrics.add_sum("completions/repetition", sum(repeated_ngrams(ids) for ids in rollout.completion_ids), count)
+    metrics.add_sum("completions/distinct", sum(distinct_share(group) for group in texts.values()), len(texts))
+    metrics.add_sum("temperature", rollout.temperature.sum(), count)
 
 
 @torch.no_grad()
-def measure_loss(metrics: MetricAccumulator, out: gf.GRPOOutput, rows: Rollout, batch: MicroBatch, *, truncated: bool) -> None:
-    """Means over the tokens that were computed, so that micro-batches count by their tokens.
+def measure_loss(metrics: MetricAccumulator, out: gf.GRPOOutput, batch: MicroBatch, computed: Rollout, *, truncated: bool) -> None:
+    """Add the metrics of a micro-batch's loss: means over the computed tokens, so that micro-batches are weighted by their tokens.
 
-    rows: those of the batch that were run through the model; truncated: the sampler draws from a part of the vocabulary.
+    Args:
+        metrics: where to add them.
+        out: the loss of ``computed``.
+        batch: the micro-batch.
+        computed: those of its rows that went through the model.
+        truncated: whether the sampler draws from a part of the vocabulary (top-k, top-p, min-p).
     """
-    computed = out.active.sum()
+    num_computed = out.active.sum()
     for metric, name in _LOSS_METRICS.items():
-        if metric != "kl" or "ref" in rows.tokens:
-            metrics.mean(name, out.metrics[metric], computed)
-    metrics.largest("ratio/max", out.metrics["ratio_max"])
-    metrics.add("active_fraction", out.metrics["active_fraction"] * rows.num_loss_tokens(), batch.rows.num_loss_tokens())
-    if batch.on_policy and "sampler" in rows.tokens:
-        gap = torch.where(out.active, out.logprobs - rows.tokens["sampler"], 0.0).nan_to_num()
-        metrics.add("sampling/sampling_logp_difference/mean", gap.abs().sum(), computed)
-        metrics.largest("sampling/sampling_logp_difference/max", gap.abs().max())
-        if truncated:  # p over the whole vocabulary / p over what was kept = the mass that was kept
-            metrics.add("sampling/kept_mass", (gap.exp() * out.active).sum(), computed)
+        if metric != "kl" or "ref" in computed.tokens:
+            metrics.add_mean(name, out.metrics[metric], num_computed)
+    metrics.add_max("ratio/max", out.metrics["ratio_max"])
+    metrics.add_sum("active_fraction", out.metrics["active_fraction"] * computed.num_loss_tokens(), batch.rows.num_loss_tokens())
+    if batch.on_policy and "sampler" in computed.tokens:
+        gap = torch.where(out.active, out.logprobs - computed.tokens["sampler"], 0.0).nan_to_num()
+        metrics.add_sum("sampling/sampling_logp_difference/mean", gap.abs().sum(), num_computed)
+        metrics.add_max("sampling/sampling_logp_difference/max", gap.abs().max())
+        if truncated:  # probability over the whole vocabulary / probability over the kept tokens = probability of the kept tokens
+            metrics.add_sum("sampling/kept_mass", (gap.exp() * out.active).sum(), num_computed)
 
 
-def sampler_gap(losses: Sequence[tuple[gf.GRPOOutput, MicroBatch]], most_left_out: float = 0.0) -> float:
-    """Mean absolute difference of a token's log-probability between sampler and loss, in nats; 0 where the sampler says none.
-
-    most_left_out: a sampler that truncates gives the tokens it keeps up to so much more; that is no difference.
-    """
-    scored = [(out, batch.rows) for out, batch in losses if batch.on_policy and "sampler" in batch.rows.tokens]
-    gaps = [(rows.tokens["sampler"] - out.logprobs)[out.active] for out, rows in scored]
-    together = torch.cat(gaps) if gaps else torch.zeros(0)
-    together = (-together).clamp(min=0) + (together - most_left_out).clamp(min=0)
-    return float(together.mean()) if together.numel() else 0.0
-
-
-def whole(norm: Any) -> Any:
-    """A norm under FSDP2 is a DTensor, divided among the processes, which all must call this; any other is as it is."""
+def full_norm(norm: Any) -> Any:
+    """The whole value of a gradient norm that FSDP2 returns as a DTensor; every process must call this. Other norms are returned as is."""
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
-def gradient_norm(model: nn.Module) -> Tensor:  # []
-    """Where nobody clips gradients, and so nobody has looked at them."""
-    return torch.as_tensor(whole(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])))
+def gradient_norm(model: nn.Module) -> Tensor:
+    """Total norm of the gradients, for runs that do not clip gradients and so do not compute it otherwise."""
+    return torch.as_tensor(full_norm(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])))
 
 
-def what_is_not_finite(losses: Sequence[tuple[gf.GRPOOutput, MicroBatch]], norm: Any, model: nn.Module, where: str) -> str:
-    """Why a step was refused, in words: which micro-batch, which completion, which of the loss's inputs."""
-    said = f"The loss is not finite at {where}; the weights have not been changed by it."
-    for number, (out, batch) in enumerate(losses):
-        if bool(out.loss.isfinite()):
-            continue
-        wrong = (~out.logprobs.isfinite()).nonzero().flatten().tolist()
-        said += f" Micro-batch {number}: loss {float(out.loss)}; "
-        said += f"{len(wrong)} of {out.logprobs.numel()} log-probabilities are not finite"
-        if wrong:
-            ends = torch.tensor(batch.rows.lengths).cumsum(0).tolist()
-            row = next(r for r, end in enumerate(ends) if wrong[0] < end)
-            said += f", the first at token {wrong[0] - (ends[row - 1] if row else 0)} of completion {row}"
-        columns = {"advantages": batch.rows.advantages, "temperature": batch.rows.temperature, **batch.rows.tokens}
-        said += "".join(f"; {name} is not finite" for name, column in columns.items() if not bool(column.isfinite().all()))
-        break
-    else:
+def describe_nonfinite(
+    losses: Sequence[tuple[gf.GRPOOutput, MicroBatch]], norm: float | Tensor | None, model: nn.Module, where: str
+) -> str:
+    """Describe why a step is refused: which micro-batch, completion and input of the loss is not finite, and how to fix it.
+
+    Args:
+        losses: the outputs and micro-batches of the step in this process.
+        norm: the gradient's norm, if it was computed.
+        model: the model, whose parameters are checked too.
+        where: step and process, for the message.
+    """
+    number = next((i for i, (out, _) in enumerate(losses) if not bool(out.loss.isfinite())), None)
+    if number is None:
         gradient = norm is not None and not bool(torch.as_tensor(norm).isfinite())
-        said = (
-            f"{'The gradient' if gradient else 'The loss of another process'} is not finite at {where}; the weights have not been changed."
-        )
-    wrong_parameters = [name for name, p in model.named_parameters() if not bool(p.detach().isfinite().all())]
-    said += f" Parameters: {'all finite' if not wrong_parameters else ', '.join(wrong_parameters[:3]) + ' not finite'}."
-    return said + " Cure: a lower learning rate or max_grad_norm, bf16 in place of fp16; resume from the last checkpoint."
+        cause = "The gradient" if gradient else "The loss of another process"
+        message = f"{cause} is not finite at {where}; the weights have not been changed."
+    else:
+        message = f"The loss is not finite at {where}; the weights have not been changed by it. " + _describe_loss(number, *losses[number])
+    nonfinite = [name for name, p in model.named_parameters() if not bool(p.detach().isfinite().all())]
+    message += f" Parameters: {', '.join(nonfinite[:3]) + ' not finite' if nonfinite else 'all finite'}."
+    return message + " Fix: a lower learning rate or max_grad_norm, bf16 in place of fp16; resume from the last checkpoint."
+
+
+def _describe_loss(number: int, out: gf.GRPOOutput, batch: MicroBatch) -> str:
+    wrong = (~out.logprobs.isfinite()).nonzero().flatten().tolist()
+    message = f"Micro-batch {number}: loss {float(out.loss)}; {len(wrong)} of {out.logprobs.numel()} log-probabilities are not finite"
+    if wrong:
+        ends = torch.tensor(batch.rows.lengths).cumsum(0).tolist()
+        row = next(r for r, end in enumerate(ends) if wrong[0] < end)
+        message += f", the first at token {wrong[0] - (ends[row - 1] if row else 0)} of completion {row}"
+    columns = {"advantages": batch.rows.advantages, "temperature": batch.rows.temperature, **batch.rows.tokens}
+    return message + "".join(f"; {name} is not finite" for name, column in columns.items() if not bool(column.isfinite().all())) + "."
 
 
 def completion_records(
     step: int,
-    prompts: Sequence[Any],  # B
-    answers: Sequence[Answer],  # B
-    names: Sequence[str],  # R
-    rewards: Tensor,  # [B, R]
-    rollout: Rollout,  # B rows
+    prompts: Sequence[Any],
+    completions: Sequence[GeneratedCompletion],
+    names: Sequence[str],
+    rewards: Tensor,
+    rollout: Rollout,
 ) -> list[dict[str, Any]]:
-    """What there is to see of each completion, fit for JSON."""
+    """The completions of a rollout as records for JSON.
+
+    Args:
+        step: the optimizer step at which they were drawn.
+        prompts: B prompts, strings or lists of chat messages.
+        completions: B completions.
+        names: R names of rewards.
+        rewards: float32 [B, R].
+        rollout: its B rows.
+    """
     return [
         {
             "step": step,
             "prompt": prompt,
-            "completion": answer.text,
-            "rewards": {name: None if math.isnan(x) else x for name, x in zip(names, scores, strict=True)},
+            "completion": each.text,
+            "rewards": {name: None if math.isnan(value) else value for name, value in zip(names, values, strict=True)},
             "advantage": advantage,
             "temperature": temperature,
-            "extra": answer.extra,
+            "extra": each.extra,
         }
-        for prompt, answer, scores, advantage, temperature in zip(
-            prompts, answers, rewards.tolist(), rollout.advantages.tolist(), rollout.temperature.tolist(), strict=True
+        for prompt, each, values, advantage, temperature in zip(
+            prompts, completions, rewards.tolist(), rollout.advantages.tolist(), rollout.temperature.tolist(), strict=True
         )
     ]
-
-
-def summary_of_round(names: Sequence[str], weights: Tensor, measured: Sequence[tuple[list[float], int, bool, float]]) -> dict[str, float]:
-    """Means over an evaluation's completions; of each was measured: its rewards [R], its length, whether it was cut, its repetition."""
-    rewards = torch.tensor([scores for scores, *_ in measured])
-    found = {"reward": _mean_of_sums(rewards, weights).item()}
-    for name, column in zip(names, rewards.unbind(1), strict=True):
-        found[f"rewards/{name}/mean"] = column.nanmean().item()
-    _, lengths, cut, repetition = zip(*measured, strict=True)
-    found |= {
-        "completions/mean_length": fmean(lengths),
-        "completions/clipped_ratio": fmean(cut),
-        "completions/repetition": fmean(repetition),
-    }
-    return found
-
-
-def _mean_of_sums(rewards: Tensor, weights: Tensor) -> Tensor:  # [B, R], [R] -> []
-    """The mean of the completions' weighted sums, each of the rewards that apply; of a completion without any there is none."""
-    return (rewards.nan_to_num() @ weights.to(rewards.device))[~rewards.isnan().all(1)].mean()
-
-
-def summary_of_rounds(rounds: Sequence[dict[str, float]], prefix: str) -> dict[str, float]:
-    """The mean of each measure over the rounds of an evaluation and, for the rewards, its standard error: 0 for a single round.
-
-    Example:
-        >>> summary_of_rounds([{"reward": 1.0}, {"reward": 3.0}], "eval")
-        {'eval_reward': 2.0, 'eval_reward_se': 1.0, 'eval_rounds': 2.0}
-    """
-    found = {f"{prefix}_{name}": fmean(measured[name] for measured in rounds) for name in rounds[0]}
-    for name in [name for name in rounds[0] if name.startswith("reward")]:
-        error = standard_error([measured[name] for measured in rounds]) if len(rounds) > 1 else 0.0
-        found[f"{prefix}_{name.removesuffix('/mean')}{'/se' if '/' in name else '_se'}"] = error
-    return found | {f"{prefix}_rounds": float(len(rounds))}

@@ -1,4 +1,4 @@
-"""The policy that the KL penalty holds on to: none, the model without its adapter, or a frozen copy that may follow at a distance."""
+"""The reference policy of the KL penalty: none, the model without its adapter, or a frozen copy that may follow the policy."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from grpo_fast.models.unwrap import is_peft, is_sharded
 from grpo_fast.trainer.config import GRPOConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["ReferencePolicy"]
 
@@ -19,17 +23,22 @@ FILE = "reference.safetensors"
 
 
 class ReferencePolicy:
-    """As ``args`` want it, of the model that training starts from.
+    """The policy whose log-probabilities the KL penalty and some rewards use.
 
-    for_rewards: a reward reads its log-probabilities, so that there is one whatever ``beta`` is.
+    A PEFT model without its adapter is its own reference. Any other model is copied, if a reference is needed.
+
+    Args:
+        model: the model before training, not wrapped.
+        args: the settings ``beta``, ``sync_ref_model``, ``ref_model_sync_steps`` and ``ref_model_mixup_alpha``.
+        for_rewards: a reward reads ``ref_logprobs``, which needs a reference whatever ``beta`` is.
 
     Raises:
-        ValueError: settings that this model cannot be trained with.
+        ValueError: the settings cannot be used with this model.
     """
 
-    def __init__(self, model: Any, args: GRPOConfig, *, for_rewards: bool = False) -> None:
+    def __init__(self, model: PreTrainedModel | nn.Module, args: GRPOConfig, *, for_rewards: bool = False) -> None:
         self.args, self.for_rewards = args, for_rewards
-        self.copy: Any = None
+        self.copy: nn.Module | None = None
         if args.sync_ref_model and is_peft(model):
             raise ValueError("sync_ref_model is True with a PEFT model, whose reference is the model without adapter; expected False.")
         if (args.beta != 0 or for_rewards) and not is_peft(model):
@@ -39,18 +48,16 @@ class ReferencePolicy:
                     "copy, or neither."
                 )
             self.copy = copy.deepcopy(model).eval().requires_grad_(False).to(args.device)
-            self._take_from_first_process()
-
-    @torch.no_grad()
-    def _take_from_first_process(self) -> None:
-        """FSDP's default is to load the weights in one process, and to leave zeros in the others until the policy is divided among them."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            for tensor in (*self.copy.parameters(), *self.copy.buffers()):
-                torch.distributed.broadcast(tensor, src=0)
+            _broadcast_from_first_process(self.copy)
 
     @contextmanager
-    def of(self, model: Any, unwrapped: Any) -> Iterator[Any]:
-        """What to call in place of the policy ``model``, inside the ``with``."""
+    def of(self, model: nn.Module, unwrapped: Any) -> Iterator[nn.Module]:
+        """The model to call in place of the policy, inside the ``with``.
+
+        Args:
+            model: the policy as it is called, wrapped or not.
+            unwrapped: the policy without wrappers, whose adapter is disabled if it is a PEFT model.
+        """
         if self.copy is not None:
             yield self.copy
         else:
@@ -58,27 +65,39 @@ class ReferencePolicy:
                 yield model
 
     @torch.no_grad()
-    def follow(self, model: Any, unwrapped: Any, step: int) -> None:
-        """Every ``ref_model_sync_steps``: reference = alpha policy + (1 - alpha) reference."""
-        if not self.args.sync_ref_model:
+    def follow(self, model: nn.Module, unwrapped: nn.Module, step: int) -> None:
+        """Every ``ref_model_sync_steps`` steps, set the reference to alpha policy + (1 - alpha) reference.
+
+        Raises:
+            ValueError: the model is sharded, which is known only once training has begun.
+        """
+        if not self.args.sync_ref_model or self.copy is None:
             return
-        if is_sharded(model):  # known since training began, and said at its first step
+        if is_sharded(model):
             raise ValueError("sync_ref_model is True with a sharded model; expected False, or DDP.")
         if step == 0 or step % self.args.ref_model_sync_steps:
             return
-        for mine, theirs in zip(self.copy.parameters(), unwrapped.parameters(), strict=True):
-            mine.lerp_(theirs.to(mine.dtype), self.args.ref_model_mixup_alpha)
+        for reference, policy in zip(self.copy.parameters(), unwrapped.parameters(), strict=True):
+            reference.lerp_(policy.to(reference.dtype), self.args.ref_model_mixup_alpha)
 
     def save(self, folder: Path) -> None:
-        """If it has moved; else it is what the run starts from."""
+        """Write the reference into a checkpoint, if it follows the policy; otherwise the run starts from it anyway."""
         from safetensors.torch import save_model
 
-        if self.args.sync_ref_model:
+        if self.args.sync_ref_model and self.copy is not None:
             save_model(self.copy, str(folder / FILE))
 
     def load(self, folder: Path) -> None:
-        """What `save` wrote, if it did."""
+        """Read what `save` wrote, if anything."""
         from safetensors.torch import load_model
 
-        if self.args.sync_ref_model and (folder / FILE).exists():
+        if self.args.sync_ref_model and self.copy is not None and (folder / FILE).exists():
             load_model(self.copy, str(folder / FILE), device=str(self.args.device))
+
+
+@torch.no_grad()
+def _broadcast_from_first_process(model: nn.Module) -> None:
+    """Give every process the weights of the first: by default FSDP loads them in one process only, until the policy is sharded."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        for tensor in (*model.parameters(), *model.buffers()):
+            torch.distributed.broadcast(tensor, src=0)

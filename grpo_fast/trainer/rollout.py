@@ -1,17 +1,18 @@
-"""A rollout: completions and everything that the loss needs to know about them."""
+"""A rollout, completions and everything that the loss needs to know about them, and its micro-batches."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from grpo_fast.models.batch import ForwardBatch
 
-__all__ = ["Rollout"]
+__all__ = ["MicroBatch", "Rollout"]
 
 
 @dataclass
@@ -74,3 +75,12 @@ class Rollout(ForwardBatch):
         temperature, advantages, loss_mask = (table.pop(name) for name in ("temperature", "advantages", "loss_mask"))
         tokens = {name.removeprefix("tokens."): column.to(device) for name, column in table.items()}
         return cls(ragged["prompt"], ragged["completion"], temperature, advantages, loss_mask, tokens)
+
+
+class MicroBatch(NamedTuple):
+    """Some rows of a rollout, and the size of the whole optimizer step over all processes, which normalises the loss."""
+
+    rows: Rollout
+    step_tokens: int  # tokens in the loss
+    step_sequences: int
+    on_policy: bool  # the policy is still the one that sampled

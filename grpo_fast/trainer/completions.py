@@ -1,0 +1,152 @@
+"""Draws completions with the trainer's sampler and scores them with its rewards, for rollouts and for evaluations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from grpo_fast.data.prompts import encode_prompt
+from grpo_fast.generation import Completion, SamplingParams
+from grpo_fast.models.unwrap import end_tokens_of, is_sharded
+from grpo_fast.trainer.prompt_source import Row
+from grpo_fast.trainer.rollout import Rollout
+from grpo_fast.utils.seeds import derived_seed
+
+if TYPE_CHECKING:
+    from grpo_fast.trainer.grpo_trainer import GRPOTrainer
+
+__all__ = ["CompletionGenerator", "GeneratedCompletion"]
+
+
+class GeneratedCompletion(NamedTuple):
+    """A sampler's completion with its prompt and its text."""
+
+    prompt_ids: list[int]
+    completion: Completion
+    text: str
+    extra: dict[str, Any]  # values for the completions table, which rewards set with ``log_extra``
+
+
+class CompletionGenerator:
+    """Draws and scores completions for a trainer: with its sampler, tokenizer, rewards and reference policy, and into its metrics."""
+
+    def __init__(self, trainer: GRPOTrainer) -> None:
+        self.trainer = trainer
+        self._weights_step = -1
+
+    def forget_weights(self) -> None:
+        """Send the weights to the sampler before the next completions, whatever it has."""
+        self._weights_step = -1
+
+    def generate_completions(
+        self,
+        rows: Sequence[Row],
+        temperatures: Sequence[float],
+        *seed_parts: object,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+    ) -> list[GeneratedCompletion]:
+        """Draw one completion per row, each at its own temperature.
+
+        Args:
+            rows: rows of the dataset; a group's completions share one row object.
+            temperatures: one per row.
+            seed_parts: what distinguishes these completions from others of the run; the random numbers depend on them, on the run's
+                seed and on the process.
+            top_p, top_k, min_p: truncation of the sampler's distribution.
+
+        Raises:
+            ValueError: the sampler returned another number of completions.
+        """
+        trainer, tokenizer = self.trainer, self.trainer.processing_class
+        self._send_weights()
+        prompts = self._encode(rows)
+        # A sharded model needs every process in each forward pass: a process without rows draws a completion that nobody uses.
+        unused = int(not rows and is_sharded(trainer.model_wrapped))
+        if unused:
+            prompts, temperatures = [[tokenizer.eos_token_id]], [1.0]
+        params = SamplingParams(
+            trainer.args.max_completion_length,
+            list(temperatures),
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            seed=derived_seed(trainer.args.seed, *seed_parts, trainer.accelerator.process_index),
+            eos_token_id=end_tokens_of(trainer.model, tokenizer),
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        with trainer.metrics.timed("step_time/generate"), trainer.model_forward.unsharded(trainer.model_wrapped):
+            drawn = trainer.sampler.generate(prompts, params) if prompts else []
+        drawn = drawn[: len(drawn) - unused]
+        if len(drawn) != len(rows):
+            raise ValueError(f"the sampler returned {len(drawn)} completions for {len(rows)} prompts; expected one for each, in order.")
+        texts = tokenizer.batch_decode([each.token_ids for each in drawn], skip_special_tokens=True) if drawn else []
+        return [GeneratedCompletion(ids, each, text, {}) for ids, each, text in zip(prompts, drawn, texts, strict=False)]
+
+    def score(self, rows: Sequence[Row], completions: Sequence[GeneratedCompletion], temperatures: Sequence[float]) -> Tensor:
+        """Call the rewards.
+
+        Args:
+            rows: B rows of the dataset, whose columns the rewards read.
+            completions: the B completions for them.
+            temperatures: at which they were drawn; the reference's log-probabilities are taken at the same.
+
+        Returns:
+            float32 [B, R], NaN where a reward does not apply.
+        """
+        trainer = self.trainer
+        extras: dict[str, Any] = {}
+        if trainer.reference.for_rewards:  # before the check for rows: a sharded reference needs every process
+            with trainer.metrics.timed("step_time/logprobs"):
+                extras["ref_logprobs"] = self._reference_logprobs(completions, temperatures)
+        if not rows:
+            return torch.empty(0, len(trainer.rewards.names))
+        columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "completion", "completion_ids")}
+        outputs = [
+            each.text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": each.text}]
+            for row, each in zip(rows, completions, strict=True)
+        ]
+        logged_columns: dict[str, list[Any]] = {}
+        extras |= {
+            "trainer_state": trainer.state,
+            "log_metric": trainer.metrics.add_mean,
+            "log_extra": lambda column, values: logged_columns.setdefault(column, []).extend(values),
+            "logprobs": [each.completion.logprobs for each in completions],
+        }
+        with trainer.metrics.timed("step_time/reward"):
+            prompts, token_ids = [row["prompt"] for row in rows], [each.completion.token_ids for each in completions]
+            table = trainer.rewards(prompts, outputs, token_ids, extras=extras, **columns)
+        for name, value in table.metrics.items():
+            if not name.endswith(("/mean", "/std")):  # those are computed over all processes, by measure_rewards
+                trainer.metrics.add_mean(name, value)
+        for name, values in logged_columns.items():
+            for each, value in zip(completions, values, strict=True):
+                each.extra[name] = value
+        return table.values
+
+    def _send_weights(self) -> None:
+        trainer = self.trainer
+        if self._weights_step != trainer.state.global_step:
+            trainer.sampler.update_weights(trainer.model_wrapped, trainer.state.global_step)
+            self._weights_step = trainer.state.global_step
+
+    def _encode(self, rows: Sequence[Row]) -> list[list[int]]:
+        """Token ids of the rows' prompts; a row that occurs several times is encoded once."""
+        distinct = {id(row): row["prompt"] for row in rows}
+        tokenizer, options = self.trainer.processing_class, self.trainer.args.chat_template_kwargs
+        encoded = {key: encode_prompt(prompt, tokenizer, options) for key, prompt in distinct.items()}
+        return [encoded[id(row)] for row in rows]
+
+    @torch.no_grad()
+    def _reference_logprobs(self, completions: Sequence[GeneratedCompletion], temperatures: Sequence[float]) -> list[list[float]]:
+        """Log-probabilities of each completion's tokens under the reference policy, for rewards that read them."""
+        trainer, zeros = self.trainer, torch.zeros(len(completions))
+        token_ids = [each.completion.token_ids for each in completions]
+        rollout = Rollout([each.prompt_ids for each in completions], token_ids, zeros + torch.tensor(temperatures), zeros, zeros == 0)
+        with trainer.reference.of(trainer.model_wrapped, trainer.accelerator.unwrap_model(trainer.model_wrapped)) as reference:
+            found = trainer.model_forward.logprobs(reference, rollout, batch_size=trainer.args.per_device_train_batch_size).logprobs
+        return [part.tolist() for part in found.cpu().split(rollout.lengths)]

@@ -1,0 +1,54 @@
+"""Takes the settings of a loss from LossConfig over into GRPOConfig, so that a new loss does not need to be declared twice."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from grpo_fast.loss.config import LossConfig
+from grpo_fast.trainer.config_checks import TYPES, bad_setting
+
+if TYPE_CHECKING:
+    from grpo_fast.trainer.config import GRPOConfig
+
+__all__ = ["add_loss_fields", "make_loss_config"]
+
+T = TypeVar("T")
+
+_RENAMED = ("epsilon_low", "bias_corrected_kl")  # TRL's names are epsilon and use_bias_correction_kl
+_SET_BY_LOSS_TYPE = ("aggregation", "entropy_aggregation", "log_ratio_clamp")
+
+
+def add_loss_fields(cls: type[T]) -> type[T]:
+    """Class decorator, below ``@dataclass``: add every field of LossConfig that the class does not declare itself.
+
+    Left out are fields that have another name in GRPOConfig, fields that the loss type decides, and fields whose type a command line cannot
+    give.
+    """
+    for each in fields(LossConfig):
+        annotation = str(each.type)
+        if each.name in (*cls.__annotations__, *_RENAMED, *_SET_BY_LOSS_TYPE) or annotation.removesuffix(" | None") not in TYPES:
+            continue
+        cls.__annotations__[each.name] = annotation
+        setattr(cls, each.name, each.default)
+    return cls
+
+
+def make_loss_config(config: GRPOConfig) -> LossConfig:
+    """The LossConfig of a GRPOConfig.
+
+    Raises:
+        ValueError: the settings of the loss do not fit together.
+    """
+    if config.loss_type == "cispo" and config.epsilon_high is None:
+        raise bad_setting("epsilon_high", None, "a number with loss_type='cispo', the bound of the ratio itself: 5.0 (ScaleRL)")
+    names = {each.name for each in fields(config)} - set(_SET_BY_LOSS_TYPE)
+    settings: dict[str, Any] = {each.name: getattr(config, each.name) for each in fields(LossConfig) if each.name in names}
+    settings |= {
+        "epsilon_low": config.epsilon,
+        "epsilon_high": config.epsilon if config.epsilon_high is None else config.epsilon_high,
+        "bias_corrected_kl": config.use_bias_correction_kl,
+        # Denominators are those of the whole optimizer step, so bnpo's mean over the tokens of the batch is one over all its tokens.
+        "aggregation": "global_token_mean" if config.loss_type == "bnpo" else None,
+    }
+    return LossConfig(**settings)
