@@ -23,7 +23,7 @@ from grpo_fast.loss import checks
 
 pytestmark = needs_trl
 
-STEPS = 20
+STEPS = 8
 TIMES = ("runtime", "per_second", "step_time", "total_flos")  # how the names of what is no result end
 
 
@@ -33,7 +33,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def reward(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
-    """Of tokens by no rule that could be learnt in 20 steps; a group of a prompt's completions in five gets equal rewards."""
+    """Of tokens by no rule that could be learnt in a few steps; a group of a prompt's completions in five gets equal rewards."""
     values = [sum(token * 7 % 13 for token in ids) / (12 * len(ids)) for ids in completion_ids]
     return [0.5 if int(prompt.split()[0][1:]) % 5 == 0 else value for prompt, value in zip(prompts, values, strict=True)]
 
@@ -80,15 +80,69 @@ def build(trainer_class: Any, model_path: Path, out: Path, *, peft_config: Any =
     )
 
 
-def train(trainer_class: Any, model_path: Path, out: Path, **options: Any) -> list[dict[str, float]]:
+class Weights:
+    """What the trainable weights are when an optimiser step begins, and after the last one: of one run, for the steps of another.
+
+    Roundings of the first step are in the weights of the second, and grow from step to step: by how much depends on the processor's
+    instructions. So a run that is compared begins every step with the weights of the other run at that step, and what its own step has
+    made of them is compared before. Whatever else a trainer carries from step to step stays its own.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[list[Tensor]] = []
+
+    def recorder(self) -> Any:
+        from transformers import TrainerCallback
+
+        steps = self.steps
+
+        class Record(TrainerCallback):
+            def on_step_begin(self, args: Any, state: Any, control: Any, *, model: Any, **kwargs: Any) -> None:
+                steps.append([p.detach().clone() for p in trainable(model)])
+
+            on_train_end = on_step_begin
+
+        return Record()
+
+    def follower(self, tolerance: float) -> Any:
+        from transformers import TrainerCallback
+
+        steps = self.steps
+
+        class Follow(TrainerCallback):
+            @torch.no_grad()
+            def on_step_begin(self, args: Any, state: Any, control: Any, *, model: Any, **kwargs: Any) -> None:
+                now = state.global_step
+                for i, (mine, theirs) in enumerate(zip(trainable(model), steps[now], strict=True)):
+                    if now > 0:
+                        # SGD: a gradient's error times the learning rate, and the rounding of the sum with the weight, of either run.
+                        moved = max((after - before).abs().max().item() for before, after in zip(steps[now - 1], steps[now], strict=True))
+                        bound = tolerance * moved + torch.finfo(mine.dtype).eps * theirs.abs().max().item()
+                        gap = (mine - theirs).abs().max().item()
+                        assert gap <= bound, f"weight {i} after step {now}: {gap} from TRL's; allowed {bound}"
+                    mine.copy_(theirs)
+
+            on_train_end = on_step_begin
+
+        return Follow()
+
+
+def trainable(model: torch.nn.Module) -> list[Tensor]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def train(trainer_class: Any, model_path: Path, out: Path, *, callback: Any = None, **options: Any) -> list[dict[str, float]]:
     trainer = build(trainer_class, model_path, out, **options)
+    if callback is not None:
+        trainer.add_callback(callback)
     trainer.train()
     return trainer.state.log_history
 
 
 def same_runs(ours: list[dict[str, float]], theirs: list[dict[str, float]], tolerance: float = 1e-5) -> None:
     """Every number that was logged. Relative; to a tenth of the largest of its kind where it is less than that, for then its terms cancel;
-    losses and the KL, whose terms cancel always, to the largest."""
+    losses and the KL, whose terms cancel always, to the largest. A sum of terms of about 1 that cancel is rounded as they are: by half of
+    ``eps`` in either run, and once more where it is divided."""
     assert len(ours) == len(theirs)
     keys = {key for entry in theirs for key in entry if not key.endswith(TIMES)}
     assert {key for entry in ours for key in entry if not key.endswith(TIMES)} == keys
@@ -96,10 +150,11 @@ def same_runs(ours: list[dict[str, float]], theirs: list[dict[str, float]], tole
         mine, stock = [entry.get(key) for entry in ours], [entry.get(key) for entry in theirs]
         kind = "loss" if key == "train_loss" else key  # the mean of all steps'
         largest = max(1e-2, *(abs(entry[kind]) for entry in theirs if entry.get(kind) is not None))  # None: it was no number
-        scale = largest if key in ("loss", "policy_loss", "eval_loss", "train_loss", "kl") else 0.1 * largest
+        cancels = key in ("loss", "policy_loss", "eval_loss", "train_loss", "kl")
+        scale, rounding = (largest, 2 * torch.finfo(torch.float32).eps) if cancels else (0.1 * largest, 0.0)
         for step, (x, y) in enumerate(zip(mine, stock, strict=True)):
             assert (x is None) == (y is None), f"{key} at {step}: {x} and {y}"
-            assert x is None or abs(x - y) <= tolerance * max(abs(y), scale), f"{key} at step {step}: {x}, TRL {y}"
+            assert x is None or abs(x - y) <= tolerance * max(abs(y), scale) + rounding, f"{key} at step {step}: {x}, TRL {y}"
 
 
 def compare(model_path: Path, tmp_path: Path, tolerance: float = 1e-5, **options: Any) -> list[dict[str, float]]:
@@ -107,8 +162,10 @@ def compare(model_path: Path, tmp_path: Path, tolerance: float = 1e-5, **options
 
     from grpo_fast.integrations.trl import GRPOTrainer
 
-    theirs = train(trl.GRPOTrainer, model_path, tmp_path, **options)
-    ours = train(GRPOTrainer, model_path, tmp_path, **options)
+    weights = Weights()
+    theirs = train(trl.GRPOTrainer, model_path, tmp_path, callback=weights.recorder(), **options)
+    assert len(weights.steps) == options.get("max_steps", STEPS) + 1
+    ours = train(GRPOTrainer, model_path, tmp_path, callback=weights.follower(tolerance), **options)
     same_runs(ours, theirs, tolerance)
     assert sum(entry.get("grad_norm", 0) > 1e-2 for entry in ours) >= options.get("max_steps", STEPS) // 4, "steps must train"
     return ours
@@ -147,7 +204,7 @@ CASES: dict[str, dict[str, Any]] = {
     "checkpointing": {**REUSED, "gradient_checkpointing": True, "beta": 0.1},
     "compiled": {**REUSED, "torch_compile": True, "torch_compile_backend": "eager", "max_steps": 4},
     "padded": {**REUSED, "pad_to_multiple_of": 4, "beta": 0.1},
-    "evaluation": {"eval_strategy": "steps", "eval_steps": 10, "per_device_eval_batch_size": 4, "loss_type": "dapo"},
+    "evaluation": {"eval_strategy": "steps", "eval_steps": 4, "per_device_eval_batch_size": 4, "loss_type": "dapo"},
     **{f"{loss}-reused": {**REUSED, "loss_type": loss, **OF_LOSS.get(loss, {})} for loss in LOSSES},
     **{f"{loss}-beta": {**SMALL, "loss_type": loss, "beta": 0.1, "gradient_accumulation_steps": 4} for loss in LOSSES},
 }  # fmt: skip
@@ -188,7 +245,7 @@ def in_its_own(
     """tests/trl_two_processes.py; path: where packages are looked for first."""
     launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"] if processes > 1 else []
     script = Path(__file__).with_name("trl_two_processes.py")
-    searched = os.pathsep.join(map(str, (*path, script.parent)))
+    searched = os.pathsep.join([*map(str, (*path, script.parent)), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         [sys.executable, *launcher, str(script), which, str(model_path), str(out), json.dumps(options)],
         env={**os.environ, "PYTHONPATH": searched, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
