@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hang import HANG
 from test_linear_models import P, T, V, gradients, tiny, with_lora
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -106,7 +107,7 @@ def main() -> None:
     rank, processes, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
     store = torch.distributed.FileStore(str(folder / "store"), processes)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=processes, timeout=timedelta(seconds=60))
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=processes, timeout=timedelta(seconds=HANG))
     results: dict[str, Any] = {"one weight": one_weight(rank, processes)}
     for kind in KINDS:
         for by in ("loss", "logprobs"):

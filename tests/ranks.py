@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-TIMEOUT = 250  # seconds
+from hang import HANG
 
 
 def run_ranks(child: Path, processes: int, *arguments: str) -> list[Any]:
@@ -28,7 +27,7 @@ def run_ranks(child: Path, processes: int, *arguments: str) -> list[Any]:
         ]
         said = []
         try:
-            said = [process.communicate(timeout=TIMEOUT)[0] for process in started]
+            said = [process.communicate(timeout=HANG)[0] for process in started]
         finally:
             for process in started:
                 process.kill()

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from hang import HANG
 from typer.testing import CliRunner
 
 import grpo_fast as gf
@@ -296,7 +297,7 @@ def test_a_damaged_prebuilt_extension_is_reported_with_what_followed(monkeypatch
 def hold_lock(path: str, held, release) -> None:
     with extension._locked(Path(path)):
         held.set()
-        release.wait(30)
+        release.wait(HANG)
 
 
 def test_the_lock_is_released_when_its_holder_is_killed(tmp_path, capfd):
@@ -304,7 +305,7 @@ def test_the_lock_is_released_when_its_holder_is_killed(tmp_path, capfd):
     held, release = context.Event(), context.Event()
     holder = context.Process(target=hold_lock, args=(str(tmp_path / "lock"), held, release))
     holder.start()
-    assert held.wait(30)
+    assert held.wait(HANG)
     threading.Timer(0.3, holder.kill).start()
     with extension._locked(tmp_path / "lock"):
         pass

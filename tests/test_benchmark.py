@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hang import HANG
 from typer.testing import CliRunner
 
 import grpo_fast as gf
@@ -221,7 +222,7 @@ def measured(tmp_path_factory):
     """One quick run, by the command that a user types, and the folder it wrote to."""
     folder = tmp_path_factory.mktemp("bench")
     command = [sys.executable, "-m", "grpo_fast.cli", "bench", *RUN, "--output", str(folder / "new" / "tiny.json")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, timeout=200)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, timeout=HANG)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder / "new", done.stdout
 

@@ -238,7 +238,6 @@ def test_the_command_refuses_bad_options(option, value, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.sweep) for seed in (2, 3, 4))])
 def test_the_demonstration_learns(seed, tmp_path):
     started = time.process_time()

@@ -315,7 +315,6 @@ def bare_environment(folder: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.skipif(sys.platform != "linux", reason="a shell script for machines with a GPU")
 def test_the_script_in_a_bare_checkout(tmp_path: Path) -> None:
     """From a checkout that nobody has installed, as on a machine that was lent: built, every GPU test found, both parts measured."""

@@ -11,6 +11,7 @@ import pytest
 import torch
 from cases import random_case
 from compare import assert_close, of_two_ulps
+from hang import HANG
 
 import grpo_fast as gf
 
@@ -64,7 +65,7 @@ def test_the_other_instruction_sets(isa: str) -> None:
     code += "print('isa', torch.ops.grpo_fast.cpu_isa())"
     environment = {**os.environ, "GRPO_FAST_ISA": isa}
     done = subprocess.run(
-        [sys.executable, "-c", code, str(Path(__file__).parent)], env=environment, capture_output=True, text=True, check=False, timeout=300
+        [sys.executable, "-c", code, str(Path(__file__).parent)], env=environment, capture_output=True, text=True, check=False, timeout=HANG
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert int(done.stdout.split()[-1]) <= int(isa)

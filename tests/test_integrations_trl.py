@@ -14,6 +14,7 @@ from unittest import mock
 
 import pytest
 import torch
+from hang import HANG
 from peers import PEERS, needs_trl
 from tiny_model import VOCABULARY, save_tiny_model
 from torch import Tensor
@@ -251,7 +252,7 @@ def in_its_own(
         env={**os.environ, "PYTHONPATH": searched, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=HANG,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -13,6 +13,7 @@ from unittest import mock
 import numpy
 import pytest
 import torch
+from hang import HANG
 from peers import peer_module
 from policy_batch import assert_same, poisoned, policy_batch, value_and_gradient
 from torch import Tensor
@@ -161,7 +162,7 @@ def test_a_vocabulary_divided_between_two_processes(tmp_path: Path) -> None:
         for rank in range(2)
     ]
     try:
-        said = [process.communicate(timeout=120)[0] for process in started]
+        said = [process.communicate(timeout=HANG)[0] for process in started]
     finally:
         for process in started:
             process.kill()

@@ -12,7 +12,6 @@ TOKENS, WIDTH, VOCABULARY = 65_536, 64, 152_064
 
 
 @pytest.mark.sweep
-@pytest.mark.timeout(1800)
 def test_64k_tokens_of_a_large_vocabulary(generator: torch.Generator) -> None:
     torch.set_num_threads(2)
     hidden = torch.randn(8, TOKENS // 8, WIDTH, generator=generator).requires_grad_()

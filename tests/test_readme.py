@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from hang import HANG
 
 import grpo_fast as gf
 from grpo_fast.benchmark.head.report import markdown
@@ -215,7 +216,7 @@ def test_the_readme_is_short_and_names_every_loss_type() -> None:
 def test_command(command: str) -> None:
     program, *arguments = shlex.split(command)
     done = subprocess.run(
-        [str(Path(sys.executable).parent / program), *arguments], capture_output=True, text=True, check=False, timeout=120
+        [str(Path(sys.executable).parent / program), *arguments], capture_output=True, text=True, check=False, timeout=HANG
     )
     assert done.returncode == 0, done.stderr
     assert "reference" in done.stdout

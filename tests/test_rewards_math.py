@@ -60,7 +60,7 @@ def test_the_whole_text_is_searched_only_on_request():
 @needs_math_verify
 @pytest.mark.parametrize(("undecided", "expected"), [(None, None), (0.0, 0.0)])
 def test_what_takes_too_long_is_counted_and_undecided(undecided, expected):
-    reward = MathReward(timeout=1.0, undecided=undecided)
+    reward = MathReward(timeout=3.0, undecided=undecided)
     begin = time.monotonic()
     assert score(reward, (FOREVER, "7"), (r"\boxed{7}", "7"), (r"\boxed{8}", "7")) == [expected, 1.0, 0.0]
     assert reward.counters == Counter(timeouts=1)

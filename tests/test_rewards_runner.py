@@ -14,6 +14,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from hang import HANG
 
 from grpo_fast.rewards import (
     BUILT_IN,
@@ -210,19 +211,19 @@ def test_a_hung_thread_is_left_behind_and_the_rest_goes_on():
         completions.clear()  # it has copies: nobody sees this
         return [0.0] * 3
 
-    runner = RewardRunner([hangs, lengths], timeout=0.1, on_error="not_applicable")
+    runner = RewardRunner([hangs, lengths], timeout=0.5, on_error="not_applicable")
     begin = time.monotonic()
     for _ in range(4):
         values, metrics = runner(**BATCH)
         check(values, [[NAN, 1], [NAN, 2], [NAN, 3]])
         assert metrics["rewards/hangs/timeouts"] == 1
-    assert time.monotonic() - begin < 20
+    assert time.monotonic() - begin < 50  # not the minute that they would take
     with pytest.raises(RuntimeError, match=r"4 threads of reward 'hangs' hang .* Cure: mend it, or isolation='process'"):
         runner(**BATCH)
-    with pytest.raises(RewardError, match=r"reward 'hangs' failed: it took longer than 0.1 s and was left behind"):
-        RewardRunner([hangs], timeout=0.1)(**BATCH)
+    with pytest.raises(RewardError, match=r"reward 'hangs' failed: it took longer than 0.5 s and was left behind"):
+        RewardRunner([hangs], timeout=0.5)(**BATCH)
     release.set()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + HANG
     while any(thread.is_alive() for thread in runner._abandoned[0]) and time.monotonic() < deadline:
         time.sleep(0.01)
     check(runner(**BATCH).values, [[0, 1], [0, 2], [0, 3]])  # those threads have ended: it may try again
@@ -261,13 +262,13 @@ def test_async_functions_that_fail_or_are_late():
         return [1.0] * 3
 
     begin = time.monotonic()
-    runner = RewardRunner([broken, own_timeout, sleeps, fine], timeout=0.2, on_error="not_applicable")
+    runner = RewardRunner([broken, own_timeout, sleeps, fine], timeout=0.5, on_error="not_applicable")
     values, metrics = runner(**BATCH)
-    assert time.monotonic() - begin < 20
+    assert time.monotonic() - begin < 50  # not the minute that they would take
     check(values, [[NAN, NAN, NAN, 1]] * 3)
     assert [metrics[f"rewards/{name}"] for name in ("broken/errors", "own_timeout/errors", "sleeps/timeouts")] == [1, 1, 1]
-    with pytest.raises(RewardError, match=r"reward 'sleeps' failed: it took longer than 0.2 s and was cancelled"):
-        RewardRunner([sleeps], timeout=0.2)(**BATCH)
+    with pytest.raises(RewardError, match=r"reward 'sleeps' failed: it took longer than 0.5 s and was cancelled"):
+        RewardRunner([sleeps], timeout=0.5)(**BATCH)
 
 
 def test_inside_a_running_event_loop():
@@ -286,7 +287,7 @@ def test_an_async_function_that_blocks_the_loop_is_left_behind():
     async def blocks(completions):
         release.wait(60)
 
-    runner = RewardRunner([blocks, lengths], timeout=0.1, on_error="not_applicable")
+    runner = RewardRunner([blocks, lengths], timeout=0.5, on_error="not_applicable")
     for _ in range(4):
         values, metrics = runner(**BATCH)
         check(values, [[NAN, 1], [NAN, 2], [NAN, 3]])
@@ -386,7 +387,7 @@ def test_no_gradient_is_recorded():
         assert not torch.is_grad_enabled()
         return weight.expand(3) * 2
 
-    check(RewardRunner([model], timeout=20)(**BATCH).values, [[2], [2], [2]])
+    check(RewardRunner([model], timeout=HANG)(**BATCH).values, [[2], [2], [2]])
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ def test_a_score_function_that_raises_means_wrong(reasoning_gym):
 def test_a_score_function_that_hangs_is_killed_and_counted(reasoning_gym):
     task = reasoning_gym_task("rubiks_cube", size=1)
     assert task.rows[0]["answer"] is None  # many solutions
-    hasty = ReasoningGymReward("rubiks_cube", timeout=0.2)
+    hasty = ReasoningGymReward("rubiks_cube", timeout=1.0)
     entry = task.rows[0]["entry"]
     hasty(["q"], ["<answer>warm up</answer>"], entry=[entry])
     hasty.counters.clear()

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from hang import HANG
 from ranks import part
 from trainer_cases import ROWS, Scripted, logs, model, parameters, trainer
 
@@ -112,7 +113,7 @@ def launched(*arguments: str) -> str:
     """What `accelerate launch` printed."""
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port=0", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hang import HANG
 from trainer_cases import logs, trainer
 
 from grpo_fast.trainer.checkpoints import last_checkpoint
@@ -35,7 +36,7 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
     def start(folder: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen([sys.executable, __file__, str(tmp_path / folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
-    assert start("undisturbed").wait(timeout=300) == 0
+    assert start("undisturbed").wait(timeout=HANG) == 0
     killed = tmp_path / "killed"
     while kills < 4:
         process = start("killed")
@@ -48,7 +49,7 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
         process.kill()
         process.wait()
         kills += 1
-    assert start("killed").wait(timeout=300) == 0
+    assert start("killed").wait(timeout=HANG) == 0
     assert kills >= 2
     assert json.loads((killed / "losses.json").read_text()) == json.loads((tmp_path / "undisturbed" / "losses.json").read_text())
 

@@ -19,6 +19,7 @@ import pytest
 import test_grpo_loss
 import torch
 from cases import Case, random_case
+from hang import HANG
 from launches import parts_for, small_blocks, splitter
 from packaging.version import Version
 from torch import Tensor
@@ -61,13 +62,11 @@ def interpret(*arguments: str) -> None:
     assert " passed" in done.stdout
 
 
-@pytest.mark.timeout(900)
 def test_in_the_interpreter() -> None:
     interpret("-m", "not sweep")
 
 
 @pytest.mark.sweep
-@pytest.mark.timeout(1800)
 def test_in_the_interpreter_at_length() -> None:
     interpret("-m", "sweep")
 
@@ -347,7 +346,7 @@ def test_compile(loss_type: str, triton_backend: None) -> None:
     torch.testing.assert_close(compiled, eager, rtol=2e-2, atol=1e-4)
 
 
-SANITIZER_SECONDS = 120
+SANITIZER_SECONDS = HANG
 
 
 def sanitizer(tool: str, code: str, *options: str) -> tuple[int, str]:

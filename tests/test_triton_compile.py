@@ -28,7 +28,6 @@ ASKED = {"sums": 9, "sums+entropy": 10.5, "gradient": 10, "gradient+entropy": 10
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 def test_every_variant(dtype: str, tmp_path: Path) -> None:
     """The tool itself fails on a spill, on too many instructions and on loads of less than 16 bytes."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from hang import HANG
 
 pytest.importorskip("transformers", reason="the stand-in server is backed by a transformers model")
 
@@ -79,7 +80,7 @@ def url(stand_in: StandIn) -> Iterator[str]:
 
 
 def connect(url: str, model: Any = None, **options: Any) -> VLLMSampler:
-    defaults: dict[str, Any] = {"retry_seconds": 5.0, "timeout": 10.0, "concurrency": 4, "weight_sync": "disk"}
+    defaults: dict[str, Any] = {"retry_seconds": 60.0, "timeout": HANG, "concurrency": 4, "weight_sync": "disk"}
     sampler = make_sampler("vllm", model if model is not None else tiny(), None, url=url, **(defaults | options))
     assert isinstance(sampler, VLLMSampler)
     return sampler
@@ -168,7 +169,7 @@ def test_a_server_that_stays_broken_ends_in_an_error_with_url_and_cure(stand_in:
     begin = time.monotonic()
     with pytest.raises(SamplerError, match=r"answers 500.*engine says no.*tries") as caught:
         sampler.generate([[5]], params([1.0]))
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 60  # and not until the thousand faults are over
     assert url in str(caught.value)
     sampler.close()
 

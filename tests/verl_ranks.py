@@ -10,6 +10,7 @@ import sys
 from datetime import timedelta
 
 import torch
+from hang import HANG
 from torch import Tensor, distributed
 
 from grpo_fast.integrations.verl import linear_cross_entropy
@@ -19,7 +20,7 @@ VOCABULARY, CUT = 37, 11
 
 def main(rank: int, file: str) -> None:
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2, timeout=timedelta(seconds=HANG))
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(2, 5, 12, generator=generator), torch.randn(VOCABULARY, 12, generator=generator)
     labels = torch.randint(VOCABULARY, (2, 5), generator=generator)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hang import HANG
 from torch import Tensor
 
 import grpo_fast as gf
@@ -137,7 +138,7 @@ def main() -> None:
     rank, processes, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
     store = torch.distributed.FileStore(str(folder / "store"), processes)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=processes, timeout=timedelta(seconds=60))
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=processes, timeout=timedelta(seconds=HANG))
     group = torch.distributed.group.WORLD
     part = slice(*CUTS[processes][rank : rank + 2])
     results = {name: measured(name, of, part, group, torch.float32) for name, of in cases().items()}
