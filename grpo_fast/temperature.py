@@ -1,5 +1,6 @@
-"""Temperature schedules, and the diagnosis of a temperature mismatch. The public name of ``grpo_fast.trainer.temperature``."""
+"""Temperature schedules, and the diagnosis of a temperature mismatch. The public names of ``grpo_fast.trainer.temperature``."""
 
-from grpo_fast.trainer.temperature import KINDS, Mismatch, TemperatureSchedule, explain_mismatch
+from grpo_fast.trainer.temperature import KINDS, TemperatureSchedule
+from grpo_fast.trainer.temperature_mismatch import Mismatch, explain_mismatch
 
 __all__ = ["KINDS", "Mismatch", "TemperatureSchedule", "explain_mismatch"]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from grpo_fast.trainer.temperature import KINDS, TemperatureSchedule, explain_mismatch
+from grpo_fast.temperature import KINDS, TemperatureSchedule, explain_mismatch
 
 make = TemperatureSchedule.from_config
 

@@ -10,7 +10,7 @@ from accelerate.utils import gather_object
 
 import grpo_fast as gf
 from grpo_fast.trainer.rollout import MicroBatch
-from grpo_fast.trainer.temperature import explain_mismatch
+from grpo_fast.trainer.temperature_mismatch import explain_mismatch
 
 if TYPE_CHECKING:
     from grpo_fast.trainer.grpo_trainer import GRPOTrainer
