@@ -173,10 +173,10 @@ def forward_contestants(device: str) -> dict[str, list[Contestant]]:
     if function := imported("trl.trainer.utils", "selective_log_softmax_and_entropy"):
         with_entropy.append(Contestant("trl", lambda z, ids: function(z, ids, temperature=TEMPERATURE), 8))
     if by_kernels(device):
-        from grpo_fast.kernels.token_logprobs import Rows, Scoring, token_logprobs_fwd
+        from grpo_fast.kernels.token_logprobs import LogitRows, Scoring, token_logprobs_fwd
 
         def without_entropy(z: Tensor, ids: Tensor) -> Tensor:
-            rows = Rows(z, ids, torch.ones_like(ids, dtype=torch.bool))
+            rows = LogitRows(z, ids, torch.ones_like(ids, dtype=torch.bool))
             return token_logprobs_fwd(rows, Scoring(None, TEMPERATURE, 0.0, 1.0), want_entropy=False)[0]
 
         without.insert(0, Contestant("ours", without_entropy, 0.1, "the kernels themselves, without the operator's checks"))
@@ -185,9 +185,9 @@ def forward_contestants(device: str) -> dict[str, list[Contestant]]:
 
 def gradient_alone(given: Given) -> Callable[[Any], Tensor]:
     """The gradient kernel by itself, which reads the logits and writes as much: from statistics, g and h that are there."""
-    from grpo_fast.kernels.token_logprobs import Rows, Scoring, token_gradient, token_logprobs_fwd
+    from grpo_fast.kernels.token_logprobs import LogitRows, Scoring, token_gradient, token_logprobs_fwd
 
-    rows = Rows(given.logits, given.ids, torch.ones_like(given.ids, dtype=torch.bool))
+    rows = LogitRows(given.logits, given.ids, torch.ones_like(given.ids, dtype=torch.bool))
     scoring, h = Scoring(None, TEMPERATURE, 0.0, 1.0), torch.zeros(1, 1, device=given.ids.device)
     logprobs, entropy, lse = token_logprobs_fwd(rows, scoring)
     (g,) = torch.autograd.grad(clipped(logprobs.requires_grad_(), given.old, given.advantages), logprobs)

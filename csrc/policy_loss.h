@@ -4,6 +4,8 @@
 #include <cmath>
 #include <cstdint>
 
+#include "policy_loss_config.h"
+
 #if defined(__CUDACC__) || defined(__HIPCC__)
 #define GF_HOST_DEVICE __host__ __device__
 #else
@@ -11,22 +13,6 @@
 #endif
 
 namespace grpo_fast {
-
-// The numbers are the positions in SURROGATES and KL_ESTIMATORS of grpo_fast/loss/config.py. VESPO has no entry: its weight needs a whole
-// sequence, so it reaches a kernel as REINFORCE with that weight.
-enum class Surrogate : int64_t { kClip = 0, kCispo = 1, kSapo = 2, kReinforce = 3 };
-enum class KlEstimator : int64_t { kK1 = 0, kK2 = 1, kK3 = 2 };
-
-struct PolicyLossConfig {
-  Surrogate surrogate;
-  KlEstimator kl_estimator;
-  bool bias_corrected_kl;
-  double epsilon_low, epsilon_high;
-  double delta;      // infinity: no bound
-  double dual_clip;  // infinity: no bound
-  double beta, entropy_coef, log_ratio_clamp;
-  double sapo_temperature_pos, sapo_temperature_neg;
-};
 
 template <typename Real>
 struct PolicyToken {  // what is known of a token beside its logits
@@ -79,9 +65,36 @@ GF_HOST_DEVICE inline Dual<Real> sapo_loss(Dual<Real> ratio, Real advantage, con
   return {-4 / tau * gate * advantage, -4 * gate * (1 - gate) * ratio.slope * advantage};
 }
 
+// Between Bernoulli(q) and Bernoulli(p), the probabilities of the token under the old policy and under this one.
 template <typename Real>
-GF_HOST_DEVICE inline Dual<Real> surrogate_loss(Dual<Real> ratio, Real logprob, Real advantage, const PolicyLossConfig& config, bool* low,
-                                                bool* high) {
+GF_HOST_DEVICE inline Real binary_tv(Real logprob, Real old_logprob) {
+  return std::fabs(std::exp(logprob) - std::exp(old_logprob));
+}
+
+template <typename Real>
+GF_HOST_DEVICE inline Real binary_kl(Real logprob, Real old_logprob) {
+  const Real q = std::exp(old_logprob), others = -std::expm1(logprob), old_others = -std::expm1(old_logprob);
+  const Real of_token = q > 0 ? q * (old_logprob - logprob) : Real(0);
+  return of_token + (old_others > 0 ? old_others * (std::log(old_others) - std::log(others)) : Real(0));
+}
+
+template <typename Real>
+GF_HOST_DEVICE inline Dual<Real> dppo_loss(Dual<Real> ratio, Real logprob, const PolicyToken<Real>& token, const PolicyLossConfig& config,
+                                           bool* low, bool* high) {
+  if (token.has_old) {
+    const Real old_logprob = token.old_logprob > 0 ? Real(0) : token.old_logprob;
+    const Real divergence = config.surrogate == Surrogate::kDppoTv ? binary_tv(logprob, old_logprob) : binary_kl(logprob, old_logprob);
+    *low = divergence > Real(config.dppo_mask_low) && logprob < old_logprob && token.advantage < 0;
+    *high = divergence > Real(config.dppo_mask_high) && logprob > old_logprob && token.advantage > 0;
+  }
+  if (*low || *high) return {Real(0), Real(0)};
+  return {-ratio.value * token.advantage, -ratio.slope * token.advantage};
+}
+
+template <typename Real>
+GF_HOST_DEVICE inline Dual<Real> surrogate_loss(Dual<Real> ratio, Real logprob, const PolicyToken<Real>& token,
+                                                const PolicyLossConfig& config, bool* low, bool* high) {
+  const Real advantage = token.advantage;
   *low = *high = false;
   switch (config.surrogate) {
     case Surrogate::kClip:
@@ -94,7 +107,11 @@ GF_HOST_DEVICE inline Dual<Real> surrogate_loss(Dual<Real> ratio, Real logprob, 
     }
     case Surrogate::kSapo:
       return sapo_loss(ratio, advantage, config);
+    case Surrogate::kDppoTv:
+    case Surrogate::kDppoKl:
+      return dppo_loss(ratio, logprob, token, config, low, high);
     case Surrogate::kReinforce:
+    case Surrogate::kVespo:  // its weight needs a whole sequence: it reaches a kernel as kReinforce, the weight in the advantage
       break;
   }
   return {-advantage * logprob, -advantage};
@@ -120,7 +137,7 @@ GF_HOST_DEVICE inline PolicyTerms<Real> policy_terms(Real logprob, Real entropy,
   ratio.slope = ratio.value * clamped.slope;
 
   PolicyTerms<Real> out;
-  const Dual<Real> policy = surrogate_loss(ratio, logprob, token.advantage, config, &out.clip_low, &out.clip_high);
+  const Dual<Real> policy = surrogate_loss(ratio, logprob, token, config, &out.clip_low, &out.clip_high);
   Dual<Real> kl{Real(0), Real(0)};
   if (token.has_ref) kl = kl_penalty(logprob, token.ref_logprob, config);
   Dual<Real> penalty = kl;

@@ -63,7 +63,9 @@ def random_config(rng: random.Random) -> gf.LossConfig:
     if row.surrogate == "clip":
         settings["delta"] = rng.choice([None, 1.3, 2.0])
         settings["dual_clip"] = rng.choice([None, 1.2, 3.0])
-    if row.surrogate not in ("vespo", "reinforce"):
+    if row.surrogate in ("dppo_tv", "dppo_kl"):
+        settings["dppo_mask_low"], settings["dppo_mask_high"] = rng.choice([1e-4, 0.01]), rng.choice([1e-4, 0.01])
+    elif row.surrogate not in ("vespo", "reinforce"):
         settings["importance_sampling_level"] = rng.choice([None, None, "token", "sequence", "sequence_token"])
     settings["beta"] = rng.choice([0.0, 0.0, 0.04, 1.0])
     settings["kl_estimator"] = rng.choice(["k1", "k2", "k3"])

@@ -23,7 +23,7 @@ from grpo_fast.kernels import grpo_loss as grpo_loss_module
 from grpo_fast.kernels import token_logprobs as kernels
 from grpo_fast.kernels.scale import BLOCK as SCALE_BLOCK
 from grpo_fast.kernels.scale import scale_
-from grpo_fast.kernels.token_logprobs import Rows, Scoring, token_gradient, token_logprobs_bwd, token_logprobs_fwd
+from grpo_fast.kernels.token_logprobs import LogitRows, Scoring, token_gradient, token_logprobs_bwd, token_logprobs_fwd
 from grpo_fast.loss import reference
 from grpo_fast.loss.kernel_settings import loss_settings
 from grpo_fast.ops import triton_registration as triton_ops
@@ -39,7 +39,7 @@ def normal(*shape: int, seed: int, device: str) -> Tensor:
 # ---- one row: where it begins and ends, where the target is, who computes which part
 
 
-def truth_of(rows: Rows, scoring: Scoring, g: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def truth_of(rows: LogitRows, scoring: Scoring, g: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(logprobs, entropy, gradient) in float64."""
     leaf = rows.logits.double().requires_grad_()
     temperature = scoring.temperature if scoring.temperatures is None else scoring.temperatures.double()
@@ -48,7 +48,7 @@ def truth_of(rows: Rows, scoring: Scoring, g: Tensor, h: Tensor) -> tuple[Tensor
     return logprobs.detach(), entropy.detach(), gradient
 
 
-def check_rows(rows: Rows, scoring: Scoring, *, parts: int = 1, gradient: Tensor | None = None) -> None:
+def check_rows(rows: LogitRows, scoring: Scoring, *, parts: int = 1, gradient: Tensor | None = None) -> None:
     g, h = normal(2, *rows.token_ids.shape, seed=1, device=rows.logits.device.type)
     true_logprobs, true_entropy, true_gradient = truth_of(rows, scoring, g, h)
     logprobs, entropy, lse = token_logprobs_fwd(rows, scoring, parts=parts)
@@ -66,12 +66,12 @@ def check_rows(rows: Rows, scoring: Scoring, *, parts: int = 1, gradient: Tensor
     assert (error <= rounding * true_gradient.abs() + 128 * EPSILON * size + least).all(), error.max()
 
 
-def rows_with_targets(vocabulary: int, targets: list[int], dtype: torch.dtype, device: str, shift: int = 0) -> Rows:
+def rows_with_targets(vocabulary: int, targets: list[int], dtype: torch.dtype, device: str, shift: int = 0) -> LogitRows:
     """One row per target; the first row begins ``shift`` elements after a 16-byte boundary, and all around it is NaN."""
     memory = torch.full((16 + len(targets) * vocabulary + 16,), float("nan"), dtype=dtype, device=device)
     logits = memory[shift : shift + len(targets) * vocabulary].view(1, len(targets), vocabulary)
     logits.copy_(normal(*logits.shape, seed=vocabulary, device=device) * 3)
-    return Rows(logits, torch.tensor([targets], device=device), torch.ones(1, len(targets), dtype=torch.bool, device=device))
+    return LogitRows(logits, torch.tensor([targets], device=device), torch.ones(1, len(targets), dtype=torch.bool, device=device))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -108,7 +108,7 @@ def test_the_gradient_goes_where_the_logits_lie_or_anywhere_else(device: str) ->
     assert not kernels.same_phase(rows.logits, expected), "the case is of no use: the rows are to lie on other offsets than the gradient's"
     torch.testing.assert_close(expected.double(), truth_of(rows, scoring, g, h)[2], rtol=1e-5, atol=1e-7)
     for parts in (1, 3):
-        copied = Rows(rows_with_targets(vocabulary, targets, torch.float32, device, 2).logits.copy_(rows.logits), *rows[1:])
+        copied = LogitRows(rows_with_targets(vocabulary, targets, torch.float32, device, 2).logits.copy_(rows.logits), *rows[1:])
         assert token_logprobs_bwd(g, h, copied, scoring, *statistics, inplace=True, parts=parts) is copied.logits
         torch.testing.assert_close(copied.logits, expected, rtol=1e-6, atol=1e-9)
     padded = torch.full((1, 5, vocabulary + 77), float("nan"), device=device)
@@ -146,7 +146,7 @@ def test_rows_that_lie_two_to_the_31_apart(device: str) -> None:
     g, h = torch.tensor([[0.7, -0.3]], device=device), torch.tensor([[0.1, 0.2]], device=device)
     results = []
     for logits in (rows.logits.clone(), far_apart(rows.logits)):
-        own = Rows(logits, *rows[1:])
+        own = LogitRows(logits, *rows[1:])
         statistics = token_logprobs_fwd(own, scoring, parts=2)
         gradient = token_logprobs_bwd(g, h, own, scoring, *statistics, inplace=True, parts=2)
         results.append((*statistics, scale_(gradient, torch.tensor(0.5, device=device)).clone()))
@@ -189,10 +189,10 @@ def offset(logits: Tensor) -> None:
 def test_rows_on_which_the_guess_is_wrong(change: Any, parts: int, device: str) -> None:
     logits = normal(1, 1, 1600, seed=3, device=device)
     change(logits)
-    rows = Rows(logits, torch.tensor([[1450]], device=device), torch.ones(1, 1, dtype=torch.bool, device=device))
+    rows = LogitRows(logits, torch.tensor([[1450]], device=device), torch.ones(1, 1, dtype=torch.bool, device=device))
     scoring, g, h = Scoring(None, 1.0, 0.0, 1.0), torch.tensor([[0.7]], device=device), torch.tensor([[0.2]], device=device)
     finite = torch.where(logits == float("-inf"), -1e30, logits)  # the reference's gradient knows no -inf
-    true_logprobs, true_entropy, true_gradient = truth_of(Rows(finite, *rows[1:]), scoring, g, h)
+    true_logprobs, true_entropy, true_gradient = truth_of(LogitRows(finite, *rows[1:]), scoring, g, h)
     logprobs, entropy, lse = token_logprobs_fwd(rows, scoring, parts=parts)
     assert logprobs.item() == pytest.approx(true_logprobs.item(), rel=1e-5, abs=1e-30)
     assert entropy.item() == pytest.approx(true_entropy.item(), rel=1e-5, abs=1e-5)
@@ -206,7 +206,7 @@ def test_confident_tokens_keep_their_digits(margin: float, device: str) -> None:
     logits = torch.zeros(1, 1, 1000, device=device)
     logits[0, 0, 7] = margin + torch.tensor(999.0).log()
     odds = torch.exp(logits[0, 0, 7].double()).reciprocal().cpu() * 999
-    rows = Rows(logits, torch.tensor([[7]], device=device), torch.ones(1, 1, dtype=torch.bool, device=device))
+    rows = LogitRows(logits, torch.tensor([[7]], device=device), torch.ones(1, 1, dtype=torch.bool, device=device))
     scoring = Scoring(None, 1.0, 0.0, 1.0)
     statistics = token_logprobs_fwd(rows, scoring)
     relative = 8 * EPSILON * (margin + 10)  # of an exponential of such an argument
@@ -223,7 +223,9 @@ def test_a_row_is_the_same_bits_alone_and_among_others(device: str) -> None:
     scoring = Scoring(None, 0.6, 0.0, 1.0)
     together = token_logprobs_fwd(rows, scoring)
     for i in range(3):
-        alone = token_logprobs_fwd(Rows(rows.logits[:, i : i + 1], rows.token_ids[:, i : i + 1], rows.mask[:, i : i + 1]), scoring, parts=1)
+        alone = token_logprobs_fwd(
+            LogitRows(rows.logits[:, i : i + 1], rows.token_ids[:, i : i + 1], rows.mask[:, i : i + 1]), scoring, parts=1
+        )
         again = token_logprobs_fwd(rows, scoring, parts=1)
         assert all(torch.equal(a[0, i], b[0, 0]) for a, b in zip(again, alone, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(together, token_logprobs_fwd(rows, scoring), strict=True))

@@ -68,6 +68,8 @@ RANGES = [
     ("vespo_k_neg", -1e-3, "a number >= 0"),
     ("vespo_lambda_pos", -1.0, "a number >= 0"),
     ("vespo_lambda_neg", -1.0, "a number >= 0"),
+    ("dppo_mask_low", -0.1, "a number >= 0"),
+    ("dppo_mask_high", -0.1, "a number >= 0"),
     ("log_ratio_clamp", 0.0, "a number > 0"),
     ("log_ratio_clamp", -20.0, "a number > 0"),
     ("log_ratio_clamp", 81.0, "at most 80, since exp"),
@@ -104,6 +106,7 @@ def test_a_value_out_of_range(name: str, value: Any, expected: str) -> None:
         {"entropy_coef": -0.1},  # a penalty of entropy is a thing one may want
         {"vespo_k_pos": 0.0},
         {"vespo_lambda_pos": 0.0},
+        {"loss_type": "dppo_tv", "dppo_mask_low": 0, "dppo_mask_high": 1.0},
         {"max_completion_length": 1},
         {"epsilon_low": np.float64(0.2)},  # a float
         {"epsilon_high": np.float32(0.25), "delta": np.float16(2), "beta": np.int64(1), "max_completion_length": np.int32(7)},
@@ -147,7 +150,7 @@ def test_bounds_of_the_clip_belong_to_the_clip(loss_type: str, name: str) -> Non
     refused(ValueError, f"{name} is 9.0; expected None with loss_type='{loss_type}'", cure, loss_type=loss_type, **{name: 9.0})
 
 
-@pytest.mark.parametrize("loss_type", ["vespo", "reinforce"])
+@pytest.mark.parametrize("loss_type", ["vespo", "reinforce", "dppo_tv", "dppo_kl"])
 @pytest.mark.parametrize("level", ["sequence", "sequence_token"])
 def test_a_level_where_there_is_no_ratio(loss_type: str, level: str) -> None:
     cure = f"leave importance_sampling_level unset with loss_type='{loss_type}'"
@@ -219,6 +222,8 @@ def test_a_changed_copy_is_checked_too() -> None:
         ("luspo", ("clip", "sequence", "sequence_sum")),
         ("vespo", ("vespo", "token", "global_token_mean")),
         ("gspo", ("clip", "sequence", "sequence_mean")),
+        ("dppo_tv", ("dppo_tv", "token", "global_token_mean")),
+        ("dppo_kl", ("dppo_kl", "token", "global_token_mean")),
         ("reinforce", ("reinforce", "token", "global_token_mean")),
     ],
 )
@@ -229,9 +234,9 @@ def test_the_table_of_loss_types(loss_type: str, row: tuple[str, str, str]) -> N
 
 
 def test_the_table_is_complete_and_its_order_is_the_kernels() -> None:
-    assert len(LOSS_TYPES) == 10
-    assert SURROGATES[:4] == ("clip", "cispo", "sapo", "reinforce"), "the numbers in csrc/policy_loss.h"
-    assert KL_ESTIMATORS == ("k1", "k2", "k3"), "the numbers in csrc/policy_loss.h"
+    assert len(LOSS_TYPES) == 12
+    assert SURROGATES[:4] == ("clip", "cispo", "sapo", "reinforce")
+    assert KL_ESTIMATORS == ("k1", "k2", "k3")
     for surrogate, level, aggregation in LOSS_TYPES.values():
         assert surrogate in SURROGATES
         assert level in LEVELS

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import grpo_fast as gf
 from grpo_fast.loss.config import AGGREGATIONS, KL_ESTIMATORS, LEVELS, LOSS_TYPES, LossConfig
+from grpo_fast.loss.reference import binary_kl, binary_tv
 from grpo_fast.ops import extension
 
 BACKENDS = [
@@ -58,9 +59,13 @@ def configs(draw: st.DrawFn) -> LossConfig:
         bias_corrected_kl=draw(st.booleans()),
         entropy_coef=draw(st.sampled_from([0.0, 0.0, 0.01, -0.1])),
         entropy_aggregation=draw(st.sampled_from(["same", "token_mean"])),
-        importance_sampling_level=None if surrogate in ("vespo", "reinforce") else draw(st.sampled_from([None, *LEVELS])),
+        importance_sampling_level=None
+        if surrogate in ("vespo", "reinforce", "dppo_tv", "dppo_kl")
+        else draw(st.sampled_from([None, *LEVELS])),
         aggregation=draw(st.sampled_from([None, *AGGREGATIONS])),
         log_ratio_clamp=draw(st.sampled_from([2.0, 20.0, 40.0])),
+        dppo_mask_low=draw(st.sampled_from([0.01, 0.2])),
+        dppo_mask_high=draw(st.sampled_from([0.01, 0.2])),
         max_completion_length=draw(st.integers(1, 10)),
         **(clip if surrogate == "clip" else {}),
     )
@@ -346,6 +351,10 @@ def away_from_the_corners(truth: gf.GRPOOutput, problem: Problem) -> bool:
         if log_ratio.dim() == 1:
             return config.surrogate != "clip" or not truth.active.any() or config.epsilon_low * config.epsilon_high > 0
         log_ratio = log_ratio.sum(-1) / truth.active.sum(-1).clamp(min=1)
+    if config.surrogate in ("dppo_tv", "dppo_kl"):
+        logprobs = torch.where(truth.active, truth.logprobs, -1.0)
+        divergence = (binary_tv if config.surrogate == "dppo_tv" else binary_kl)(logprobs, (logprobs - log_ratio).clamp(max=0))
+        return all(bool(((divergence - mask).abs() > 1e-5).all()) for mask in (config.dppo_mask_low, config.dppo_mask_high))
     ratio = log_ratio.exp()
     corners = torch.tensor(
         [1 - config.epsilon_low, 1 + config.epsilon_high, config.epsilon_high, config.delta or 9e9, config.dual_clip or 9e9]

@@ -118,6 +118,25 @@ SURROGATES: list[tuple[dict[str, Any], float, float, float, float, int, int]] = 
     ({"loss_type": "sapo", "sapo_temperature_neg": 1.25}, -2.0, 2.0, 4.974719111518024, 2.769676591879953, 0, 0),
     ({"loss_type": "sapo"}, 0.0, 2.0, 0.0, 0.0, 0, 0),
     ({"loss_type": "sapo", "sapo_temperature_pos": 2.0}, 1.0, 2.0, -1.7615941559557646, -0.8399486832280525, 0, 0),  # 2 sigmoid(2)
+    # dppo_tv: loss = -r A, and 0 where |p - q| > the setting and p has moved in the direction of A; q = p / r is the old probability
+    ({"loss_type": "dppo_tv"}, 2.0, 1.2, -2.4, -2.4, 0, 0),  # q = 0.625, |p - q| = 0.125
+    ({"loss_type": "dppo_tv"}, 2.0, 1.5, 0.0, 0.0, 0, 1),  # q = 0.5: 0.25 > 0.2
+    ({"loss_type": "dppo_tv", "dppo_mask_high": 0.26}, 2.0, 1.5, -3.0, -3.0, 0, 0),
+    ({"loss_type": "dppo_tv", "dppo_mask_low": 0.0}, -2.0, 1.5, 3.0, 3.0, 0, 0),  # A < 0 and p has risen: it is to come back
+    ({"loss_type": "dppo_tv"}, -2.0, 0.8, 1.6, 1.6, 0, 0),  # q = 0.9375: 0.1875
+    ({"loss_type": "dppo_tv", "dppo_mask_low": 0.18}, -2.0, 0.8, 0.0, 0.0, 1, 0),
+    ({"loss_type": "dppo_tv", "dppo_mask_high": 0.0}, 2.0, 0.8, -1.6, -1.6, 0, 0),  # A > 0 and p has fallen
+    ({"loss_type": "dppo_tv", "dppo_mask_low": 0.0, "dppo_mask_high": 0.0}, 0.0, 1.5, 0.0, 0.0, 0, 0),
+    ({"loss_type": "dppo_tv", "dppo_mask_high": 1.0, "log_ratio_clamp": 1.0}, 1.0, 3.0, -math.e, 0.0, 0, 0),  # ln 3 clamped to 1: constant
+    # dppo_kl: the same with D = q ln(q / p) + (1 - q) ln((1 - q) / (1 - p))
+    ({"loss_type": "dppo_kl"}, 2.0, 1.5, -3.0, -3.0, 0, 0),  # q = 0.5: ln(2/3) / 2 + ln(2) / 2 = 0.14384
+    ({"loss_type": "dppo_kl", "dppo_mask_high": 0.143}, 2.0, 1.5, 0.0, 0.0, 0, 1),
+    ({"loss_type": "dppo_kl", "dppo_mask_high": 0.144}, 2.0, 1.5, -3.0, -3.0, 0, 0),
+    ({"loss_type": "dppo_kl", "dppo_mask_low": 0.0}, -2.0, 1.5, 3.0, 3.0, 0, 0),
+    ({"loss_type": "dppo_kl", "dppo_mask_low": 0.122}, -2.0, 0.8, 0.0, 0.0, 1, 0),  # q = 15/16: 0.12255
+    ({"loss_type": "dppo_kl", "dppo_mask_low": 0.123}, -2.0, 0.8, 1.6, 1.6, 0, 0),
+    ({"loss_type": "dppo_kl", "dppo_mask_high": 0.0}, 2.0, 0.8, -1.6, -1.6, 0, 0),
+    ({"loss_type": "dppo_kl"}, 2.0, 5.0, 0.0, 0.0, 0, 1),  # q = 0.15: 0.15 ln(0.2) + 0.85 ln(3.4) = 0.79879
     # reinforce: -A ln(3/4), the ratio does not enter
     ({"loss_type": "reinforce"}, 2.0, 5.0, 0.5753641449035618, -2.0, 0, 0),
     ({"loss_type": "reinforce"}, -2.0, 0.1, -0.5753641449035618, 2.0, 0, 0),
@@ -509,7 +528,8 @@ def packed(batch: dict[str, Any]) -> dict[str, Any]:
 
 # ---- gradcheck
 
-SMOOTH = [name for name, row in LOSS_TYPES.items() if row.surrogate in ("clip", "sapo", "reinforce")]
+SMOOTH = [name for name, row in LOSS_TYPES.items() if row.surrogate in ("clip", "sapo", "reinforce", "dppo_tv", "dppo_kl")]
+TOKEN_LEVEL_ONLY = ("reinforce", "dppo_tv", "dppo_kl")
 CISPO_BOUND = 1.1  # within the ratios of a random batch
 EVERYTHING = {"beta": 0.3, "bias_corrected_kl": True, "entropy_coef": 0.2}
 FEATURES: dict[str, tuple[dict[str, Any], tuple[str, ...], dict[str, Any]]] = {  # settings, tensors of the batch, other arguments
@@ -539,6 +559,8 @@ def featured(batch: dict[str, Any], feature: str, loss_type: str, level: str | N
         settings = {name: x for name, x in settings.items() if name not in ("delta", "dual_clip")}
     if loss_type == "cispo":
         settings = {**settings, "epsilon_high": CISPO_BOUND}
+    if loss_type.startswith("dppo_"):
+        settings = {**settings, "dppo_mask_low": 0.01, "dppo_mask_high": 0.01}  # within the divergences of a random batch
     config = LossConfig(loss_type=loss_type, importance_sampling_level=level, max_completion_length=5, **settings)
     chosen = {name: batch[name] for name in ("logits", "token_ids", "advantages", "mask", "old_logprobs", *tensors)}
     return {**(packed(chosen) if feature == "packed" else chosen), **arguments, "config": config}
@@ -559,7 +581,7 @@ def gradchecked(arguments: dict[str, Any]) -> bool:
 @pytest.mark.parametrize("feature", FEATURES)
 @pytest.mark.parametrize(
     ("loss_type", "level"),
-    [(name, level) for name in SMOOTH for level in ("token", "sequence") if level == "token" or LOSS_TYPES[name].surrogate != "reinforce"],
+    [(name, level) for name in SMOOTH for level in ("token", "sequence") if level == "token" or name not in TOKEN_LEVEL_ONLY],
 )
 def test_gradcheck(loss_type: str, level: str, feature: str, generator: torch.Generator) -> None:
     """Of everything that stops no gradient; the rest is tied to it by the tests that follow."""
@@ -676,6 +698,14 @@ def slow_loss(
             k, lam = (config.vespo_k_pos, config.vespo_lambda_pos) if a >= 0 else (config.vespo_k_neg, config.vespo_lambda_neg)
             product = math.prod(math.exp(log_ratio[n]) * rollout[n[0]][n[1]] for n in mine)
             loss = -(product**k) * math.exp(lam * (1 - product)) * a * logprob
+        elif config.surrogate in ("dppo_tv", "dppo_kl"):
+            p, q = math.exp(logprob), math.exp(min(old[b][t], 0.0))  # no probability is above 1
+            divergence = abs(p - q)
+            if config.surrogate == "dppo_kl":
+                divergence = q * math.log(q / p) + ((1 - q) * math.log((1 - q) / (1 - p)) if q < 1 else 0.0)
+            falls, rises = a < 0 and p < q and divergence > config.dppo_mask_low, a > 0 and p > q and divergence > config.dppo_mask_high
+            loss = 0.0 if falls or rises else -r * a
+            low, high = low + falls, high + rises
         else:
             loss = -a * logprob
         if config.surrogate != "vespo":
@@ -731,6 +761,7 @@ SLOW_CASES = [
     ("grpo", "sequence_token", {"beta": 0.4, "bias_corrected_kl": True, "kl_estimator": "k2", "delta": 1.4}),
     ("dr_grpo", None, {"delta": 1.4, "dual_clip": 1.3, "epsilon_high": 0.28}),
     ("vespo", None, {"beta": 0.4, "vespo_k_pos": 1.5, "vespo_lambda_pos": 0.5, "vespo_k_neg": 2.5, "vespo_lambda_neg": 1.5}),
+    *[(name, None, {"beta": 0.4, "dppo_mask_low": 0.005, "dppo_mask_high": 0.003}) for name in ("dppo_tv", "dppo_kl")],
     ("luspo", None, {"entropy_coef": 0.1}),
     ("grpo", None, {"entropy_coef": 0.1, "entropy_aggregation": "token_mean"}),
 ]
@@ -754,7 +785,7 @@ def test_equals_a_second_derivation(
     close(loss, expected.pop("loss"), 1e-12, "loss")
     for name, value in expected.items():
         close(out.metrics[name], value, 1e-6, name)  # metrics are float32
-    if config.surrogate == "clip" and config.level == "token":
+    if (config.surrogate == "clip" and config.level == "token") or "dppo_mask_low" in settings:
         assert expected["clip_low"] > 0, "the band must cut below"
         assert expected["clip_high"] > 0, "the band must cut above"
 
@@ -1112,6 +1143,28 @@ def test_a_token_that_the_sampler_gave_no_probability_stays_finite(
 ) -> None:
     """Its old log-probability is -inf, or so large that the difference overflows."""
     assert_finite_at(log_ratio, backend, dtype, "grpo", level, generator)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
+@pytest.mark.parametrize("log_ratio", [INF, -INF])
+@pytest.mark.parametrize("loss_type", ["dppo_tv", "dppo_kl"])
+def test_a_divergence_from_no_probability_stays_finite(
+    backend: str, dtype: torch.dtype, loss_type: str, log_ratio: float, generator: torch.Generator
+) -> None:
+    assert_finite_at(log_ratio, backend, dtype, loss_type, None, generator)
+
+
+@everywhere
+def test_dppo_keeps_a_rare_token_that_a_ratio_would_clip(backend: str, dtype: torch.dtype, tolerance: float) -> None:
+    """From 1e-5 to 1e-3 the ratio is 100 and the total variation 0.00099; from 0.99 to 0.8 they are 0.81 and 0.19."""
+    logits = torch.tensor([[[math.log(1e-3 / 0.999), 0.0], [math.log(4), 0.0]]], dtype=dtype)
+    old = torch.tensor([[1e-5, 0.99]], dtype=dtype).log()
+    advantages = torch.tensor([[1.0, -1.0]], dtype=dtype)
+    settings: dict[str, Any] = {"loss_type": "dppo_tv", "dppo_mask_low": 0.15, "dppo_mask_high": 0.15}
+    with gf.use_backend(backend):
+        out = gf.grpo_loss(logits, torch.zeros(1, 2, dtype=torch.int64), advantages, old_logprobs=old, config=LossConfig(**settings))
+    close(out.loss, -100.0 / 2, 20 * tolerance, "the first token alone")
+    assert (out.metrics["clip_low"], out.metrics["clip_high"]) == (0.5, 0.0)
 
 
 def assert_finite_at(

@@ -17,9 +17,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+import grpo_fast as gf
 from grpo_fast.kernels import grpo_loss, scale, token_logprobs
-from grpo_fast.kernels.grpo_loss import Policy
-from grpo_fast.kernels.token_logprobs import Rows, Scoring
+from grpo_fast.kernels.grpo_loss import PolicyTensors
+from grpo_fast.kernels.token_logprobs import LogitRows, Scoring
+from grpo_fast.loss.config import KL_ESTIMATORS
+from grpo_fast.loss.kernel_settings import loss_settings
 
 KERNELS = [
     token_logprobs._token_sums_kernel,
@@ -59,10 +62,19 @@ def main() -> None:
     ):
         memory = torch.empty(1 + batch * (length + extra) * vocabulary, dtype=torch.bfloat16)
         logits = memory[launches % 2 :][: batch * (length + extra) * vocabulary].view(batch, length + extra, vocabulary)
-        rows = Rows(logits, torch.zeros(batch, length, dtype=torch.long), torch.ones(batch, length, dtype=torch.bool))
+        rows = LogitRows(logits, torch.zeros(batch, length, dtype=torch.long), torch.ones(batch, length, dtype=torch.bool))
         scoring, per_token = Scoring(None, temperature, 0.0, 1.0), torch.ones(batch, length)
-        settings = [0.0, float(launches % 3), 0.0, epsilon, epsilon, 3.0, 4.0, 0.1, 0.01, 20.0, 1.0, 1.05]
-        policy = Policy(torch.ones(batch, 1), torch.tensor(1.0), per_token, per_token, per_token, None)
+        config = gf.LossConfig(
+            epsilon_low=epsilon,
+            epsilon_high=epsilon,
+            delta=3.0,
+            dual_clip=4.0,
+            beta=0.1,
+            kl_estimator=KL_ESTIMATORS[launches % 3],
+            entropy_coef=0.01,
+        )
+        settings = loss_settings(config)
+        policy = PolicyTensors(torch.ones(batch, 1), torch.tensor(1.0), per_token, per_token, per_token, None)
         parts = 1 + launches % 3
         grpo_loss.grpo_loss_fwd(rows, scoring, policy, loss_scale, settings, launches % 2 == 0, logits, parts=parts)
         out = token_logprobs.token_logprobs_fwd(rows, scoring, parts=parts)

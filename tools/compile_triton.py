@@ -29,6 +29,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from grpo_fast.kernels import grpo_loss, scale, token_logprobs
+from grpo_fast.kernels.loss_settings import LossSettings
+from grpo_fast.loss.config import SURROGATES
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -55,12 +57,15 @@ class Variant:
 
     def source(self) -> ASTSource:
         """The kernel with the types that a launch gives it: those of its annotations, and of the tensors."""
-        signature, constants = {}, {}
+        signature: dict[str, Any] = {}
+        constants: dict[tuple[int, ...], Any] = {}
         for index, parameter in enumerate(self.kernel.params):
             name = parameter.name
             if parameter.is_constexpr or name in self.absent:
                 signature[name] = "constexpr"
                 constants[(index,)] = self.constants.get(name)
+            elif name == "settings":
+                signature[name] = LossSettings._make(["fp32"] * len(LossSettings._fields))
             else:
                 signature[name] = parameter.annotation_type or self.pointer(name)
         return ASTSource(fn=self.kernel, signature=signature, constexprs=constants, attrs={})
@@ -108,8 +113,8 @@ def variants() -> list[Variant]:
     tokens = {"BLOCK_N": token_logprobs.TOKENS_BLOCK}
     found.append(Variant("logprobs", token_logprobs._token_logprobs_kernel, "bf16", tokens | {"WANT_ENTROPY": True, "HAS_SOFTCAP": True}))
     optional = ("entropy_weights_ptr", "old_logprobs_ptr", "ref_logprobs_ptr", "rollout_weights_ptr", "temperatures_ptr")
-    for surrogate, name in enumerate(("clip", "cispo", "sapo", "reinforce")):
-        for absent in ((), optional):
+    for surrogate, name in enumerate(SURROGATES):
+        for absent in ((), optional) if name != "vespo" else ():  # VESPO reaches the kernels as REINFORCE
             constants = tokens | {"SURROGATE": surrogate, "HAS_SOFTCAP": not absent}
             form = f"terms+{name}" + "+bare" * bool(absent)
             found.append(Variant(form, grpo_loss._grpo_loss_terms_kernel, "bf16", constants, absent=absent))

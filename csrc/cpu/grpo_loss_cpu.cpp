@@ -48,7 +48,7 @@ struct PolicyInputs {
   PolicyInputs(const TokenShape& shape, const std::vector<double>& settings, const Tensor& advantages, const Tensor& weights,
                const std::optional<Tensor>& entropy_weights, const std::optional<Tensor>& old_logprobs,
                const std::optional<Tensor>& ref_logprobs, const std::optional<Tensor>& rollout_weights, double loss_scale)
-      : config(config_of(settings)),
+      : config(checked_config(settings)),
         advantages("advantages", advantages, shape),
         weights("weights", weights, shape),
         entropy_weights("entropy_weights", entropy_weights, shape),

@@ -71,7 +71,7 @@ ClusterLossOutput cluster_loss(const Tensor& logits, const Tensor* gradient, con
   const double cap_scale = args.softcap ? given.logit_scale / given.softcap : 1;
   args.k = static_cast<float>(log2_e * slope / cap_scale), args.slope = static_cast<float>(slope);
   args.cap_scale = static_cast<float>(cap_scale);
-  args.config = config_of(given.settings);
+  args.config = checked_config(given.settings);
   args.loss_scale = given.loss_scale;
   args.only_active = given.only_active;
   args.all_active = args.config.beta != 0 || args.config.entropy_coef != 0;

@@ -10,13 +10,13 @@ import math
 import numbers
 import sys
 import warnings
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 __all__ = ["AGGREGATIONS", "KL_ESTIMATORS", "LEVELS", "LOSS_TYPES", "SURROGATES", "LossConfig", "LossRow"]
 
-# The position in these three tuples is the number the kernels get (csrc/policy_loss.h); new names go to the end.
-SURROGATES = ("clip", "cispo", "sapo", "reinforce", "vespo")
+# The kernels get a name as its position in its tuple. After a change: python tools/generate_loss_settings.py
+SURROGATES = ("clip", "cispo", "sapo", "reinforce", "vespo", "dppo_tv", "dppo_kl")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 LEVELS = ("token", "sequence", "sequence_token")
 AGGREGATIONS = (
@@ -29,6 +29,7 @@ AGGREGATIONS = (
     "nonempty_sequence_sum",
 )
 ENTROPY_AGGREGATIONS = ("same", "token_mean")
+KERNEL = {"kernel": True}  # metadata of a field of LossConfig that the kernels take, in the order of the fields
 _REAL: tuple[type, ...] = (int, float, numbers.Real)  # NumPy's are among the last
 LARGEST_LOG_RATIO = 80  # exp(88.8) overflows float32
 
@@ -53,6 +54,8 @@ LOSS_TYPES: dict[str, LossRow] = {
     "luspo": LossRow("clip", "sequence", "sequence_sum"),  # LUSPO, arXiv:2602.05261
     "vespo": LossRow("vespo", "token", "global_token_mean"),  # VESPO, arXiv:2602.10693 (its weight is a sequence's, its gradient a token's)
     "gspo": LossRow("clip", "sequence", "sequence_mean"),  # GSPO, arXiv:2507.18071
+    "dppo_tv": LossRow("dppo_tv", "token", "global_token_mean"),  # DPPO with a binary total variation, arXiv:2602.04879
+    "dppo_kl": LossRow("dppo_kl", "token", "global_token_mean"),  # DPPO with a binary KL divergence, arXiv:2602.04879
     "reinforce": LossRow("reinforce", "token", "global_token_mean"),  # no ratio at all: -A log p
 }
 
@@ -82,6 +85,11 @@ class LossConfig:
         sapo_temperature_neg: SAPO's temperature for the others.
         vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: VESPO's shape parameters for ``A >= 0`` and ``A < 0``, at least 0:
             with a negative k its weight W^k exp(lambda (1 - W)) would grow without bound where W goes to 0.
+        dppo_mask_low: DPPO (arXiv:2602.04879) drops a token with a negative advantage whose probability fell by more than this divergence
+            from the old policy; 0.2 as in prime-rl and verl. The divergence compares the sampled token with all others as one:
+            ``loss_type="dppo_tv"`` measures the total variation ``|p - p_old|`` (the authors train with 0.15), ``"dppo_kl"`` the KL
+            divergence of the two Bernoulli distributions in nats (0.05).
+        dppo_mask_high: the same for a positive advantage and a probability that rose.
         max_completion_length: the fixed length of ``"fixed_length"`` (Dr. GRPO), in tokens; required there.
 
     Raises:
@@ -94,24 +102,26 @@ class LossConfig:
     """
 
     loss_type: str = "dapo"
-    epsilon_low: float = 0.2
-    epsilon_high: float = 0.2
-    delta: float | None = None
-    dual_clip: float | None = None
-    beta: float = 0.0
-    kl_estimator: str = "k3"
-    bias_corrected_kl: bool = False
-    entropy_coef: float = 0.0
+    epsilon_low: float = field(default=0.2, metadata=KERNEL)
+    epsilon_high: float = field(default=0.2, metadata=KERNEL)
+    delta: float | None = field(default=None, metadata=KERNEL)
+    dual_clip: float | None = field(default=None, metadata=KERNEL)
+    beta: float = field(default=0.0, metadata=KERNEL)
+    kl_estimator: str = field(default="k3", metadata={**KERNEL, "names": KL_ESTIMATORS})
+    bias_corrected_kl: bool = field(default=False, metadata=KERNEL)
+    entropy_coef: float = field(default=0.0, metadata=KERNEL)
     entropy_aggregation: str = "same"
     importance_sampling_level: str | None = None
     aggregation: str | None = None
-    log_ratio_clamp: float = 20.0
-    sapo_temperature_pos: float = 1.0
-    sapo_temperature_neg: float = 1.05
+    log_ratio_clamp: float = field(default=20.0, metadata=KERNEL)
+    sapo_temperature_pos: float = field(default=1.0, metadata=KERNEL)
+    sapo_temperature_neg: float = field(default=1.05, metadata=KERNEL)
     vespo_k_pos: float = 2.0
     vespo_lambda_pos: float = 3.0
     vespo_k_neg: float = 3.0
     vespo_lambda_neg: float = 2.0
+    dppo_mask_low: float = field(default=0.2, metadata=KERNEL)
+    dppo_mask_high: float = field(default=0.2, metadata=KERNEL)
     max_completion_length: int | None = None
 
     def __post_init__(self) -> None:
@@ -122,9 +132,9 @@ class LossConfig:
             _one_of("importance_sampling_level", self.importance_sampling_level, LEVELS)
         if self.aggregation is not None:
             _one_of("aggregation", self.aggregation, AGGREGATIONS)
-        for field in fields(self):
-            if field.type in ("float", "float | None"):
-                self._set_finite(field.name, optional=field.type == "float | None")
+        for each in fields(self):
+            if each.type in ("float", "float | None"):
+                self._set_finite(each.name, optional=each.type == "float | None")
         switch: Any = self.bias_corrected_kl
         if not isinstance(switch, bool):
             raise TypeError(f"LossConfig: bias_corrected_kl is {switch!r} ({type(switch).__name__}); expected True or False.")
@@ -145,7 +155,8 @@ class LossConfig:
         _require(abs(value) < math.inf and abs(value) <= sys.float_info.max, name, value, "a finite number")
 
     def _check_ranges(self) -> None:
-        for name in ("epsilon_low", "epsilon_high", "beta", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"):
+        vespo = ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg")
+        for name in ("epsilon_low", "epsilon_high", "beta", *vespo, "dppo_mask_low", "dppo_mask_high"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "a number >= 0")
         for name in ("log_ratio_clamp", "sapo_temperature_pos", "sapo_temperature_neg"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "a number > 0")
@@ -172,6 +183,9 @@ class LossConfig:
         if self.surrogate in ("vespo", "reinforce"):
             cure = f"leave importance_sampling_level unset with loss_type={self.loss_type!r}: it uses no ratio of its own"
             _require(self.level == "token", "importance_sampling_level", self.level, f"'token'; {cure}")
+        if self.surrogate in ("dppo_tv", "dppo_kl"):
+            fix = f"leave importance_sampling_level unset with loss_type={self.loss_type!r}: it compares the probabilities of single tokens"
+            _require(self.level == "token", "importance_sampling_level", self.level, f"'token'; {fix}")
         if self.resolved_aggregation == "fixed_length":
             cure = "set max_completion_length to the generation limit of the run, so that the scale of the loss is the same in every batch"
             _require(self.max_completion_length is not None, "max_completion_length", None, f"an int for a fixed-length mean; {cure}")

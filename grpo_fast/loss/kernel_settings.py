@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 
-from grpo_fast.loss.config import KL_ESTIMATORS, SURROGATES, LossConfig
+from grpo_fast.loss.config import SURROGATES, LossConfig
 
-__all__ = ["loss_settings"]
+__all__ = ["KERNEL_FIELDS", "loss_settings"]
+
+KERNEL_FIELDS = tuple(each for each in fields(LossConfig) if each.metadata.get("kernel"))
+_NAMES = tuple((each.name, each.metadata.get("names")) for each in KERNEL_FIELDS)
 
 
 def loss_settings(config: LossConfig) -> list[float]:
-    """What the kernels need to know of a LossConfig, in the order of config_of() in csrc/loss_settings.h."""
-    return [
-        float(SURROGATES.index(config.surrogate)),
-        float(KL_ESTIMATORS.index(config.kl_estimator)),
-        float(config.bias_corrected_kl),
-        config.epsilon_low,
-        config.epsilon_high,
-        math.inf if config.delta is None else config.delta,
-        math.inf if config.dual_clip is None else config.dual_clip,
-        config.beta,
-        config.entropy_coef,
-        config.log_ratio_clamp,
-        config.sapo_temperature_pos,
-        config.sapo_temperature_neg,
-    ]
+    """The numbers that the kernels take: the surrogate, then the fields of LossConfig that are declared as ``KERNEL``, in their order.
+
+    A name becomes its position, a switch 0 or 1, None infinity. csrc/policy_loss_config.h and kernels/fused/loss_settings.py, which
+    tools/generate_loss_settings.py writes from the same declaration, read them in this order.
+
+    Example:
+        >>> from grpo_fast.loss.config import LossConfig
+        >>> loss_settings(LossConfig(epsilon_high=0.28))[:4]
+        [0.0, 0.2, 0.28, inf]
+    """
+    numbers = [float(SURROGATES.index(config.surrogate))]
+    for name, allowed in _NAMES:
+        value = getattr(config, name)
+        if value is None:
+            numbers.append(math.inf)
+        else:
+            numbers.append(float(allowed.index(value) if allowed else value))
+    return numbers

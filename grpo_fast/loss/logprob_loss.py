@@ -1,8 +1,8 @@
 """The loss and its metrics from log-probabilities, as tensor operations that autograd differentiates.
 
 This serves what the one-pass kernels do not: ratios of whole sequences, processes that share the vocabulary, and losses over
-log-probabilities that the caller has. Only the elementwise ``surrogate`` comes from the specification (a new loss type is written once in
-PyTorch); the C++ and Triton kernels have their own, and the tests compare them with it.
+log-probabilities that the caller has. Only the elementwise ``surrogate`` and ``clipped_tokens`` come from the specification (a new loss
+type is written once in PyTorch); the C++ and Triton kernels have their own, and the tests compare them with it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from grpo_fast.loss.importance import importance_log_ratio, vespo_phi
 from grpo_fast.loss.inputs import LossInputs
-from grpo_fast.loss.reference import surrogate
+from grpo_fast.loss.reference import clipped_tokens, surrogate
 
 __all__ = ["kl_penalty", "policy_loss", "policy_metrics", "token_losses"]
 
@@ -29,8 +29,10 @@ def policy_loss(logprobs: Tensor, entropy: Tensor, inputs: LossInputs, computed:
     total = (inputs.weights * loss).sum()
     if inputs.config.entropy_coef != 0:
         total = total - inputs.config.entropy_coef * (inputs.entropy_weights * entropy).sum()
-    advantages = torch.where(computed, inputs.advantages, 0).to(logprobs.dtype)
-    return total * inputs.loss_scale, policy_metrics(ratio, kl, entropy, advantages, inputs, computed)
+    advantages, logprobs = (torch.where(computed, x, 0).to(logprobs.dtype) for x in (inputs.advantages, logprobs.detach()))
+    old_logprobs = logprobs if inputs.old_logprobs is None else torch.where(computed, inputs.old_logprobs, 0).to(logprobs.dtype)
+    clipped = clipped_tokens(ratio, advantages, logprobs, old_logprobs, inputs.config)
+    return total * inputs.loss_scale, policy_metrics(ratio, kl, entropy, clipped, inputs, computed)
 
 
 def token_losses(logprobs: Tensor, inputs: LossInputs, computed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,13 +48,14 @@ def token_losses(logprobs: Tensor, inputs: LossInputs, computed: Tensor) -> tupl
     logprobs, advantages = select(logprobs), select(inputs.advantages)
     rollout_weights = None if inputs.rollout_weights is None else select(inputs.rollout_weights)
 
-    log_ratio = logprobs - (logprobs.detach() if inputs.old_logprobs is None else select(inputs.old_logprobs))
+    old_logprobs = logprobs.detach() if inputs.old_logprobs is None else select(inputs.old_logprobs)
+    log_ratio = logprobs - old_logprobs
     ratio = importance_log_ratio(log_ratio, computed, sequences, config.level).clamp(-clamp, clamp).exp()
     phi = None
     if config.surrogate == "vespo":
         phi = vespo_phi(log_ratio, advantages, inputs.log_rollout(computed), sequences, config)
 
-    loss = surrogate(ratio, advantages, logprobs, phi, config)
+    loss = surrogate(ratio, advantages, logprobs, old_logprobs, phi, config)
     if rollout_weights is not None and config.surrogate != "vespo":
         loss = loss * rollout_weights
     kl = torch.zeros_like(logprobs)
@@ -81,16 +84,14 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str, clamp: fl
 
 @torch.no_grad()
 def policy_metrics(
-    ratio: Tensor, kl: Tensor, entropy: Tensor, advantages: Tensor, inputs: LossInputs, computed: Tensor
+    ratio: Tensor, kl: Tensor, entropy: Tensor, clipped: tuple[Tensor, Tensor], inputs: LossInputs, computed: Tensor
 ) -> dict[str, Tensor]:
-    """Return means over the computed tokens as 0-d float32 tensors; the docstring of GRPOOutput defines them."""
-    config = inputs.config
-    below, above = torch.zeros_like(computed), torch.zeros_like(computed)
-    if config.surrogate == "clip":
-        below, above = ratio < 1 - config.epsilon_low, ratio > 1 + config.epsilon_high
-    elif config.surrogate == "cispo":
-        above = ratio > config.epsilon_high
-    clip_low, clip_high = below & (advantages < 0), above & (advantages > 0)
+    """Return means over the computed tokens as 0-d float32 tensors; the docstring of GRPOOutput defines them.
+
+    Args:
+        clipped: the two masks of ``clipped_tokens``.
+    """
+    clip_low, clip_high = clipped
 
     def mean(x: Tensor, over: Tensor) -> Tensor:
         return (torch.where(over, x, 0).sum(dtype=torch.float64) / over.sum().clamp(min=1)).float()

@@ -235,7 +235,7 @@ def importance_log_ratio(log_ratio: Tensor, mask: Tensor, cu_seqlens: Tensor | N
 # 8 ------------------------------------------------------------------------------------------------------------------------
 
 
-def surrogate(ratio: Tensor, advantages: Tensor, logprobs: Tensor, phi: Tensor | None, config: LossConfig) -> Tensor:
+def surrogate(ratio: Tensor, advantages: Tensor, logprobs: Tensor, old_logprobs: Tensor, phi: Tensor | None, config: LossConfig) -> Tensor:
     """The loss of one token, elementwise; r the ratio, A the advantage, sg() stops the gradient.
 
     clip       max(-min(r, delta) A, -clip(r, 1 - eps_low, 1 + eps_high) A)      GRPO, arXiv:2402.03300; delta: arXiv:2505.07291
@@ -243,6 +243,8 @@ def surrogate(ratio: Tensor, advantages: Tensor, logprobs: Tensor, phi: Tensor |
     cispo      -sg(min(r, eps_high)) A log p                                     MiniMax-M1, arXiv:2506.13585
     sapo       -4/tau sigmoid(tau (r - 1)) A, tau by the sign of A               SAPO, arXiv:2511.20347
     vespo      -phi A log p, phi from vespo_phi                                  VESPO, arXiv:2602.10693
+    dppo_tv    -r A, and 0 where dropped, see clipped_tokens                     DPPO, arXiv:2602.04879
+    dppo_kl    the same with another divergence
     reinforce  -A log p
     """
     if config.surrogate == "clip":
@@ -260,7 +262,46 @@ def surrogate(ratio: Tensor, advantages: Tensor, logprobs: Tensor, phi: Tensor |
     if config.surrogate == "vespo":
         assert phi is not None
         return -phi * advantages * logprobs
+    if config.surrogate in ("dppo_tv", "dppo_kl"):
+        low, high = clipped_tokens(ratio, advantages, logprobs, old_logprobs, config)
+        return torch.where(low | high, 0, -ratio * advantages)
     return -advantages * logprobs
+
+
+@torch.no_grad()
+def clipped_tokens(
+    ratio: Tensor, advantages: Tensor, logprobs: Tensor, old_logprobs: Tensor, config: LossConfig
+) -> tuple[Tensor, Tensor]:  # bool, bool
+    """The tokens with A < 0, and those with A > 0, that have moved so far in the direction of their advantage that they are clipped.
+
+    clip     r < 1 - eps_low;  r > 1 + eps_high
+    cispo    none;             r > eps_high
+    dppo_*   D > dppo_mask_low and p < q;  D > dppo_mask_high and p > q, with p the token's probability, q that under the old policy:
+             dppo_tv: D = |p - q|; dppo_kl: D = q log(q / p) + (1 - q) log((1 - q) / (1 - p))
+    """
+    below, above = torch.zeros_like(advantages, dtype=torch.bool), torch.zeros_like(advantages, dtype=torch.bool)
+    if config.surrogate == "clip":
+        below, above = ratio < 1 - config.epsilon_low, ratio > 1 + config.epsilon_high
+    elif config.surrogate == "cispo":
+        above = ratio > config.epsilon_high
+    elif config.surrogate in ("dppo_tv", "dppo_kl"):
+        old_logprobs = old_logprobs.clamp(max=0)
+        divergence = binary_tv(logprobs, old_logprobs) if config.surrogate == "dppo_tv" else binary_kl(logprobs, old_logprobs)
+        below = (divergence > config.dppo_mask_low) & (logprobs < old_logprobs)
+        above = (divergence > config.dppo_mask_high) & (logprobs > old_logprobs)
+    return below & (advantages < 0), above & (advantages > 0)
+
+
+def binary_tv(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
+    """|p - q|, the total variation between Bernoulli(p) and Bernoulli(q)."""
+    return (logprobs.exp() - old_logprobs.exp()).abs()
+
+
+def binary_kl(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
+    """KL(Bernoulli(q) || Bernoulli(p)), in nats. 1 - p from log p by expm1, without the 1e-8 that keeps a float32 1 - exp(log p) from 0."""
+    q, others, old_others = old_logprobs.exp(), -torch.expm1(logprobs), -torch.expm1(old_logprobs)
+    of_token = torch.where(q > 0, q * (old_logprobs - logprobs), 0)
+    return of_token + torch.where(old_others > 0, old_others * (old_others.log() - others.log()), 0)
 
 
 def by_sign(positive: Tensor, if_positive: float, otherwise: float, dtype: torch.dtype) -> Tensor:
@@ -413,7 +454,8 @@ def policy_loss(
     active, advantages = active_tokens(mask, advantages, cu_seqlens, config), select(advantages)
     logprobs, entropy = torch.where(computed, logprobs, 0), torch.where(computed, entropy, 0)
 
-    log_ratio = logprobs - (logprobs.detach() if old_logprobs is None else select(old_logprobs))
+    old_logprobs = logprobs.detach() if old_logprobs is None else select(old_logprobs)
+    log_ratio = logprobs - old_logprobs
     ratio = importance_log_ratio(log_ratio, computed, cu_seqlens, config.level).clamp(-clamp, clamp).exp()
     phi = None
     if config.surrogate == "vespo":
@@ -421,7 +463,7 @@ def policy_loss(
         log_rollout_of = rollout_weights if rollout_weights is None or per_sequence else select(rollout_weights, masked=1.0)
         phi = vespo_phi(log_ratio, advantages, log_rollout_of, cu_seqlens, config)
 
-    losses = surrogate(ratio, advantages, logprobs, phi, config)
+    losses = surrogate(ratio, advantages, logprobs, old_logprobs, phi, config)
     if rollout_weights is not None and config.surrogate != "vespo":
         losses = losses * select(rollout_weights)
     kl = torch.zeros_like(logprobs) if ref_logprobs is None else kl_penalty(logprobs, select(ref_logprobs), config.kl_estimator, clamp)
@@ -436,12 +478,7 @@ def policy_loss(
         loss = loss - config.entropy_coef * bonus.sum()
 
     with torch.no_grad():
-        nowhere = torch.zeros_like(computed)
-        below = ratio < 1 - config.epsilon_low if config.surrogate == "clip" else nowhere
-        above = ratio > 1 + config.epsilon_high if config.surrogate == "clip" else nowhere
-        if config.surrogate == "cispo":
-            above = ratio > config.epsilon_high
-        clip_low, clip_high = below & (advantages < 0), above & (advantages > 0)
+        clip_low, clip_high = clipped_tokens(ratio, advantages, logprobs, old_logprobs, config)
 
         def mean(x: Tensor) -> Tensor:
             return (torch.where(computed, x.double(), 0).sum() / computed.sum().clamp(min=1)).float()

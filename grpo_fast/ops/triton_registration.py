@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_fast.kernels.grpo_loss import Policy, grpo_loss_fwd
+from grpo_fast.kernels.grpo_loss import PolicyTensors, grpo_loss_fwd
 from grpo_fast.kernels.scale import scale_
-from grpo_fast.kernels.token_logprobs import Rows, Scoring, token_logprobs_bwd, token_logprobs_fwd
+from grpo_fast.kernels.token_logprobs import LogitRows, Scoring, token_logprobs_bwd, token_logprobs_fwd
 from grpo_fast.ops.operators import LIBRARY
 
 __all__ = ["INTERPRETED", "interpreted_on_cpu", "scaled_"]
@@ -27,8 +27,8 @@ __all__ = ["INTERPRETED", "interpreted_on_cpu", "scaled_"]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # of these kernels: Triton asked the same when they were defined, just now
 
 
-def _rows(logits: Tensor, token_ids: Tensor, mask: Tensor) -> Rows:
-    return Rows(logits if logits.stride(2) == 1 else logits.contiguous(), token_ids, mask)
+def _rows(logits: Tensor, token_ids: Tensor, mask: Tensor) -> LogitRows:
+    return LogitRows(logits if logits.stride(2) == 1 else logits.contiguous(), token_ids, mask)
 
 
 def _new_gradient(logits: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ def _grpo_loss(
     inplace: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows, scoring = _rows(logits, token_ids, mask), Scoring(temperatures, temperature, softcap, logit_scale)
-    policy = Policy(advantages, weights, entropy_weights, old_logprobs, ref_logprobs, rollout_weights)
+    policy = PolicyTensors(advantages, weights, entropy_weights, old_logprobs, ref_logprobs, rollout_weights)
     gradient = logits if inplace else _new_gradient(logits) if want_gradient else None
     out = grpo_loss_fwd(rows, scoring, policy, loss_scale, settings, only_active, gradient)
     return *out, logits.new_empty(0) if gradient is None else gradient

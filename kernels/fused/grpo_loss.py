@@ -12,11 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .loss_settings import LossSettings, as_float32
 from .policy_loss import policy_terms
 from .rowwise import kernel, per_token
-from .token_logprobs import TOKENS_BLOCK, Rows, Scoring, finished_tokens, strides, token_gradient, token_sums
+from .token_logprobs import TOKENS_BLOCK, LogitRows, Scoring, finished_tokens, strides, token_gradient, token_sums
 
-__all__ = ["Policy", "grpo_loss_fwd"]
+__all__ = ["PolicyTensors", "grpo_loss_fwd"]
 
 # What each program adds up of its tokens; the first four are means over the computed tokens when all is added up.
 KL = tl.constexpr(0)
@@ -53,9 +54,7 @@ def _grpo_loss_terms_kernel(
     ref_sequence_stride: tl.int64, ref_token_stride: tl.int64,
     rollout_sequence_stride: tl.int64, rollout_token_stride: tl.int64,
     k: tl.float32, cap_scale: tl.float32, loss_scale: tl.float32,
-    kl_estimator: tl.float32, bias_corrected_kl: tl.float32, epsilon_low: tl.float32, epsilon_high: tl.float32,
-    delta: tl.float32, dual_clip: tl.float32, beta: tl.float32, entropy_coef: tl.float32, log_ratio_clamp: tl.float32,
-    sapo_temperature_pos: tl.float32, sapo_temperature_neg: tl.float32,
+    settings,  # LossSettings
     all_active: tl.int32, only_active: tl.int32,
     BLOCK_N: tl.constexpr, SURROGATE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
@@ -93,10 +92,7 @@ def _grpo_loss_terms_kernel(
         rollout_weight = per_token(rollout_weights_ptr, b, t, rollout_sequence_stride, rollout_token_stride, computed, 1.0)
     loss, g, h, ratio, kl, clip_low, clip_high = policy_terms(
         logprob, entropy, advantage, old_logprob, ref_logprob, rollout_weight, weight, entropy_weight,
-        tl.cast(kl_estimator, tl.float32), tl.cast(bias_corrected_kl, tl.float32),
-        tl.cast(epsilon_low, tl.float32), tl.cast(epsilon_high, tl.float32), tl.cast(delta, tl.float32), tl.cast(dual_clip, tl.float32),
-        tl.cast(beta, tl.float32), tl.cast(entropy_coef, tl.float32), tl.cast(log_ratio_clamp, tl.float32),
-        tl.cast(sapo_temperature_pos, tl.float32), tl.cast(sapo_temperature_neg, tl.float32),
+        as_float32(settings),
         SURROGATE, old_logprobs_ptr is not None, ref_logprobs_ptr is not None,
     )  # fmt: skip
 
@@ -155,7 +151,7 @@ def _grpo_loss_total_kernel(totals_ptr, loss_ptr, metrics_ptr, programs: tl.int6
 # Launcher ------------------------------------------------------------------------------------------------------------------------
 
 
-class Policy(NamedTuple):
+class PolicyTensors(NamedTuple):
     """What the loss needs to know beside the logits: [B, T] each, strided or broadcast as it comes, float32."""
 
     advantages: Tensor
@@ -167,40 +163,39 @@ class Policy(NamedTuple):
 
 
 def grpo_loss_fwd(
-    rows: Rows, scoring: Scoring, policy: Policy, loss_scale: float, settings: list[float], only_active: bool, gradient: Tensor | None,
-    *, parts: int | None = None,
+    rows: LogitRows, scoring: Scoring, policy: PolicyTensors, loss_scale: float, settings: list[float], only_active: bool,
+    gradient: Tensor | None, *, parts: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss, logprobs, entropy, metrics), all float32; the gradient for an upstream gradient of 1 is written to ``gradient`` unless
     it is None.
 
     Args:
-        settings: in the order of loss_settings() in grpo_fast/loss/kernel_settings.py.
+        settings: the surrogate's number, then those of LossSettings, as loss_settings() in grpo_fast/loss/kernel_settings.py returns them.
         only_active: leave out tokens that cannot change the gradient.
         gradient: like the logits, or the logits themselves.
     """
     logits, token_ids, mask = rows
-    surrogate, numbers = int(settings[0]), settings[1:]
-    beta, entropy_coef = settings[7], settings[8]
-    all_active = beta != 0 or entropy_coef != 0
+    surrogate, loss_settings = int(settings[0]), LossSettings(*map(float, settings[1:]))
+    all_active = loss_settings.beta != 0 or loss_settings.entropy_coef != 0
     computed = mask & (policy.advantages != 0) if only_active and not all_active else mask
-    sums = token_sums(Rows(logits, token_ids, computed), scoring, parts=parts)
+    sums = token_sums(LogitRows(logits, token_ids, computed), scoring, parts=parts)
 
     logprobs, entropy, lse, g, h = (torch.empty(token_ids.shape, dtype=torch.float32, device=logits.device) for _ in range(5))
-    programs = triton.cdiv(rows.count, TOKENS_BLOCK)
+    programs = triton.cdiv(rows.num_rows, TOKENS_BLOCK)
     totals = torch.empty((TOTALS, programs), dtype=torch.float32, device=logits.device)
     if programs > 0:
         _grpo_loss_terms_kernel[(programs,)](
             logits, token_ids, mask, scoring.temperatures, sums, *policy,
             logprobs, entropy, lse, g, h, totals,
-            rows.count, token_ids.shape[1], logits.shape[2], sums.shape[2],
+            rows.num_rows, token_ids.shape[1], logits.shape[2], sums.shape[2],
             *strides(logits), *strides(token_ids), *strides(mask), *strides(scoring.temperatures),
             *(stride for x in policy for stride in strides(x)),
-            *scoring.numbers, loss_scale, *numbers, int(all_active), int(only_active),
+            *scoring.numbers, loss_scale, loss_settings, int(all_active), int(only_active),
             BLOCK_N=TOKENS_BLOCK, SURROGATE=surrogate, HAS_SOFTCAP=scoring.softcap > 0,
         )  # fmt: skip
     loss = torch.empty((), dtype=torch.float32, device=logits.device)
     metrics = torch.empty(METRICS, dtype=torch.float32, device=logits.device)
     _grpo_loss_total_kernel[(1,)](totals, loss, metrics, programs, BLOCK=TOTAL_BLOCK)
     if gradient is not None:
-        token_gradient(rows, scoring, g, h, logprobs, entropy, lse, gradient, want_entropy=entropy_coef != 0, parts=parts)
+        token_gradient(rows, scoring, g, h, logprobs, entropy, lse, gradient, want_entropy=loss_settings.entropy_coef != 0, parts=parts)
     return loss, logprobs, entropy, metrics

@@ -7,15 +7,8 @@ everything but the settings is one number per token.
 import triton
 import triton.language as tl
 
-from .rowwise import exp, expm1
-
-# The positions in SURROGATES and KL_ESTIMATORS of grpo_fast/loss/config.py.
-CLIP = tl.constexpr(0)
-CISPO = tl.constexpr(1)
-SAPO = tl.constexpr(2)
-REINFORCE = tl.constexpr(3)
-K1 = tl.constexpr(0)
-K2 = tl.constexpr(1)
+from .loss_settings import CISPO, CLIP, DPPO_KL, DPPO_TV, K1, K2, SAPO
+from .rowwise import LN_2, exp, expm1
 
 
 @triton.jit
@@ -26,15 +19,15 @@ def clamped_log(x, slope, bound):
 
 
 @triton.jit
-def clip_loss(ratio, ratio_slope, advantage, epsilon_low, epsilon_high, delta, dual_clip):
-    floor, ceiling = 1.0 - epsilon_low, 1.0 + epsilon_high
+def clip_loss(ratio, ratio_slope, advantage, settings):
+    floor, ceiling = 1.0 - settings.epsilon_low, 1.0 + settings.epsilon_high
     negative, positive = advantage < 0, advantage > 0
     low, high = (ratio < floor) & negative, (ratio > ceiling) & positive
 
     value, slope = -ratio * advantage, -ratio_slope * advantage
-    bounded = (ratio > delta) & negative
-    value, slope = tl.where(bounded, -delta * advantage, value), tl.where(bounded, 0.0, slope)
-    most = tl.where(negative, -dual_clip * advantage, float("inf"))  # for a negative advantage the loss is positive
+    bounded = (ratio > settings.delta) & negative
+    value, slope = tl.where(bounded, -settings.delta * advantage, value), tl.where(bounded, 0.0, slope)
+    most = tl.where(negative, -settings.dual_clip * advantage, float("inf"))  # for a negative advantage the loss is positive
     value, slope = tl.where(value > most, most, value), tl.where(value > most, 0.0, slope)
 
     value = tl.where(low, -floor * advantage, tl.where(high, -ceiling * advantage, value))
@@ -42,16 +35,44 @@ def clip_loss(ratio, ratio_slope, advantage, epsilon_low, epsilon_high, delta, d
 
 
 @triton.jit
-def sapo_loss(ratio, ratio_slope, advantage, temperature_pos, temperature_neg):
-    tau = tl.where(advantage > 0, temperature_pos, temperature_neg)
+def sapo_loss(ratio, ratio_slope, advantage, settings):
+    tau = tl.where(advantage > 0, settings.sapo_temperature_pos, settings.sapo_temperature_neg)
     gate = 1.0 / (1.0 + exp(-tau * (ratio - 1.0)))
     return -4.0 / tau * gate * advantage, -4.0 * gate * (1.0 - gate) * ratio_slope * advantage
 
 
 @triton.jit
-def kl_penalty(logprob, ref_logprob, estimator, clamp):
+def binary_tv(logprob, old_logprob):
+    """Total variation between Bernoulli(q) and Bernoulli(p), the probabilities of the token under the old policy and under this one."""
+    return tl.abs(exp(logprob) - exp(old_logprob))
+
+
+@triton.jit
+def binary_kl(logprob, old_logprob):
+    """KL(Bernoulli(q) || Bernoulli(p)), in nats."""
+    q, others, old_others = exp(old_logprob), -expm1(logprob), -expm1(old_logprob)
+    of_token = tl.where(q > 0, q * (old_logprob - logprob), 0.0)
+    return of_token + tl.where(old_others > 0, old_others * (tl.log2(old_others) - tl.log2(others)) * LN_2, 0.0)
+
+
+@triton.jit
+def dppo_loss(ratio, ratio_slope, logprob, old_logprob, advantage, settings, SURROGATE: tl.constexpr):
+    old_logprob = tl.where(old_logprob > 0, 0.0, old_logprob)
+    if SURROGATE == DPPO_TV:
+        divergence = binary_tv(logprob, old_logprob)
+    else:
+        divergence = binary_kl(logprob, old_logprob)
+    low = (divergence > settings.dppo_mask_low) & (logprob < old_logprob) & (advantage < 0)
+    high = (divergence > settings.dppo_mask_high) & (logprob > old_logprob) & (advantage > 0)
+    dropped = low | high
+    return tl.where(dropped, 0.0, -ratio * advantage), tl.where(dropped, 0.0, -ratio_slope * advantage), low, high
+
+
+@triton.jit
+def kl_penalty(logprob, ref_logprob, settings):
     d = ref_logprob - logprob
-    clamped, slope = clamped_log(d, -1.0, clamp)
+    estimator = settings.kl_estimator
+    clamped, slope = clamped_log(d, -1.0, settings.log_ratio_clamp)
     excess = expm1(clamped)  # exp(d) - 1 - d cancels for small d
     value = tl.where(estimator == K1, -d, tl.where(estimator == K2, d * d * 0.5, excess - clamped))
     return value, tl.where(estimator == K1, 1.0, tl.where(estimator == K2, -d, excess * slope))
@@ -60,41 +81,46 @@ def kl_penalty(logprob, ref_logprob, estimator, clamp):
 @triton.jit
 def policy_terms(
     logprob, entropy, advantage, old_logprob, ref_logprob, rollout_weight, weight, entropy_weight,
-    kl_estimator, bias_corrected_kl, epsilon_low, epsilon_high, delta, dual_clip, beta, entropy_coef, log_ratio_clamp,
-    sapo_temperature_pos, sapo_temperature_neg,
+    settings,
     SURROGATE: tl.constexpr, HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr,
 ):  # fmt: skip
     """(loss, g, h, ratio, kl, clip_low, clip_high). HAS_OLD false: on-policy, the log-ratio is 0 and its gradient still flows."""
     log_ratio = tl.zeros_like(logprob)
     if HAS_OLD:
         log_ratio = logprob - old_logprob
-    clamped, slope = clamped_log(log_ratio, 1.0, log_ratio_clamp)
+    clamped, slope = clamped_log(log_ratio, 1.0, settings.log_ratio_clamp)
     ratio = exp(clamped)
     ratio_slope = ratio * slope
 
     never = advantage != advantage
     clip_low, clip_high = never, never
     if SURROGATE == CLIP:
-        value, slope, clip_low, clip_high = clip_loss(ratio, ratio_slope, advantage, epsilon_low, epsilon_high, delta, dual_clip)
+        value, slope, clip_low, clip_high = clip_loss(ratio, ratio_slope, advantage, settings)
     elif SURROGATE == CISPO:
-        clip_high = (ratio > epsilon_high) & (advantage > 0)
-        factor = tl.where(ratio < epsilon_high, ratio, epsilon_high) * advantage  # a constant: no gradient through the ratio
+        clip_high = (ratio > settings.epsilon_high) & (advantage > 0)
+        factor = (
+            tl.where(ratio < settings.epsilon_high, ratio, settings.epsilon_high) * advantage
+        )  # a constant: no gradient through the ratio
         value, slope = -factor * logprob, -factor
     elif SURROGATE == SAPO:
-        value, slope = sapo_loss(ratio, ratio_slope, advantage, sapo_temperature_pos, sapo_temperature_neg)
+        value, slope = sapo_loss(ratio, ratio_slope, advantage, settings)
+    elif SURROGATE == DPPO_TV or SURROGATE == DPPO_KL:
+        value, slope = -ratio * advantage, -ratio_slope * advantage
+        if HAS_OLD:
+            value, slope, clip_low, clip_high = dppo_loss(ratio, ratio_slope, logprob, old_logprob, advantage, settings, SURROGATE)
     else:
         value, slope = -advantage * logprob, -advantage
 
     loss, g = rollout_weight * value, rollout_weight * slope
     kl = tl.zeros_like(logprob)
     if HAS_REF:
-        kl, kl_slope = kl_penalty(logprob, ref_logprob, kl_estimator, log_ratio_clamp)
-        corrected = bias_corrected_kl != 0
+        kl, kl_slope = kl_penalty(logprob, ref_logprob, settings)
+        corrected = settings.bias_corrected_kl != 0
         penalty = tl.where(corrected, kl * ratio, kl)
         penalty_slope = tl.where(corrected, kl_slope * ratio + kl * ratio_slope, kl_slope)
-        loss += beta * penalty
-        g += beta * penalty_slope
+        loss += settings.beta * penalty
+        g += settings.beta * penalty_slope
 
     # A selection and not a product: without an entropy bonus an infinite entropy weight is nothing.
-    bonus = tl.where(entropy_coef != 0, entropy_coef * entropy_weight, 0.0)
+    bonus = tl.where(settings.entropy_coef != 0, settings.entropy_coef * entropy_weight, 0.0)
     return weight * loss - bonus * entropy, weight * g, -bonus, ratio, kl, clip_low, clip_high

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .rowwise import clear_row, kernel, merge_sums, per_token, row_gradient, row_sums, scored, statistics_of
 
-__all__ = ["Rows", "Scoring", "token_gradient", "token_logprobs_bwd", "token_logprobs_fwd", "token_sums"]
+__all__ = ["LogitRows", "Scoring", "token_gradient", "token_logprobs_bwd", "token_logprobs_fwd", "token_sums"]
 
 # Columns per step and warps per program, from the compiled code (kernels/README.md).
 BLOCK, SOFTCAP_BLOCK, WARPS = 4096, 2048, 4
@@ -193,7 +193,7 @@ class Scoring(NamedTuple):
         return math.log2(math.e) * self.slope / cap_scale, cap_scale
 
 
-class Rows(NamedTuple):
+class LogitRows(NamedTuple):
     """Which rows of the logits are tokens."""
 
     logits: Tensor  # [B, T or T + 1, V], contiguous over V
@@ -201,7 +201,7 @@ class Rows(NamedTuple):
     mask: Tensor  # bool [B, T]: the rows to look at
 
     @property
-    def count(self) -> int:
+    def num_rows(self) -> int:
         return self.token_ids.numel()
 
 
@@ -235,16 +235,18 @@ def parts_of(rows: int, vocabulary: int, block: int, device: torch.device, parts
     return triton.cdiv(blocks, max(1, blocks // wanted))  # as many blocks in each but the last: none is left without
 
 
-def token_sums(rows: Rows, scoring: Scoring, *, want_entropy: bool = True, parts: int | None = None) -> Tensor:  # float32 [3, B * T, parts]
+def token_sums(
+    rows: LogitRows, scoring: Scoring, *, want_entropy: bool = True, parts: int | None = None
+) -> Tensor:  # float32 [3, B * T, parts]
     """The sums over each row that is looked at, without its target; undefined for the others."""
     logits, token_ids, mask = rows
     vocabulary = logits.shape[2]
-    parts = parts_of(rows.count, vocabulary, scoring.block, logits.device, parts)
-    sums = torch.empty((3, rows.count, parts), dtype=torch.float32, device=logits.device)
-    if rows.count > 0:
-        _token_sums_kernel[(rows.count * parts,)](
+    parts = parts_of(rows.num_rows, vocabulary, scoring.block, logits.device, parts)
+    sums = torch.empty((3, rows.num_rows, parts), dtype=torch.float32, device=logits.device)
+    if rows.num_rows > 0:
+        _token_sums_kernel[(rows.num_rows * parts,)](
             logits, token_ids, mask, scoring.temperatures, sums,
-            rows.count, token_ids.shape[1], vocabulary, parts, phase_of(logits),
+            rows.num_rows, token_ids.shape[1], vocabulary, parts, phase_of(logits),
             *strides(logits), *strides(token_ids), *strides(mask), *strides(scoring.temperatures), *scoring.numbers,
             BLOCK_V=scoring.block, WANT_ENTROPY=want_entropy, HAS_SOFTCAP=scoring.softcap > 0, num_warps=WARPS,
         )  # fmt: skip
@@ -252,16 +254,16 @@ def token_sums(rows: Rows, scoring: Scoring, *, want_entropy: bool = True, parts
 
 
 def token_logprobs_fwd(
-    rows: Rows, scoring: Scoring, *, want_entropy: bool = True, parts: int | None = None
+    rows: LogitRows, scoring: Scoring, *, want_entropy: bool = True, parts: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:  # float32 [B, T] each
     """(logprobs, entropy, lse); 0 where not looked at. Without want_entropy the entropy is left undefined."""
     logits, token_ids, mask = rows
     sums = token_sums(rows, scoring, want_entropy=want_entropy, parts=parts)
     logprobs, entropy, lse = (torch.empty(token_ids.shape, dtype=torch.float32, device=logits.device) for _ in range(3))
-    if rows.count > 0:
-        _token_logprobs_kernel[(triton.cdiv(rows.count, TOKENS_BLOCK),)](
+    if rows.num_rows > 0:
+        _token_logprobs_kernel[(triton.cdiv(rows.num_rows, TOKENS_BLOCK),)](
             logits, token_ids, mask, scoring.temperatures, sums, logprobs, entropy, lse,
-            rows.count, token_ids.shape[1], logits.shape[2], sums.shape[2],
+            rows.num_rows, token_ids.shape[1], logits.shape[2], sums.shape[2],
             *strides(logits), *strides(token_ids), *strides(mask), *strides(scoring.temperatures), *scoring.numbers,
             BLOCK_N=TOKENS_BLOCK, WANT_ENTROPY=want_entropy, HAS_SOFTCAP=scoring.softcap > 0,
         )  # fmt: skip
@@ -269,7 +271,7 @@ def token_logprobs_fwd(
 
 
 def token_gradient(
-    rows: Rows, scoring: Scoring, g: Tensor, h: Tensor, logprobs: Tensor, entropy: Tensor, lse: Tensor, gradient: Tensor,
+    rows: LogitRows, scoring: Scoring, g: Tensor, h: Tensor, logprobs: Tensor, entropy: Tensor, lse: Tensor, gradient: Tensor,
     *, want_entropy: bool = True, parts: int | None = None,
 ) -> None:  # fmt: skip
     """Writes d loss / d logits; rows that are not looked at or have g = h = 0 become zeros and are not read.
@@ -304,7 +306,7 @@ def same_phase(logits: Tensor, gradient: Tensor) -> bool:
 
 
 def token_logprobs_bwd(
-    grad_logprobs: Tensor, grad_entropy: Tensor, rows: Rows, scoring: Scoring, logprobs: Tensor, entropy: Tensor, lse: Tensor,
+    grad_logprobs: Tensor, grad_entropy: Tensor, rows: LogitRows, scoring: Scoring, logprobs: Tensor, entropy: Tensor, lse: Tensor,
     *, inplace: bool = False, parts: int | None = None,
 ) -> Tensor:  # fmt: skip
     """The gradient of the logits: in new memory, contiguous, or over the logits."""
