@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ pytest.importorskip("transformers", reason="the stand-in server is backed by a t
 
 from vllm_stand_in import TRANSFER, StandIn, serving, vllm_installed
 
-from grpo_fast.generation import SamplerError, SamplingParams, make_sampler
+from grpo_fast.generation import SamplerError, SamplingParams, make_sampler, vllm_http
 from grpo_fast.generation.vllm import VLLMSampler
 from grpo_fast.generation.vllm_http import Server
 from grpo_fast.generation.vllm_weights import merged_state_dict
@@ -203,6 +205,71 @@ def test_wrong_answers_are_errors_at_once(stand_in: StandIn, url: str, fault: st
     sampler.close()
 
 
+@pytest.mark.parametrize("pause", [0.0, 0.05, 0.5])
+def test_connections_that_the_server_has_closed_are_not_used(stand_in: StandIn, url: str, tmp_path: Path, pause: float) -> None:
+    """The server closes idle connections; new weights, whose requests must not be repeated, and completions come through all the same."""
+    sampler = connect(url, weight_sync="disk", weights_dir=str(tmp_path))
+    for step in range(3):
+        assert len(sampler.generate(PROMPTS, params(TEMPERATURES))) == len(PROMPTS)
+        time.sleep(pause)
+        sampler.update_weights(tiny(step), step)
+        time.sleep(pause)
+    assert sum(path == "/collective_rpc" for path in stand_in.calls) == 3
+    sampler.close()
+
+
+@contextmanager
+def answering(*parts: bytes, pause: float = 0.0) -> Iterator[str]:
+    """A server that answers every request with these bytes, pausing between the parts."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            with connection, suppress(OSError):
+                connection.recv(65536)
+                for part in parts:
+                    connection.sendall(part)
+                    time.sleep(pause)
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        listener.close()
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n"
+
+
+def test_an_answer_that_trickles_in_has_a_deadline() -> None:
+    """Each part comes in time, all of them do not."""
+    with answering(HEAD % 1000, *[b" "] * 1000, pause=0.05) as address:
+        begin = time.monotonic()
+        with pytest.raises(SamplerError, match=r"no answer within 0\.4 s"):
+            Server(address, timeout=0.4, retry_seconds=0.0).get("/v1/models")
+        assert time.monotonic() - begin < 10  # 1000 parts take 50 s
+
+
+def test_the_size_of_an_answer_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_http, "LARGEST_ANSWER", 1 << 20)
+    with (
+        answering(b"HTTP/1.1 200 OK\r\n\r\n", *[b" " * (1 << 18)] * 40) as address,
+        pytest.raises(SamplerError, match="larger than 1 MiB"),
+    ):
+        Server(address, retry_seconds=0.0).get("/v1/models")
+
+
+@pytest.mark.parametrize("text", [b"[" * 200_000, b"\xff\xfe", b"{"])
+def test_what_is_no_json_is_a_named_error(text: bytes) -> None:
+    with answering(HEAD % len(text), text) as address, pytest.raises(SamplerError, match="the answer is no JSON"):
+        Server(address, retry_seconds=0.0).get("/v1/models")
+
+
 def test_no_server_at_all() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -332,7 +399,7 @@ def _one_of_two(rank: int, store: str, url: str, folder: str) -> None:
         sampler = connect(url, weights_dir=folder)
         sampler.update_weights(tiny(1), 1)
         sampler.server.url = sampler.server.url + "/nowhere"
-        sampler.server._parts = sampler.server._parts._replace(path="/nowhere")
+        sampler.server.url += "/nowhere"
         with pytest.raises(SamplerError, match="answers 404"):
             sampler.update_weights(tiny(1), 2)
         sampler.close()

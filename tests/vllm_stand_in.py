@@ -20,6 +20,7 @@ import torch
 from grpo_fast.generation import SamplingParams
 from grpo_fast.generation.transformers_sampler import TransformersSampler
 
+IDLE_SECONDS = 0.2
 TRANSFER = ("/init_weight_transfer_engine", "/start_weight_update", "/update_weights", "/finish_weight_update")
 
 
@@ -187,6 +188,7 @@ def serving(stand_in: StandIn) -> Iterator[str]:
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        timeout = IDLE_SECONDS  # of an idle connection, after which it is closed: uvicorn does so after 5 s
 
         def log_message(self, *_: Any) -> None:
             pass

@@ -1,32 +1,40 @@
-"""A small HTTP client for one server: JSON in, JSON out, kept-alive connections, retries with a time limit, errors that name the URL."""
+"""JSON requests to one HTTP server by httpx: a deadline and a size limit for each answer, retries, errors that name the URL."""
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
-import threading
 import time
 from typing import Any
 from urllib.parse import urlsplit
+
+import httpx
 
 from grpo_fast.generation.protocol import SamplerError
 
 __all__ = ["Server"]
 
-_BUSY = (429, 500, 502, 503, 504)  # a server that starts, restarts or is overloaded; everything else is an answer
-_DEV_MODE = "Cure: start the server with VLLM_SERVER_DEV_MODE=1 in its environment; without it vLLM does not serve this address."
+_BUSY = (429, 500, 502, 503, 504)  # a server that starts, restarts or is overloaded; any other status is its answer
+_DEV_MODE = "Fix: start the server with VLLM_SERVER_DEV_MODE=1 in its environment; without it vLLM does not serve this address."
+LARGEST_ANSWER = 64 << 20  # bytes; a completion of 100,000 tokens with its log-probabilities has about 5 MB
 
 
 class Server:
-    """One HTTP server, spoken to from any number of threads.
+    """One HTTP server, which any number of threads may use.
 
     Args:
         url: "http://host:port", with or without a path; "https" too. No proxy is used.
-        timeout: seconds one answer may take.
-        retry_seconds: how long a request is tried again after a refused or broken connection, a torn answer, or one of 429, 500, 502, 503
-            and 504. Between the tries: 0.1 s, doubling up to 5 s.
+        timeout: seconds until an answer must be complete.
+        retry_seconds: how long a request is repeated after a refused or broken connection, an incomplete answer, or a status of 429,
+            500, 502, 503, 504. The pauses between the attempts begin with 0.1 s and double up to 5 s.
         api_key: sent as a bearer token; None = the environment variable VLLM_API_KEY, if set.
+
+    Raises:
+        ValueError: a URL or a number that is not as expected.
+
+    Example:
+        >>> Server("http://127.0.0.1:8000").get("/v1/models")  # doctest: +SKIP
+        {'object': 'list', 'data': [...]}
     """
 
     def __init__(self, url: str, *, timeout: float = 600.0, retry_seconds: float = 120.0, api_key: str | None = None) -> None:
@@ -38,108 +46,108 @@ class Server:
                 f"timeout is {timeout!r}, retry_seconds is {retry_seconds!r}; expected seconds, timeout > 0 and retry_seconds >= 0."
             )
         self.url = url.rstrip("/").removesuffix("/v1")
-        self._parts = urlsplit(self.url)
         self.timeout, self.retry_seconds = timeout, retry_seconds
         key = api_key if api_key is not None else os.environ.get("VLLM_API_KEY")
-        self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-        self._local = threading.local()
-        self._open: list[http.client.HTTPConnection] = []
-        self._lock = threading.Lock()
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}  # an answer's size is then what is received
+        headers |= {"Authorization": f"Bearer {key}"} if key else {}
+        # httpx looks whether a kept connection was closed by the server before it uses it. Between that look and the request the server may
+        # still close it, and a request that must not be repeated would be lost: such requests open a connection of their own.
+        self._kept_alive = _client(headers, timeout, keep_alive=True)
+        self._own_connection = _client(headers, timeout, keep_alive=False)
 
     def get(self, path: str) -> Any:
-        return self._ask("GET", path, None, retry_busy=True)
+        return self._request("GET", path, None, repeatable=True)
 
-    def post(self, path: str, body: dict[str, Any], *, retry_busy: bool = True) -> Any:
+    def post(self, path: str, body: dict[str, Any], *, repeatable: bool = True) -> Any:
         """The decoded answer; None if it is empty.
 
         Args:
             path: below the server's address, such as "/v1/completions".
             body: sent as JSON.
-            retry_busy: False for what must not be done twice: then only a refused connection is tried again.
+            repeatable: False for a request that must not be carried out twice: it is repeated only if no connection could be made.
 
         Raises:
-            SamplerError: no answer within ``retry_seconds``, or one that says no. The message has the URL and the cure.
+            SamplerError: no answer within ``retry_seconds``, or an answer that refuses the request. The message has the URL and the fix.
         """
-        return self._ask("POST", path, json.dumps(body).encode(), retry_busy=retry_busy)
+        return self._request("POST", path, json.dumps(body).encode(), repeatable=repeatable)
 
     def close(self) -> None:
-        with self._lock:
-            for connection in self._open:
-                connection.close()
-            self._open.clear()
-        self._local = threading.local()
+        self._kept_alive.close()
+        self._own_connection.close()
 
-    def _ask(self, method: str, path: str, payload: bytes | None, *, retry_busy: bool) -> Any:
+    def _request(self, method: str, path: str, payload: bytes | None, *, repeatable: bool) -> Any:
         give_up = time.monotonic() + self.retry_seconds
         pause, tries = 0.1, 0
         while True:
             tries += 1
             try:
-                return self._once(method, path, payload)
-            except _Again as again:
-                transient = retry_busy or again.refused
-                if not transient or time.monotonic() + pause > give_up:
-                    raise SamplerError(f"{method} {self.url}{path}: {again.reason}, after {tries} tries. {again.cure}") from again.__cause__
+                return self._attempt(method, path, payload, repeatable=repeatable)
+            except _RetryableError as failure:
+                may_repeat = repeatable or not failure.sent
+                if not may_repeat or time.monotonic() + pause > give_up:
+                    raise SamplerError(
+                        f"{method} {self.url}{path}: {failure.reason}, after {tries} tries. {failure.fix}"
+                    ) from failure.__cause__
             time.sleep(pause)
             pause = min(2 * pause, 5.0)
 
-    def _once(self, method: str, path: str, payload: bytes | None) -> Any:
-        connection = self._connection()
+    def _attempt(self, method: str, path: str, payload: bytes | None, *, repeatable: bool) -> Any:
+        client = self._kept_alive if repeatable else self._own_connection
+        late = _RetryableError(
+            f"no answer within {self.timeout:g} s", "Fix: a larger timeout, or fewer tokens; or the server hangs: see its log."
+        )
         try:
-            connection.request(method, self._parts.path + path, payload, self._headers)
-            response = connection.getresponse()
-            text = response.read()
-        except ConnectionRefusedError as error:
-            self._drop(connection)
-            raise _Again("connection refused", "Is the server up? Start it: vllm serve MODEL --port PORT.", refused=True) from error
-        except TimeoutError as error:
-            self._drop(connection)
-            cure = "Cure: a larger timeout, fewer tokens, or a look at the server's log: it may hang."
-            raise _Again(f"no answer within {self.timeout:g} s", cure) from error
-        except (http.client.HTTPException, OSError) as error:
-            self._drop(connection)
-            raise _Again(
-                f"the connection broke ({type(error).__name__}: {error})", "Did the server die? Its log has the reason."
-            ) from error
-        if response.status in _BUSY:
-            raise _Again(
-                f"the server answers {response.status}: {_words(text)}", "Its log has the reason; restart it if it does not recover."
-            )
-        if response.status >= 400:
-            cure = _DEV_MODE if response.status in (404, 405) and not path.startswith("/v1") else "The request was refused: see its words."
-            raise SamplerError(f"{method} {self.url}{path}: the server answers {response.status}: {_words(text)}. {cure}")
+            with client.stream(method, self.url + path, content=payload) as response:
+                status, text = response.status_code, self._body(response, late)
+        except httpx.ConnectError as error:
+            reason = "connection refused" if "refused" in str(error).lower() else f"no connection ({error})"
+            raise _RetryableError(reason, "Is the server up? Start it: vllm serve MODEL --port PORT.", sent=False) from error
+        except httpx.TimeoutException as error:
+            raise late from error
+        except httpx.TransportError as error:
+            reason = f"the connection broke ({type(error).__name__}: {error})"
+            raise _RetryableError(reason, "Did the server stop? Its log has the reason.") from error
+        if status in _BUSY:
+            fix = "Its log has the reason; restart it if it does not recover."
+            raise _RetryableError(f"the server answers {status}: {_excerpt(text)}", fix)
+        if status >= 400:
+            fix = _DEV_MODE if status in (404, 405) and not path.startswith("/v1") else "The server refused the request: see its message."
+            raise SamplerError(f"{method} {self.url}{path}: the server answers {status}: {_excerpt(text)}. {fix}")
         try:
             return json.loads(text) if text.strip() else None
-        except ValueError as error:
-            self._drop(connection)
-            raise _Again(
-                f"the answer is no JSON ({_words(text)})", "Is this a vLLM server, and nothing between that cuts answers?"
-            ) from error
+        except (ValueError, RecursionError) as error:
+            fix = "Is this a vLLM server, and does nothing between here and the server cut answers?"
+            raise _RetryableError(f"the answer is no JSON ({_excerpt(text)})", fix) from error
 
-    def _connection(self) -> http.client.HTTPConnection:
-        connection: http.client.HTTPConnection | None = getattr(self._local, "connection", None)
-        if connection is None:
-            kind = http.client.HTTPSConnection if self._parts.scheme == "https" else http.client.HTTPConnection
-            connection = kind(self._parts.hostname or "", self._parts.port, timeout=self.timeout)
-            self._local.connection = connection
-            with self._lock:
-                self._open.append(connection)
-        return connection
-
-    def _drop(self, connection: http.client.HTTPConnection) -> None:
-        connection.close()
-        self._local.connection = None
-        with self._lock:
-            if connection in self._open:
-                self._open.remove(connection)
+    def _body(self, response: httpx.Response, late: _RetryableError) -> bytes:
+        """The whole body, received before the deadline and within the size limit: httpx limits the wait for each part, not for all."""
+        deadline = time.monotonic() + self.timeout
+        body = bytearray()
+        for part in response.iter_raw():
+            body += part
+            if time.monotonic() > deadline:
+                raise late
+            if len(body) > LARGEST_ANSWER:
+                raise SamplerError(
+                    f"{response.request.method} {response.request.url}: the answer is larger than {LARGEST_ANSWER >> 20} MiB; expected "
+                    "JSON with the tokens of one completion. Is this a vLLM server?"
+                )
+        return bytes(body)
 
 
-class _Again(Exception):  # noqa: N818  (a reason to try again, not an error that leaves this file)
-    def __init__(self, reason: str, cure: str, *, refused: bool = False) -> None:
+class _RetryableError(Exception):
+    """A reason to repeat a request; it does not leave this module."""
+
+    def __init__(self, reason: str, fix: str, *, sent: bool = True) -> None:
         super().__init__(reason)
-        self.reason, self.cure, self.refused = reason, cure, refused
+        self.reason, self.fix, self.sent = reason, fix, sent  # sent: the server may have received the request
 
 
-def _words(text: bytes, limit: int = 300) -> str:
+def _client(headers: dict[str, str], timeout: float, *, keep_alive: bool) -> httpx.Client:
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None if keep_alive else 0)
+    return httpx.Client(headers=headers, timeout=timeout, limits=limits, trust_env=False, follow_redirects=False)
+
+
+def _excerpt(text: bytes, limit: int = 300) -> str:
     words = " ".join(text.decode("utf-8", "replace").split())
     return repr(words if len(words) <= limit else f"{words[:limit]}…")

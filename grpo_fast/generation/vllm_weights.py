@@ -79,8 +79,8 @@ class DiskSync:
                 f"weights_dir {folder.parent}: the weights cannot be written ({error}). Cure: weights_dir elsewhere."
             ) from error
         body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
-        self.server.post("/collective_rpc", body, retry_busy=False)
-        self.server.post("/reset_prefix_cache?reset_running_requests=true", {}, retry_busy=False)  # keys and values of older weights
+        self.server.post("/collective_rpc", body, repeatable=False)
+        self.server.post("/reset_prefix_cache?reset_running_requests=true", {}, repeatable=False)  # keys and values of older weights
         if self._last is not None and self._last != folder:
             shutil.rmtree(self._last, ignore_errors=True)
         self._last = folder
@@ -118,7 +118,7 @@ class NCCLSync:
             self._engine = self._connect(inner_model(model))
         self._engine.send_weights()
         first = _rank() == 0
-        _together(lambda: self.server.post("/reset_prefix_cache?reset_running_requests=true", {}, retry_busy=False) if first else None)
+        _together(lambda: self.server.post("/reset_prefix_cache?reset_running_requests=true", {}, repeatable=False) if first else None)
 
     def close(self) -> None:
         self._engine = None
