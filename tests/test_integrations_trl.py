@@ -479,7 +479,7 @@ def test_the_temperature_may_change_while_it_trains(model_path: Path, tmp_path: 
 
     def watched_score(model: Any, inputs: dict[str, Any]) -> Tensor:
         loss: Tensor = score(model, inputs)
-        packed = trainer._waiting["train"][-1]
+        packed = trainer._unlogged["train"][-1]
         names = [metric.name for metric in packed[0] for _ in range(metric.size)]
         entropy_sum, count = (packed[1][i].item() for i, name in enumerate(names) if name == "entropy")
         scored.append((inputs["temperature"].item(), entropy_sum / count, entropy_at(trainer.model, inputs, inputs["temperature"].item())))
@@ -642,24 +642,25 @@ def test_every_option_is_known() -> None:
     from transformers import TrainingArguments
     from trl import GRPOConfig
 
-    from grpo_fast.integrations import trl as adapter
+    from grpo_fast.integrations.trl import options as adapter
 
     inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
     own = {field.name: field.default for field in dataclasses.fields(GRPOConfig) if field.name not in inherited}
-    assert adapter._OPTIONS_READ_HERE.isdisjoint(adapter._OPTIONS_LEFT_TO_TRL)
-    assert own.keys() == adapter._OPTIONS_READ_HERE | adapter._OPTIONS_LEFT_TO_TRL
+    assert adapter._READ_HERE.isdisjoint(adapter._READ_BY_TRL)
+    assert own.keys() == adapter._READ_HERE | adapter._READ_BY_TRL
     elsewhere = {"temperature", "router_aux_loss_coef", "vllm_importance_sampling_correction"}  # build, the mixture, VLLM
     tried = {name for case in CASES.values() for name, value in case.items() if name in own and value != own[name]}
-    assert adapter._OPTIONS_READ_HERE - elsewhere <= tried
+    assert adapter._READ_HERE - elsewhere <= tried
 
 
 def test_an_unknown_option_is_refused(model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from grpo_fast.integrations import trl as adapter
+    from grpo_fast.integrations.trl import GRPOTrainer
+    from grpo_fast.integrations.trl import options as adapter
 
-    monkeypatch.setattr(adapter, "_OPTIONS_LEFT_TO_TRL", adapter._OPTIONS_LEFT_TO_TRL - {"mask_truncated_completions"})
-    build(adapter.GRPOTrainer, model_path, tmp_path)
+    monkeypatch.setattr(adapter, "_READ_BY_TRL", adapter._READ_BY_TRL - {"mask_truncated_completions"})
+    build(GRPOTrainer, model_path, tmp_path)
     with pytest.raises(ValueError, match=r"mask_truncated_completions is True; expected its default, False: .* not known here"):
-        build(adapter.GRPOTrainer, model_path, tmp_path, mask_truncated_completions=True)
+        build(GRPOTrainer, model_path, tmp_path, mask_truncated_completions=True)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_five_results(softcap: float | None, scale: float, with_bias: bool, frozen: bool, generator: torch.Generator) -> None:
     from trl.kernels import ChunkedLogProbFunction
 
-    from grpo_fast.integrations.trl import _LogProbs
+    from grpo_fast.integrations.trl.lm_head import FusedLogProbFunction
 
     hidden, weight = torch.randn(9, 8, generator=generator), torch.randn(53, 8, generator=generator)
     bias = torch.randn(53, generator=generator) if with_bias else None
@@ -32,7 +32,7 @@ def test_the_five_results(softcap: float | None, scale: float, with_bias: bool, 
     upstream = torch.randn(2, 9, generator=generator)
     outputs = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
     results = []
-    for function in (ChunkedLogProbFunction, _LogProbs):
+    for function in (ChunkedLogProbFunction, FusedLogProbFunction):
         leaves = [x.clone().requires_grad_(not frozen) for x in (weight, *([] if bias is None else [bias]))]
         h = hidden.clone().requires_grad_()
         out = function.apply(h, leaves[0], leaves[1] if with_bias else None, targets, 0.7, 16, softcap, scale, outputs)
@@ -59,7 +59,7 @@ def test_other_types(hidden_type: torch.dtype, weight_type: torch.dtype, autocas
     """Each result has TRL's type, and is about as near to float64 as TRL's, whose logits are rounded alike."""
     from trl.kernels import ChunkedLogProbFunction
 
-    from grpo_fast.integrations.trl import _LogProbs
+    from grpo_fast.integrations.trl.lm_head import FusedLogProbFunction
 
     hidden = torch.randn(64, 8, generator=generator).to(hidden_type)
     weight, bias = (torch.randn(*shape, generator=generator).to(weight_type) for shape in ((53, 8), (53,)))
@@ -74,7 +74,7 @@ def test_other_types(hidden_type: torch.dtype, weight_type: torch.dtype, autocas
 
     truth = results(ChunkedLogProbFunction, hidden.double(), weight.double(), bias.double())
     theirs = results(ChunkedLogProbFunction, hidden, weight, bias)
-    ours = results(_LogProbs, hidden, weight, bias)
+    ours = results(FusedLogProbFunction, hidden, weight, bias)
     for exact, stock, mine in zip(truth, theirs, ours, strict=True):
         assert mine.dtype == stock.dtype
         error, of_stock = ((x.double() - exact).abs().mean() for x in (mine, stock))
@@ -82,19 +82,19 @@ def test_other_types(hidden_type: torch.dtype, weight_type: torch.dtype, autocas
 
 
 def test_what_is_not_asked_for_is_none() -> None:
-    from grpo_fast.integrations.trl import _LogProbs
+    from grpo_fast.integrations.trl.lm_head import FusedLogProbFunction
 
-    out = _LogProbs.apply(torch.randn(2, 4), torch.randn(5, 4), None, torch.tensor([1, 2]), 1.0, 16, None, 1.0, ("log_probs",))
+    out = FusedLogProbFunction.apply(torch.randn(2, 4), torch.randn(5, 4), None, torch.tensor([1, 2]), 1.0, 16, None, 1.0, ("log_probs",))
     assert [x is None for x in out] == [False, True, True, True, True]
 
 
 def test_no_position_at_all() -> None:
     """A micro-batch that is masked as a whole still has a gradient, of 0."""
-    from grpo_fast.integrations.trl import _LogProbs
+    from grpo_fast.integrations.trl.lm_head import FusedLogProbFunction
 
     hidden, weight = torch.randn(0, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
     outputs = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-    out = _LogProbs.apply(hidden, weight, None, torch.zeros(0, dtype=torch.int64), 1.0, 16, None, 1.0, outputs)
+    out = FusedLogProbFunction.apply(hidden, weight, None, torch.zeros(0, dtype=torch.int64), 1.0, 16, None, 1.0, outputs)
     assert [tuple(x.shape) for x in out] == [(0,)] * 5
     (out[0].sum() + out[1].sum()).backward()
     assert hidden.grad.shape == (0, 4)

@@ -339,7 +339,7 @@ def bench_trl(
         shares = tuple(active or _DEFAULTS.active)
         settings = Settings(sequences, group, tokens, width, vocabulary, shares, rounds, threads)
         check_output(output)
-        refuse_other_versions("trl", "grpo-fast bench-trl", "Another one may work otherwise inside.", needed=True)
+        refuse_other_versions("trl", "grpo-fast bench-trl", "Another one may work otherwise inside.", required=True)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     except ImportError as error:
