@@ -28,6 +28,7 @@ check:  ## ruff, clang-format, mypy, the direction of imports, and nvcc over eve
 	@$(BIN)/clang-format --dry-run -Werror $(CPP)
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-cache
+	@$(BIN)/python tools/generate_loss_settings.py --check
 	@$(BIN)/python tools/nvcc_check.py
 
 format:  ## rewrite the sources as `make check` wants them

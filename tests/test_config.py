@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib.util
+import math
 import pickle
 import re
+import runpy
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +20,8 @@ import torch
 
 import grpo_fast as gf
 from grpo_fast.loss.config import AGGREGATIONS, KL_ESTIMATORS, LEVELS, LOSS_TYPES, SURROGATES, LossConfig, LossRow
+from grpo_fast.loss.kernel_settings import loss_settings
+from grpo_fast.ops import extension
 
 NUMBERS = [field.name for field in dataclasses.fields(LossConfig) if field.type == "float"]
 OPTIONAL_NUMBERS = [field.name for field in dataclasses.fields(LossConfig) if field.type == "float | None"]
@@ -243,6 +249,47 @@ def test_the_table_is_complete_and_its_order_is_the_kernels() -> None:
         assert aggregation in AGGREGATIONS
     assert gf.LOSS_TYPES is LOSS_TYPES
     assert gf.LossConfig is LossConfig
+
+
+def test_the_generated_files_are_up_to_date(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Against the declaration; and one that is not is found, by its name."""
+    root = Path(__file__).resolve().parents[1]
+    main = runpy.run_path(str(root / "tools" / "generate_loss_settings.py"))["main"]
+    assert main(["--check"]) == 0, "Fix: python tools/generate_loss_settings.py"
+    for folder in ("csrc", "kernels/fused"):
+        (tmp_path / folder).mkdir(parents=True)
+    assert main(["--root", str(tmp_path)]) == 0 and main(["--check", "--root", str(tmp_path)]) == 0
+    header = tmp_path / "csrc" / "policy_loss_config.h"
+    header.write_text(header.read_text().replace("double beta;", "double gamma;"))
+    capsys.readouterr()
+    assert main(["--check", "--root", str(tmp_path)]) == 1
+    assert "csrc/policy_loss_config.h is out of date. Fix:" in capsys.readouterr().err
+
+
+def test_the_numbers_that_the_kernels_take() -> None:
+    """The surrogate, then every field that says so, in the order of the fields; the Triton kernels know them by the same names."""
+    config = LossConfig(loss_type="dppo_kl", kl_estimator="k2", bias_corrected_kl=True, dppo_mask_low=0.03, beta=0)
+    numbers = loss_settings(config)
+    assert all(type(number) is float for number in numbers)
+    names = [each.name for each in dataclasses.fields(LossConfig) if each.metadata.get("kernel")]
+    found = dict(zip(names, numbers[1:], strict=True))
+    assert numbers[0] == SURROGATES.index("dppo_kl")
+    assert (found["kl_estimator"], found["bias_corrected_kl"], found["dppo_mask_low"], found["beta"]) == (1.0, 1.0, 0.03, 0.0)
+    assert found["delta"] == found["dual_clip"] == math.inf
+    if importlib.util.find_spec("triton") is not None:
+        from grpo_fast.kernels.loss_settings import LossSettings
+
+        assert list(LossSettings._fields) == names
+
+
+@pytest.mark.skipif(not extension.load(), reason=f"the extension is not loaded: {extension.status().why}")
+def test_an_extension_that_knows_other_settings_says_so() -> None:
+    one, ids = torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int64)
+    call = (torch.zeros(1, 1, 3), ids, ids == 0, one, one, *[None] * 5, 1.0, 0.0, 1.0, 1.0)
+    settings = loss_settings(LossConfig())
+    torch.ops.grpo_fast.grpo_loss(*call, settings, False, True)
+    with pytest.raises(RuntimeError, match=rf"{len(settings) - 1} settings given, expected {len(settings)}.*Fix: build it again"):
+        torch.ops.grpo_fast.grpo_loss(*call, settings[:-1], False, True)
 
 
 def test_a_setting_goes_before_the_loss_type() -> None:

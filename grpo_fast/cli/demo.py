@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-_LOSS_TYPES = "grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo, vespo, gspo or reinforce"
+from grpo_fast.loss.config import LOSS_TYPES
+
+_LOSS_TYPES = ", ".join(LOSS_TYPES)
 
 
 def demo(
