@@ -13,7 +13,7 @@ std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, 
 
 int64_t cpu_isa();
 
-// For the shapes and meanings of the arguments see grpo_fast/ops/operators.py.
+// For the shapes and meanings of the arguments see grpo_fast/ops.
 std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor> token_logprobs_cpu(
     const torch::stable::Tensor& logits, const torch::stable::Tensor& token_ids, const torch::stable::Tensor& mask,
     const std::optional<torch::stable::Tensor>& temperatures, double temperature, double softcap, double logit_scale);

@@ -55,6 +55,33 @@ def test_opcheck_token_logprobs() -> None:
         torch.library.opcheck(operator, (expanded, a["per_token"], logits.detach().clone(), *scoring, *statistics))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck_scale_gradient(dtype: torch.dtype) -> None:
+    gradient = torch.randn(2, 3, 5).to(dtype)
+    torch.library.opcheck(OPERATORS.scale_gradient_.default, (gradient, torch.tensor(0.5)))
+    for strided in (gradient.clone(), gradient[..., :4], gradient.transpose(0, 1)):
+        expected = (strided.double() * 0.5).to(dtype)
+        assert OPERATORS.scale_gradient_(strided, torch.tensor(0.5)) is None
+        assert torch.equal(strided, expected)
+
+
+def test_a_gradient_that_was_scaled_in_place_is_not_scaled_again() -> None:
+    """With a retained graph a second backward pass through an in-place loss fails, unless nothing had to be scaled."""
+    a = arguments()
+    leaf = a["logits"].requires_grad_()
+
+    def loss() -> Tensor:
+        return gf.grpo_loss(leaf * 1, a["ids"], a["per_sequence"].squeeze(1), mask=a["mask"], inplace=True).loss
+
+    by_one = loss()
+    first, second = (torch.autograd.grad(by_one, leaf, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second) and first.abs().max() > 0
+    by_half = loss()
+    assert torch.equal(torch.autograd.grad(0.5 * by_half, leaf, retain_graph=True)[0], 0.5 * first)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(0.5 * by_half, leaf)
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize(
     "config",

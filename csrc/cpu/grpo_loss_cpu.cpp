@@ -16,7 +16,7 @@ struct RowRecord {  // of one token, summed up in order when all rows are done: 
   bool counts = false, computed = false, active = false, clip_low = false, clip_high = false;
 };
 
-// The positions of METRICS in grpo_fast/ops/operators.py.
+// The positions of METRICS in grpo_fast/ops/grpo_loss.py.
 enum Metric { kKl, kEntropy, kRatioMean, kRatioMax, kClipLow, kClipHigh, kClipRegion, kActiveFraction, kMetrics };
 
 double sum_up(const std::vector<RowRecord>& records, float* metrics) {

@@ -25,7 +25,7 @@ struct TokenRecord {  // of one token; summed up in a fixed order when all are d
 };
 enum TokenFlag : uint32_t { kCounts = 1, kComputed = 2, kActive = 4, kClipLow = 8, kClipHigh = 16 };
 
-// The positions of METRICS in grpo_fast/ops/operators.py.
+// The positions of METRICS in grpo_fast/ops/grpo_loss.py.
 enum TokenMetric { kKl, kEntropy, kRatioMean, kRatioMax, kClipLowShare, kClipHighShare, kClipRegion, kActiveFraction, kTokenMetrics };
 
 struct ClusterLossArgs {

@@ -12,7 +12,7 @@
 
 namespace grpo_fast {
 
-struct ClusterLossTensors {  // the operator's arguments behind the logits; for their meaning see grpo_fast/ops/operators.py
+struct ClusterLossTensors {  // the operator's arguments behind the logits; for their meaning see grpo_fast/ops/grpo_loss.py
   const Tensor &token_ids, &mask, &advantages, &weights;
   const std::optional<Tensor>&entropy_weights, &old_logprobs, &ref_logprobs, &rollout_weights, &temperatures;
   double temperature, softcap, logit_scale, loss_scale;

@@ -13,7 +13,7 @@ from grpo_fast.head.logprobs import linear_token_logprobs_bwd, linear_token_logp
 from grpo_fast.head.loss import LinearLoss
 from grpo_fast.head.products import Head, HeadTensors, Wants, per_row
 from grpo_fast.loss.token_rows import TokenRows
-from grpo_fast.ops.operators import scaled
+from grpo_fast.ops.scale import scaled
 
 __all__ = ["LinearLogprobsFunction", "LinearLossFunction"]
 

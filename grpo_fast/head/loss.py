@@ -18,7 +18,8 @@ from grpo_fast.loss.inputs import LossInputs
 from grpo_fast.loss.logprob_loss import policy_loss
 from grpo_fast.loss.operator_arguments import loss_arguments
 from grpo_fast.loss.token_rows import RowStatistics, TokenRows
-from grpo_fast.ops.operators import METRICS, call_below_autograd
+from grpo_fast.ops.grpo_loss import METRICS
+from grpo_fast.ops.library import call_below_autograd
 
 __all__ = ["LINEAR_METRICS", "LinearLoss", "linear_loss"]
 

@@ -17,7 +17,8 @@ from grpo_fast.loss.config import AGGREGATIONS, ENTROPY_AGGREGATIONS, KL_ESTIMAT
 from grpo_fast.loss.inputs import LossInputs
 from grpo_fast.loss.sequences import Sequences
 from grpo_fast.loss.token_rows import RowStatistics, TokenRows
-from grpo_fast.ops.operators import LIBRARY, scaled
+from grpo_fast.ops.library import LIBRARY
+from grpo_fast.ops.scale import scaled
 
 __all__ = ["compiled_logprobs", "compiled_loss"]
 

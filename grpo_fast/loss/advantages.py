@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import grpo_fast.ops.operators  # noqa: F401  the schema
+import grpo_fast.ops.group_advantages  # noqa: F401  defines the operator
 from grpo_fast.loss import reference
 from grpo_fast.loss.checks import value_checks_wanted
 from grpo_fast.ops import extension

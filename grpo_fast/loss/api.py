@@ -18,8 +18,9 @@ from grpo_fast.loss.token_rows import ShardedLogprobsFunction, TokenRows
 from grpo_fast.loss.validation import validated_loss_inputs
 from grpo_fast.loss.vocab_parallel import gather_vocab_shards
 from grpo_fast.ops.backends import select
+from grpo_fast.ops.grpo_loss import METRICS, GrpoLossFunction
 from grpo_fast.ops.impl_checks import check_impl
-from grpo_fast.ops.operators import METRICS, GrpoLossFunction, TokenLogprobsFunction
+from grpo_fast.ops.token_logprobs import TokenLogprobsFunction
 
 __all__ = ["GRPOOutput", "TokenLogprobs", "grpo_loss", "token_logprobs"]
 

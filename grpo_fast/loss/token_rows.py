@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_fast.loss.vocab_parallel import RowStatistics, Shard, combine_over_shards
-from grpo_fast.ops.operators import call_below_autograd
+from grpo_fast.loss.vocab_parallel import Shard, combine_over_shards
+from grpo_fast.ops.library import call_below_autograd
+from grpo_fast.ops.token_logprobs import RowStatistics
 
 __all__ = ["RowStatistics", "ShardedLogprobsFunction", "TokenRows"]
 

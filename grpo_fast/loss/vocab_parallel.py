@@ -8,15 +8,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-__all__ = ["RowStatistics", "Shard", "all_reduce_min", "combine_over_shards", "gather_vocab_shards"]
+from grpo_fast.ops.token_logprobs import RowStatistics
 
-
-class RowStatistics(NamedTuple):
-    """What the operator ``token_logprobs`` returns for each token: float32 ``[B, T]``, 0 where the token is masked out."""
-
-    logprobs: Tensor
-    entropy: Tensor
-    lse: Tensor  # log-sum-exp of the scaled logits
+__all__ = ["Shard", "all_reduce_min", "combine_over_shards", "gather_vocab_shards"]
 
 
 class Shard(NamedTuple):

@@ -1,8 +1,8 @@
-"""The Triton kernels as implementations of the operators in grpo_fast/ops/operators.py, for CUDA (which is also ROCm's name) and XPU.
+"""The Triton kernels as implementations of the operators of this folder, for CUDA (which is also ROCm's name in PyTorch) and XPU.
 
-Importing this module registers them. In Triton's interpreter (TRITON_INTERPRET=1) they work on CPU tensors too: interpreted_on_cpu()
-puts them in the place of the C++ kernels for as long as it is wanted. The launchers know neither: here are the device guard, the
-allocation of gradients, and nothing else.
+Importing this module registers them. In Triton's interpreter (TRITON_INTERPRET=1) they can also compute on CPU tensors:
+interpreted_on_cpu() registers them in place of the C++ kernels. This module guards the device and allocates the gradients; the launchers in
+kernels/fused do neither.
 """
 
 from __future__ import annotations
@@ -20,89 +20,74 @@ from torch import Tensor
 from grpo_fast.kernels.grpo_loss import PolicyTensors, grpo_loss_fwd
 from grpo_fast.kernels.scale import scale_
 from grpo_fast.kernels.token_logprobs import LogitRows, Scoring, token_logprobs_bwd, token_logprobs_fwd
-from grpo_fast.ops.operators import LIBRARY
+from grpo_fast.ops.grpo_loss import GrpoLossArguments
+from grpo_fast.ops.library import LIBRARY
+from grpo_fast.ops.token_logprobs import TokenLogprobsArguments
 
-__all__ = ["INTERPRETED", "interpreted_on_cpu", "scaled_"]
+__all__ = ["INTERPRETED", "interpreted_on_cpu"]
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # of these kernels: Triton asked the same when they were defined, just now
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads the variable when the kernels are defined, by the imports above
 
 
 def _rows(logits: Tensor, token_ids: Tensor, mask: Tensor) -> LogitRows:
     return LogitRows(logits if logits.stride(2) == 1 else logits.contiguous(), token_ids, mask)
 
 
+def _scoring(given: TokenLogprobsArguments | GrpoLossArguments) -> Scoring:
+    return Scoring(given.temperatures, given.temperature, given.softcap, given.logit_scale)
+
+
 def _new_gradient(logits: Tensor) -> Tensor:
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
-def _token_logprobs(
-    logits: Tensor,
-    token_ids: Tensor,
-    mask: Tensor,
-    temperatures: Tensor | None,
-    temperature: float,
-    softcap: float,
-    logit_scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return token_logprobs_fwd(_rows(logits, token_ids, mask), Scoring(temperatures, temperature, softcap, logit_scale))
+def _token_logprobs(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    given = TokenLogprobsArguments(*arguments)
+    return token_logprobs_fwd(_rows(logits, given.token_ids, given.mask), _scoring(given))
 
 
-def _token_logprobs_backward(
-    grad_logprobs: Tensor,
-    grad_entropy: Tensor,
-    logits: Tensor,
-    token_ids: Tensor,
-    mask: Tensor,
-    temperatures: Tensor | None,
-    temperature: float,
-    softcap: float,
-    logit_scale: float,
-    logprobs: Tensor,
-    entropy: Tensor,
-    lse: Tensor,
-    *,
-    inplace: bool = False,
-) -> Tensor:
-    rows, scoring = _rows(logits, token_ids, mask), Scoring(temperatures, temperature, softcap, logit_scale)
-    return token_logprobs_bwd(grad_logprobs, grad_entropy, rows, scoring, logprobs, entropy, lse, inplace=inplace)
+def _token_logprobs_backward(grad_logprobs: Tensor, grad_entropy: Tensor, logits: Tensor, *arguments: Any) -> Tensor:
+    return _logits_gradient(grad_logprobs, grad_entropy, logits, *arguments, inplace=False)
 
 
-def _token_logprobs_backward_inplace(grad_logprobs: Tensor, grad_entropy: Tensor, logits: Tensor, *rest: Any) -> None:
+def _token_logprobs_backward_inplace(grad_logprobs: Tensor, grad_entropy: Tensor, logits: Tensor, *arguments: Any) -> None:
     _require_unit_stride(logits)
-    _token_logprobs_backward(grad_logprobs, grad_entropy, logits, *rest, inplace=True)
+    _logits_gradient(grad_logprobs, grad_entropy, logits, *arguments, inplace=True)
 
 
-def _grpo_loss(
-    logits: Tensor,
-    token_ids: Tensor,
-    mask: Tensor,
-    advantages: Tensor,
-    weights: Tensor,
-    entropy_weights: Tensor | None,
-    old_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    rollout_weights: Tensor | None,
-    temperatures: Tensor | None,
-    temperature: float,
-    softcap: float,
-    logit_scale: float,
-    loss_scale: float,
-    settings: list[float],
-    only_active: bool,
-    want_gradient: bool = True,
-    *,
-    inplace: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows, scoring = _rows(logits, token_ids, mask), Scoring(temperatures, temperature, softcap, logit_scale)
-    policy = PolicyTensors(advantages, weights, entropy_weights, old_logprobs, ref_logprobs, rollout_weights)
-    gradient = logits if inplace else _new_gradient(logits) if want_gradient else None
-    out = grpo_loss_fwd(rows, scoring, policy, loss_scale, settings, only_active, gradient)
+def _logits_gradient(grad_logprobs: Tensor, grad_entropy: Tensor, logits: Tensor, *arguments: Any, inplace: bool) -> Tensor:
+    *of_tokens, logprobs, entropy, lse = arguments
+    given = TokenLogprobsArguments(*of_tokens)
+    rows = _rows(logits, given.token_ids, given.mask)
+    return token_logprobs_bwd(grad_logprobs, grad_entropy, rows, _scoring(given), logprobs, entropy, lse, inplace=inplace)
+
+
+def _grpo_loss(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *others, want_gradient = arguments
+    gradient = _new_gradient(logits) if want_gradient else None
+    out = _loss(logits, GrpoLossArguments(*others), gradient)
     return *out, logits.new_empty(0) if gradient is None else gradient
 
 
-def _grpo_loss_inplace(logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _grpo_loss_inplace(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _require_unit_stride(logits)
-    return _grpo_loss(logits, *rest, inplace=True)[:4]
+    return _loss(logits, GrpoLossArguments(*arguments), gradient=logits)
+
+
+def _loss(logits: Tensor, given: GrpoLossArguments, gradient: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, scoring = _rows(logits, given.token_ids, given.mask), _scoring(given)
+    policy = PolicyTensors(
+        given.advantages, given.weights, given.entropy_weights, given.old_logprobs, given.ref_logprobs, given.rollout_weights
+    )
+    return grpo_loss_fwd(rows, scoring, policy, given.loss_scale, given.settings, given.only_active, gradient)
+
+
+def _scale_gradient(gradient: Tensor, upstream: Tensor) -> None:
+    """gradient *= upstream: by the Triton kernel, which skips a factor of 1, where its rows are contiguous, else by PyTorch's product."""
+    if gradient.is_contiguous() or (gradient.dim() == 3 and gradient.stride(2) == 1):
+        scale_(gradient, upstream)
+    else:
+        gradient.mul_(upstream)
 
 
 def _require_unit_stride(logits: Tensor) -> None:
@@ -111,7 +96,7 @@ def _require_unit_stride(logits: Tensor) -> None:
 
 
 def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
-    """Triton launches on the current device and its current stream: make it the logits' device."""
+    """Make the tensors' device the current one: Triton launches on the current device and its current stream."""
 
     @functools.wraps(launch)
     def guarded(*arguments: Any) -> Any:
@@ -122,18 +107,13 @@ def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
     return guarded
 
 
-def scaled_(gradient: Tensor, upstream: Tensor) -> Tensor:
-    """gradient *= upstream, a 0-d tensor on the same device that nobody waits for; at no cost where it is 1."""
-    rows = gradient.is_contiguous() or (gradient.dim() == 3 and gradient.stride(2) == 1)
-    return _on_its_device(scale_)(gradient, upstream) if rows else gradient.mul_(upstream)
-
-
 _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "token_logprobs": _token_logprobs,
     "token_logprobs_backward": _token_logprobs_backward,
     "token_logprobs_backward_": _token_logprobs_backward_inplace,
     "grpo_loss": _grpo_loss,
     "grpo_loss_": _grpo_loss_inplace,
+    "scale_gradient_": _scale_gradient,
 }
 
 for _name, _implementation in _IMPLEMENTATIONS.items():
@@ -145,7 +125,7 @@ _on_cpu: torch.library.Library | None = None
 
 @contextlib.contextmanager
 def interpreted_on_cpu(wanted: bool) -> Iterator[None]:
-    """Whether, inside the ``with``, CPU tensors are computed by these kernels in the interpreter, in every thread of the process. Nests."""
+    """Compute on CPU tensors by these kernels in the interpreter inside the ``with``, in every thread of the process. Can be nested."""
     before = _on_cpu is not None
     _place_on_cpu(wanted and INTERPRETED)
     try:
@@ -159,11 +139,11 @@ def _place_on_cpu(wanted: bool) -> None:
     if wanted == (_on_cpu is not None):
         return
     if not wanted and _on_cpu is not None:
-        _on_cpu._destroy()  # the C++ kernels are back
+        _on_cpu._destroy()  # which puts the C++ kernels back
         _on_cpu = None
         return
     _on_cpu = torch.library.Library("grpo_fast", "IMPL")
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="(?s).*verrid")  # it is meant
+        warnings.filterwarnings("ignore", message="(?s).*verrid")  # overriding is intended
         for name, implementation in _IMPLEMENTATIONS.items():
             _on_cpu.impl(name, implementation, "CPU")
