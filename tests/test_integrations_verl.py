@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -13,9 +12,9 @@ from unittest import mock
 import numpy
 import pytest
 import torch
-from hang import HANG
 from peers import peer_module
 from policy_batch import assert_same, poisoned, policy_batch, value_and_gradient
+from ranks import Start, run_together
 from torch import Tensor
 
 from grpo_fast.integrations import verl as adapter
@@ -156,14 +155,4 @@ def test_a_temperature_per_sample(generator: torch.Generator) -> None:
 
 
 def test_a_vocabulary_divided_between_two_processes(tmp_path: Path) -> None:
-    command = [sys.executable, str(Path(__file__).with_name("verl_ranks.py"))]
-    started = [
-        subprocess.Popen([*command, str(rank), str(tmp_path / "group")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for rank in range(2)
-    ]
-    try:
-        said = [process.communicate(timeout=HANG)[0] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert all(process.returncode == 0 for process in started), "\n".join(said)
+    run_together(Path(__file__).with_name("verl_ranks.py"), [Start([str(rank), str(tmp_path / "group")]) for rank in range(2)])

@@ -15,7 +15,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from hang import HANG
-from ranks import part
+from ranks import Start, part, run_together
 from trainer_cases import ROWS, Scripted, logs, model, parameters, trainer
 
 import grpo_fast as gf
@@ -118,6 +118,19 @@ def launched(*arguments: str) -> str:
     return done.stdout
 
 
+def run_as_launched(script: Path, output: Path, *arguments: str) -> None:
+    """The script in two processes with the environment that `accelerate launch` with these arguments gives it, but for the launcher: it and
+    each of the processes would import torch and transformers. test_the_example_starts_two_processes_as_it_says launches one in earnest."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    asked = ["--num_processes", "2", "--main_process_port=0", *arguments, str(script)]
+    args = _validate_launch_command(launch_command_parser().parse_args(asked))[0]
+    common = {**prepare_multi_gpu_env(args), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": args.master_port, "WORLD_SIZE": "2"}
+    common |= {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "2"}
+    run_together(script, [Start([str(output)], {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)])
+
+
 @pytest.mark.slow
 def test_the_example_starts_two_processes_as_it_says(tmp_path: Path) -> None:
     command = re.search(r"accelerate launch (--multi_gpu .*?) examples/two_processes.py (--cpu) ", EXAMPLE.read_text())
@@ -128,7 +141,7 @@ def test_the_example_starts_two_processes_as_it_says(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_make_the_step_of_one(tmp_path: Path) -> None:
-    launched("--multi_gpu", "--num_processes", "2", __file__, str(tmp_path))
+    run_as_launched(Path(__file__), tmp_path, "--multi_gpu")
     found = json.loads((tmp_path / "found.json").read_text())
     assert found.pop("resumed the same")
     assert found.pop("sharded") < 1e-6

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import part
-from test_trainer_distributed import launched
+from test_trainer_distributed import run_as_launched
 from trainer_cases import ROWS, Scripted, logs, model, trainer
 
 FSDP2 = "--use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP --fsdp_transformer_layer_cls_to_wrap Qwen2DecoderLayer"
@@ -90,7 +90,7 @@ def main(output: Path) -> None:
 @pytest.mark.slow
 def test_divided_between_two_processes_it_trains_as_in_one(tmp_path: Path) -> None:
     pytest.importorskip("peft")
-    launched(*FSDP2.split(), "--num_processes", "2", __file__, str(tmp_path))
+    run_as_launched(Path(__file__), tmp_path, *FSDP2.split())
     found = json.loads((tmp_path / "found.json").read_text())
     whole = losses(tmp_path / "alone", processes=1, sampler=Scripted(), steps_per_generation=4)
     with_lora = losses(tmp_path / "alone", processes=1, sampler=Scripted(), peft_config=lora())
