@@ -20,9 +20,9 @@ pytest.importorskip("transformers", reason="the stand-in server is backed by a t
 from vllm_stand_in import TRANSFER, StandIn, serving, vllm_installed
 
 from grpo_fast.generation import SamplerError, SamplingParams, make_sampler, vllm_http
+from grpo_fast.generation.merged_weights import merged_state_dict
 from grpo_fast.generation.vllm import VLLMSampler
-from grpo_fast.generation.vllm_http import Server
-from grpo_fast.generation.vllm_weights import merged_state_dict
+from grpo_fast.generation.vllm_http import ServerClient
 
 EOS, PAD = 1, 0
 
@@ -150,7 +150,7 @@ def test_a_flat_model_passes_for_now_and_is_asked_again() -> None:
     with serving(StandIn(tiny(init=1e-4))) as address:
         sampler = connect(address)
         sampler.generate([[5]], params([1.0]))
-        assert not sampler._processed
+        assert not sampler._logprobs_checked
         sampler.close()
 
 
@@ -164,7 +164,7 @@ def test_what_passes_is_tried_again(stand_in: StandIn, url: str, fault: str) -> 
     sampler.close()
 
 
-def test_a_server_that_stays_broken_ends_in_an_error_with_url_and_cure(stand_in: StandIn, url: str) -> None:
+def test_a_server_that_stays_broken_ends_in_an_error_with_url_and_fix(stand_in: StandIn, url: str) -> None:
     sampler = connect(url, retry_seconds=0.4)
     sampler.generate([[5]], params([1.0]))
     stand_in.faults = ["500"] * 1000
@@ -178,7 +178,7 @@ def test_a_server_that_stays_broken_ends_in_an_error_with_url_and_cure(stand_in:
 
 def test_a_silent_server_is_given_up(stand_in: StandIn, url: str) -> None:
     sampler = connect(url, timeout=0.3, retry_seconds=0.1)
-    sampler._processed = True
+    sampler._logprobs_checked = True
     stand_in.faults = ["hang"] * 5
     with pytest.raises(SamplerError, match=r"no answer within 0\.3 s"):
         sampler.generate([[5]], params([1.0]))
@@ -251,7 +251,7 @@ def test_an_answer_that_trickles_in_has_a_deadline() -> None:
     with answering(HEAD % 1000, *[b" "] * 1000, pause=0.05) as address:
         begin = time.monotonic()
         with pytest.raises(SamplerError, match=r"no answer within 0\.4 s"):
-            Server(address, timeout=0.4, retry_seconds=0.0).get("/v1/models")
+            ServerClient(address, timeout=0.4, retry_seconds=0.0).get("/v1/models")
         assert time.monotonic() - begin < 10  # 1000 parts take 50 s
 
 
@@ -261,13 +261,13 @@ def test_the_size_of_an_answer_is_limited(monkeypatch: pytest.MonkeyPatch) -> No
         answering(b"HTTP/1.1 200 OK\r\n\r\n", *[b" " * (1 << 18)] * 40) as address,
         pytest.raises(SamplerError, match="larger than 1 MiB"),
     ):
-        Server(address, retry_seconds=0.0).get("/v1/models")
+        ServerClient(address, retry_seconds=0.0).get("/v1/models")
 
 
 @pytest.mark.parametrize("text", [b"[" * 200_000, b"\xff\xfe", b"{"])
 def test_what_is_no_json_is_a_named_error(text: bytes) -> None:
     with answering(HEAD % len(text), text) as address, pytest.raises(SamplerError, match="the answer is no JSON"):
-        Server(address, retry_seconds=0.0).get("/v1/models")
+        ServerClient(address, retry_seconds=0.0).get("/v1/models")
 
 
 def test_no_server_at_all() -> None:
@@ -281,7 +281,7 @@ def test_no_server_at_all() -> None:
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://x", ""])
 def test_bad_url(url: str) -> None:
     with pytest.raises(ValueError, match="expected http://host:port"):
-        Server(url)
+        ServerClient(url)
 
 
 def test_bad_options(url: str) -> None:
@@ -352,11 +352,11 @@ def test_vllms_own_transfer_is_not_for_adapters_and_not_for_an_older_vllm(url: s
     peft = pytest.importorskip("peft", reason="the adapter is one of peft")
     adapted = peft.get_peft_model(tiny(), peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     with vllm_installed(stand_in):
-        with pytest.raises(ValueError, match=r"an adapter's are not the model's. Cure: weight_sync 'disk'"):
+        with pytest.raises(ValueError, match=r"an adapter's are not the model's. Fix: weight_sync 'disk'"):
             connect(url, adapted, weight_sync="nccl")
         sampler = connect(url, weight_sync="nccl")
         del sys.modules["vllm.distributed.weight_transfer.nccl_engine"]
-        with pytest.raises(SamplerError, match=r"no weight transfer engine for trainers .* Cure: a newer vllm"):
+        with pytest.raises(SamplerError, match=r"no weight transfer engine for trainers .* Fix: a newer vllm"):
             sampler.update_weights(tiny(1), 1)
         sampler.close()
 

@@ -1,32 +1,39 @@
-"""What a sampler is asked, what it answers, and what it must be able to do."""
+"""The protocol of samplers: their parameters, their results and their methods."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
 
 __all__ = ["Completion", "Sampler", "SamplerError", "SamplingParams", "check_prompts", "end_tokens"]
 
 
 class SamplerError(RuntimeError):
-    """A sampler could not answer: the message says who was asked, what came back, and the cure."""
+    """A sampler could not draw completions. The message says what was called, what came back, and how to fix it."""
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How completions are drawn: from softmax(z/T), cut to the tokens that top-k, top-p and min-p leave (in this order), if set.
+    """How completions are drawn: from softmax(z/T), truncated by top-k, top-p and min-p in this order.
 
     Args:
         max_new_tokens: length limit of a completion, in tokens, the end token included.
-        temperatures: one per prompt; > 0 to sample, 0 for greedy decoding, which is for evaluation only.
-        top_p: keep the smallest set of most likely tokens whose probabilities sum to this much; 1 = all.
-        top_k: keep this many; 0 = all.
-        min_p: keep tokens at least this fraction as likely as the likeliest; 0 = all.
-        seed: the same seed, prompts and weights give the same tokens; None: drawn from torch's global generator.
-        eos_token_id: the token, or tokens, that end a completion.
-        pad_token_id: fills shorter rows; never part of an answer.
+        temperatures: one per prompt, above 0 to sample; 0 is greedy decoding, for evaluation only.
+        top_p: keep the smallest set of most likely tokens whose probabilities sum to at least this; 1 = all tokens.
+        top_k: keep this many most likely tokens; 0 = all tokens.
+        min_p: keep tokens that are at least this fraction as likely as the most likely one; 0 = all tokens.
+        seed: the same seed, prompts and weights give the same tokens; None = a seed from torch's global generator.
+        eos_token_id: the token or tokens that end a completion.
+        pad_token_id: fills shorter rows; it is never part of a completion.
+
+    Raises:
+        ValueError: a value is out of range.
     """
 
     max_new_tokens: int
@@ -57,19 +64,22 @@ class SamplingParams:
 
     @property
     def truncates(self) -> bool:
-        """Whether top-k, top-p or min-p leave tokens out: then the sampler's log-probabilities are renormalised over the rest."""
+        """Whether top-k, top-p or min-p leave tokens out; the sampler's log-probabilities are then normalised over the kept tokens."""
         return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One answer.
+    """A completion that a sampler drew.
 
     Args:
-        token_ids: up to and including the end token, if one was drawn.
-        finished: an end token was drawn; False: cut at the length limit.
-        logprobs: of the tokens, under the distribution they were drawn from (softmax(z/T), after truncation); None if the sampler does
-            not know them, or decoded greedily.
+        token_ids: its tokens, up to and including the end token if one was drawn.
+        finished: whether an end token was drawn; False if the completion was cut at the length limit.
+        logprobs: log-probabilities of the tokens under the distribution they were drawn from (softmax(z/T), after truncation); None if
+            the sampler does not know them, or decoded greedily.
+
+    Raises:
+        ValueError: the numbers of tokens and of log-probabilities differ.
     """
 
     token_ids: list[int]
@@ -83,16 +93,21 @@ class Completion:
 
 @runtime_checkable
 class Sampler(Protocol):
-    """Whoever draws completions. A class of your own needs these three methods and nothing else."""
+    """Draws completions. A sampler of your own needs these three methods and nothing else."""
 
     def generate(self, prompts: Sequence[list[int]], params: SamplingParams) -> list[Completion]:
-        """One completion for each prompt, in the order of the prompts."""
+        """Draw one completion per prompt, in the order of the prompts."""
 
-    def update_weights(self, model: Any, step: int) -> None:
-        """Draw from these weights from now on; called after every optimiser step that precedes a rollout."""
+    def update_weights(self, model: PreTrainedModel | nn.Module, step: int) -> None:
+        """Use the weights of this model from now on. The trainer calls it before it draws with weights that have changed since.
+
+        Args:
+            model: the model that is trained, wrapped or not.
+            step: the number of optimizer steps that it has taken.
+        """
 
     def close(self) -> None:
-        """Let go of what was opened; may be called twice."""
+        """Release resources. It may be called twice."""
 
 
 def end_tokens(params: SamplingParams) -> list[int]:
@@ -101,12 +116,16 @@ def end_tokens(params: SamplingParams) -> list[int]:
 
 
 def check_prompts(prompts: Sequence[list[int]], params: SamplingParams) -> None:
-    """As many temperatures as prompts, and no empty prompt: there would be nothing to condition the first token on."""
+    """Check that there is a temperature per prompt, and that no prompt is empty, since the first token needs a context.
+
+    Raises:
+        ValueError: otherwise.
+    """
     if len(params.temperatures) != len(prompts):
         raise ValueError(
             f"temperatures has {len(params.temperatures)} entries for {len(prompts)} prompts; expected one for each prompt. "
-            "Repeat one value: [1.0] * len(prompts)."
+            "Fix for a single value: [1.0] * len(prompts)."
         )
     for index, prompt in enumerate(prompts):
         if len(prompt) == 0:
-            raise ValueError(f"prompts[{index}] is empty; expected at least one token. Start it with the tokenizer's bos token.")
+            raise ValueError(f"prompts[{index}] is empty; expected at least one token. Fix: start it with the tokenizer's bos token.")

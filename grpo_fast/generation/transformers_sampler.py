@@ -1,38 +1,51 @@
-"""Rollouts by transformers' `generate`, of the very model that is trained: nothing to start, nothing to synchronise."""
+"""Sampling with `generate` of the model that is trained: there is no server to start and there are no weights to send."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from grpo_fast.generation.protocol import Completion, SamplingParams, check_prompts, end_tokens
 from grpo_fast.models.unwrap import eval_mode, inner_model, is_sharded, whole_parameters
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["RowSampler", "TransformersSampler"]
 
 
 class TransformersSampler:
-    """`generate` of the model that is trained, with a temperature of its own for each row.
+    """Samples with `generate` of the model that is trained, with a temperature per row.
 
-    - The tokens are drawn by `RowSampler`, from a generator of their own: torch's global random numbers are left as they were, so a
-      resumed run draws what an uninterrupted one does.
-    - The model's generation_config plays no part: neither do_sample=False nor a top-k of 50 nor a repetition penalty can slip in.
-    - The model is put into eval mode for the rollout and every module back into its own mode after it.
+    - `RowSampler` draws the tokens with a generator of its own. The state of torch's global generator does not change, so a resumed run
+      draws the same completions as an uninterrupted one.
+    - The model's generation_config is not used, so that do_sample=False, a top-k of 50 or a repetition penalty in it has no effect.
+    - The model is in eval mode while completions are drawn; afterwards every module is in its previous mode.
 
     Args:
         model: the causal language model, wrapped (DDP, PEFT, torch.compile, FSDP) or not.
-        batch_size: rows per call of `generate`, at most; None = all at once. Rows of like length share a call, so fewer pads are computed.
-            It decides which random numbers a row gets: keep it to reproduce a run.
-        cache_implementation: transformers' name of the key-value cache ("static" to compile, say); None = its default.
+        tokenizer: not used.
+        batch_size: largest number of rows per call of `generate`; None = all. Rows of similar length share a call, which saves padding.
+            It decides which random numbers a row gets, so keep it to reproduce a run.
+        cache_implementation: transformers' name of the key-value cache, such as "static" for compilation; None = its default.
+
+    Raises:
+        ValueError: ``batch_size`` is below 1.
+        TypeError: the model has no method `generate`.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any = None, *, batch_size: int | None = None, cache_implementation: str | None = None
+        self,
+        model: PreTrainedModel | nn.Module,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        batch_size: int | None = None,
+        cache_implementation: str | None = None,
     ) -> None:
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; expected at least 1, or None for all prompts at once.")
@@ -42,18 +55,23 @@ class TransformersSampler:
         self.batch_size = batch_size
         self.cache_implementation = cache_implementation
 
-    def update_weights(self, model: Any, step: int) -> None:
-        """The model is the one that is trained; if the trainer has wrapped it anew, the new wrapper is taken."""
+    def update_weights(self, model: PreTrainedModel | nn.Module, step: int) -> None:
+        """Use this model, which is the one that is trained; the trainer may have wrapped it since."""
         self.model = model
 
     def close(self) -> None:
-        """There is nothing to close."""
+        """Do nothing: there are no resources to release."""
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[list[int]], params: SamplingParams) -> list[Completion]:
-        """One completion for each prompt, in their order. Empty list: empty list."""
+        """Draw one completion per prompt, in the order of the prompts.
+
+        Raises:
+            ValueError: ``params`` do not fit the prompts.
+            FloatingPointError: the model's logits are not finite.
+        """
         check_prompts(prompts, params)
-        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # stable: like lengths together, few pads
+        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # rows of similar length share a call
         size = self.batch_size or max(len(prompts), 1)
         model = inner_model(self.model)
         generator = _generator(params.seed, _device(model))
@@ -67,7 +85,12 @@ class TransformersSampler:
         return [completion for completion in completions if completion is not None]
 
     def _generate_rows(
-        self, model: Any, prompts: list[list[int]], temperatures: list[float], params: SamplingParams, generator: torch.Generator
+        self,
+        model: PreTrainedModel,
+        prompts: list[list[int]],
+        temperatures: list[float],
+        params: SamplingParams,
+        generator: torch.Generator,
     ) -> list[Completion]:
         from transformers import GenerationConfig, LogitsProcessorList
 
@@ -75,10 +98,11 @@ class TransformersSampler:
         width = max(map(len, prompts))
         input_ids = torch.tensor([[params.pad_token_id] * (width - len(p)) + list(p) for p in prompts], device=device)  # [B, P]
         lengths = torch.tensor([len(p) for p in prompts], device=device)
-        attention_mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()  # [B, P]; a pad id inside a prompt counts
+        # [B, P], from the lengths and not from the ids, because a prompt may contain the pad token
+        attention_mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()
         row_sampler = RowSampler(temperatures, params, generator)
         config = GenerationConfig(
-            do_sample=False,  # the row sampler has drawn already: what is left to do is to take the maximum
+            do_sample=False,  # the maximum of the scores that RowSampler returns is the token it has drawn
             max_new_tokens=params.max_new_tokens,
             eos_token_id=end_tokens(params),
             pad_token_id=params.pad_token_id,
@@ -97,10 +121,11 @@ class TransformersSampler:
 
 
 class RowSampler:
-    """Draws one token per row, as a logits processor: row b from softmax(z_b / T_b) after truncation, or greedily where T_b is 0.
+    """A logits processor that draws one token per row: row b from softmax(z_b / T_b) after truncation, or greedily where T_b is 0.
 
-    By the Gumbel-max rule the token is argmax(s - log E), E exponential and independent: so the processor returns s - log E, and greedy
-    `generate` takes what was drawn. Only [B, V] numbers live at a time; the drawn token's log-probability is taken from them at once.
+    It uses the Gumbel-max trick: argmax(s - log E) with independent exponential E is a sample of softmax(s). So the processor returns
+    s - log E, and greedy `generate` selects the sampled token. The log-probability of that token is computed at once, so that no scores
+    [B, V] have to be kept.
 
     Args:
         temperatures: [B], >= 0.
@@ -117,7 +142,12 @@ class RowSampler:
         self._logprobs: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, logits: Tensor) -> Tensor:
-        """``logits`` [B, V] -> perturbed scores [B, V], float32, whose row-wise maximum is the token drawn."""
+        """Return perturbed scores, float32 [B, V], whose row-wise maximum is the drawn token.
+
+        Args:
+            input_ids: not used.
+            logits: float [B, V].
+        """
         self._temperature = self._temperature.to(logits.device)
         self._noise_scale = self._noise_scale.to(logits.device)
         scores = logits.float() / self._temperature[:, None]
@@ -127,29 +157,36 @@ class RowSampler:
         noise = noise.clamp_(min=torch.finfo(noise.dtype).tiny).log_().mul_(self._noise_scale[:, None])
         perturbed = scores - noise
         token = perturbed.argmax(-1, keepdim=True)
-        self._logprobs.append(-(scores - scores.gather(-1, token)).logsumexp(-1))  # no worse where almost certain
+        # The same as score - logsumexp(scores), but exact also where the token is almost certain.
+        self._logprobs.append(-(scores - scores.gather(-1, token)).logsumexp(-1))
         return perturbed
 
     def logprobs(self, drawn: Tensor) -> Tensor:
-        """Log-probabilities [B, T] of the tokens drawn; what lies behind a row's end is meaningless."""
+        """Log-probabilities of the drawn tokens, float32 [B, T]; values after the end of a completion are meaningless.
+
+        Args:
+            drawn: int64 [B, T], the tokens that `generate` returned.
+        """
         found = torch.stack(self._logprobs, 1) if self._logprobs else drawn.new_zeros(drawn.shape, dtype=torch.float32)
         return found[:, : drawn.shape[1]]
 
 
 def truncate(scores: Tensor, params: SamplingParams) -> Tensor:
-    """-inf for the tokens that top-k, top-p and min-p leave out. ``scores`` [B, V] = z/T.
+    """Set the scores of the tokens that top-k, top-p and min-p leave out to -inf, with transformers' own warpers in `generate`'s order.
 
-    By transformers' own warpers, in the order in which its `generate` applies them.
+    Args:
+        scores: float [B, V], z/T.
+        params: top_k, top_p and min_p.
     """
     from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-    none: Any = None  # the warpers take ids and do not look at them
+    unused = scores.new_empty(0, dtype=torch.long)  # the token ids, which these warpers do not read
     if params.top_k > 0:
-        scores = TopKLogitsWarper(params.top_k)(none, scores)
+        scores = TopKLogitsWarper(params.top_k)(unused, scores)
     if params.top_p < 1:
-        scores = TopPLogitsWarper(params.top_p)(none, scores)
+        scores = TopPLogitsWarper(params.top_p)(unused, scores)
     if params.min_p > 0:
-        scores = MinPLogitsWarper(params.min_p)(none, scores)
+        scores = MinPLogitsWarper(params.min_p)(unused, scores)
     return scores
 
 
@@ -167,17 +204,17 @@ def _completions(drawn: Tensor, logprobs: Tensor, temperatures: list[float], par
 
 def _generator(seed: int | None, device: torch.device) -> torch.Generator:
     if seed is None:
-        seed = int(torch.randint(2**63 - 1, ()).item())  # so torch.manual_seed before a call decides its outcome
+        seed = int(torch.randint(2**63 - 1, ()).item())  # so that torch.manual_seed makes a call reproducible
     return torch.Generator(device).manual_seed(seed)
 
 
-def _device(model: Any) -> torch.device:
+def _device(model: PreTrainedModel) -> torch.device:
     return torch.device(model.device)
 
 
 @contextmanager
-def _plain_generation_config(model: Any) -> Iterator[None]:
-    """`generate` fills what a GenerationConfig leaves open from the model's own (top_k, penalties, forced tokens): take that away."""
+def _plain_generation_config(model: PreTrainedModel) -> Iterator[None]:
+    """Replace the model's generation_config, from which `generate` takes what its arguments do not set (top_k, penalties, ...)."""
     from transformers import GenerationConfig
 
     before = model.generation_config

@@ -1,55 +1,65 @@
-"""Rollouts by a vLLM server: ``vllm serve`` on other GPUs or another machine, spoken to by HTTP."""
+"""Sampling with a vLLM server, ``vllm serve`` on other GPUs or another machine, over HTTP."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grpo_fast.generation.protocol import Completion, SamplerError, SamplingParams, check_prompts, end_tokens
-from grpo_fast.generation.vllm_http import Server
+from grpo_fast.generation.vllm_http import ServerClient
 from grpo_fast.generation.vllm_weights import WeightSync, make_weight_sync
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["VLLMSampler"]
 
-START = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs"
-COLDEST = 0.01  # vLLM raises a lower temperature to this one, other than 0
+START_COMMAND = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs"
+MIN_TEMPERATURE = 0.01  # vLLM raises lower temperatures, except 0, to this
 
 
 class VLLMSampler:
-    """Client of a vLLM server.
+    """Samples with a vLLM server.
 
-    It is started like this; the variable opens the addresses by which weights are replaced::
+    Start the server like this; the environment variable enables the endpoints that replace weights::
 
         VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs
 
-    Each completion is a request of its own, with its own temperature and seed: in one request with a seed all members of a group would be
-    drawn from the same random numbers. The server shares the work on equal prompts by its prefix cache. The server's own defaults
-    (generation_config.json) play no part, and its end tokens are those of the params.
+    Each completion is a request of its own, with its own temperature and seed, because one request with a seed would draw all members of
+    a group from the same random numbers. The server's prefix cache shares the work on equal prompts. The server's defaults
+    (generation_config.json) are not used, and the end tokens are those of the params.
 
-    By default vLLM reports log-probabilities of softmax(z), whatever the temperature; a ratio against those is wrong from the first step.
-    So the first rollout asks for one token at two temperatures, and refuses a server whose answers do not depend on it.
+    By default vLLM reports log-probabilities of softmax(z), whatever the temperature, and an importance ratio against those is wrong from
+    the first step. So before the first completions the sampler requests one token at two temperatures, and raises an error if the
+    reported log-probabilities do not depend on the temperature.
 
     Args:
         model: the causal language model that is trained, for `update_weights`.
-        url: where the server listens.
-        served_model: the name it serves the model under; None = the first that it lists.
-        concurrency: requests in flight.
-        timeout: seconds one completion may take.
-        retry_seconds: how long a request is tried again while the server is down, overloaded, or answers with a torn text.
+        tokenizer: not used.
+        url: address of the server.
+        served_model: the name under which it serves the model; None = the first that it lists.
+        concurrency: number of simultaneous requests.
+        timeout: seconds that one completion may take.
+        retry_seconds: how long a request is repeated while the server is down, overloaded, or sends incomplete answers.
         api_key: None = the environment variable VLLM_API_KEY, if set.
         weight_sync: "nccl" (from GPU to GPU; needs vllm installed here too, and ``--weight-transfer-config '{"backend": "nccl"}'`` there),
-            "disk" (a folder both sides see), "none" (the server keeps its weights: for evaluation), or "auto": nccl where the model is on
-            a GPU and vllm is installed, else disk.
-        weights_dir: folder for "disk"; None = one of its own in memory (/dev/shm), for a server on this machine.
+            "disk" (a folder that both sides see), "none" (the server keeps its weights, for evaluation), or "auto": nccl if the model is
+            on a GPU and vllm is installed, else disk.
+        weights_dir: folder for "disk"; None = a new folder in memory (/dev/shm), for a server on this machine.
         nccl_address, nccl_port: where this process listens for the server's workers, for "nccl".
+
+    Raises:
+        ValueError: an option is invalid.
+        SamplerError: the server does not answer, or a package is missing.
     """
 
     def __init__(
         self,
-        model: Any,
-        tokenizer: Any = None,
+        model: PreTrainedModel | nn.Module,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         url: str = "http://127.0.0.1:8000",
         served_model: str | None = None,
@@ -64,12 +74,12 @@ class VLLMSampler:
     ) -> None:
         if concurrency < 1:
             raise ValueError(f"concurrency is {concurrency}; expected at least 1 request in flight.")
-        self.server = Server(url, timeout=timeout, retry_seconds=retry_seconds, api_key=api_key)
+        self.server = ServerClient(url, timeout=timeout, retry_seconds=retry_seconds, api_key=api_key)
         self._sync: WeightSync = make_weight_sync(
             weight_sync, self.server, model, weights_dir=weights_dir, nccl_address=nccl_address, nccl_port=nccl_port
         )
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="grpo_fast-vllm")
-        self._processed = False
+        self._logprobs_checked = False
         try:
             self.served_model = served_model or self._listed_model()
         except BaseException:
@@ -77,36 +87,42 @@ class VLLMSampler:
             raise
 
     def generate(self, prompts: Sequence[list[int]], params: SamplingParams) -> list[Completion]:
-        """One completion for each prompt, in their order. Empty list: empty list."""
+        """Draw one completion per prompt, in the order of the prompts.
+
+        Raises:
+            ValueError: ``params`` do not fit the prompts, or vLLM would raise a temperature.
+            SamplerError: the server does not answer, or its answer is wrong.
+        """
         check_prompts(prompts, params)
         for index, temperature in enumerate(params.temperatures):
-            if 0 < temperature < COLDEST:
+            if 0 < temperature < MIN_TEMPERATURE:
                 raise ValueError(
-                    f"temperatures[{index}] is {temperature}; vLLM draws at {COLDEST} instead. Cure: 0, or at least {COLDEST}."
+                    f"temperatures[{index}] is {temperature}; vLLM draws at {MIN_TEMPERATURE} instead. "
+                    f"Fix: 0, or at least {MIN_TEMPERATURE}."
                 )
         if not prompts:
             return []
-        if not self._processed:
+        if not self._logprobs_checked:
             self._check_logprobs(prompts[0])
         futures = [self._pool.submit(self._complete, index, list(prompt), params) for index, prompt in enumerate(prompts)]
         wait(futures, return_when=FIRST_EXCEPTION)
         for future in futures:
-            future.cancel()  # nothing, unless one has failed
+            future.cancel()  # has no effect unless a request has failed
         wait(futures)
         for future in futures:
             if not future.cancelled() and (error := future.exception()) is not None:
                 raise error
         return [future.result() for future in futures]
 
-    def update_weights(self, model: Any, step: int) -> None:
-        """Put the model's weights into the server. When this returns, no completion is drawn, and no prefix cached, from older ones.
+    def update_weights(self, model: PreTrainedModel | nn.Module, step: int) -> None:
+        """Send the model's weights to the server, which then neither draws with older weights nor keeps a prefix cache of them.
 
-        With several processes all call it: the first sends, the others help to gather what is sharded, and all wait.
+        Every process must call it: the first sends the weights, the others take part in gathering sharded ones, and all wait for the end.
         """
         self._sync.send(model, step)
 
     def close(self) -> None:
-        """Let go of connections, threads and the weights' folder. The server goes on."""
+        """Close connections and threads, and remove the folder of the weights. The server keeps running."""
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._sync.close()
         self.server.close()
@@ -118,8 +134,8 @@ class VLLMSampler:
         except (KeyError, IndexError, TypeError):
             raise SamplerError(f"GET {self.server.url}/v1/models: {answer!r}; expected a list of models. Is this a vLLM server?") from None
 
-    def _request(self, prompt: list[int], params: SamplingParams, temperature: float, **more: Any) -> dict[str, Any]:
-        """Everything is said, for what is left open the server fills in from the model's generation_config.json."""
+    def _request(self, prompt: list[int], params: SamplingParams, temperature: float, **more: int) -> dict[str, Any]:
+        """The body of a request. It sets every option, because the server takes others from the model's generation_config.json."""
         return {
             "model": self.served_model,
             "prompt": prompt,
@@ -133,7 +149,7 @@ class VLLMSampler:
             "frequency_penalty": 0.0,
             "max_tokens": params.max_new_tokens,
             "min_tokens": 0,
-            "ignore_eos": True,  # the end tokens are these, whatever the server takes for one
+            "ignore_eos": True,  # only stop_token_ids end a completion, not the end token that the server finds in the model
             "stop_token_ids": end_tokens(params),
             "logprobs": 0,
             "return_token_ids": True,
@@ -148,8 +164,10 @@ class VLLMSampler:
         return self._read(answer, index, prompt, params, temperature)
 
     def _read(self, answer: Any, index: int, prompt: list[int], params: SamplingParams, temperature: float) -> Completion:
-        def wrong(what: str, cure: str) -> SamplerError:
-            return SamplerError(f"POST {self.server.url}/v1/completions, prompt {index}: {what}. {cure}")
+        """Check the answer to a request and turn it into a completion."""
+
+        def wrong(what: str, fix: str) -> SamplerError:
+            return SamplerError(f"POST {self.server.url}/v1/completions, prompt {index}: {what}. {fix}")
 
         choices = answer.get("choices") if isinstance(answer, dict) else None
         if not isinstance(choices, list) or len(choices) != 1:
@@ -157,26 +175,30 @@ class VLLMSampler:
         choice = choices[0]
         ids, echoed, reason = choice.get("token_ids"), choice.get("prompt_token_ids"), choice.get("finish_reason")
         if not isinstance(ids, list) or not isinstance(echoed, list):
-            raise wrong("the answer has no token_ids", "Cure: a newer vLLM, which knows return_token_ids.")
+            raise wrong("the answer has no token_ids", "Fix: a newer vLLM, which knows return_token_ids.")
         if echoed != prompt:
             raise wrong(
                 f"the answer belongs to another prompt ({len(echoed)} tokens, {len(prompt)} were sent)",
-                "Something between here and the server mixes answers up; connect to it directly.",
+                "Fix: connect to the server directly; a proxy may have mixed up answers.",
             )
         logprobs = (choice.get("logprobs") or {}).get("token_logprobs")
         if not isinstance(logprobs, list) or len(logprobs) != len(ids) or not all(_is_logprob(value) for value in logprobs):
-            raise wrong(f"there is not one log-probability for each of the {len(ids)} tokens", f"Cure: {START}")
+            raise wrong(f"there is not one log-probability for each of the {len(ids)} tokens", f"Fix: {START_COMMAND}")
         ended = bool(ids) and ids[-1] in end_tokens(params)
         if reason not in ("stop", "length") or ended != (reason == "stop") or (not ended and len(ids) != params.max_new_tokens):
             raise wrong(
                 f"a completion of {len(ids)} tokens ended with finish_reason {reason!r}; expected an end token, or "
                 f"{params.max_new_tokens} tokens",
-                "The answer was cut: by the server's --max-model-len, or because it was paused. Raise the one, or wait for the other.",
+                "The completion was cut by the server's --max-model-len, or because the server was paused. Fix: raise the limit, or wait.",
             )
         return Completion(ids, ended, [float(value) for value in logprobs] if temperature > 0 else None)
 
     def _check_logprobs(self, prompt: list[int]) -> None:
-        """One position at T = 1 and 2: between two tokens the gap halves under softmax(z/T), and stays what it was under softmax(z)."""
+        """Check that the server reports log-probabilities of softmax(z/T).
+
+        It requests one position at T = 1 and at T = 2: the difference between two tokens' log-probabilities halves under softmax(z/T), and
+        does not change under softmax(z).
+        """
         params = SamplingParams(1, [1.0], eos_token_id=0, pad_token_id=0)
         tops = []
         for temperature in (1.0, 2.0):
@@ -184,22 +206,24 @@ class VLLMSampler:
             try:
                 tops.append(answer["choices"][0]["logprobs"]["top_logprobs"][0])
             except (KeyError, IndexError, TypeError):
-                raise SamplerError(f"POST {self.server.url}/v1/completions: no log-probabilities in the answer. Cure: {START}") from None
+                raise SamplerError(
+                    f"POST {self.server.url}/v1/completions: no log-probabilities in the answer. Fix: {START_COMMAND}"
+                ) from None
         first, second = tops
         shared = sorted((token for token in first if token in second), key=lambda token: first[token])
-        cure = f"Cure: restart it with --logprobs-mode processed_logprobs: {START}"
+        fix = f"Fix: restart it with --logprobs-mode processed_logprobs: {START_COMMAND}"
         if any(sum(map(math.exp, map(float, top.values()))) > 1.01 for top in tops):
-            raise SamplerError(f"{self.server.url}: what the server reports as log-probabilities are logits. {cure}")
+            raise SamplerError(f"{self.server.url}: what the server reports as log-probabilities are logits. {fix}")
         if len(shared) < 2 or (gap := first[shared[-1]] - first[shared[0]]) < 0.05:
-            return  # too flat to tell here; the next rollout asks again
+            return  # the distribution is too flat to tell; the next call of `generate` checks again
         ratio = (second[shared[-1]] - second[shared[0]]) / gap
         if abs(ratio - 0.5) > 0.1:
             raise SamplerError(
                 f"{self.server.url}: the server reports log-probabilities of softmax(z), not of softmax(z/T), from which it draws (at "
                 f"T = 2 the gap between two tokens is {ratio:.2f} of that at T = 1; expected 0.5). "
-                f"The ratio would be wrong from the first step. {cure}"
+                f"The ratio would be wrong from the first step. {fix}"
             )
-        self._processed = True
+        self._logprobs_checked = True
 
 
 def _is_logprob(value: Any) -> bool:

@@ -12,15 +12,15 @@ import httpx
 
 from grpo_fast.generation.protocol import SamplerError
 
-__all__ = ["Server"]
+__all__ = ["ServerClient"]
 
 _BUSY = (429, 500, 502, 503, 504)  # a server that starts, restarts or is overloaded; any other status is its answer
 _DEV_MODE = "Fix: start the server with VLLM_SERVER_DEV_MODE=1 in its environment; without it vLLM does not serve this address."
 LARGEST_ANSWER = 64 << 20  # bytes; a completion of 100,000 tokens with its log-probabilities has about 5 MB
 
 
-class Server:
-    """One HTTP server, which any number of threads may use.
+class ServerClient:
+    """Client of one HTTP server, which any number of threads may use.
 
     Args:
         url: "http://host:port", with or without a path; "https" too. No proxy is used.
@@ -30,10 +30,10 @@ class Server:
         api_key: sent as a bearer token; None = the environment variable VLLM_API_KEY, if set.
 
     Raises:
-        ValueError: a URL or a number that is not as expected.
+        ValueError: the URL or a number of seconds is invalid.
 
     Example:
-        >>> Server("http://127.0.0.1:8000").get("/v1/models")  # doctest: +SKIP
+        >>> ServerClient("http://127.0.0.1:8000").get("/v1/models")  # doctest: +SKIP
         {'object': 'list', 'data': [...]}
     """
 
@@ -50,19 +50,20 @@ class Server:
         key = api_key if api_key is not None else os.environ.get("VLLM_API_KEY")
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}  # an answer's size is then what is received
         headers |= {"Authorization": f"Bearer {key}"} if key else {}
-        # httpx looks whether a kept connection was closed by the server before it uses it. Between that look and the request the server may
-        # still close it, and a request that must not be repeated would be lost: such requests open a connection of their own.
-        self._kept_alive = _client(headers, timeout, keep_alive=True)
-        self._own_connection = _client(headers, timeout, keep_alive=False)
+        # Before httpx reuses a connection it checks that the server has not closed it. The server may still close it between the check and
+        # the request, and a request that must not be repeated would be lost; so each such request opens a new connection.
+        self._persistent = _client(headers, timeout, keep_alive=True)
+        self._single_use = _client(headers, timeout, keep_alive=False)
 
     def get(self, path: str) -> Any:
+        """Send a GET request and return the decoded JSON of the answer; see `post`."""
         return self._request("GET", path, None, repeatable=True)
 
     def post(self, path: str, body: dict[str, Any], *, repeatable: bool = True) -> Any:
-        """The decoded answer; None if it is empty.
+        """Send a POST request and return the decoded JSON of the answer; None if it is empty.
 
         Args:
-            path: below the server's address, such as "/v1/completions".
+            path: path below the server's address, such as "/v1/completions".
             body: sent as JSON.
             repeatable: False for a request that must not be carried out twice: it is repeated only if no connection could be made.
 
@@ -72,11 +73,12 @@ class Server:
         return self._request("POST", path, json.dumps(body).encode(), repeatable=repeatable)
 
     def close(self) -> None:
-        self._kept_alive.close()
-        self._own_connection.close()
+        """Close all connections."""
+        self._persistent.close()
+        self._single_use.close()
 
     def _request(self, method: str, path: str, payload: bytes | None, *, repeatable: bool) -> Any:
-        give_up = time.monotonic() + self.retry_seconds
+        deadline = time.monotonic() + self.retry_seconds
         pause, tries = 0.1, 0
         while True:
             tries += 1
@@ -84,7 +86,7 @@ class Server:
                 return self._attempt(method, path, payload, repeatable=repeatable)
             except _RetryableError as failure:
                 may_repeat = repeatable or not failure.sent
-                if not may_repeat or time.monotonic() + pause > give_up:
+                if not may_repeat or time.monotonic() + pause > deadline:
                     raise SamplerError(
                         f"{method} {self.url}{path}: {failure.reason}, after {tries} tries. {failure.fix}"
                     ) from failure.__cause__
@@ -92,7 +94,7 @@ class Server:
             pause = min(2 * pause, 5.0)
 
     def _attempt(self, method: str, path: str, payload: bytes | None, *, repeatable: bool) -> Any:
-        client = self._kept_alive if repeatable else self._own_connection
+        client = self._persistent if repeatable else self._single_use
         late = _RetryableError(
             f"no answer within {self.timeout:g} s", "Fix: a larger timeout, or fewer tokens; or the server hangs: see its log."
         )
@@ -149,5 +151,5 @@ def _client(headers: dict[str, str], timeout: float, *, keep_alive: bool) -> htt
 
 
 def _excerpt(text: bytes, limit: int = 300) -> str:
-    words = " ".join(text.decode("utf-8", "replace").split())
-    return repr(words if len(words) <= limit else f"{words[:limit]}…")
+    line = " ".join(text.decode("utf-8", "replace").split())
+    return repr(line if len(line) <= limit else f"{line[:limit]}…")

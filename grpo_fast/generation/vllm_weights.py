@@ -1,4 +1,4 @@
-"""New weights for a running vLLM server: over NCCL by vLLM's own transfer engine, or through a folder that both sides see."""
+"""Sends weights to a running vLLM server: over NCCL with vLLM's own transfer engine, or through a folder that both sides see."""
 
 from __future__ import annotations
 
@@ -7,29 +7,43 @@ import tempfile
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from grpo_fast.generation.merged_weights import merged_state_dict
 from grpo_fast.generation.protocol import SamplerError
-from grpo_fast.generation.vllm_http import Server
-from grpo_fast.models.unwrap import inner_model, is_peft, is_sharded, without_wrappers
+from grpo_fast.generation.vllm_http import ServerClient
+from grpo_fast.models.unwrap import inner_model, is_peft, is_sharded
 
-__all__ = ["WEIGHT_SYNCS", "WeightSync", "make_weight_sync", "merged_state_dict"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["WEIGHT_SYNCS", "DiskSync", "NCCLSync", "NoSync", "WeightSync", "make_weight_sync"]
 
 WEIGHT_SYNCS = ("auto", "nccl", "disk", "none")
 
 
 class WeightSync(Protocol):
-    def send(self, model: Any, step: int) -> None: ...
-    def close(self) -> None: ...
+    """A way to send weights to the server."""
+
+    def send(self, model: PreTrainedModel | nn.Module, step: int) -> None:
+        """Send the model's weights. Every process must call it."""
+
+    def close(self) -> None:
+        """Release resources."""
 
 
 def make_weight_sync(
-    name: str, server: Server, model: Any, *, weights_dir: str | None, nccl_address: str, nccl_port: int
+    name: str, server: ServerClient, model: PreTrainedModel | nn.Module, *, weights_dir: str | None, nccl_address: str, nccl_port: int
 ) -> NoSync | DiskSync | NCCLSync:
-    """The way of that name; "auto": over NCCL where the model is on a GPU and vllm can be imported, else through a folder."""
+    """Make the WeightSync of this name; "auto" is NCCL if the model is on a GPU and vllm can be imported, else a folder.
+
+    Raises:
+        ValueError: the name is unknown, or the model cannot be sent this way.
+        SamplerError: vllm is not installed, which NCCL needs.
+    """
     if name not in WEIGHT_SYNCS:
         raise ValueError(f"weight_sync is {name!r}; expected one of {', '.join(WEIGHT_SYNCS)}.")
     if name == "auto":
@@ -43,50 +57,58 @@ def make_weight_sync(
 
 
 class NoSync:
-    """The server keeps the weights it was started with: to evaluate, or where something else updates it."""
+    """Sends nothing: for evaluations, or if something else updates the server's weights."""
 
-    def send(self, model: Any, step: int) -> None:
-        """Nothing is sent."""
+    def send(self, model: PreTrainedModel | nn.Module, step: int) -> None:
+        """Do nothing."""
 
     def close(self) -> None:
-        """There is nothing to close."""
+        """Do nothing."""
 
 
 class DiskSync:
-    """A checkpoint in a folder, and the word to read it: ``reload_weights`` of vLLM's workers, by its /collective_rpc.
+    """Writes a checkpoint to a folder and lets vLLM's workers read it (``reload_weights`` through /collective_rpc).
 
-    The folder has to be seen by the server under the same path. In memory (/dev/shm, the default) this costs two copies of the weights;
-    over a network file system as long as that takes. The folder of the step before is removed when the new one is in force.
+    The server must see the folder under the same path. In memory (/dev/shm, the default) this costs two copies of the weights. The folder
+    of the previous step is removed once the server has the new weights.
+
+    Args:
+        server: the server.
+        directory: where to make the folders; None = a new temporary folder, which `close` removes.
     """
 
-    def __init__(self, server: Server, directory: str | None) -> None:
+    def __init__(self, server: ServerClient, directory: str | None) -> None:
         self.server = server
-        self._own = directory is None
+        self._temporary = directory is None
         self._directory = None if directory is None else Path(directory)
         self._last: Path | None = None
 
-    def send(self, model: Any, step: int) -> None:
+    def send(self, model: PreTrainedModel | nn.Module, step: int) -> None:
+        """Write the weights, and let the server read them."""
         first = _rank() == 0
-        state = merged_state_dict(model) if first or is_sharded(model) else {}  # what is sharded is gathered with the others' help
-        _together(lambda: self._send(model, state, step) if first else None)
+        state = merged_state_dict(model) if first or is_sharded(model) else {}  # gathering sharded weights needs every process
+        _run_on_all(lambda: self._send(model, state, step) if first else None)
 
-    def _send(self, model: Any, state: dict[str, Tensor], step: int) -> None:
+    def _send(self, model: PreTrainedModel | nn.Module, state: dict[str, Tensor], step: int) -> None:
         folder = self._folder() / f"step-{step}"
         try:
             inner_model(model).save_pretrained(folder, state_dict=state, safe_serialization=True)
         except OSError as error:
             raise SamplerError(
-                f"weights_dir {folder.parent}: the weights cannot be written ({error}). Cure: weights_dir elsewhere."
+                f"weights_dir {folder.parent}: the weights cannot be written ({error}). Fix: another weights_dir."
             ) from error
         body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
         self.server.post("/collective_rpc", body, repeatable=False)
-        self.server.post("/reset_prefix_cache?reset_running_requests=true", {}, repeatable=False)  # keys and values of older weights
+        self.server.post(
+            "/reset_prefix_cache?reset_running_requests=true", {}, repeatable=False
+        )  # it holds keys and values of the older weights
         if self._last is not None and self._last != folder:
             shutil.rmtree(self._last, ignore_errors=True)
         self._last = folder
 
     def close(self) -> None:
-        if self._own and self._directory is not None:
+        """Remove the folder, unless the caller has given it."""
+        if self._temporary and self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
             self._directory = None
 
@@ -98,95 +120,56 @@ class DiskSync:
 
 
 class NCCLSync:
-    """From this process's GPU to the server's workers, by vLLM's weight transfer engine (vLLM documentation, "Weight Transfer").
+    """Sends weights from this process's GPU to the server's workers with vLLM's weight transfer engine (vLLM documentation, "Weight
+    Transfer").
 
-    vLLM's package has to be installed here too: its engine opens the NCCL group, packs the tensors and drives the server's four phases.
+    The vllm package must be installed here too: its engine opens the NCCL group, packs the tensors and calls the server's endpoints.
+
+    Args:
+        server: the server.
+        model: the model that is trained.
+        address, port: where this process listens for the server's workers.
+
+    Raises:
+        ValueError: the model has an adapter, whose parameters are not those of the model on the server.
+        SamplerError: vllm is not installed.
     """
 
-    def __init__(self, server: Server, model: Any, address: str, port: int) -> None:
+    def __init__(self, server: ServerClient, model: PreTrainedModel | nn.Module, address: str, port: int) -> None:
         if is_peft(model):
             raise ValueError(
-                "weight_sync 'nccl' sends the parameters as they are, and an adapter's are not the model's. Cure: weight_sync 'disk'."
+                "weight_sync 'nccl' sends the parameters as they are, and an adapter's are not the model's. Fix: weight_sync 'disk'."
             )
         if find_spec("vllm") is None:
-            raise SamplerError("weight_sync 'nccl' needs the package vllm here as well. Cure: pip install vllm, or weight_sync 'disk'.")
+            raise SamplerError("weight_sync 'nccl' needs the package vllm here as well. Fix: pip install vllm, or weight_sync 'disk'.")
         self.server, self.address, self.port = server, address, port
-        self._engine: Any = None
+        self._engine: Any = None  # of vllm, which is optional
 
-    def send(self, model: Any, step: int) -> None:
+    def send(self, model: PreTrainedModel | nn.Module, step: int) -> None:
+        """Send the weights; the first call connects to the server's workers."""
         if self._engine is None:
             self._engine = self._connect(inner_model(model))
         self._engine.send_weights()
         first = _rank() == 0
-        _together(lambda: self.server.post("/reset_prefix_cache?reset_running_requests=true", {}, repeatable=False) if first else None)
+        _run_on_all(lambda: self.server.post("/reset_prefix_cache?reset_running_requests=true", {}, repeatable=False) if first else None)
 
     def close(self) -> None:
+        """Drop the connection to the server's workers."""
         self._engine = None
 
-    def _connect(self, model: Any) -> Any:
+    def _connect(self, model: PreTrainedModel) -> Any:
         try:
             from vllm.distributed.weight_transfer import HTTPVLLMWeightSyncClient, ModuleSource, WeightTransferTrainerFactory
             from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
         except ImportError as error:
             raise SamplerError(
                 f"weight_sync 'nccl': this vllm has no weight transfer engine for trainers ({error}). "
-                "Cure: a newer vllm, or weight_sync 'disk'."
+                "Fix: a newer vllm, or weight_sync 'disk'."
             ) from error
         workers = int(self.server.get("/get_world_size")["world_size"])
         info = NCCLTrainerInitInfo(master_address=self.address, master_port=self.port, world_size=workers + 1, rank=_rank(), packed=True)
         client = HTTPVLLMWeightSyncClient(self.server.url)
         return WeightTransferTrainerFactory.trainer_init(init_info=info, client=client, source=ModuleSource(model))
-
-
-@torch.no_grad()
-def merged_state_dict(model: Any) -> dict[str, Tensor]:
-    """The weights under the names a checkpoint of the inner model has: whole where they are sharded, with an adapter's share added.
-
-    The model is not touched: merging in place and undoing it would leave rounding behind in every step. Empty on all processes but the
-    first, if sharded.
-    """
-    if type(model).__name__ == "DeepSpeedEngine":
-        raise ValueError(
-            "model is a DeepSpeedEngine; its weights can be gathered under DDP or FSDP only. Cure: FSDP, or DeepSpeed stage 2 and below."
-        )
-    if is_sharded(model):
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-        state: dict[str, Any] = dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)))
-    else:
-        state = dict(without_wrappers(model).state_dict())
-    return _merge_adapter(without_wrappers(model), state) if is_peft(without_wrappers(model)) else state
-
-
-def _merge_adapter(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of a PEFT model without PEFT's names: W + the active adapters' deltas; trained copies (modules_to_save) win."""
-    deltas: dict[str, Tensor] = {}
-    for name, module in model.named_modules():
-        if hasattr(module, "get_delta_weight") and hasattr(module, "base_layer") and not module.merged:
-            for adapter in module.active_adapters:
-                if adapter in getattr(module, "lora_A", {}) or adapter in getattr(module, "lora_embedding_A", {}):
-                    delta = module.get_delta_weight(adapter)
-                    deltas[name] = deltas[name] + delta if name in deltas else delta
-                elif hasattr(module, "lora_A"):
-                    continue
-                else:
-                    raise ValueError(f"{name} has an adapter of type {type(module).__name__}, which is no LoRA; expected LoRA to merge it.")
-    prefix = "base_model.model."
-    merged: dict[str, Tensor] = {}
-    for key, value in state.items():
-        short = key.removeprefix(prefix)
-        if "original_module." in short or any(f".{part}" in f".{short}" for part in ("lora_", "modules_to_save.")):
-            continue
-        owner, _, leaf = key.rpartition(".base_layer.")
-        if owner and leaf == "weight" and owner in deltas:
-            value = (value.float() + deltas[owner].to(value.device).float()).to(value.dtype)
-        merged[short.replace(".base_layer.", ".")] = value
-    for key, value in state.items():  # after the rest: the trained copy wins
-        short = key.removeprefix(prefix)
-        for adapter in model.active_adapters:
-            if f".modules_to_save.{adapter}." in f".{short}":
-                merged[short.replace(f"modules_to_save.{adapter}.", "")] = value
-    return merged
 
 
 def _distributed() -> bool:
@@ -197,17 +180,17 @@ def _rank() -> int:
     return torch.distributed.get_rank() if _distributed() else 0
 
 
-def _together(act: Callable[[], object]) -> None:
-    """Act, and wait until all processes have; if the first one fails, all raise, rather than that the others wait for it for ever."""
+def _run_on_all(act: Callable[[], object]) -> None:
+    """Call ``act`` in every process and wait for all. If it fails in the first, all processes raise, so that none waits for it forever."""
     failure: SamplerError | None = None
     try:
         act()
     except SamplerError as error:
         failure = error
     if _distributed():
-        words = [None if failure is None else str(failure)]
-        torch.distributed.broadcast_object_list(words, src=0)
-        if failure is None and words[0] is not None:
-            failure = SamplerError(f"process 0: {words[0]}")
+        messages = [None if failure is None else str(failure)]
+        torch.distributed.broadcast_object_list(messages, src=0)
+        if failure is None and messages[0] is not None:
+            failure = SamplerError(f"process 0: {messages[0]}")
     if failure is not None:
         raise failure
