@@ -14,18 +14,31 @@ from hang import HANG
 from typer.testing import CliRunner
 
 import grpo_fast as gf
-from grpo_fast.benchmark import contestants, gate, overhead, report, settings
-from grpo_fast.benchmark.arena import Arena, arena_bytes
-from grpo_fast.benchmark.contestants import Result, UnavailableError, make
-from grpo_fast.benchmark.data import CONFIG, batch_bytes, expected_loss, fill, shared_batch, write_truth
-from grpo_fast.benchmark.measure import private, repetition
-from grpo_fast.benchmark.schedule import needed_memory
-from grpo_fast.benchmark.settings import CONTESTANTS, PASSES, Case, Settings, parse_shape
-from grpo_fast.cli.bench import app, bench
+from grpo_fast.benchmark.eager import CONFIG
+from grpo_fast.benchmark.harness.gate import UnavailableError
+from grpo_fast.benchmark.harness.result import SCHEMA
+from grpo_fast.benchmark.harness.shared_memory import SharedMemory, aligned_bytes
+from grpo_fast.benchmark.logits import implementations, overhead, report
+from grpo_fast.benchmark.logits.cases import (
+    IMPLEMENTATIONS,
+    MALLOC_MODES,
+    PASSES,
+    LogitsCase,
+    LogitsSettings,
+    batch_bytes,
+    expected_loss,
+    fill,
+    parse_shape,
+    shared_batch,
+    write_truth,
+)
+from grpo_fast.benchmark.logits.implementations import Implementation, Outputs, compare_with_truth, make, tolerance
+from grpo_fast.benchmark.logits.suite import needed_memory, repetition
+from grpo_fast.cli.bench import app
 
 pytestmark = pytest.mark.skipif(not gf.backends()["cpu"].usable, reason="the C++ backend, which is measured, is not usable here")
 ROOT = Path(__file__).parents[1]
-TINY = Case(16, 301, "float32")
+TINY = LogitsCase(16, 301, "float32")
 READABLE = ("eager", "ours", "ours_inplace", "trl")
 RUN = ["--quick", "--shape", "16x301", "--dtype", "bfloat16"]
 
@@ -36,8 +49,8 @@ def uninitialised_memory_is_nan():
 
 
 def batch_of(case, active_fraction=1.0):
-    arena = Arena.create(batch_bytes(case))
-    batch = shared_batch(arena, case)
+    memory = SharedMemory.create(batch_bytes(case))
+    batch = shared_batch(memory, case)
     fill(batch, temperature=0.9, active_fraction=active_fraction, seed=3)
     write_truth(batch, 0.9)
     return batch
@@ -45,10 +58,10 @@ def batch_of(case, active_fraction=1.0):
 
 def result_of(name, step, batch, entropy=False):
     try:
-        contestant = make(name, temperature=0.9, entropy=entropy, threads=1)
+        implementation = make(name, temperature=0.9, entropy=entropy, threads=1)
     except UnavailableError as error:
         pytest.skip(str(error))
-    return contestant, contestant.step(step)(private(batch, torch.empty_like(batch.logits)))
+    return implementation, repetition(implementation, step, batch, torch.empty_like(batch.logits), 1).result
 
 
 # The gate ---------------------------------------------------------------------------------------------------------------------------------
@@ -56,13 +69,13 @@ def result_of(name, step, batch, entropy=False):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", READABLE)
-def test_the_gate_accepts_every_contestant_and_rejects_zeroed_and_doubled_gradients(name, dtype):
-    batch = batch_of(Case(16, 301, dtype))
-    contestant, right = result_of(name, "forward_backward", batch)
-    allowed = gate.tolerance(batch.logits.dtype, contestant.arithmetic)
+def test_the_gate_accepts_every_implementation_and_rejects_zeroed_and_doubled_gradients(name, dtype):
+    batch = batch_of(LogitsCase(16, 301, dtype))
+    implementation, right = result_of(name, "forward_backward", batch)
+    allowed = tolerance(batch.logits.dtype, implementation.arithmetic)
 
     def passes(**changed):
-        return gate.judge(right._replace(**changed), batch, expected_loss(batch), allowed).passed
+        return compare_with_truth(right._replace(**changed), batch, expected_loss(batch), allowed).passed
 
     assert passes()
     assert not passes(gradient=torch.zeros_like(right.gradient))
@@ -71,10 +84,10 @@ def test_the_gate_accepts_every_contestant_and_rejects_zeroed_and_doubled_gradie
     assert not passes(gradient=torch.full_like(right.gradient, torch.nan))
     assert not passes(loss=right.loss + 0.1)
     assert not passes(loss=right.loss * torch.nan)
-    if contestant.forward is not None:
+    if implementation.forward is not None:
         _, scored = result_of(name, "forward", batch)
-        assert gate.judge(scored, batch, 0.0, allowed).passed
-        assert not gate.judge(scored._replace(logprobs=scored.logprobs + 0.2), batch, 0.0, allowed).passed
+        assert compare_with_truth(scored, batch, 0.0, allowed).passed
+        assert not compare_with_truth(scored._replace(logprobs=scored.logprobs + 0.2), batch, 0.0, allowed).passed
 
 
 def test_one_wrong_row_is_enough():
@@ -83,16 +96,16 @@ def test_one_wrong_row_is_enough():
     wrong = right.gradient.clone()
     row = int(batch.true_gradient.norm(dim=-1).argmax())
     wrong.flatten(0, 1)[batch.gate_rows[row]] *= 2
-    assert not gate.judge(right._replace(gradient=wrong), batch, expected_loss(batch), gate.tolerance(torch.float32, "float32")).passed
+    assert not compare_with_truth(right._replace(gradient=wrong), batch, expected_loss(batch), tolerance(torch.float32, "float32")).passed
 
 
 def test_the_entropy_is_compared_where_it_is_computed():
     batch = batch_of(TINY)
     for name in ("eager", "ours"):
         _, scored = result_of(name, "forward", batch, entropy=True)
-        verdict = gate.judge(scored, batch, 0.0, gate.tolerance(torch.float32, "float32"))
-        assert verdict.passed and verdict.entropy is not None
-        wrong = gate.judge(scored._replace(entropy=scored.entropy + 0.01), batch, 0.0, gate.tolerance(torch.float32, "float32"))
+        verdict = compare_with_truth(scored, batch, 0.0, tolerance(torch.float32, "float32"))
+        assert verdict.passed and verdict.errors["entropy"] is not None
+        wrong = compare_with_truth(scored._replace(entropy=scored.entropy + 0.01), batch, 0.0, tolerance(torch.float32, "float32"))
         assert not wrong.passed
 
 
@@ -100,7 +113,7 @@ def test_the_entropy_is_compared_where_it_is_computed():
 
 
 def test_the_batch_carries_a_signal():
-    batch = batch_of(Case(512, 97, "float32"), active_fraction=0.75)
+    batch = batch_of(LogitsCase(512, 97, "float32"), active_fraction=0.75)
     ratio = (batch.true_logprobs - batch.old_logprobs).exp()[batch.mask]
     low, high = 1 - CONFIG.epsilon_low, 1 + CONFIG.epsilon_high
     for share in ((ratio < low), (ratio > high), (ratio > low) & (ratio < high)):
@@ -127,11 +140,11 @@ def test_seeds_decide_the_data():
     assert not torch.equal(first.logits, same.logits)
 
 
-def test_both_sides_of_an_arena_see_the_same():
-    arena = Arena.create(arena_bytes([5], torch.int64) + arena_bytes([3], torch.bool))
-    arena.take([5], torch.int64).copy_(torch.arange(5))
-    other = Arena(arena.descriptor, arena.size)
-    assert other.take([5], torch.int64).tolist() == [0, 1, 2, 3, 4]
+def test_both_processes_of_a_shared_memory_see_the_same():
+    memory = SharedMemory.create(aligned_bytes([5], torch.int64) + aligned_bytes([3], torch.bool))
+    memory.allocate([5], torch.int64).copy_(torch.arange(5))
+    other = SharedMemory(memory.descriptor, memory.size)
+    assert other.allocate([5], torch.int64).tolist() == [0, 1, 2, 3, 4]
     assert other.position % 4096 == 0
 
 
@@ -139,20 +152,20 @@ def test_both_sides_of_an_arena_see_the_same():
 
 
 def test_useful_bytes():
-    assert Case(2048, 32000, "float32").useful_bytes("forward") == 2048 * 32000 * 4 == 262_144_000
-    assert Case(2048, 32000, "float32").useful_bytes("forward_backward") == 524_288_000
-    assert Case(512, 152064, "bfloat16").useful_bytes("forward") == 155_713_536
-    assert Case(512, 152064, "bfloat16").useful_bytes("forward_backward") == 311_427_072
+    assert LogitsCase(2048, 32000, "float32").useful_bytes("forward") == 2048 * 32000 * 4 == 262_144_000
+    assert LogitsCase(2048, 32000, "float32").useful_bytes("forward_backward") == 524_288_000
+    assert LogitsCase(512, 152064, "bfloat16").useful_bytes("forward") == 155_713_536
+    assert LogitsCase(512, 152064, "bfloat16").useful_bytes("forward_backward") == 311_427_072
 
 
-def entry(contestant, times, peak=None):
-    where = {"malloc": "default", "case": "2x4 float32", "step": "forward", "contestant": contestant}
+def entry(implementation, times, peak=None):
+    where = {"malloc": "default", "case": "2x4 float32", "step": "forward", "implementation": implementation}
     return {**where, "logits_bytes": 32, "useful_bytes": 3_000_000, "peak_bytes": peak, "wall_ms": times, "cpu_ms": times}
 
 
 def test_summary():
-    floor, ours, eager = report.summarise(
-        [entry("floor", [2.0]), entry("ours", [4.0, 3.0, 8.0], 32), entry("eager", [20, 24], 80)], "cpu_ms"
+    roofline, ours, eager = report.summarise(
+        [entry("roofline", [2.0]), entry("ours", [4.0, 3.0, 8.0], 32), entry("eager", [20, 24], 80)], threads=1
     )
     assert ours["summary"] == {
         "median_ms": 4.0,
@@ -160,21 +173,21 @@ def test_summary():
         "iqr_ms": 2.5,  # quartiles of 3, 4, 8: 3.5 and 6
         "wall_median_ms": 4.0,
         "gigabytes_per_second": 0.75,  # 3 MB in 4 ms
-        "times_floor": 2.0,
+        "times_roofline": 2.0,
         "times_ours": 1.0,
         "peak_extra_logits": 1.0,
     }
     assert eager["summary"]["times_ours"] == 5.5 and eager["summary"]["peak_extra_logits"] == 2.5
-    assert floor["summary"]["iqr_ms"] == 0 and floor["summary"]["peak_extra_logits"] is None
+    assert roofline["summary"]["iqr_ms"] == 0 and roofline["summary"]["peak_extra_logits"] is None
 
 
 def test_one_thread_is_timed_by_its_cpu_time_and_several_by_the_wall():
     assert report.clock(1) == "cpu_ms" and report.clock(2) == "wall_ms"
     batch = batch_of(TINY)
-    step = make("ours", temperature=0.9, entropy=False, threads=1).forward_backward
+    ours = make("ours", temperature=0.9, entropy=False, threads=1)
     flush = torch.zeros(1, dtype=torch.int64)
-    times, result = repetition(step, batch, torch.empty_like(batch.logits), flush, 2)
-    assert times["cpu_ms"] is None and times["wall_ms"] > 0 and result.gradient.abs().sum() > 0
+    measured = repetition(ours, "forward_backward", batch, torch.empty_like(batch.logits), 2, flush=flush)
+    assert measured.cpu_ms is None and measured.wall_ms > 0 and measured.result.gradient.abs().sum() > 0
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -183,27 +196,27 @@ def test_peak_memory_is_what_came_on_top():
 
     def step(_):
         torch.zeros(size // 4)  # and gone again
-        return Result()
+        return Outputs()
 
-    times, _ = repetition(step, batch, torch.empty_like(batch.logits), torch.zeros(1, dtype=torch.int64), 1)
-    if times["peak_bytes"] is None:
+    measured = repetition(Implementation("", step, step), "forward", batch, torch.empty_like(batch.logits), 1)
+    if measured.peak_bytes is None:
         pytest.skip("this system does not let a process reset its high-water mark")
-    assert 0.98 * size < times["peak_bytes"] < 1.2 * size  # the system counts in portions of 64 pages
+    assert 0.98 * size < measured.peak_bytes < 1.2 * size  # the system counts in portions of 64 pages
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_every_way_to_the_floor_touches_every_logit(dtype):
-    """A read that ends early, or of too few bytes, would be no floor."""
+def test_every_way_to_the_roofline_touches_every_logit(dtype):
+    """A read that ends early, or of too few bytes, would be no roofline."""
     source = torch.randn(3 * 50_001).to(getattr(torch, dtype))
-    for way in contestants._WAYS["forward_backward"]:
+    for way in implementations._WAYS["forward_backward"]:
         target = torch.zeros_like(source)
         way(source, target)
         assert torch.equal(target, source)
-    contestants._copy_into_the_cache(source, target)
-    seen, size = contestants._CACHED.raw, source.numel() * source.element_size()
+    implementations._copy_into_the_cache(source, target)
+    seen, size = implementations._CACHED.raw, source.numel() * source.element_size()
     assert seen[: size % len(seen)] == bytes(source.view(torch.uint8).tolist())[size - size % len(seen) :]
     words = source.numel() * source.element_size() // 8 * 8 // source.element_size()
-    assert contestants._sum_of_words(source, target) == source[:words].view(torch.int64).sum() and source.numel() - words < 4
+    assert implementations._sum_of_words(source, target) == source[:words].view(torch.int64).sum() and source.numel() - words < 4
 
 
 def test_overhead_adds_up():
@@ -229,7 +242,7 @@ def measured(tmp_path_factory):
 
 def test_a_quick_run_ends_with_files_and_tables(measured):
     folder, text = measured
-    assert "grpo_fast" in text and "x floor" in text and "[8, 100]" in text
+    assert "grpo_fast" in text and "x roofline" in text and "[8, 100]" in text
     names = sorted(path.name for path in folder.iterdir())
     pytest.importorskip("matplotlib")
     assert names == ["tiny.json", "tiny.png"]  # and no partial file
@@ -239,7 +252,7 @@ def test_a_quick_run_ends_with_files_and_tables(measured):
 def test_the_json_says_everything(measured):
     result = json.loads((measured[0] / "tiny.json").read_text())
     fields = {"schema", "date", "seconds", "machine", "load_average", "settings", "results", "gates", "skipped", "overhead"}
-    assert set(result) == fields and result["schema"] == report.SCHEMA and result["skipped"] == []
+    assert set(result) == fields and result["schema"] == SCHEMA and result["skipped"] == []
     machine = {"cpu", "logical_cpus", "isa", "torch_isa", "largest_cache_bytes", "memory_bytes", "huge_pages", "kernel", "libc"}
     assert set(result["machine"]) == machine | {"python", "torch", "trl", "grpo_fast", "commit"}
     assert result["machine"]["commit"] is None or re.fullmatch(r"[0-9a-f]{7,}(-dirty)?", result["machine"]["commit"])
@@ -247,16 +260,16 @@ def test_the_json_says_everything(measured):
     assert {"threads", "temperature", "clock", "flush_bytes", "equal_work", "entropy", "seed"} <= set(result["settings"])
     assert result["settings"]["threads"] == 1 and result["settings"]["equal_work"]
 
-    seen = {(entry["malloc"], entry["step"], entry["contestant"]) for entry in result["results"]}
-    expected = {(malloc, step, name) for malloc in settings.MALLOC_MODES for step in PASSES for name in ("floor", "ours", "eager")}
-    assert seen == expected | {(malloc, "forward_backward", "ours_inplace") for malloc in settings.MALLOC_MODES}
+    seen = {(entry["malloc"], entry["step"], entry["implementation"]) for entry in result["results"]}
+    expected = {(malloc, step, name) for malloc in MALLOC_MODES for step in PASSES for name in ("roofline", "ours", "eager")}
+    assert seen == expected | {(malloc, "forward_backward", "ours_inplace") for malloc in MALLOC_MODES}
     for entry in result["results"]:
         assert len(entry["wall_ms"]) == len(entry["cpu_ms"]) == result["settings"]["rounds"] == 2
         assert min(entry["wall_ms"]) > 0 and entry["useful_bytes"] == 16 * 301 * 2 * (1 if entry["step"] == "forward" else 2)
         assert (entry["peak_bytes"] is None) or entry["malloc"] == "default"
     for verdict in result["gates"]:
         assert verdict["passed"]
-        if verdict["contestant"] != "floor":
+        if verdict["implementation"] != "roofline":
             assert verdict["logprobs"] is not None or (verdict["loss"] is not None and verdict["gradient"] is not None)
 
 
@@ -270,11 +283,11 @@ def test_a_plot_from_a_file(measured, tmp_path):
     assert all(copy.with_suffix(".png").read_bytes().startswith(b"\x89PNG") for copy in copies)
 
 
-def test_a_wrong_contestant_gets_no_number_and_the_command_fails(monkeypatch, tmp_path):
+def test_a_wrong_implementation_gets_no_number_and_the_command_fails(monkeypatch, tmp_path):
     """Children that double every gradient: they inherit the environment, and Python runs the sitecustomize that it finds."""
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\n"
-        "if 'grpo_fast.benchmark.worker' in sys.orig_argv:\n"
+        "if 'grpo_fast.benchmark.harness.worker' in sys.orig_argv:\n"
         "    import torch\n"
         "    honest = torch.autograd.grad\n"
         "    torch.autograd.grad = lambda *args: tuple(x * 2 for x in honest(*args))\n"
@@ -284,9 +297,9 @@ def test_a_wrong_contestant_gets_no_number_and_the_command_fails(monkeypatch, tm
     done = CliRunner().invoke(app, [*RUN, "--malloc", "default", "--output", str(output)])
     assert done.exit_code == 1, done.output
     result = json.loads(output.read_text())
-    timed = {(entry["contestant"], entry["step"]) for entry in result["results"]}
-    assert timed == {("floor", "forward"), ("floor", "forward_backward"), ("ours", "forward"), ("eager", "forward")}
-    left_out = {(entry["contestant"], entry["step"]) for entry in result["skipped"]}
+    timed = {(entry["implementation"], entry["step"]) for entry in result["results"]}
+    assert timed == {("roofline", "forward"), ("roofline", "forward_backward"), ("ours", "forward"), ("eager", "forward")}
+    left_out = {(entry["implementation"], entry["step"]) for entry in result["skipped"]}
     assert left_out == {(name, "forward_backward") for name in ("ours", "ours_inplace", "eager")}
     assert all("differs from float64" in entry["reason"] for entry in result["skipped"])
     assert "Left out" in done.output
@@ -296,9 +309,9 @@ BAD = {
     "shape": (["--shape", "2048*32000"], "ROWSxVOCABULARY"),
     "shape of one token": (["--shape", "4x1"], "at least one row"),
     "dtype": (["--dtype", "float8"], "one of float32"),
-    "contestant": (["--contestant", "floor", "--contestant", "llama"], "one of floor"),
-    "contestant without the floor": (["--contestant", "ours"], "'floor' among them"),
-    "contestant twice": (["--contestant", "floor", "--contestant", "floor"], "each name once"),
+    "implementation": (["--implementation", "roofline", "--implementation", "llama"], "one of roofline"),
+    "implementation without the roofline": (["--implementation", "ours"], "'roofline' among them"),
+    "implementation twice": (["--implementation", "roofline", "--implementation", "roofline"], "each name once"),
     "malloc": (["--malloc", "jemalloc"], "one of default"),
     "temperature": (["--temperature", "0"], "a finite number > 0"),
     "threads": (["--threads", "0"], "at least 1"),
@@ -333,9 +346,9 @@ def test_bad_input_is_refused_before_anything_is_written(name, tmp_path, monkeyp
 
 def test_settings():
     assert parse_shape(" 512x152064 ") == (512, 152064)
-    assert Case(2048, 32000, "float32").batch == (8, 256) and Case(15, 10, "float32").batch == (1, 15)
-    assert Settings().processes == [(name,) for name in CONTESTANTS]
-    assert Settings(isolated=False).processes == [CONTESTANTS]
-    assert needed_memory(Settings(malloc=("default",))) < needed_memory(Settings())
-    assert needed_memory(replace(Settings(), shapes=((8, 100),))) < needed_memory(Settings())
-    assert callable(bench)
+    assert LogitsCase(2048, 32000, "float32").batch == (8, 256) and LogitsCase(15, 10, "float32").batch == (1, 15)
+    assert LogitsSettings().processes == [(name,) for name in IMPLEMENTATIONS]
+    assert LogitsSettings(isolated=False).processes == [IMPLEMENTATIONS]
+    assert needed_memory(LogitsSettings(malloc=("default",))) < needed_memory(LogitsSettings())
+    assert needed_memory(replace(LogitsSettings(), shapes=((8, 100),))) < needed_memory(LogitsSettings())
+    assert callable(app)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,25 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import grpo_fast as gf
-from grpo_fast.benchmark.contestants import UnavailableError
-from grpo_fast.benchmark.head import contestants, report, run, worker
-from grpo_fast.benchmark.head.case import SEQUENCES, Case, arguments, make_cases
-from grpo_fast.benchmark.head.run import Settings
+from grpo_fast.benchmark.harness.gate import UnavailableError
+from grpo_fast.benchmark.harness.worker import WorkerError
+from grpo_fast.benchmark.head import implementations, suite
+from grpo_fast.benchmark.head.cases import SEQUENCES, HeadCase, Step, arguments, make_cases
+from grpo_fast.benchmark.head.suite import HeadSettings, HeadWorker
+from grpo_fast.cli import bench_command
 from grpo_fast.cli.bench_head import app
 
 
 @pytest.fixture
-def case() -> Case:
+def case() -> HeadCase:
     return make_cases(10 * SEQUENCES, 16, 101, torch.float32, [0.6], seed=0)[0]
+
+
+def measure(name: str, case: HeadCase, trainable: bool, rounds: int) -> dict[str, Any]:
+    """What a worker process answers, by a worker in this process."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(case, Path(folder) / "case.pt")
+        return HeadWorker(threads=1).measure(name, str(Path(folder) / "case.pt"), trainable, rounds)
 
 
 @pytest.mark.parametrize("share", [1.0, 0.6, 0.3, 0.125])
@@ -46,52 +56,52 @@ def test_the_cases_differ_in_their_activity_alone() -> None:
 @pytest.mark.parametrize("share", [1.0, 0.5])
 @pytest.mark.parametrize(
     ("name", "trainable", "frozen"),
-    [("floor", 6, 4), ("ours", 6, 4), ("full", 6, 4), ("eager", 6, 4), ("trl", 8, 6), ("liger", 8, 6), ("cce", 6, 4)],
+    [("roofline", 6, 4), ("ours", 6, 4), ("full", 6, 4), ("eager", 6, 4), ("trl", 8, 6), ("liger", 8, 6), ("cce", 6, 4)],
 )
 def test_the_operations_are_counted(name: str, trainable: int, frozen: int, share: float) -> None:
     """Also that nobody but ours does less where fewer tokens are active, which is why the others are not timed there."""
     (like,) = make_cases(SEQUENCES, 4, 11, torch.float32, [share], seed=0)
     part = share if name == "ours" else 1.0
     try:
-        assert worker.flop_multiple(name, True, like) == trainable * part
+        assert suite.flop_multiple(name, True, like) == trainable * part
     except UnavailableError as error:
         pytest.skip(str(error))
-    assert worker.flop_multiple(name, False, like) == frozen * part
+    assert suite.flop_multiple(name, False, like) == frozen * part
 
 
 @pytest.mark.parametrize("name", ["ours", "full", "eager", "trl"])
 @pytest.mark.parametrize("trainable", [True, False])
-def test_contestants_pass_the_gate(name: str, trainable: bool, case: Case) -> None:
-    answer = worker.measure(name, case, trainable, rounds=1, threads=1)
+def test_implementations_pass_the_gate(name: str, trainable: bool, case: HeadCase) -> None:
+    answer = measure(name, case, trainable, rounds=1)
     assert answer["right"], answer
     assert ("d_weight" in answer["errors"]) == trainable
     assert len(answer["seconds"]) == 1 and answer["seconds"][0] > 0
 
 
-def test_what_is_compiled_is_called_once_before_it_is_timed(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_compiled_is_called_once_before_it_is_timed(case: HeadCase, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
 
-    def make(name: str, some: Case) -> contestants.Step:
-        ours = contestants.make("ours", some)
+    def make(name: str, some: HeadCase) -> Step:
+        ours = implementations.make("ours", some)
 
         def counted(hidden: Tensor, weight: Tensor) -> Tensor:
-            if some is case:
+            if some.hidden.shape == case.hidden.shape:  # and not the small one on which operations are counted
                 calls.append(name)
             return ours(hidden, weight)
 
         return counted
 
-    monkeypatch.setattr(worker, "make", make)
+    monkeypatch.setattr(suite, "make", make)
     for name, expected in (("ours", 2), ("liger", 3)):
         calls.clear()
-        answer = worker.measure(name, case, True, rounds=2, threads=1)
+        answer = measure(name, case, True, rounds=2)
         assert answer["right"] and len(answer["seconds"]) == 2 and len(calls) == expected
 
 
 @pytest.mark.parametrize("factor", [0.0, 2.0])
-def test_the_gate_refuses_a_wrong_gradient(factor: float, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    def make(name: str, some: Case) -> contestants.Step:
-        ours = contestants.make(name, some)
+def test_the_gate_refuses_a_wrong_gradient(factor: float, case: HeadCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(name: str, some: HeadCase) -> Step:
+        ours = implementations.make(name, some)
 
         def wrong(hidden: Tensor, weight: Tensor) -> Tensor:
             loss = ours(hidden, weight)
@@ -99,22 +109,23 @@ def test_the_gate_refuses_a_wrong_gradient(factor: float, case: Case, monkeypatc
 
         return wrong
 
-    monkeypatch.setattr(worker, "make", make)
-    assert not worker.measure("ours", case, True, rounds=1, threads=1)["right"]
+    monkeypatch.setattr(suite, "make", make)
+    assert not measure("ours", case, True, rounds=1)["right"]
 
 
-def test_a_process_answers(case: Case, tmp_path: Path) -> None:
+def test_a_process_answers(case: HeadCase, tmp_path: Path) -> None:
     torch.save(case, tmp_path / "case.pt")
-    answer = run._ask("ours", tmp_path / "case.pt", trainable=False, rounds=2, threads=1)
+    answer = suite.ask_worker("ours", tmp_path / "case.pt", trainable=False, rounds=2, threads=1)
     assert answer["right"] and len(answer["seconds"]) == 2 and answer["flop_multiple"] == 4 * 0.6
-    assert "nobody" in run._ask("nobody", tmp_path / "case.pt", trainable=False, rounds=1, threads=1)["error"]
+    with pytest.raises(WorkerError, match="nobody"):
+        suite.ask_worker("nobody", tmp_path / "case.pt", trainable=False, rounds=1, threads=1)
 
 
 def test_the_command_writes_what_it_can_draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def ask(name: str, path: Path, trainable: bool, rounds: int, threads: int) -> Any:
-        return worker.measure(name, torch.load(path, weights_only=False), trainable, rounds, threads)
+        return HeadWorker(threads).measure(name, str(path), trainable, rounds)
 
-    monkeypatch.setattr(run, "_ask", ask)  # processes take their time to start
+    monkeypatch.setattr(suite, "ask_worker", ask)  # processes take their time to start
     output = tmp_path / "head.json"
     small = [
         "--tokens",
@@ -132,19 +143,19 @@ def test_the_command_writes_what_it_can_draw(tmp_path: Path, monkeypatch: pytest
         "--active",
         "0.5",
     ]
-    chosen = ["--contestant", "floor", "--contestant", "ours"]
+    chosen = ["--implementation", "roofline", "--implementation", "ours"]
     done = CliRunner().invoke(app, [*small, *chosen, "--output", str(output)])
     assert done.exit_code == 0, done.output
     result = json.loads(output.read_text())
     assert not result["skipped"]
-    found = {(e["contestant"], e["active"], e["trainable"]) for e in result["results"] if e["tokens"] == 48}
+    found = {(e["implementation"], e["active"], e["trainable"]) for e in result["results"] if e["tokens"] == 48}
     assert found == {
-        *((name, 1.0, head) for name in ("floor", "ours") for head in (True, False)),
+        *((name, 1.0, head) for name in ("roofline", "ours") for head in (True, False)),
         *(("ours", 0.5, head) for head in (True, False)),
     }
-    assert all(entry["median"] > 0 and entry["times_floor"] > 0 for entry in result["results"])
-    visits = {(e["tokens"], e["contestant"]): len(e["seconds"]) for e in result["results"] if e["active"] == 1}
-    assert visits == {(48, "floor"): 4, (48, "ours"): 2, (96, "floor"): 2, (96, "ours"): 1}
+    assert all(entry["median"] > 0 and entry["times_roofline"] > 0 for entry in result["results"])
+    visits = {(e["tokens"], e["implementation"]): len(e["seconds"]) for e in result["results"] if e["active"] == 1}
+    assert visits == {(48, "roofline"): 4, (48, "ours"): 2, (96, "roofline"): 2, (96, "ours"): 1}
     assert result["settings"]["clock"] == "CPU time of the thread" and "N D V" in done.output
     output.with_suffix(".png").unlink()
     assert CliRunner().invoke(app, ["--plot", str(output)]).exit_code == 0
@@ -163,10 +174,11 @@ def test_what_cannot_be_drawn_is_said(text: str | None, message: str, tmp_path: 
     assert done.exit_code == 2 and message in " ".join(done.output.replace("│", "").split())
 
 
-def test_without_matplotlib_nothing_is_drawn_and_the_cure_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib_nothing_is_drawn_and_the_fix_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *package: None)
-    monkeypatch.setattr(run, "run", lambda *_: {"results": [{}], "skipped": []})
-    monkeypatch.setattr(report, "print_report", lambda *_: None)
+    result = {"results": [{}], "skipped": []}
+    stand_in = replace(suite.SUITE, run=lambda *_: result, print_report=lambda *_: None)
+    app = bench_command.bench_app(stand_in, "runs/bench/head_cpu.json", "")
     done = CliRunner().invoke(app, ["--output", str(tmp_path / "found.json")])
     assert done.exit_code == 0 and "No figure" in done.output and "pip install '.[plot]'" in done.output
     assert (tmp_path / "found.json").exists()
@@ -175,6 +187,6 @@ def test_without_matplotlib_nothing_is_drawn_and_the_cure_is_said(tmp_path: Path
 
 
 def test_bad_settings_are_refused() -> None:
-    for wrong in ({"tokens": (7,)}, {"active": (0.0,)}, {"contestants": ("mine",)}, {"dtypes": ("int8",)}, {"rounds": 0}):
+    for wrong in ({"tokens": (7,)}, {"active": (0.0,)}, {"implementations": ("mine",)}, {"dtypes": ("int8",)}, {"rounds": 0}):
         with pytest.raises(ValueError, match="expected"):
-            replace(Settings(), **wrong)
+            replace(HeadSettings(), **wrong)

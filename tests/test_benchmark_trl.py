@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +14,34 @@ from peers import needs_trl
 from typer.testing import CliRunner
 
 from grpo_fast.benchmark import trl_stage
-from grpo_fast.benchmark.trl_stage import CONTESTANTS, Settings, disagreement, make_batch, make_trainer, repetition
+from grpo_fast.benchmark.harness.gate import relative_difference
+from grpo_fast.benchmark.loss_stage import LossStageSettings, make_batch, make_model
+from grpo_fast.benchmark.trl_stage import LABELS, TrlWorker
+from grpo_fast.cli import bench_command
+from grpo_fast.cli.bench_trl import app
 from grpo_fast.integrations import versions
 
 pytestmark = needs_trl
 
-TOY = Settings(tokens=6, width=16, vocabulary=101, rounds=1)
+TOY = LossStageSettings(tokens=6, width=16, vocabulary=101, rounds=1)
 
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, float], dict[str, Any]]:
-    batch = make_batch(TOY)
-    trainers = {name: make_trainer(name, TOY, str(tmp_path_factory.mktemp(name))) for name in CONTESTANTS}
-    return {(name, active): repetition(trainer, batch, active, 1) for name, trainer in trainers.items() for active in TOY.active}
+    batch = tmp_path_factory.mktemp("trl") / "batch.pt"
+    torch.save(make_batch(TOY), batch)
+    workers = {name: TrlWorker(name, str(batch), asdict(TOY)) for name in LABELS}
+    return {(name, active): worker.repetition(active) for name, worker in workers.items() for active in TOY.active}
+
+
+def difference(found: dict[str, Any], expected: dict[str, Any]) -> float:
+    tensors = [{name: torch.tensor(value) for name, value in outputs.items()} for outputs in (found, expected)]
+    return relative_difference(*tensors, smallest=1e-6)
 
 
 def test_the_batch_straddles_the_clip_band() -> None:
     batch = make_batch(TOY)
-    model = trl_stage.make_model(TOY)
+    model = make_model(TOY)
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
     with torch.no_grad():
         logprobs = model(ids[:, :-1]).logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
@@ -40,36 +51,45 @@ def test_the_batch_straddles_the_clip_band() -> None:
 
 
 @pytest.mark.parametrize("active", TOY.active)
-@pytest.mark.parametrize("name", CONTESTANTS)
+@pytest.mark.parametrize("name", LABELS)
 def test_the_trainers_agree(name: str, active: float, answers: dict[tuple[str, float], dict[str, Any]]) -> None:
     stock, answer = answers["stock", active], answers[name, active]
-    assert disagreement(answer, stock) <= trl_stage.TOLERANCE
-    assert answer["seconds"] > 0 and max(answer["norms"].values()) > 1e-3
-    assert abs(stock["loss"] - answers["stock", 1.5 - active]["loss"]) > 1e-3, "a degenerate group must show in the loss"
+    assert difference(answer["outputs"], stock["outputs"]) <= trl_stage.TOLERANCE
+    assert answer["seconds"] > 0 and max(value for key, (value, *_) in answer["outputs"].items() if key.startswith("norm")) > 1e-3
+    other = answers["stock", 1.5 - active]["outputs"]
+    assert abs(stock["outputs"]["loss"][0] - other["loss"][0]) > 1e-3, "a degenerate group must show in the loss"
 
 
 @pytest.mark.parametrize("factor", [0.0, 1.001, 2.0, -1.0, float("nan")])
 def test_the_gate_refuses_another_gradient_and_another_loss(factor: float, answers: dict[tuple[str, float], dict[str, Any]]) -> None:
-    stock = answers["stock", 1.0]
-    name = max(stock["norms"], key=stock["norms"].get)
-    assert not disagreement({**stock, "norms": {**stock["norms"], name: stock["norms"][name] * factor}}, stock) <= trl_stage.TOLERANCE
-    assert not disagreement({**stock, "loss": stock["loss"] * factor}, stock) <= trl_stage.TOLERANCE
-    assert not disagreement({**stock, "norms": {}}, stock) <= trl_stage.TOLERANCE
-    scaled = {name: [entry * factor for entry in entries] for name, entries in stock["entries"].items()}
-    assert not disagreement({**stock, "entries": scaled}, stock) <= trl_stage.TOLERANCE
+    stock = answers["stock", 1.0]["outputs"]
+    norms = {name: value for name, value in stock.items() if name.startswith("norm")}
+    largest = max(norms, key=norms.__getitem__)
+    entries = [name for name in stock if name.startswith("entries")]
+    for changed in ([largest], ["loss"], entries):
+        scaled = {name: [value * factor for value in stock[name]] for name in changed}
+        assert not difference({**stock, **scaled}, stock) <= trl_stage.TOLERANCE
+    assert not difference({name: value for name, value in stock.items() if name not in norms}, stock) <= trl_stage.TOLERANCE
 
 
-class Child:
+class StandIn:
     """Answers at once, as a process of its own would."""
 
     def __init__(self, name: str, *_: Any):
         self.name, self.asked = name, 0
 
-    def ask(self, active: float) -> dict[str, Any]:
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def ask(self, method: str, active: float) -> dict[str, Any]:
         seconds = {"stock": 3.0, "ours": 1.5, "ours_active": 1.0}[self.name] + 0.1 * self.asked
         self.asked += 1
         norm = 2.0 if self.name == "stock" else self.norm
-        return {"seconds": seconds, "peak_bytes": 2**20, "loss": 0.5, "norms": {"w": norm}, "entries": {"w": [norm, 0.0]}}
+        outputs = {"loss": [0.5], "norm of w": [norm], "entries of w": [norm, 0.0]}
+        return {"seconds": seconds, "peak_bytes": 2**20, "outputs": outputs}
 
     norm = 2.0
 
@@ -77,16 +97,16 @@ class Child:
 def test_the_command_writes_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "trl.json"
     small = ["--tokens", "6", "--width", "16", "--vocabulary", "101", "--rounds", "1", "--output", str(output)]
-    monkeypatch.setattr(trl_stage, "_Child", Child)
-    done = CliRunner().invoke(trl_stage.app, small)
+    monkeypatch.setattr(trl_stage, "start_worker", StandIn)
+    done = CliRunner().invoke(app, small)
     assert done.exit_code == 0, done.output
     result = json.loads(output.read_text())
-    ours = next(entry for entry in result["results"] if (entry["contestant"], entry["active"]) == ("ours", 0.5))
+    ours = next(entry for entry in result["results"] if (entry["implementation"], entry["active"]) == ("ours", 0.5))
     assert ours["faster_than_stock"] == pytest.approx(3.3 / 1.8) and len(ours["seconds"]) == 1
     output.unlink()
 
-    monkeypatch.setattr(Child, "norm", 2.001)
-    done = CliRunner().invoke(trl_stage.app, small)
+    monkeypatch.setattr(StandIn, "norm", 2.001)
+    done = CliRunner().invoke(app, small)
     assert isinstance(done.exception, RuntimeError) and "No times are reported" in str(done.exception)
     assert not output.exists(), "no file on a red gate"
 
@@ -94,7 +114,7 @@ def test_the_command_writes_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.slow
 def test_each_trainer_in_its_own_process() -> None:
     result = trl_stage.run(TOY, lambda line: None)
-    assert {(entry["contestant"], entry["active"]) for entry in result["results"]} == {(n, a) for n in CONTESTANTS for a in TOY.active}
+    assert {(entry["implementation"], entry["active"]) for entry in result["results"]} == {(n, a) for n in LABELS for a in TOY.active}
     assert max(result["gate"]["largest_relative_difference"].values()) <= trl_stage.TOLERANCE
 
 
@@ -109,8 +129,8 @@ def test_a_missing_trl_is_said_in_one_line_before_anything_runs(
 
     monkeypatch.setattr(versions.importlib.metadata, "version", version)
     versions.refuse_other_versions.cache_clear()
-    monkeypatch.setattr(trl_stage, "run", lambda *_: pytest.fail("it ran"))
-    done = CliRunner().invoke(trl_stage.app, ["--output", str(tmp_path / "trl.json")])
+    monkeypatch.setattr(bench_command, "run_suite", lambda *_: pytest.fail("it ran"))
+    done = CliRunner().invoke(app, ["--output", str(tmp_path / "trl.json")])
     assert done.exit_code == 2
     (line,) = done.output.strip().splitlines()
     assert message in line and "pip install '.[bench]' in the checkout" in line
@@ -119,4 +139,4 @@ def test_a_missing_trl_is_said_in_one_line_before_anything_runs(
 def test_bad_settings_are_refused() -> None:
     for wrong in ({"sequences": 6}, {"active": (0.3,)}, {"active": (0.0,)}, {"rounds": 0}, {"threads": 0}):
         with pytest.raises(ValueError, match="expected"):
-            Settings(**wrong)
+            LossStageSettings(**wrong)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 import importlib.util
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from peers import peer_module
 from tiny_model import VOCABULARY, save_tiny_model
 
 import grpo_fast as gf
+from grpo_fast.benchmark.harness.result import load
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 GUIDES = sorted(path.name for path in DOCS.glob("*.md"))
@@ -198,19 +198,19 @@ def test_openrlhf(names: dict[str, Any], model_path: Path) -> None:
 
 
 def test_the_table_of_the_guide_to_trl_says_what_was_measured() -> None:
-    result = json.loads((DOCS.parent / "bench/results/trl_cpu.json").read_text())
+    result = load(DOCS.parent / "bench/results/trl_cpu.json", "bench-trl")
     names = {"stock": "TRL 1.16.0", "ours": "`GRPOTrainer`", "ours_active": '`GRPOTrainer(metrics_on="active")`'}
     expected = []
-    for contestant, name in names.items():
-        entries = {entry["active"]: entry for entry in result["results"] if entry["contestant"] == contestant}
-        faster = {active: "" if contestant == "stock" else f" ({entry['faster_than_stock']:.2f}x)" for active, entry in entries.items()}
+    for implementation, name in names.items():
+        entries = {entry["active"]: entry for entry in result["results"] if entry["implementation"] == implementation}
+        faster = {active: "" if implementation == "stock" else f" ({entry['faster_than_stock']:.2f}x)" for active, entry in entries.items()}
         times = [f"{entries[active]['median']:.1f} s{faster[active]}" for active in (1.0, 0.5)]
         memory = max(entry["peak_bytes"] for entry in entries.values()) / 2**20
         expected.append(f"| {name} | {times[0]} | {times[1]} | {memory:,.0f} MiB |")
     rows = [line for line in (DOCS / "trl.md").read_text().splitlines() if re.match(r"\|.* MiB \|$", line)]
     assert rows == expected, "the rows of this guide's table are:\n" + "\n".join(expected)
-    ours = {entry["active"]: entry for entry in result["results"] if entry["contestant"] == "ours"}
-    stock = min(entry["peak_bytes"] for entry in result["results"] if entry["contestant"] == "stock")
+    ours = {entry["active"]: entry for entry in result["results"] if entry["implementation"] == "ours"}
+    stock = min(entry["peak_bytes"] for entry in result["results"] if entry["implementation"] == "stock")
     assert ours[1.0]["faster_than_stock"] >= 1.3
     assert ours[0.5]["faster_than_stock"] >= 2.0
     assert max(entry["peak_bytes"] for entry in ours.values()) < stock

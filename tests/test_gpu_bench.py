@@ -21,7 +21,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from grpo_fast.benchmark import cli
+from grpo_fast.cli import bench as cli
 
 ROOT = Path(__file__).parent.parent
 

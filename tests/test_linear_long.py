@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import grpo_fast as gf
-from grpo_fast.benchmark.measure import reset_peak, resident_peak
+from grpo_fast.benchmark.harness.measure import reset_peak, resident_peak
 
 TOKENS, WIDTH, VOCABULARY = 65_536, 64, 152_064
 

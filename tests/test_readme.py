@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import subprocess
@@ -15,7 +14,8 @@ import torch
 from hang import HANG
 
 import grpo_fast as gf
-from grpo_fast.benchmark.head.report import markdown
+from grpo_fast.benchmark.harness.result import load
+from grpo_fast.benchmark.head.suite import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -135,7 +135,7 @@ def test_every_command_is_run_somewhere() -> None:
     assert sorted(set(commands)) == sorted([*RUN_ELSEWHERE, *RUN_HERE])
 
 
-CONTESTANTS = {
+IMPLEMENTATIONS = {
     "grpo_fast (with the entropy)": "ours",
     "grpo_fast": "ours",
     "grpo_fast, `inplace=True`": "ours_inplace",
@@ -155,44 +155,44 @@ def rows_of(header: str) -> list[list[str]]:
 
 @pytest.mark.parametrize(("header", "step"), [("log-probabilities, no gradient", "forward"), ("loss and gradient", "forward_backward")])
 def test_the_tables_of_the_loss_say_what_was_measured(header: str, step: str) -> None:
-    result = json.loads((ROOT / "bench/results/cpu.json").read_text())
-    found = {(e["case"], e["contestant"], e["malloc"]): e["summary"] for e in result["results"] if e["step"] == step}
+    result = load(ROOT / "bench/results/cpu.json", "bench")
+    found = {(e["case"], e["implementation"], e["malloc"]): e["summary"] for e in result["results"] if e["step"] == step}
     cases = list(dict.fromkeys(case for case, _, _ in found))
     rows = rows_of(header)
-    assert [CONTESTANTS[name.replace("**", "")] for name, *_ in rows] == [
+    assert [IMPLEMENTATIONS[name.replace("**", "")] for name, *_ in rows] == [
         name for name in ("ours", "ours_inplace", "compile", "eager", "trl") if (cases[0], name, "touched") in found
     ]
     for name, *cells in rows:
         for case, cell in zip(cases, cells, strict=False):
-            touched, default = (found[case, CONTESTANTS[name.replace("**", "")], malloc] for malloc in ("touched", "default"))
-            expected = f"{touched['median_ms']:.0f} ({touched['times_floor']:.1f}x) / {default['median_ms']:.0f}"
+            touched, default = (found[case, IMPLEMENTATIONS[name.replace("**", "")], malloc] for malloc in ("touched", "default"))
+            expected = f"{touched['median_ms']:.0f} ({touched['times_roofline']:.1f}x) / {default['median_ms']:.0f}"
             assert cell.replace("**", "") == expected, f"{name}, {case}"
 
 
 def test_the_table_of_the_heads_says_what_was_measured() -> None:
-    expected = markdown(json.loads((ROOT / "bench/results/head_cpu.json").read_text()))
+    expected = markdown(load(ROOT / "bench/results/head_cpu.json", "bench-head"))
     rows = [f"| {' | '.join(cells)} |" for cells in rows_of("loss and gradients from hidden states")]
     assert rows == expected, "the rows of the table are:\n" + "\n".join(expected)
 
 
 def test_the_table_of_the_readme_says_what_was_measured() -> None:
     """One row per measurement: the README shows a part of what docs/results.md shows."""
-    loss = json.loads((ROOT / "bench/results/cpu.json").read_text())["results"]
-    head = json.loads((ROOT / "bench/results/head_cpu.json").read_text())["results"]
-    stage = json.loads((ROOT / "bench/results/trl_cpu.json").read_text())["results"]
+    loss = load(ROOT / "bench/results/cpu.json", "bench")["results"]
+    head = load(ROOT / "bench/results/head_cpu.json", "bench-head")["results"]
+    stage = load(ROOT / "bench/results/trl_cpu.json", "bench-trl")["results"]
 
     def of_loss(step: str, name: str) -> str:
         (entry,) = (
-            e for e in loss if (e["step"], e["contestant"], e["malloc"], e["case"]) == (step, name, "touched", "2048x32000 float32")
+            e for e in loss if (e["step"], e["implementation"], e["malloc"], e["case"]) == (step, name, "touched", "2048x32000 float32")
         )
         return f"{entry['summary']['median_ms']:.0f} ms"
 
     def of_head(name: str, active: float) -> str:
-        (entry,) = (e for e in head if (e["contestant"], e["active"], e["tokens"], e["trainable"]) == (name, active, 1024, True))
+        (entry,) = (e for e in head if (e["implementation"], e["active"], e["tokens"], e["trainable"]) == (name, active, 1024, True))
         return f"{entry['median']:.1f} s, {entry['peak_bytes'] / 2**30:.2f} GiB"
 
     def of_stage(name: str) -> str:
-        (entry,) = (e for e in stage if (e["contestant"], e["active"]) == (name, 1.0))
+        (entry,) = (e for e in stage if (e["implementation"], e["active"]) == (name, 1.0))
         return f"{entry['median']:.1f} s"
 
     whole_head = [of_head(name, 1.0) for name in ("eager", "trl", "liger")]

@@ -11,16 +11,18 @@ import torch
 from typer.testing import CliRunner
 
 from grpo_fast.benchmark import trainer_stage
-from grpo_fast.benchmark.trainer_stage import CONTESTANTS, EagerForward, app, disagreement
+from grpo_fast.benchmark.harness.gate import relative_difference
+from grpo_fast.benchmark.trainer_stage import LABELS, EagerForward
+from grpo_fast.cli.bench_trainer import app
 
 SMALL = ["--quick", "--rounds", "2"]
 
 
-def test_all_contestants_agree_and_are_timed(tmp_path: Path) -> None:
+def test_all_implementations_agree_and_are_timed(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, [*SMALL, "--output", str(tmp_path / "found.json")])
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "found.json").read_text())
-    assert {entry["contestant"] for entry in found["results"]} == set(CONTESTANTS)
+    assert {entry["implementation"] for entry in found["results"]} == set(LABELS)
     assert all(len(entry["seconds"]) == 2 and min(entry["seconds"]) > 0 for entry in found["results"])
     assert len({round(entry["loss"], 6) for entry in found["results"]}) == 1 and found["results"][0]["loss"] != 0
     differences = found["gate"]["largest_relative_difference"]
@@ -45,10 +47,9 @@ def test_nothing_is_reported_where_they_differ(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_gradient_that_is_wrong_in_one_parameter_is_seen() -> None:
-    answer = {"loss": 1.0, "logged": {"entropy": 2.0}}
-    grads = {"a": torch.ones(3), "b": torch.ones(2)}
-    assert disagreement(answer, grads, answer, grads) == 0
-    assert disagreement(answer, {**grads, "b": torch.zeros(2)}, answer, grads) == pytest.approx(1)
-    assert disagreement(answer, {**grads, "b": -grads["b"]}, answer, grads) == pytest.approx(2)
-    assert disagreement(answer, {"a": grads["a"]}, answer, grads) == float("inf")
-    assert disagreement({**answer, "loss": float("nan")}, grads, answer, grads) == float("inf")
+    expected = {"loss": torch.tensor(1.0), "entropy": torch.tensor(2.0), "a": torch.ones(3), "b": torch.ones(2)}
+    assert relative_difference(expected, expected) == 0
+    assert relative_difference({**expected, "b": torch.zeros(2)}, expected) == pytest.approx(1)
+    assert relative_difference({**expected, "b": -expected["b"]}, expected) == pytest.approx(2)
+    assert relative_difference({name: value for name, value in expected.items() if name != "b"}, expected) == float("inf")
+    assert relative_difference({**expected, "loss": torch.tensor(float("nan"))}, expected) == float("inf")

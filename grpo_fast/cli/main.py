@@ -29,9 +29,9 @@ MOUNTED = {
     "study": Mounted("grpo_fast.cli.study", "train", "Measure what the temperature does, in sampling and in training."),
     "bench": Mounted("grpo_fast.cli.bench", "bench", "Time the loss against what you would use instead."),
     "bench-head": Mounted("grpo_fast.cli.bench_head", "bench", "Time the fused head against what you would use instead."),
-    "bench-trainer": Mounted("grpo_fast.benchmark.trainer_stage", "bench", "Time the trainer's loss stage against an eager loss."),
-    "bench-trl": Mounted("grpo_fast.benchmark.trl_stage", "bench", "Time the loss stage of TRL's trainer, stock and with this loss."),
-    "bench-drop-ins": Mounted("grpo_fast.benchmark.drop_ins", "bench", "Time what the guides' drop-ins replace."),
+    "bench-trainer": Mounted("grpo_fast.cli.bench_trainer", "bench", "Time the trainer's loss stage against an eager loss."),
+    "bench-trl": Mounted("grpo_fast.cli.bench_trl", "bench", "Time the loss stage of TRL's trainer, stock and with this loss."),
+    "bench-drop-ins": Mounted("grpo_fast.cli.bench_drop_ins", "bench", "Time what the guides' drop-ins replace."),
 }
 
 # What a mounted command gets is handed through untouched, --help too: importing it for the list of commands would import transformers.

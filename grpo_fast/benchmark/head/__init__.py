@@ -1,1 +1,1 @@
-"""``grpo-fast bench-head``: the fused head against what else computes a loss from hidden states, and against its bare matrix products."""
+"""Suite ``head`` (``grpo-fast bench-head``): the fused head against other implementations, and against its bare matrix products."""

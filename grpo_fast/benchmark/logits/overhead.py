@@ -1,4 +1,4 @@
-"""What a call costs when there is next to nothing to compute, and where: checks, weights, operator, autograd, rest."""
+"""The fixed cost of a call, measured where there is next to nothing to compute: checks, weights, operator, autograd, rest."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 
 import grpo_fast as gf
-from grpo_fast.benchmark.data import CONFIG
+from grpo_fast.benchmark.eager import CONFIG
 from grpo_fast.loss.aggregation import aggregation_weights
 from grpo_fast.loss.sequences import Sequences
 from grpo_fast.loss.token_inputs import token_inputs
@@ -61,7 +61,7 @@ def measure(rows: int = SHAPE[0], vocabulary: int = SHAPE[1], *, blocks: int = 4
     }
     without_gradient = {"no_grad", "checks", "weights", "operator", "operator_with_gradient"}
     times: dict[str, list[float]] = {name: [] for name in pieces}
-    for _ in range(blocks):  # interleaved: a busy moment of the machine hits all alike
+    for _ in range(blocks):  # interleaved, so that other load on the machine affects all alike
         for name, piece in pieces.items():
             with torch.set_grad_enabled(name not in without_gradient):
                 times[name].append(_microseconds(piece, calls))
@@ -89,17 +89,17 @@ def _microseconds(piece: Callable[[], object], calls: int) -> float:
 
 
 def _operator_arguments(call: Callable[[], object]) -> tuple[Any, ...]:
-    """What a call hands to the operator, whose schema may grow without this page knowing. (Not by a TorchDispatchMode: it imports
-    torch._dynamo, which takes longer than everything that is measured here.)"""
+    """The arguments with which a call reaches the operator, whatever its schema is. (A TorchDispatchMode would import torch._dynamo, which
+    takes longer than everything that is measured here.)"""
     seen: list[tuple[Any, ...]] = []
     packet = torch.ops.grpo_fast.grpo_loss
     operator = packet.default
 
-    def watched(*arguments: Any) -> Any:
+    def recorded(*arguments: Any) -> Any:
         seen.append(tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in arguments))
         return operator(*arguments)
 
-    with mock.patch.object(packet, "default", watched):
+    with mock.patch.object(packet, "default", recorded):
         call()
     if not seen:
         raise RuntimeError("grpo_loss did not reach the operator grpo_fast::grpo_loss: the C++ backend is not in use")
