@@ -10,9 +10,10 @@ import argparse
 import torch
 
 from grpo_fast.data.tasks.sorting import make_tokenizer, question, split_questions
-from grpo_fast.demo.model import imitate, make_model
-from grpo_fast.demo.run import MAX_NEW_TOKENS, REWARDS
+from grpo_fast.demo.model import make_model
+from grpo_fast.demo.options import MAX_NEW_TOKENS, REWARDS
 from grpo_fast.demo.teacher import Teacher
+from grpo_fast.demo.warm_start import imitate
 from grpo_fast.trainer import GRPOConfig, GRPOTrainer
 
 

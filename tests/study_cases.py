@@ -1,4 +1,4 @@
-"""What tests of ``grpo-fast study sampling`` share: a model that has barely begun, rows for it, the command, and a sampler that counts."""
+"""Shared by the tests of ``grpo-fast study sampling``: a model after a few steps, rows for it, the command, and a sampler that counts."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 
 from grpo_fast.cli import main as cli
 from grpo_fast.data.tasks.sorting import make_tokenizer, question, split_questions
-from grpo_fast.demo.model import imitate, make_model
+from grpo_fast.demo.model import make_model
 from grpo_fast.demo.teacher import Teacher
+from grpo_fast.demo.warm_start import imitate
 from grpo_fast.generation import Completion
-from grpo_fast.study import sampling_setup
-from grpo_fast.trainer.config import GRPOConfig
+from grpo_fast.study.sampling_setup import SamplingStudy, prepare_sampling
 
 ROWS = [question(digits) for digits in ("5281", "3316", "9070", "4498")]
 FAST = ["--use_cpu", "--max_completion_length", "6", "--per_device_eval_batch_size", "64"]
@@ -25,7 +25,7 @@ FAST = ["--use_cpu", "--max_completion_length", "6", "--per_device_eval_batch_si
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demonstration's model, barely begun, and rows for it."""
+    """The demonstration's model after a few steps of imitation, and rows for it."""
     import datasets
 
     folder = tmp_path_factory.mktemp("study")
@@ -65,13 +65,13 @@ def sampled(*arguments: str, status: int = 0) -> str:
     return run("sampling", "--model", "./model", "--dataset", "rows.jsonl", *FAST, "--output", "found.json", *arguments, status=status)
 
 
-def made(*arguments: str, rewards: tuple[str, ...] = ("accuracy", "format"), width: str = "64") -> sampling_setup.Prepared:
+def made(*arguments: str, rewards: tuple[str, ...] = ("accuracy", "format"), width: str = "64") -> SamplingStudy:
     given = ["--model", "./model", "--dataset", "rows.jsonl", *FAST, "--output", "found.json", "--per_device_eval_batch_size", width]
-    return sampling_setup.prepare([*given, "--rewards", *rewards, *arguments], GRPOConfig)
+    return prepare_sampling([*given, "--rewards", *rewards, *arguments])
 
 
 class Counting:
-    """A sampler whose answers say which prompt they are to, and the how-manieth answer: token 7 + number of the answer, three at most."""
+    """A sampler whose completions name their prompt (its last digit) and their number (as token 7 + number), three at most per prompt."""
 
     def __init__(self) -> None:
         self.asked: dict[tuple[int, ...], int] = {}

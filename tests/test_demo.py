@@ -18,12 +18,12 @@ pytest.importorskip("matplotlib")
 import grpo_fast as gf
 from grpo_fast.cli.demo import app
 from grpo_fast.data.tasks.sorting import DIGITS, make_tokenizer, question, solve, split_questions
-from grpo_fast.demo import compare, grpo, run, train_with_trainer
-from grpo_fast.demo.evaluate import TEMPERATURES, Quality, evaluate
-from grpo_fast.demo.grpo import Settings, check_on_policy, policy_loss, sample, train
+from grpo_fast.demo import compare, grpo, train_with_trainer, warm_start
+from grpo_fast.demo.evaluate import TEMPERATURES, SamplingQuality, evaluate
+from grpo_fast.demo.grpo import LoopSettings, check_on_policy, policy_loss, sample, train
 from grpo_fast.demo.model import make_model
-from grpo_fast.demo.run import REWARDS, Options, warm_started
-from grpo_fast.demo.success_criteria import judge
+from grpo_fast.demo.options import REWARDS, DemoOptions
+from grpo_fast.demo.success_criteria import success_criteria
 from grpo_fast.demo.teacher import Teacher
 from grpo_fast.rewards import accuracy_reward
 from grpo_fast.utils.files import write_json
@@ -86,18 +86,18 @@ def test_a_faultless_completion_earns_the_largest_reward(tokenizer):
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, math.inf])
 def test_training_refuses_a_temperature_that_is_not_above_zero(temperature):
-    with pytest.raises(ValueError, match=r"temperature is .*; expected a finite number above 0.*Cure: 1\.0"):
-        Settings(temperature=temperature)
+    with pytest.raises(ValueError, match=r"temperature is .*; expected a finite number above 0.*Fix: 1\.0"):
+        LoopSettings(temperature=temperature)
 
 
 def test_training_refuses_a_group_of_one():
     with pytest.raises(ValueError, match="group_size is 1; expected at least 2"):
-        Settings(group_size=1)
+        LoopSettings(group_size=1)
 
 
 @pytest.mark.parametrize("loss_type", gf.LOSS_TYPES)
 def test_every_loss_type_can_be_asked_for(loss_type):
-    assert Options(loss_type=loss_type).settings().loss.loss_type == loss_type
+    assert DemoOptions(loss_type=loss_type).settings().loss.loss_type == loss_type
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_every_loss_type_can_be_asked_for(loss_type):
 def test_options_name_what_is_wrong(wrong):
     (name,) = wrong
     with pytest.raises(ValueError, match=rf"{name} is .*; expected"):
-        Options(**wrong)
+        DemoOptions(**wrong)
 
 
 def test_the_mask_ends_with_the_end_token(model, tokenizer):
@@ -120,12 +120,12 @@ def test_the_mask_ends_with_the_end_token(model, tokenizer):
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 1.7])
 def test_the_loss_sees_the_samplers_distribution_whatever_the_padding(model, tokenizer, temperature):
-    settings = Settings(temperature=temperature, max_new_tokens=12)
+    settings = LoopSettings(temperature=temperature, max_new_tokens=12)
     assert check_on_policy(model, tokenizer, MIXED * 4, settings) < 1e-4
 
 
 def test_padding_on_the_left_changes_nothing(model, tokenizer):
-    settings = Settings(max_new_tokens=6)
+    settings = LoopSettings(max_new_tokens=6)
     together = sample(model, tokenizer, MIXED, 1.0, 6)
     logprobs = policy_loss(model, together, torch.zeros(3), settings).logprobs
     for row, prompt in enumerate(MIXED):
@@ -144,13 +144,13 @@ def test_another_sampling_temperature_is_found_out(model, tokenizer, monkeypatch
 
     monkeypatch.setattr(grpo, "sample", hotter)
     with pytest.raises(RuntimeError, match=r"differ from the sampler's by up to .* do not share one temperature \(the loss has 1\.0\)"):
-        check_on_policy(model, tokenizer, MIXED, Settings())
+        check_on_policy(model, tokenizer, MIXED, LoopSettings())
 
 
 def test_a_truncating_sampler_is_found_out(model, tokenizer):
     model.generation_config.min_p = 0.2  # as a checkpoint's own generation settings may bring along
     with pytest.raises(RuntimeError, match="truncates or penalises"):
-        check_on_policy(model, tokenizer, MIXED, Settings())
+        check_on_policy(model, tokenizer, MIXED, LoopSettings())
 
 
 def test_the_loop_learns_a_plain_preference_and_repeats_itself_exactly(tokenizer):
@@ -163,7 +163,7 @@ def test_the_loop_learns_a_plain_preference_and_repeats_itself_exactly(tokenizer
     def run():
         torch.manual_seed(0)
         batches = iter(lambda: [{"prompt": prompt} for prompt in MIXED], None)
-        settings = Settings(steps=15, learning_rate=1e-2, max_new_tokens=6)
+        settings = LoopSettings(steps=15, learning_rate=1e-2, max_new_tokens=6)
         return train(make_model(tokenizer), tokenizer, batches, {sevens: 1.0}, settings)
 
     first, second = run(), run()
@@ -175,7 +175,7 @@ def test_the_loop_learns_a_plain_preference_and_repeats_itself_exactly(tokenizer
 
 def test_a_reward_that_does_not_apply_is_left_out(model, tokenizer):
     batches = iter([[{"prompt": "sort 5281=", "answer": None}, {"prompt": "sort 3631=", "answer": "1336"}]])
-    (record,) = train(model, tokenizer, batches, {accuracy_reward: 1.0}, Settings(steps=1, group_size=2, max_new_tokens=4))
+    (record,) = train(model, tokenizer, batches, {accuracy_reward: 1.0}, LoopSettings(steps=1, group_size=2, max_new_tokens=4))
     assert record["rewards/accuracy_reward"] == 0.0
     assert record["zero_variance_groups"] == 1.0
 
@@ -189,12 +189,12 @@ def test_greedy_evaluation_has_no_diversity_and_no_entropy(model, tokenizer):
     assert 0 < warm.entropy <= math.log(len(tokenizer))
 
 
-def test_the_judge_says_which_criterion_failed():
+def test_the_success_criteria_say_which_one_failed():
     def table(cold_cut, accuracy):
-        return [Quality(t, 1, accuracy, 1, cold_cut, cold_cut, 0, 1, 1, 0, 1) for t in TEMPERATURES]
+        return [SamplingQuality(t, 1, accuracy, 1, cold_cut, cold_cut, 0, 1, 1, 0, 1) for t in TEMPERATURES]
 
-    assert all(criterion.met for criterion in judge(table(1.0, 0.4), table(0.0, 0.95)))
-    failed = [criterion.as_dict()["sentence"] for criterion in judge(table(1.0, 0.4), table(0.0, 0.5)) if not criterion.met]
+    assert all(criterion.met for criterion in success_criteria(table(1.0, 0.4), table(0.0, 0.95)))
+    failed = [criterion.as_dict()["sentence"] for criterion in success_criteria(table(1.0, 0.4), table(0.0, 0.5)) if not criterion.met]
     assert failed == ["Accuracy at T = 0.6 after training is 0.500; expected at least 0.93."]
 
 
@@ -251,14 +251,14 @@ def test_the_demonstration_learns(seed, tmp_path):
 
 def test_a_warm_start_is_a_function_of_the_seed_and_tells_its_losses(monkeypatch):
     losses = []
-    first, again, other = (warm_started(Options(seed=seed, warm_start_steps=3), losses.append) for seed in (1, 1, 2))
+    first, again, other = (warm_start.warm_start(DemoOptions(seed=seed, warm_start_steps=3), losses.append) for seed in (1, 1, 2))
     weights = [next(start.model.parameters()) for start in (first, again, other)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
     assert len(losses) == 9 and losses[:3] == losses[3:6] != losses[6:]
     assert {row["prompt"] for row in first.training}.isdisjoint(row["prompt"] for row in first.held_out)
     asked = []
-    monkeypatch.setattr(run, "imitate", lambda *args, **how: asked.append(how["seed"]))
-    warm_started(Options(seed=7))
+    monkeypatch.setattr(warm_start, "imitate", lambda *args, **how: asked.append(how["seed"]))
+    warm_start.warm_start(DemoOptions(seed=7))
     assert asked == [7], "not the weights alone: also what is imitated"
 
 
@@ -287,9 +287,9 @@ def test_the_trainer_of_the_comparison_makes_the_step_of_the_loop(model, tokeniz
         return [float(sum(ids) % 2) for ids in completion_ids]
 
     monkeypatch.setattr(train_with_trainer, "REWARDS", {odd: 1.0})
-    settings = Settings(steps=1, group_size=4, max_new_tokens=6)
+    settings = LoopSettings(steps=1, group_size=4, max_new_tokens=6)
     rows = [question("5281"), question("3631")]
-    trainer = train_with_trainer.trainer_of(copy.deepcopy(model), tokenizer, rows, settings, 2, 0, tmp_path)
+    trainer = train_with_trainer.make_trainer(copy.deepcopy(model), tokenizer, rows, settings, 2, 0, tmp_path)
     trainer.train()
     drawn = trainer.rollout
 
@@ -298,7 +298,7 @@ def test_the_trainer_of_the_comparison_makes_the_step_of_the_loop(model, tokeniz
         ids = torch.tensor([ids + [tokenizer.pad_token_id] * (width - len(ids)) for ids in drawn.completion_ids])
         mask = torch.tensor([[True] * len(ids) + [False] * (width - len(ids)) for ids in drawn.completion_ids])
         asked = torch.tensor(drawn.prompt_ids)
-        return grpo.Rollout(torch.cat([asked, ids], 1), torch.cat([torch.ones_like(asked), mask.long()], 1), ids, mask, None)
+        return grpo.SampledBatch(torch.cat([asked, ids], 1), torch.cat([torch.ones_like(asked), mask.long()], 1), ids, mask, None)
 
     monkeypatch.setattr(grpo, "sample", again)
     monkeypatch.setattr(grpo, "check_on_policy", lambda *args: 0.0)

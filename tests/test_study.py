@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import json
 import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def test_sampling_from_the_command_line(here: Path) -> None:
 
     rewards = ["--rewards", "study_rewards.py:odd_first", "format", "--correct", "study_rewards.py:odd_first"]
     out = sampled(*rewards, "--temperatures", "1.6", "0", "0.5", "--samples", "8", "--rounds", "24", "--seed", "3")
-    found = json.loads(Path("found.json").read_text())
+    found, raw = (json.loads(Path(name).read_text()) for name in ("found.json", "found.raw.json"))
     assert [row["temperature"] for row in found["rows"]] == [0.0, 0.5, 1.6]
     assert (found["prompts"], found["options"]["samples"], found["options"]["rounds"]) == (4, 8, 24)
     model, tokenizer = AutoModelForCausalLM.from_pretrained("model"), make_tokenizer()
@@ -60,14 +61,24 @@ def test_sampling_from_the_command_line(here: Path) -> None:
         assert row["pass_at_k"]["mean"] >= at_1["mean"]
     assert greedy["sampler_gap"] is None and greedy["entropy"] == 0.0 and greedy["entropy_at_1"] > 0
     assert greedy["zero_std"]["mean"] == 1.0 and greedy["distinct"]["mean"] == 1 / 8 and greedy["pass_at_1"]["sampling_error"] == 0
-    assert set(found["drawn"][0]["per_prompt"]["right"]) <= {0.0, 1.0}
+    assert set(raw["drawn"][0]["per_prompt"]["right"]) <= {0.0, 1.0}
+    for one, row in zip(raw["drawn"], found["rows"], strict=True):
+        for name, of_prompt in (("pass_at_1", "right"), ("distinct", "distinct"), ("zero_std", "zero_std")):
+            values = one["per_prompt"][of_prompt]
+            error = statistics.stdev(values) / math.sqrt(len(values))
+            assert row[name]["mean"] == pytest.approx(statistics.fmean(values)) and row[name]["error"] == pytest.approx(error), name
+    pairs = [one for one in found["comparisons"] if one["measure"] == "pass_at_1"]
+    assert [one["temperatures"] for one in pairs] == [[0.0, 0.5], [0.0, 1.6], [0.5, 1.6]]
+    cold, hot = (one["per_prompt"]["right"] for one in raw["drawn"][1:])
+    gaps = [a - b for a, b in zip(cold, hot, strict=True)]
+    assert pairs[2]["mean"] == pytest.approx(statistics.fmean(gaps)) and pairs[2]["error"] == pytest.approx(statistics.stdev(gaps) / 2)
 
     lines = list(csv.DictReader(Path("found.csv").read_text().splitlines()))
     assert [float(line["pass_at_1"]) for line in lines] == [row["pass_at_1"]["mean"] for row in found["rows"]]
     assert [float(line["pass_at_1_error"]) for line in lines] == [row["pass_at_1"]["error"] for row in found["rows"]]
-    assert [line["zone"] for line in lines] == [zoned["zone"] for zoned in found["reading"]["zones"]]
+    assert [line["region"] for line in lines] == [one["region"] for one in found["advice"]["regions"]]
     assert Path("found.png").read_bytes().startswith(b"\x89PNG")
-    for sentence in found["reading"]["sentences"]:
+    for sentence in found["advice"]["sentences"]:
         assert sentence in out
     for line in (f"{row['pass_at_1']['mean']:.3f}±{row['pass_at_1']['error']:.3f}" for row in found["rows"]):
         assert line in out
@@ -78,8 +89,8 @@ def test_sampling_from_the_command_line(here: Path) -> None:
 def test_entropies_against_the_reference_in_float64(here: Path, temperature: float) -> None:
     prepared = made("--samples", "3")
     model = sampling_setup.load_model(prepared)
-    call = generate_completions.Drawer(prepared, model).call(range(1, 4), temperature, 0)
-    copies = call.drawn[::3] if temperature == 0 else call.drawn
+    call = generate_completions.CompletionGenerator(prepared, model).call_sampler(range(1, 4), temperature, 0)
+    copies = call.completions[::3] if temperature == 0 else call.completions
     prompts = [row["prompt"] for row in (call.rows[::3] if temperature == 0 else call.rows)]
     at_t, at_1, tokens = 0.0, 0.0, 0
     exact = model.double()
@@ -105,7 +116,9 @@ def test_completions_stand_prompt_by_prompt_and_round_by_round(here: Path, monke
     prepared = made("--samples", "2", "--rounds", "3", width=width)
     model = sampling_setup.load_model(prepared)
     told: list[tuple[int, int]] = []
-    drawn = generate_completions.Drawer(prepared, model).at(0.7, lambda temperature, done, total: told.append((done, total)))
+    drawn = generate_completions.CompletionGenerator(prepared, model).generate(
+        0.7, lambda temperature, done, total: told.append((done, total))
+    )
     last = [row["prompt"][-2] for row in ROWS]  # the digit before "="
     numbers = [prepared.tokenizer.decode([7 + i]) for i in range(6)]
     assert drawn.texts == [f"{digit}{number}" for digit in last for number in numbers]
@@ -113,7 +126,9 @@ def test_completions_stand_prompt_by_prompt_and_round_by_round(here: Path, monke
     assert [done for done, _ in told] == list(range(3 * math.ceil(4 / at_once) + 1)) and {total for _, total in told} == {told[-1][0]}
     sampler.asked.clear()
     told.clear()
-    greedy = generate_completions.Drawer(prepared, model).at(0.0, lambda temperature, done, total: told.append((done, total)))
+    greedy = generate_completions.CompletionGenerator(prepared, model).generate(
+        0.0, lambda temperature, done, total: told.append((done, total))
+    )
     assert told[-1][1] == math.ceil(4 / int(width)), "one completion stands for a group, so that more prompts go at once"
     assert greedy.texts == [f"{digit}{numbers[0]}" for digit in last for _ in range(6)]
     assert set(sampler.asked.values()) == {1}, "greedy decoding is not done twice"
@@ -126,7 +141,9 @@ def test_completions_stand_prompt_by_prompt_and_round_by_round(here: Path, monke
 def test_rounds_differ_and_the_seed_repeats_them(here: Path) -> None:
     def texts(seed: str) -> list[str]:
         prepared = made("--samples", "2", "--rounds", "2", "--seed", seed)
-        drawn = generate_completions.Drawer(prepared, sampling_setup.load_model(prepared)).at(1.5, lambda temperature, done, total: None)
+        drawn = generate_completions.CompletionGenerator(prepared, sampling_setup.load_model(prepared)).generate(
+            1.5, lambda temperature, done, total: None
+        )
         return drawn.texts
 
     first = texts("5")
@@ -142,7 +159,7 @@ def test_a_sampler_at_another_temperature_is_found_out(here: Path, monkeypatch: 
 
     monkeypatch.setattr(generate_completions, "make_sampler", lambda *args, **options: Hotter())
     prepared = made("--samples", "2", "--rounds", "1", "--temperatures", "1.0")
-    sentences = study.run(prepared, sampling_setup.load_model(prepared))["reading"]["sentences"]
+    sentences = study.run(prepared, sampling_setup.load_model(prepared))["advice"]["sentences"]
     assert any("The sampler's log-probabilities differ from the loss's by" in sentence for sentence in sentences)
 
 
@@ -180,7 +197,7 @@ WRONG = {
     "ngram is 0; expected a whole number of at least 1": ["--ngram", "0"],
     "keep is 1.0; expected a number above 0 and below 1": ["--keep", "1.0"],
     "correct is 'length'; expected one of the rewards: accuracy": ["--correct", "length"],
-    "no reward says whether an answer is right: rewards are format;": ["--rewards", "format"],
+    "no reward says whether an answer is correct: rewards are format;": ["--rewards", "format"],
     "output is 'found.txt'; expected the name of a .json file": ["--output", "found.txt"],
     "reward 'accuracy_reward' needs 'answer'": ["--dataset", "no_answers.jsonl"],
     "there is no --tempratures. Did you mean temperatures": ["--tempratures", "1"],

@@ -1,4 +1,4 @@
-"""docs/temperature.md: its tables and its advice are those of the results, its commands run."""
+"""docs/temperature.md: its tables, advice and conclusions are those of the result files, and its commands run."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ pytest.importorskip("reasoning_gym")
 from grpo_fast.cli import main as cli
 from grpo_fast.data.tasks.sorting import make_tokenizer
 from grpo_fast.demo.model import make_model
-from grpo_fast.demo.run import Options
-from grpo_fast.study import report, sampling, sampling_setup, training_setup, training_summary
-from grpo_fast.study.estimates import difference, told_apart
-from grpo_fast.study.options import training_temperatures
-from grpo_fast.trainer.config import GRPOConfig
+from grpo_fast.study import report, sampling_setup, training_setup, training_summary
+from grpo_fast.study.estimates import Estimate, difference, is_significant
+from grpo_fast.study.options import temperature_name
+from grpo_fast.study.sampling_summary import COMPARED
+from grpo_fast.study.temperature_regions import COLD, COLLAPSE, EXPLORATION, ROBUST
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs/temperature.md").read_text()
@@ -38,66 +38,99 @@ def result(name: str) -> dict[str, Any]:
     return found
 
 
-def as_markdown(rows: report.Rows) -> list[str]:
+def as_markdown(table: report.TextTable) -> list[str]:
     """The lines of the table in a page."""
-    _, headings, cells = rows
+    _, headings, cells = table
     return [f"| {' | '.join(line)} |" for line in (headings, ["---"] * len(headings), *cells)]
 
 
 def test_the_tables_say_what_was_measured() -> None:
     trained = result("training")
-    tables = [*report.sampling_tables(result("sampling")), report.matrix_table(trained), report.training_table(trained)]
-    for title, *table in tables:
-        expected = "\n".join(as_markdown((title, *table)))
-        assert expected in PAGE, f"{title} is:\n{expected}"
+    tables = [*report.sampling_tables(result("sampling")), report.evaluation_table(trained), report.training_table(trained)]
+    for table in tables:
+        expected = "\n".join(as_markdown(table))
+        assert expected in PAGE, f"{table.title} is:\n{expected}"
 
 
 @pytest.mark.parametrize("name", ["sampling", "training"])
 def test_the_advice_is_quoted_as_it_was_given(name: str) -> None:
-    for sentence in result(name)["reading"]["sentences"]:
+    for sentence in result(name)["advice"]["sentences"]:
         assert f"- {sentence}\n" in PAGE, sentence
 
 
-def test_the_summary_is_that_of_the_runs() -> None:
-    """What the file says in sum follows from the runs that it holds."""
+def test_the_results_hold_no_measurement_of_a_single_prompt_or_step_of_a_run() -> None:
+    files = [ROOT / f"bench/results/temperature_{name}.json" for name in ("sampling", "training")]
+    assert sum(file.stat().st_size for file in files) < 200_000
+    assert not {"drawn", "per_prompt"} & set(result("sampling")) and "runs" not in result("training")
+
+
+def test_the_training_summary_is_that_of_its_seeds() -> None:
+    """Means and errors follow from the numbers of the seeds, the ends of the curves from the curves, and the advice from both."""
     found = result("training")
-    told = found["options"]
-    schedules = training_temperatures(found["trained_at"][1:], told["steps"])
-    prepared = training_setup.Prepared(Options(), schedules, told["eval_temperatures"], found["seeds"], False, Path("x.json"), found)
-    assert len(prepared.runs()) == found["seeds"] * len(found["trained_at"]) and found["seeds"] >= 5
-    again = training_summary.summarise(prepared)
-    assert json.loads(json.dumps(again)) == {name: found[name] for name in again}
+    labels, places = found["trained_at"][1:], [temperature_name(each) for each in found["options"]["eval_temperatures"]]
+    assert found["seeds"] >= 5 and set(found["evaluation"]) == {training_setup.BEFORE, *labels}
+    cells = [cell for of_label in found["evaluation"].values() for place in places for cell in of_label[place].values()]
+    cells += [ends[end] for of_label in found["training"].values() for ends in of_label.values() for end in ("first", "last")]
+    for cell in cells:
+        values = cell["by_seed"]
+        assert len(values) == found["seeds"]
+        assert cell["mean"] == pytest.approx(statistics.fmean(values), rel=1e-5)
+        assert cell["error"] == pytest.approx(statistics.stdev(values) / math.sqrt(len(values)), rel=1e-3, abs=1e-8)
+    for label in labels:
+        for name, ends in found["training"][label].items():
+            curve = found["learning_curves"][label][name]["mean"]
+            assert len(curve) == found["options"]["steps"]
+            assert ends["first"]["mean"] == pytest.approx(statistics.fmean(curve[:5]), rel=1e-5)
+            assert ends["last"]["mean"] == pytest.approx(statistics.fmean(curve[-5:]), rel=1e-5)
+    accuracy = {
+        label: {place: of_label[place]["accuracy"]["by_seed"] for place in places} for label, of_label in found["evaluation"].items()
+    }
+    again = training_summary.advise_training(accuracy, found["training"], labels, places)
+    assert json.loads(json.dumps(again)) == found["advice"]
 
 
-def test_the_sampling_summary_is_that_of_its_prompts() -> None:
-    """Means, errors, zones and advice follow from what the file holds of each prompt; and means and errors from nothing but arithmetic."""
+def gap_of(found: dict[str, Any], measure: str, colder: float, hotter: float) -> Estimate:
+    """The paired difference of two sampling temperatures, the first minus the second."""
+    (one,) = (each for each in found["comparisons"] if each["measure"] == measure and each["temperatures"] == sorted((colder, hotter)))
+    return Estimate(one["mean"] if colder < hotter else -one["mean"], one["error"], found["prompts"])
+
+
+def test_the_sampling_advice_is_that_of_its_means_and_comparisons() -> None:
+    """Regions and advice follow from what the file says of each temperature and of each pair."""
     found = result("sampling")
-    again = sampling.summarise(found, found["temperatures"])
-    assert json.loads(json.dumps(again)) == {name: found[name] for name in again}
-    assert len(found["drawn"]) == len(found["rows"]) == len(found["temperatures"])
-    for one, row in zip(found["drawn"], found["rows"], strict=True):
-        for name, of_prompt in (("pass_at_1", "right"), ("cons_at_k", "cons_at_k"), ("distinct", "distinct"), ("zero_std", "zero_std")):
-            values = one["per_prompt"][of_prompt]
-            error = statistics.stdev(values) / math.sqrt(len(values))
-            assert row[name]["mean"] == pytest.approx(statistics.fmean(values)) and row[name]["error"] == pytest.approx(error), name
-    highest = max(found["rows"], key=lambda row: row["pass_at_1"]["mean"])
-    assert found["reading"]["evaluate"] == highest["temperature"]
+    rows = {row["temperature"]: row for row in found["rows"]}
+    assert list(rows) == found["temperatures"] == [one["temperature"] for one in found["runs"]]
+    assert len(found["comparisons"]) == len(COMPARED) * len(rows) * (len(rows) - 1) // 2
+    for measure in COMPARED:
+        for at, row in rows.items():
+            for other in (each for each in rows if each > at):
+                gap, errors = gap_of(found, measure, at, other), (row[measure]["error"], rows[other][measure]["error"])
+                assert gap.mean == pytest.approx(row[measure]["mean"] - rows[other][measure]["mean"], abs=1e-12)
+                assert abs(errors[0] - errors[1]) - 1e-12 <= gap.error <= sum(errors) + 1e-12, "whatever the correlation"
+    best = max(rows, key=lambda at: rows[at]["pass_at_1"]["mean"])
+    advice, keep = found["advice"], found["options"]["keep"]
+    assert advice["evaluate"] == best
+    assert advice["tied"] == [at for at in rows if at != best and not is_significant(gap_of(found, "pass_at_1", at, best))] == []
+    kept = {at: row["pass_at_1"]["mean"] / rows[best]["pass_at_1"]["mean"] for at, row in rows.items()}
+    collapse = min(at for at in rows if at > best and kept[at] < keep)
+    expected = {at: COLD if at < best else ROBUST if at == best else EXPLORATION if at < collapse else COLLAPSE for at in rows}
+    assert {one["temperature"]: one["region"] for one in advice["regions"]} == expected
+    exploring = [at for at in rows if expected[at] == EXPLORATION]
+    assert advice["train"] == min(exploring, key=lambda at: (rows[at]["zero_std"]["mean"], at))
 
 
 def test_what_the_page_concludes_is_so() -> None:
     """Its numbers are those of the files, to the last digit that is given."""
     sampled, trained = result("sampling"), result("training")
     places, labels = trained["options"]["eval_temperatures"], trained["trained_at"][1:]
-    runs = {label: [run for run in trained["runs"] if run["trained_at"] == label] for label in labels}
-    accuracy = {(label, at): [run["table"][i]["accuracy"] for run in runs[label]] for label in labels for i, at in enumerate(places)}
-    curve = {
-        label: [statistics.fmean(step) for step in zip(*(run["curves"]["accuracy"] for run in runs[label]), strict=True)]
-        for label in labels
-    }
-    flat = [statistics.fmean(step) for step in zip(*(run["curves"]["zero_std"] for run in runs["0.2"]), strict=True)]
+    evaluation = trained["evaluation"]
+    accuracy = {(label, at): evaluation[label][temperature_name(at)]["accuracy"]["by_seed"] for label in labels for at in places}
+    curve = {label: trained["learning_curves"][label]["accuracy"]["mean"] for label in labels}
+    flat = trained["learning_curves"]["0.2"]["zero_std"]["mean"]
 
     def begins(label: str) -> list[float]:
-        return [statistics.fmean(run["curves"]["accuracy"][:5]) for run in runs[label]]
+        by_seed: list[float] = trained["training"][label]["accuracy"]["first"]["by_seed"]
+        return by_seed
 
     ahead = [step for step, (cold, warm) in enumerate(zip(curve["0.2"], curve["0.6"], strict=True), start=1) if cold > warm]
     assert ahead[:9] == list(range(6, 15)) and 15 not in ahead, "from the sixth step to the fourteenth"
@@ -108,7 +141,7 @@ def test_what_the_page_concludes_is_so() -> None:
         said += [f"{statistics.fmean(begins(label)):.3f} and {statistics.fmean(begins(like)):.3f}", f"{verb}"]
         said += [f"by {abs(gap.mean):.3f} ± {gap.margin:.3f}"]
     colder = [difference(accuracy[label, at], accuracy[label, 0.6]) for label in labels if label != "0.2" for at in (0.0, 0.2)]
-    told = sum(told_apart(gap) for gap in colder)
+    told = sum(is_significant(gap) for gap in colder)
     said += [f"gains {min(g.mean for g in colder):.3f} to {max(g.mean for g in colder):.3f} at T = 0 and 0.2 over 0.6"]
     said += [f"{told} of {len(colder)} times by more than the margin"]
     margins = {label: difference(accuracy["0.6->1.4", 0.6], accuracy[label, 0.6]).margin for label in labels if label != "0.6->1.4"}
@@ -119,8 +152,7 @@ def test_what_the_page_concludes_is_so() -> None:
     said += [f"{shares[0]} of the groups at 0.8 and {shares[1]} at 1 have equal rewards"]
     votes, ones = ({at: row[at][name]["mean"] for at in row} for name in ("cons_at_k", "pass_at_1"))
     said += [f"{max(ones, key=ones.__getitem__):g} for pass@1, {max(votes, key=votes.__getitem__):g} for the majority of eight"]
-    of_prompts = {one["temperature"]: one["per_prompt"]["cons_at_k"] for one in sampled["drawn"]}
-    gap = difference(of_prompts[0.4], of_prompts[0.6])
+    gap = gap_of(sampled, "cons_at_k", 0.4, 0.6)
     said += [f"the vote at 0.4 is ahead of that at 0.6 by {gap.mean:.3f} ± {gap.margin:.3f}"]
     page = " ".join(PAGE.split())
     assert [words for words in said if words not in page] == []
@@ -132,21 +164,21 @@ def test_results_name_their_machine_and_are_no_quick_look(name: str) -> None:
     machine = found["machine"]
     assert machine["cpu"] and machine["torch"] and re.fullmatch(r"[0-9a-f]{7,}", machine["commit"])
     assert machine["cpu"] in PAGE and machine["torch"].partition("+")[0] in PAGE
-    assert not found.get("quick") and not any("--quick" in sentence for sentence in found["reading"]["sentences"])
+    assert not found.get("quick") and not any("--quick" in sentence for sentence in found["advice"]["sentences"])
     assert (ROOT / f"bench/results/temperature_{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_commands_of_the_results_are_those_that_made_them() -> None:
     made = {Path(command.split("--output ")[1]).stem.removeprefix("temperature_"): command for command in COMMANDS if "--output" in command}
     args = [*shlex.split(made["sampling"])[3:], "--output", "elsewhere.json"]
-    prepared = sampling_setup.prepare(args, GRPOConfig)
+    study = sampling_setup.prepare_sampling(args)
     found = result("sampling")
-    assert [row["temperature"] for row in found["rows"]] == prepared.temperatures
-    assert found["prompts"] == len(prepared.rows) == len(found["drawn"][0]["per_prompt"]["right"])
-    assert prepared.result["options"] == found["options"]
-    asked = training_setup.prepare([*shlex.split(made["training"])[3:], "--output", "elsewhere.json"])
+    assert [row["temperature"] for row in found["rows"]] == study.temperatures
+    assert found["prompts"] == len(study.rows)
+    assert study.measurements["options"] == found["options"]
+    asked = training_setup.prepare_training([*shlex.split(made["training"])[3:], "--output", "elsewhere.json"])
     found = result("training")
-    assert asked.labels == found["trained_at"] and asked.seeds == found["seeds"] and asked.result["options"] == found["options"]
+    assert asked.labels == found["trained_at"] and asked.seeds == found["seeds"] and asked.measurements["options"] == found["options"]
 
 
 def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

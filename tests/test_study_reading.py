@@ -1,4 +1,4 @@
-"""The study's statistics and advice, against tables worked by hand: errors, the unbiased pass@k, votes, zones, recommendations."""
+"""The study's statistics and advice, against tables worked by hand: errors, unbiased pass@k, votes, temperature regions, advice."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from grpo_fast.rewards import RewardRunner
-from grpo_fast.study import estimates, options, plot, sampling, temperature_regions
-from grpo_fast.study.estimates import difference, estimate, told_apart
-from grpo_fast.study.generate_completions import Drawn
-from grpo_fast.study.temperature_regions import COLD, COLLAPSE, EXPLORATION, ROBUST, Point, read, temperature_at_entropy
+from grpo_fast.study import estimates, options, plot, result_files, sampling, sampling_advice, training_summary
+from grpo_fast.study.estimates import difference, estimate, is_significant
+from grpo_fast.study.generate_completions import TemperatureSamples
+from grpo_fast.study.sampling_advice import advise
+from grpo_fast.study.sampling_summary import summarize_sampling
+from grpo_fast.study.temperature_regions import COLD, COLLAPSE, EXPLORATION, ROBUST, TemperaturePoint, temperature_at_entropy
 from grpo_fast.utils.errors import SettingsError
 
 
-@pytest.mark.parametrize("module", [estimates, options, temperature_regions])
+@pytest.mark.parametrize("module", [estimates, options, result_files, sampling_advice, training_summary])
 def test_examples(module: Any) -> None:
     found = doctest.testmod(module)
     assert found.attempted > 0 and found.failed == 0
@@ -52,10 +54,10 @@ def test_pairs_are_told_apart_where_two_means_would_not_be() -> None:
     """Prompts differ by 0.9 from each other, and the second temperature loses a tenth on each but one: that is certain only in pairs."""
     mine = [0.1 * i for i in range(1, 11)]
     theirs = [value - 0.1 for value in mine[:-1]] + [mine[-1] - 0.05]
-    assert told_apart(difference(mine, theirs)) and not told_apart(difference(theirs, theirs))
+    assert is_significant(difference(mine, theirs)) and not is_significant(difference(theirs, theirs))
     assert abs(estimate(mine).mean - estimate(theirs).mean) < estimate(mine).error
-    assert not told_apart(difference([1.0], [0.0])), "one pair tells nothing"
-    assert not told_apart(difference([1.0, 0.0, 1.0], [0.0, 0.0, 0.0])), "2/3 with an error of 1/3, and t is 4.3"
+    assert not is_significant(difference([1.0], [0.0])), "one pair tells nothing"
+    assert not is_significant(difference([1.0, 0.0, 1.0], [0.0, 0.0, 0.0])), "2/3 with an error of 1/3, and t is 4.3"
     with pytest.raises(ValueError, match="zip"):
         difference([1.0, 2.0], [1.0])
 
@@ -63,7 +65,7 @@ def test_pairs_are_told_apart_where_two_means_would_not_be() -> None:
 # ---- one row of the table
 
 
-def drawn(**changes: Any) -> Drawn:
+def samples(**changes: Any) -> TemperatureSamples:
     """Four prompts A, B, C, D with two rounds of two samples. C has no true answer; the third sample of D could not be decided;
     B has half marks once, and almost full ones."""
     nan = math.nan
@@ -72,35 +74,35 @@ def drawn(**changes: Any) -> Drawn:
     texts = [f"<answer>{text}</answer>" if text else f"no answer {text}" for text in stated]
     form = [1.0] * 8 + [0.0] * 4 + [1.0, 0.0, 0.0, 0.0]
     flat = [True, False, True, True, True, True, False, False]  # A, A, B, B, C, C, D, D
-    shape = {"truncated": [0.0] * 15 + [1.0], "endless": [0.0] * 16, "repetition": [0.5] * 16, "length": [float(i) for i in range(16)]}
+    statistics = {"truncated": [0.0] * 15 + [1.0], "endless": [0.0] * 16, "repetition": [0.5] * 16, "length": [float(i) for i in range(16)]}
     given: dict[str, Any] = {
         "temperature": 0.6,
         "samples": 2,
         "rounds": 2,
         "rewards": torch.tensor([right, form]).T,
-        "no_signal": flat,
-        "shape": shape,
+        "zero_std": flat,
+        "statistics": statistics,
         "texts": texts,
         "coherence": None,
         "entropy": [0.1, 0.2, 9.0, 0.4],
         "entropy_at_1": [0.5] * 4,
         "sampler_gap": None,
     }
-    return Drawn(**{**given, **changes})
+    return TemperatureSamples(**{**given, **changes})
 
 
-def summary(*of: Drawn, rewards: tuple[str, ...] = ("accuracy", "format"), **told: Any) -> dict[str, Any]:
+def summary(*of: TemperatureSamples, rewards: tuple[str, ...] = ("accuracy", "format"), **told: Any) -> dict[str, Any]:
     runner = RewardRunner(list(rewards))
-    prepared: Any = SimpleNamespace(runner=runner, correct=0)
+    study: Any = SimpleNamespace(runner=runner, correct=0)
     neutral = {"sampler_tolerance": None, "bf16": False, "fp16": False, "top_p": 1.0, "top_k": 0, "min_p": None}
     options = {"samples": 2, "rounds": 2, "keep": 0.5} | neutral | told
-    result = {"options": options, "quick": False, "correct": "accuracy_reward", "drawn": [sampling.kept(one, prepared) for one in of]}
-    result = json.loads(json.dumps(result))  # what is kept is kept as JSON
-    return result | sampling.summarise(result, [one.temperature for one in of])
+    result = {"options": options, "quick": False, "correct": "accuracy_reward", "drawn": [sampling.measure(one, study) for one in of]}
+    result = json.loads(json.dumps(result))  # measurements are stored as JSON
+    return result | summarize_sampling(result, [one.temperature for one in of])
 
 
 def test_a_row_of_the_table_worked_by_hand() -> None:
-    found = summary(drawn())
+    found = summary(samples())
     (row,), (one,) = found["rows"], found["drawn"]
     per_prompt = one["per_prompt"]
     assert per_prompt["right"] == [0.75, 0.0, None, 0.5], "half marks of B are not right, nor is what is undecided of D"
@@ -123,39 +125,39 @@ def test_a_row_of_the_table_worked_by_hand() -> None:
     assert row["entropy_at_1"] == pytest.approx(0.5) and row["sampler_gap"] is None
     assert row["rewards"]["accuracy_reward"] == pytest.approx((0.75 + 1.49 / 4 + 2 / 3) / 3)
     assert row["rewards"]["format_reward"] == pytest.approx(2.25 / 3), "C is left out of these too"
-    assert one["examples"] == ["<answer>7</answer>", "no answer None"] and "Train at T = 0.6" in found["reading"]["sentences"][-2]
+    assert one["examples"] == ["<answer>7</answer>", "no answer None"] and "Train at T = 0.6" in found["advice"]["sentences"][-2]
 
 
 def test_what_is_shown_is_of_prompts_with_an_answer() -> None:
-    rewards = drawn().rewards.clone()
+    rewards = samples().rewards.clone()
     rewards[:4, 0] = math.nan
-    assert summary(drawn(rewards=rewards))["drawn"][0]["examples"] == ["no answer None", "<answer>5</answer>"]
+    assert summary(samples(rewards=rewards))["drawn"][0]["examples"] == ["no answer None", "<answer>5</answer>"]
 
 
 def test_without_answers_there_is_no_vote_and_without_format_reward_no_form() -> None:
-    found = summary(drawn(texts=["nothing stated"] * 16, rewards=drawn().rewards[:, :1]), rewards=("accuracy",))
+    found = summary(samples(texts=["nothing stated"] * 16, rewards=samples().rewards[:, :1]), rewards=("accuracy",))
     (row,) = found["rows"]
     assert row["cons_at_k"] is None and row["format"] is None and row["distinct"]["mean"] == 0.5
 
 
 def test_a_prompt_counts_at_every_temperature_or_at_none() -> None:
     """C could be scored at the second temperature: at the first its samples are then wrong, and the pairs stay pairs."""
-    rewards = drawn().rewards.clone()
+    rewards = samples().rewards.clone()
     rewards[8, 0] = 1.0
-    found = summary(drawn(), drawn(temperature=1.0, rewards=rewards))
+    found = summary(samples(), samples(temperature=1.0, rewards=rewards))
     assert [row["pass_at_1"]["mean"] for row in found["rows"]] == [1.25 / 4, 1.5 / 4]
     assert found["prompts_without_answer"] == 0
 
 
 def test_nothing_to_score() -> None:
-    found = summary(drawn(rewards=torch.full((16, 2), math.nan)))
-    assert found["rows"] == [] and found["reading"]["zones"] == []
-    assert found["reading"]["sentences"][0].startswith("No completion could be scored by accuracy_reward")
+    found = summary(samples(rewards=torch.full((16, 2), math.nan)))
+    assert found["rows"] == [] and found["advice"]["regions"] == []
+    assert found["advice"]["sentences"][0].startswith("No completion could be scored by accuracy_reward")
 
 
 def test_the_samplers_gap_is_told_where_nothing_else_explains_it() -> None:
     def told(gap: float, **options: Any) -> bool:
-        sentences = summary(drawn(sampler_gap=[gap] * 4), **options)["reading"]["sentences"]
+        sentences = summary(samples(sampler_gap=[gap] * 4), **options)["advice"]["sentences"]
         return any("The sampler's log-probabilities differ from the loss's by" in sentence for sentence in sentences)
 
     assert told(0.03) and not told(0.01)
@@ -165,80 +167,80 @@ def test_the_samplers_gap_is_told_where_nothing_else_explains_it() -> None:
         assert not told(3.0, **truncation), "what is truncated has larger probabilities at the sampler"
 
 
-# ---- zones
+# ---- temperature regions
 
 
-def table(signal: dict[float, float] | None = None, **by_temperature: float) -> list[Point]:
+def table(signal: dict[float, float] | None = None, **by_temperature: float) -> list[TemperaturePoint]:
     """T0_6=0.7: pass@1 of 0.7 at T = 0.6, the same for each of 40 prompts, so that every difference is told."""
     points = []
     for name, right in by_temperature.items():
         temperature = float(name.removeprefix("T").replace("_", "."))
         share = (signal or {}).get(temperature, 0.5)
-        points.append(Point(temperature, [right] * 40, [share] * 40, 0.1 + temperature / 2, 0.0, temperature / 2))
+        points.append(TemperaturePoint(temperature, [right] * 40, [share] * 40, 0.1 + temperature / 2, 0.0, temperature / 2))
     return points
 
 
-def noisy(temperature: float, right: float, *, spread: float, distinct: float = 0.5, truncated: float = 0.0) -> Point:
+def noisy(temperature: float, right: float, *, spread: float, distinct: float = 0.5, truncated: float = 0.0) -> TemperaturePoint:
     """Prompts around a mean; at each temperature others lie above it."""
     values = [right + spread * math.sin(i * (1 + 7 * temperature)) for i in range(40)]
-    return Point(temperature, values, [0.5] * 40, distinct, truncated, temperature)
+    return TemperaturePoint(temperature, values, [0.5] * 40, distinct, truncated, temperature)
 
 
-def zones_of(points: list[Point], **more: Any) -> dict[float, str]:
-    return {zoned.temperature: zoned.zone for zoned in read(points, **more).zones}
+def regions_of(points: list[TemperaturePoint], **more: Any) -> dict[float, str]:
+    return {one.temperature: one.region for one in advise(points, **more).regions}
 
 
 def test_the_three_zones_and_the_cold_side() -> None:
     points = table(T0=0.0, T0_2=0.3, T0_6=0.8, T1_0=0.6, T1_2=0.4, T1_4=0.39)
     expected = {0.0: COLD, 0.2: COLD, 0.6: ROBUST, 1.0: EXPLORATION, 1.2: EXPLORATION, 1.4: COLLAPSE}
-    assert zones_of(points) == expected
-    assert zones_of(points[::-1]) == expected, "whatever the order"
-    assert zones_of(points, keep=0.6)[1.2] == COLLAPSE and zones_of(points, keep=0.8)[1.0] == COLLAPSE
-    reading = read(points)
-    assert reading.evaluate == 0.6 and reading.tied == []
-    assert "Evaluate at T = 0.6: the highest pass@1. Every other temperature is worse by more than the errors." in reading.sentences
-    assert reading.sentences[0].startswith("Zones. too cold: 0 and 0.2 ")
+    assert regions_of(points) == expected
+    assert regions_of(points[::-1]) == expected, "whatever the order"
+    assert regions_of(points, keep=0.6)[1.2] == COLLAPSE and regions_of(points, keep=0.8)[1.0] == COLLAPSE
+    advice = advise(points)
+    assert advice.evaluate == 0.6 and advice.tied == []
+    assert "Evaluate at T = 0.6: the highest pass@1. Every other temperature is significantly worse." in advice.sentences
+    assert advice.sentences[0].startswith("Regions. too cold: 0 and 0.2 ")
 
 
 def test_collapse_stays_collapse() -> None:
     """Hotter than the first that collapsed, a lucky one is no exploration."""
-    assert zones_of(table(T0_6=0.8, T1_0=0.3, T1_4=0.5)) == {0.6: ROBUST, 1.0: COLLAPSE, 1.4: COLLAPSE}
+    assert regions_of(table(T0_6=0.8, T1_0=0.3, T1_4=0.5)) == {0.6: ROBUST, 1.0: COLLAPSE, 1.4: COLLAPSE}
 
 
 def test_robust_are_the_neighbours_that_cannot_be_told_from_the_best() -> None:
     points = [noisy(0.2, 0.1, spread=0.05), noisy(0.6, 0.62, spread=0.2), noisy(0.8, 0.64, spread=0.2), noisy(1.0, 0.60, spread=0.2)]
     points += [noisy(1.4, 0.40, spread=0.05)]
-    reading = read(points)
-    assert zones_of(points) == {0.2: COLD, 0.6: ROBUST, 0.8: ROBUST, 1.0: ROBUST, 1.4: EXPLORATION}
-    assert reading.evaluate == 0.8 and reading.tied == [0.6, 1.0]
-    assert any("Not to be told from it within the errors: T = 0.6 and 1." in sentence for sentence in reading.sentences)
-    assert [zoned.settled for zoned in reading.zones] == [True, False, True, False, True]
+    advice = advise(points)
+    assert regions_of(points) == {0.2: COLD, 0.6: ROBUST, 0.8: ROBUST, 1.0: ROBUST, 1.4: EXPLORATION}
+    assert advice.evaluate == 0.8 and advice.tied == [0.6, 1.0]
+    assert any("Not significantly worse: T = 0.6 and 1." in sentence for sentence in advice.sentences)
+    assert [one.settled for one in advice.regions] == [True, False, True, False, True]
 
 
 def test_a_tie_with_the_best_beyond_a_gap_is_not_robust() -> None:
     points = [noisy(0.2, 0.61, spread=0.3), *table(T0_6=0.3), noisy(1.0, 0.62, spread=0.3)]
-    assert zones_of(points) == {0.2: COLD, 0.6: COLD, 1.0: ROBUST}
-    reading = read(points)
-    assert reading.tied == [0.2] and [zoned.settled for zoned in reading.zones] == [False, True, True]
-    told = "Of these T = 0.2 is not of robust generation, since a temperature between is worse."
-    assert any(told in sentence for sentence in reading.sentences) and "lower" not in reading.sentences[0]
+    assert regions_of(points) == {0.2: COLD, 0.6: COLD, 1.0: ROBUST}
+    advice = advise(points)
+    assert advice.tied == [0.2] and [one.settled for one in advice.regions] == [False, True, True]
+    told = "Of these, T = 0.2 is outside robust generation, because a temperature in between is worse."
+    assert any(told in sentence for sentence in advice.sentences) and "lower" not in advice.sentences[0]
     beside = [noisy(0.6, 0.61, spread=0.3), noisy(1.0, 0.62, spread=0.3)]
-    assert not any("Of these" in sentence for sentence in read(beside).sentences)
+    assert not any("Of these" in sentence for sentence in advise(beside).sentences)
 
 
 def test_one_sample_is_no_group_and_gives_no_advice_on_training() -> None:
     flat = table(T0_6=0.8, T1_0=0.6, signal={0.6: 0.0, 1.0: 0.0})
-    reading = read(flat, samples=1)
-    assert reading.train is None and reading.evaluate == 0.6
-    assert any("With one sample there are no groups" in sentence for sentence in reading.sentences)
-    assert not any("would learn nothing" in sentence for sentence in reading.sentences)
-    assert read(flat, samples=2).train == 1.0
+    advice = advise(flat, samples=1)
+    assert advice.train is None and advice.evaluate == 0.6
+    assert any("With one sample there are no groups" in sentence for sentence in advice.sentences)
+    assert not any("would learn nothing" in sentence for sentence in advice.sentences)
+    assert advise(flat, samples=2).train == 1.0
 
 
 def test_where_most_completions_are_cut_it_is_said() -> None:
     def told(cut: dict[float, float]) -> list[str]:
         points = [replace(point, truncated=cut.get(point.temperature, 0.0)) for point in table(T0_6=0.8, T1_0=0.6, T1_4=0.1)]
-        return [sentence for sentence in read(points).sentences if "length limit" in sentence]
+        return [sentence for sentence in advise(points).sentences if "length limit" in sentence]
 
     assert told({0.6: 0.5, 1.0: 0.5, 1.4: 1.0}) == [], "half is not most, and nobody is advised to take 1.4"
     assert told({0.6: 0.51})[0].startswith("The length limit cuts 51% of the completions at T = 0.6: ")
@@ -247,76 +249,78 @@ def test_where_most_completions_are_cut_it_is_said() -> None:
 
 def test_where_the_data_cannot_tell_it_is_said() -> None:
     points = [noisy(0.2, 0.60, spread=0.3), noisy(0.6, 0.62, spread=0.3), noisy(1.0, 0.58, spread=0.3)]
-    reading = read(points)
-    assert set(zones_of(points).values()) == {ROBUST}
-    assert any(sentence.startswith("The data cannot tell these temperatures apart.") for sentence in reading.sentences)
-    assert reading.train == 1.0, "none explores: the hottest of the robust ones"
-    assert any("none of this grid lies in controlled exploration" in sentence for sentence in reading.sentences)
+    advice = advise(points)
+    assert set(regions_of(points).values()) == {ROBUST}
+    assert any(sentence.startswith("The data cannot tell these temperatures apart.") for sentence in advice.sentences)
+    assert advice.train == 1.0, "none explores: the hottest of the robust ones"
+    assert any("none of this grid lies in controlled exploration" in sentence for sentence in advice.sentences)
 
 
 def test_an_open_border_to_collapse_is_said() -> None:
     points = [*table(T0_6=0.8), noisy(1.0, 0.41, spread=0.3), noisy(1.4, 0.1, spread=0.05)]
-    reading = read(points)
-    assert zones_of(points) == {0.6: ROBUST, 1.0: EXPLORATION, 1.4: COLLAPSE}
-    assert any("Whether 50% is left at T = 1 is within the errors" in sentence for sentence in reading.sentences)
-    assert not any("Whether 50%" in sentence for sentence in read(table(T0_6=0.8, T1_0=0.6)).sentences)
+    advice = advise(points)
+    assert regions_of(points) == {0.6: ROBUST, 1.0: EXPLORATION, 1.4: COLLAPSE}
+    assert any("pass@1 at T = 1 does not differ significantly from 50% of the highest" in sentence for sentence in advice.sentences)
+    assert not any("from 50%" in sentence for sentence in advise(table(T0_6=0.8, T1_0=0.6)).sentences)
 
 
 def test_equal_bests_go_to_the_less_truncated_and_then_to_the_colder() -> None:
     cold, warm, hot = table(T0_6=0.5, T0_8=0.5, T1_0=0.5)
-    assert read([hot, warm, cold]).evaluate == 0.6
-    assert read([Point(0.6, [0.5] * 40, [0.5] * 40, 0.5, 0.2, 0.3), hot, warm]).evaluate == 0.8
+    assert advise([hot, warm, cold]).evaluate == 0.6
+    assert advise([TemperaturePoint(0.6, [0.5] * 40, [0.5] * 40, 0.5, 0.2, 0.3), hot, warm]).evaluate == 0.8
 
 
 def test_train_where_most_groups_have_a_gradient_in_controlled_exploration() -> None:
     points = table(T0_6=0.8, T0_8=0.7, T1_0=0.6, T1_2=0.5, T1_4=0.1, signal={0.6: 0.1, 0.8: 0.3, 1.0: 0.8, 1.2: 0.7, 1.4: 0.9})
-    assert read(points).train == 1.0
+    assert advise(points).train == 1.0
     tie = table(T0_6=0.8, T0_8=0.7, T1_0=0.6, signal={0.8: 0.4, 1.0: 0.4})
-    assert read(tie).train == 0.8, "of equal ones the colder"
-    decided = "That did not decide it: T = 1 gives exactly as many, and the colder one is taken."
-    assert any(decided in sentence and "within the errors" not in sentence for sentence in read(tie).sentences)
+    assert advise(tie).train == 0.8, "of equal ones the colder"
+    decided = "T = 1 gives exactly as many; the colder temperature is taken."
+    assert any(decided in sentence and "significantly" not in sentence for sentence in advise(tie).sentences)
     cold, warm, hot = table(T0_6=0.8, T0_8=0.7, T1_0=0.6)
-    near = [replace(warm, signal=[0.4, 0.6] * 20), replace(hot, signal=[0.6, 0.39] * 20)]
-    (sentence,) = (sentence for sentence in read([cold, *near]).sentences if sentence.startswith("Train at"))
-    assert "T = 1 gives as many within the errors." in sentence and "did not decide" not in sentence
-    assert "judging" not in sentence, "it is not said where it is not known"
-    near[0] = replace(near[0], judged=[0.25] * 40)
-    assert any("(50% of groups, 25% by the judging reward alone, 50% distinct" in sentence for sentence in read([cold, *near]).sentences)
+    near = [replace(warm, with_gradient=[0.4, 0.6] * 20), replace(hot, with_gradient=[0.6, 0.39] * 20)]
+    (sentence,) = (sentence for sentence in advise([cold, *near]).sentences if sentence.startswith("Train at"))
+    assert "T = 1 does not give significantly fewer." in sentence and "exactly" not in sentence
+    assert "correctness reward" not in sentence, "without its values it is not mentioned"
+    near[0] = replace(near[0], with_gradient_correct=[0.25] * 40)
+    assert any(
+        "(50% of groups, 25% by the correctness reward alone, 50% distinct" in sentence for sentence in advise([cold, *near]).sentences
+    )
 
 
 def test_what_is_no_more_diverse_is_not_worth_its_accuracy() -> None:
     warm, hot = table(T0_6=0.8, T1_0=0.6)
-    flat = Point(1.0, hot.right, hot.signal, warm.distinct, 0.0, 0.5)
-    assert any("no more diverse" in sentence for sentence in read([warm, flat]).sentences)
-    assert not any("no more diverse" in sentence for sentence in read([warm, hot]).sentences)
+    flat = TemperaturePoint(1.0, hot.correct, hot.with_gradient, warm.distinct, 0.0, 0.5)
+    assert any("no more diverse" in sentence for sentence in advise([warm, flat]).sentences)
+    assert not any("no more diverse" in sentence for sentence in advise([warm, hot]).sentences)
 
 
 def test_greedy_is_never_trained_at_and_a_dead_choice_is_named() -> None:
-    alone = read(table(T0=0.8))
+    alone = advise(table(T0=0.8))
     assert alone.train is None and alone.evaluate == 0.0 and "no advice" in alone.sentences[-1]
-    assert read(table(T0=0.8, T0_6=0.1)).train is None
-    dead = read(table(T0_6=1.0, T1_0=0.9, signal={0.6: 0.0, 1.0: 0.0}))
-    assert dead.train == 1.0 and any("No group at it has a gradient" in sentence for sentence in dead.sentences)
+    assert advise(table(T0=0.8, T0_6=0.1)).train is None
+    dead = advise(table(T0_6=1.0, T1_0=0.9, signal={0.6: 0.0, 1.0: 0.0}))
+    assert dead.train == 1.0 and any("No group at this temperature has a gradient" in sentence for sentence in dead.sentences)
 
 
 def test_the_edge_of_the_grid_is_named() -> None:
-    assert any("at the coldest temperature of the grid" in sentence for sentence in read(table(T0_6=0.8, T1_0=0.6)).sentences)
-    assert any("at the hottest temperature of the grid" in sentence for sentence in read(table(T0_6=0.5, T1_0=0.6)).sentences)
-    inside = read(table(T0_2=0.1, T0_6=0.8, T1_0=0.6)).sentences
+    assert any("at the coldest temperature of the grid" in sentence for sentence in advise(table(T0_6=0.8, T1_0=0.6)).sentences)
+    assert any("at the hottest temperature of the grid" in sentence for sentence in advise(table(T0_6=0.5, T1_0=0.6)).sentences)
+    inside = advise(table(T0_2=0.1, T0_6=0.8, T1_0=0.6)).sentences
     assert not any("temperature of the grid" in sentence for sentence in inside)
 
 
 def test_nothing_right_has_no_zones() -> None:
-    reading = read(table(T0=0.0, T1_0=0.0))
-    assert reading.zones == [] and reading.evaluate is None and reading.train is None and "No completion was right" in reading.sentences[0]
+    advice = advise(table(T0=0.0, T1_0=0.0))
+    assert advice.regions == [] and advice.evaluate is None and advice.train is None and "No completion was correct" in advice.sentences[0]
 
 
 def test_where_the_entropy_passes_its_target() -> None:
     points = table(T0=0.5, T0_4=0.5, T0_8=0.5, T1_0=0.5)  # entropies 0, 0.2, 0.4, 0.5
     assert temperature_at_entropy(points) == pytest.approx(0.6)
     assert temperature_at_entropy(points, 0.6) is None and temperature_at_entropy(points, 0.1) is None, "T = 0 is no neighbour"
-    assert any("here that is T = 0.60" in sentence for sentence in read(points).sentences)
-    assert any("do not pass it" in sentence for sentence in read(table(T0_2=0.5, T0_4=0.4)).sentences)
+    assert any("here that is T = 0.60" in sentence for sentence in advise(points).sentences)
+    assert any("do not reach it" in sentence for sentence in advise(table(T0_2=0.5, T0_4=0.4)).sentences)
 
 
 # ---- options
@@ -346,7 +350,7 @@ def test_wrong_training_temperatures_are_named(wrong: list[str]) -> None:
 def test_steps_count_from_one() -> None:
     figure = pytest.importorskip("matplotlib.figure").Figure()
     axis = figure.subplots()
-    plot._band(axis, [[0.1, 0.2, 0.3], [0.3, 0.2, 0.1]], "black", "-")
+    plot._draw_band(axis, training_summary.mean_curve([[0.1, 0.2, 0.3], [0.3, 0.2, 0.1]]), "black", "-")
     (line,), (band,) = axis.lines, axis.collections
     assert list(line.get_xdata()) == [1, 2, 3] and list(line.get_ydata()) == pytest.approx([0.2] * 3)
     assert band.get_paths()[0].get_extents().x0 == 1.0

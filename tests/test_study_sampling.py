@@ -21,7 +21,7 @@ from study_cases import ROWS, Counting, made, run, sampled
 from grpo_fast.generation import SamplingParams
 from grpo_fast.rewards import FormatReward
 from grpo_fast.study import generate_completions, result_files, sampling, sampling_setup
-from grpo_fast.utils import files
+from grpo_fast.study.generate_completions import CompletionGenerator, SamplerCall, TemperatureSamples
 
 pytest_plugins = ["study_cases"]
 
@@ -43,9 +43,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     return asked
 
 
-def drawer(*arguments: str, **more: Any) -> generate_completions.Drawer:
+def drawer(*arguments: str, **more: Any) -> CompletionGenerator:
     prepared = made(*arguments, **more)
-    return generate_completions.Drawer(prepared, sampling_setup.load_model(prepared))
+    return CompletionGenerator(prepared, sampling_setup.load_model(prepared))
 
 
 def silent(temperature: float, done: int, total: int) -> None: ...
@@ -55,7 +55,7 @@ def silent(temperature: float, done: int, total: int) -> None: ...
 
 
 def test_the_sampler_is_asked_what_was_said(here: Path, calls: Calls) -> None:
-    drawer("--top_p", "0.9", "--top_k", "7", "--min_p", "0.05", "--samples", "2", "--rounds", "1").at(0.7, silent)
+    drawer("--top_p", "0.9", "--top_k", "7", "--min_p", "0.05", "--samples", "2", "--rounds", "1").generate(0.7, silent)
     ((_, params),) = calls
     assert (params.top_p, params.top_k, params.min_p, params.max_new_tokens) == (0.9, 7, 0.05, 6)
     assert list(params.temperatures) == [0.7] * 8
@@ -64,7 +64,7 @@ def test_the_sampler_is_asked_what_was_said(here: Path, calls: Calls) -> None:
 def test_random_numbers_are_those_of_round_and_prompts_and_the_same_at_every_temperature(here: Path, calls: Calls) -> None:
     def seeds(temperature: float) -> list[Any]:
         calls.clear()
-        drawer("--samples", "2", "--rounds", "3", width="4").at(temperature, silent)
+        drawer("--samples", "2", "--rounds", "3", width="4").generate(temperature, silent)
         return [params.seed for _, params in calls]
 
     first = seeds(0.4)
@@ -75,18 +75,16 @@ def test_random_numbers_are_those_of_round_and_prompts_and_the_same_at_every_tem
 @pytest.mark.parametrize(("width", "expected"), [("1", [2] * 4), ("5", [4, 4]), ("6", [6, 2]), ("64", [8])])
 def test_whole_groups_are_drawn_at_once(here: Path, calls: Calls, width: str, expected: list[int]) -> None:
     """As many as fit, and at least one."""
-    drawer("--samples", "2", "--rounds", "1", width=width).at(0.7, silent)
+    drawer("--samples", "2", "--rounds", "1", width=width).generate(0.7, silent)
     assert [prompts for prompts, _ in calls] == expected
 
 
 def test_sixty_four_at_once_unless_said_otherwise(here: Path) -> None:
     given = ["--model", "./model", "--dataset", "rows.jsonl", *FEW, "--use_cpu"]
-    from grpo_fast.trainer.config import GRPOConfig
-
-    assert sampling_setup.prepare(given, GRPOConfig).config.per_device_eval_batch_size == 64
+    assert sampling_setup.prepare_sampling(given).config.per_device_eval_batch_size == 64
     assert next(line for line in run("sampling", "--help").splitlines() if line.startswith("--per_device_eval")).split()[1] == "64"
     Path("sums.yaml").write_text("model: ./model\ndataset: rows.jsonl\nper_device_eval_batch_size: 4\nnum_generations: 4\n")
-    prepared = sampling_setup.prepare(["sums.yaml", "--rewards", "accuracy", "--use_cpu"], GRPOConfig)
+    prepared = sampling_setup.prepare_sampling(["sums.yaml", "--rewards", "accuracy", "--use_cpu"])
     assert prepared.config.per_device_eval_batch_size == 4 and prepared.options.samples == 4, "a group is that of the training"
 
 
@@ -100,24 +98,24 @@ def test_rewards_are_given_the_policys_log_probabilities_and_no_others(here: Pat
     )
     drawing = drawer("--samples", "2", "--rounds", "1", "--correct", "given.py:look", rewards=("given.py:look",))
     for temperature in (0.0, 0.6):
-        call = drawing.call(range(1, 3), temperature, 0)
+        call = drawing.call_sampler(range(1, 3), temperature, 0)
         ids, ref, logprobs, answers = _function_of(drawing).__globals__["SEEN"].pop()
-        assert ids == [completion.token_ids for completion in call.drawn] and logprobs == [None] * 4
+        assert ids == [completion.token_ids for completion in call.completions] and logprobs == [None] * 4
         assert answers == [ROWS[i]["answer"] for i in (1, 1, 2, 2)]
         own = _logprobs(drawing, call, temperature or 1.0)
         assert [len(row) for row in ref] == [len(row) for row in ids]
         torch.testing.assert_close(torch.tensor(ref), own, rtol=0, atol=1e-5)
 
 
-def _function_of(drawing: generate_completions.Drawer) -> Any:
-    (reward,) = drawing.prepared.runner.reward_funcs
+def _function_of(drawing: CompletionGenerator) -> Any:
+    (reward,) = drawing.study.runner.reward_funcs
     return getattr(reward, "__wrapped__", reward)
 
 
-def _logprobs(drawing: generate_completions.Drawer, call: generate_completions.Call, temperature: float) -> torch.Tensor:
+def _logprobs(drawing: CompletionGenerator, call: SamplerCall, temperature: float) -> torch.Tensor:
     rows = []
-    for row, completion in zip(call.rows, call.drawn, strict=True):
-        ids = drawing.prepared.tokenizer(row["prompt"])["input_ids"]
+    for row, completion in zip(call.rows, call.completions, strict=True):
+        ids = drawing.study.tokenizer(row["prompt"])["input_ids"]
         with torch.no_grad():
             logits = drawing.model(torch.tensor([ids + completion.token_ids])).logits[0, len(ids) - 1 : -1]
         rows.append((logits / temperature).log_softmax(-1).gather(-1, torch.tensor(completion.token_ids)[:, None])[:, 0])
@@ -129,15 +127,15 @@ def test_a_group_is_without_a_gradient_by_the_weighted_rewards(here: Path, calls
     """The first reward differs within each group, the second does not."""
     rewards = ("study_rewards.py:differs", "study_rewards.py:same")
     drawing = drawer("--samples", "2", "--rounds", "1", "--correct", rewards[0], "--reward_weights", *weights, rewards=rewards)
-    drawn = drawing.at(0.6, silent)
-    assert drawn.no_signal == [flat] * 4
-    assert sampling.kept(drawn, drawing.prepared)["per_prompt"]["zero_std_correct"] == [0.0] * 4, "weights do not touch the judging one"
+    drawn = drawing.generate(0.6, silent)
+    assert drawn.zero_std == [flat] * 4
+    assert sampling.measure(drawn, drawing.study)["per_prompt"]["zero_std_correct"] == [0.0] * 4, "weights do not touch the judging one"
 
 
 def test_coherence_knows_whether_the_prompt_opens_the_thinking(here: Path) -> None:
     assert made(rewards=("accuracy", "format")).coherence is not None
     for opened in (True, False):
-        coherence = sampling_setup._coherence([FormatReward(think_opened=opened)])
+        coherence = sampling_setup._coherence_reward([FormatReward(think_opened=opened)])
         assert coherence is not None and coherence.think_opened is opened
     assert made(rewards=("accuracy",)).coherence is None
 
@@ -149,21 +147,26 @@ def found() -> dict[str, Any]:
     return json.loads(Path("found.json").read_text())  # type: ignore[no-any-return]
 
 
-def without_times(result: dict[str, Any]) -> dict[str, Any]:
-    return result | {"drawn": [{name: value for name, value in one.items() if name != "seconds"} for one in result["drawn"]]}
+def measured() -> list[dict[str, Any]]:
+    """The measurements of each temperature, in the file beside the result."""
+    return json.loads(Path("found.raw.json").read_text())["drawn"]  # type: ignore[no-any-return]
+
+
+def without_times(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in one.items() if name != "seconds"} for one in parts]
 
 
 def dies_at(monkeypatch: pytest.MonkeyPatch, temperature: float, error: type[BaseException]) -> list[float]:
     """Drawing fails there; what was begun is told."""
-    at, begun = generate_completions.Drawer.at, []
+    generate, begun = CompletionGenerator.generate, []
 
-    def dies(self: generate_completions.Drawer, asked: float, on_calls: Callable[[float, int, int], None]) -> generate_completions.Drawn:
+    def dies(self: CompletionGenerator, asked: float, on_calls: Callable[[float, int, int], None]) -> TemperatureSamples:
         begun.append(asked)
         if asked == temperature:
             raise error("not today")
-        return at(self, asked, on_calls)
+        return generate(self, asked, on_calls)
 
-    monkeypatch.setattr(generate_completions.Drawer, "at", dies)
+    monkeypatch.setattr(CompletionGenerator, "generate", dies)
     return begun
 
 
@@ -171,26 +174,42 @@ def dies_at(monkeypatch: pytest.MonkeyPatch, temperature: float, error: type[Bas
 def test_interrupted_it_goes_on(here: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException], status: int) -> None:
     given = [*FEW, "--temperatures", "0", "0.5", "1.5"]
     sampled(*given)
-    whole = found()
+    whole, parts = found(), measured()
     Path("found.json").unlink()
+    Path("found.raw.json").unlink()
     with monkeypatch.context() as patched:
         dies_at(patched, 1.5, error)
         sampled(*given, status=status)
-    assert [one["temperature"] for one in found()["drawn"]] == [0.0, 0.5] and "rows" not in found()
+    assert [one["temperature"] for one in measured()] == [0.0, 0.5] and not Path("found.json").exists()
 
     begun = dies_at(monkeypatch, -1.0, error)
     sampled(*given)
     assert begun == [1.5], "what is finished is not drawn again"
-    assert without_times(found()) == without_times(whole)
+    assert without_times(measured()) == without_times(parts)
+    assert found() | {"runs": without_times(found()["runs"])} == whole | {"runs": without_times(whole["runs"])}
 
     # One more temperature, then fewer: from the same file, and without the model where nothing is missing.
     sampled(*FEW, "--temperatures", "0.8", "0.5")
     assert begun == [1.5, 0.8] and [row["temperature"] for row in found()["rows"]] == [0.5, 0.8]
-    assert [one["temperature"] for one in found()["drawn"]] == [0.0, 0.5, 0.8, 1.5]
+    assert [one["temperature"] for one in measured()] == [0.0, 0.5, 0.8, 1.5]
     monkeypatch.setattr(sampling_setup, "load_model", lambda prepared: pytest.fail("the model was loaded"))
     out = sampled(*given)
-    assert begun == [1.5, 0.8] and found()["rows"] == whole["rows"] and found()["reading"] == whole["reading"]
-    assert all(sentence in out for sentence in whole["reading"]["sentences"])
+    assert begun == [1.5, 0.8] and found()["rows"] == whole["rows"] and found()["advice"] == whole["advice"]
+    assert all(sentence in out for sentence in whole["advice"]["sentences"])
+
+
+def test_a_result_without_its_measurements_is_shown_again_and_not_extended(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = [*FEW, "--temperatures", "0.5", "1.0"]
+    sampled(*given)
+    before = Path("found.json").read_bytes()
+    Path("found.raw.json").unlink()
+    monkeypatch.setattr(sampling_setup, "load_model", lambda study: pytest.fail("the model was loaded"))
+    out = sampled(*given)
+    assert all(sentence in out for sentence in found()["advice"]["sentences"])
+    message = "a result with temperatures = [0.5, 1.0], and now temperatures is [0.5]; expected the same, since found.raw.json"
+    assert message in sampled(*FEW, "--temperatures", "0.5", status=2)
+    assert "now samples is 3" in sampled(*given, "--samples", "3", status=2)
+    assert Path("found.json").read_bytes() == before and not Path("found.raw.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -223,7 +242,7 @@ def test_other_rows_under_the_same_name_are_another_study(here: Path, rows: list
 def test_a_file_of_something_else_is_left_alone(here: Path, text: str) -> None:
     Path("found.json").write_text(text)
     out = sampled(*FEW, status=2)
-    assert "which holds " in out and "expected a study of sampling to go on with. Cure: another --output, or remove the file." in out
+    assert "which holds " in out and "expected a study of sampling to go on with. Fix: another --output, or remove the file." in out
     assert Path("found.json").read_text() == text
 
 
@@ -236,9 +255,10 @@ def test_a_quick_look_replaces_a_quick_look(here: Path, monkeypatch: pytest.Monk
 
 def test_of_several_commits_it_is_said(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sampled(*FEW, "--temperatures", "1.0")
-    here_made = result_files.made_with()
-    assert found()["drawn"][0]["made_with"] == here_made and {"cpu", "torch", "commit", "transformers"} <= set(here_made)
-    monkeypatch.setattr(sampling, "made_with", lambda: here_made | {"torch": "9.9"})
+    here_made = result_files.versions()
+    assert measured()[0]["made_with"] == found()["runs"][0]["made_with"] == here_made
+    assert {"cpu", "torch", "commit", "transformers"} <= set(here_made)
+    monkeypatch.setattr(sampling, "versions", lambda: here_made | {"torch": "9.9"})
     out = sampled(*FEW, "--temperatures", "0.5", "1.0")
     assert f"The temperatures were not all measured with the same: torch (9.9, {here_made['torch']})." in out
 
@@ -249,20 +269,20 @@ def test_secrets_are_in_no_result(here: Path) -> None:
 
 
 def test_tables_are_shown_before_a_result_that_cannot_be_written_is_lost(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(path: Path, result: Any) -> None:
+    def full(path: Path, text: str) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(files, "write_json", full)
+    monkeypatch.setattr(result_files, "write_text", full)
     out = sampled(*FEW, "--temperatures", "1.0", status=1)
-    assert "What is right (4 prompts" in out and "the result cannot be written: no space left on device" in out
-    assert "warning: what is finished cannot be kept" in out
+    assert "Correctness (4 prompts" in out and "the result cannot be written: no space left on device" in out
+    assert "warning: finished measurements cannot be stored" in out
 
 
 # ---- what is refused or said before any work
 
 
 @pytest.mark.parametrize(
-    ("option", "cure"),
+    ("option", "fix"),
     [
         ("--temperature", "--temperatures"),
         ("--num_generations", "--samples"),
@@ -270,9 +290,9 @@ def test_tables_are_shown_before_a_result_that_cannot_be_written_is_lost(here: P
         ("--learning_rate", "leave it"),
     ],
 )
-def test_what_sampling_does_not_read_is_refused_on_the_command_line(here: Path, option: str, cure: str) -> None:
+def test_what_sampling_does_not_read_is_refused_on_the_command_line(here: Path, option: str, fix: str) -> None:
     out = sampled(*FEW, option, "1", status=2)
-    assert f"command line: {option} is nothing that sampling reads; expected what --help shows. Cure: {cure}" in out
+    assert f"command line: {option} is not read by the sampling study; expected what --help shows. Fix: {fix}" in out
     assert "warning" not in out and not Path("found.json").exists()
 
 
@@ -280,13 +300,14 @@ def test_a_place_that_only_seems_to_be_one_is_refused(here: Path, monkeypatch: p
     monkeypatch.setattr(sampling_setup, "load_model", lambda prepared: pytest.fail("the model was loaded"))
     for place in ("/proc/x/y.json", "/proc/y.json"):
         assert f"output is '{place}'; expected a place to write to" in sampled(*FEW, "--output", place, status=2)
-    assert "is nothing" in sampled(*FEW, "--output", "new/folder/found.json", "--temperature", "1", status=2) and not Path("new").exists()
+    assert "is not read" in sampled(*FEW, "--output", "new/folder/found.json", "--temperature", "1", status=2) and not Path("new").exists()
     assert "correct is" in sampled(*FEW, "--output", "new/folder/found.json", "--correct", "no", status=2) and not Path("new").exists()
 
 
 def test_fewer_rows_than_asked_are_said(here: Path) -> None:
-    assert "warning: prompts is 9, and there are 4 rows that can be taken." in sampled(*FEW, "--temperatures", "1.0", "--prompts", "9")
+    assert "warning: prompts is 9, and only 4 rows can be used." in sampled(*FEW, "--temperatures", "1.0", "--prompts", "9")
     Path("found.json").unlink()
+    Path("found.raw.json").unlink()
     assert "warning" not in sampled(*FEW, "--temperatures", "1.0"), "nobody asked for the hundred"
 
 

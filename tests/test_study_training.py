@@ -17,7 +17,8 @@ pytest.importorskip("accelerate")
 pytest.importorskip("matplotlib")
 
 from grpo_fast.cli import main as cli
-from grpo_fast.demo.run import Options, warm_started
+from grpo_fast.demo.options import DemoOptions
+from grpo_fast.demo.warm_start import warm_start
 from grpo_fast.study import options, report, training, training_setup, training_summary
 from grpo_fast.utils.errors import SettingsError
 
@@ -37,23 +38,29 @@ def run(*arguments: str, status: int = 0) -> str:
     return result.output
 
 
+def stored(path: str = "training.json") -> dict[str, Any]:
+    """The result, if there is one, and the measurements beside it."""
+    result = json.loads(Path(path).read_text()) if Path(path).exists() else {}
+    return result | json.loads(Path(path).with_suffix(".raw.json").read_text())  # type: ignore[no-any-return]
+
+
 def cells(found: dict[str, Any]) -> list[tuple[int, str]]:
     return [(each["seed"], each["trained_at"]) for each in found["runs"]]
 
 
 def test_training_from_the_command_line_interrupted_resumed_and_extended(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "made_with", lambda: {"commit": "0000000"})
-    monkeypatch.setattr(training_setup, "made_with", lambda: {"commit": "0000000"})
+    monkeypatch.setattr(training, "versions", lambda: {"commit": "0000000"})
+    monkeypatch.setattr(training_setup, "versions", lambda: {"commit": "0000000"})
     starts: list[int] = []
 
     def counted(demo: Any) -> Any:
         starts.append(demo.seed)
-        return warm_started(demo)
+        return warm_start(demo)
 
-    monkeypatch.setattr(training, "warm_started", counted)
+    monkeypatch.setattr(training, "warm_start", counted)
     given = ["training", *TRAIN, "--temperatures", "0.5", "0.6->1.4"]
     whole = run(*given, "--seeds", "2")
-    found = json.loads(Path("training.json").read_text())
+    found = stored()
     labels = ["before", "0.5", "0.6->1.4"]
     assert cells(found) == [(seed, label) for seed in (0, 1) for label in labels]
     assert starts == [0, 1], "one warm start for all temperatures of a seed"
@@ -64,7 +71,7 @@ def test_training_from_the_command_line_interrupted_resumed_and_extended(here: P
     assert all(len(curve) == 3 for curve in rising["curves"].values())
     assert min(rising["curves"]["zero_std"]) < 1, "or nothing is trained, and no run could disturb the next"
     assert cold["curves"]["entropy"][0] < rising["curves"]["entropy"][0], "the same weights are more certain at 0.5 than at 0.6"
-    assert all(sentence in whole for sentence in found["reading"]["sentences"])
+    assert all(sentence in whole for sentence in found["advice"]["sentences"])
     told = [line for line in whole.splitlines() if line.startswith("seed ") and "━" not in line]
     assert told == [f"seed {seed}, {what}" for seed in (0, 1) for what in ("warm start", "trained at 0.5", "trained at 0.6->1.4")]
     assert Path("training.png").read_bytes().startswith(b"\x89PNG")
@@ -72,7 +79,7 @@ def test_training_from_the_command_line_interrupted_resumed_and_extended(here: P
     assert len(lines) == 2 * 3 * 2 and {line["trained_at"] for line in lines} == set(labels)
 
     # Killed after two of its runs, it goes on: what was there stays, what is made again is the same.
-    cell = training._cell
+    cell = training._train_and_evaluate
 
     def dies(prepared: Any, start: Any, seed: int, label: str, on_step: Any) -> Any:
         if label == "0.6->1.4":
@@ -80,27 +87,29 @@ def test_training_from_the_command_line_interrupted_resumed_and_extended(here: P
         return cell(prepared, start, seed, label, on_step)
 
     Path("training.json").unlink()
+    Path("training.raw.json").unlink()
     with monkeypatch.context() as patched:
-        patched.setattr(training, "_cell", dies)
+        patched.setattr(training, "_train_and_evaluate", dies)
         assert "interrupted" in run(*given, "--seeds", "2", status=130)
-    partial = json.loads(Path("training.json").read_text())
+    assert not Path("training.json").exists()
+    partial = stored()
     assert cells(partial) == [(0, "before"), (0, "0.5")]
     starts.clear()
     run(*given, "--seeds", "2")
-    again = json.loads(Path("training.json").read_text())
+    again = stored()
     assert again["runs"][:2] == partial["runs"] and cells(again) == cells(found) and starts == [0, 1]
     assert [each["curves"] for each in again["runs"]] == [each["curves"] for each in found["runs"]]
     assert [each["table"] for each in again["runs"]] == [each["table"] for each in found["runs"]]
-    assert again["matrix"] == found["matrix"] and again["reading"] == found["reading"]
+    assert again["evaluation"] == found["evaluation"] and again["advice"] == found["advice"]
 
     # Nothing is left to do; one more temperature is; and a narrower question is answered from the same file.
     starts.clear()
     run(*given, "--seeds", "2")
     assert starts == []
     run("training", *TRAIN, "--temperatures", "0.5", "2", "--seeds", "1")
-    wider = json.loads(Path("training.json").read_text())
+    wider = stored()
     assert starts == [0] and cells(wider) == [*cells(found), (0, "2")] and wider["trained_at"] == ["before", "0.5", "2"]
-    assert wider["seeds"] == 1 and wider["matrix"]["0.5"]["1"]["accuracy"]["error"] is None
+    assert wider["seeds"] == 1 and wider["evaluation"]["0.5"]["1"]["accuracy"]["error"] is None
 
     # Other settings are another study, whichever they are.
     others = {"steps": "4", "prompts": "2", "group_size": "3", "learning_rate": "0.01", "loss_type": "grpo", "warm_start_steps": "3"}
@@ -109,9 +118,9 @@ def test_training_from_the_command_line_interrupted_resumed_and_extended(here: P
     for name, value in others.items():
         changed = run("training", *TRAIN, f"--{name}", value, status=2)
         assert f"a study with {name} = {wider['options'][name]!r}, and now {name} is" in changed
-        assert "expected the same, to go on with it. Cure: another --output" in changed
+        assert "expected the same, to go on with it. Fix: another --output" in changed
     assert "now quick is True" in run("training", *TRAIN, "--quick", status=2), "a quick look does not take the place of a study"
-    assert json.loads(Path("training.json").read_text()) == wider
+    assert stored() == wider
 
 
 def test_means_errors_and_advice_over_seeds_worked_by_hand(tmp_path: Path) -> None:
@@ -127,41 +136,43 @@ def test_means_errors_and_advice_over_seeds_worked_by_hand(tmp_path: Path) -> No
     schedules = {"0.6": {}, "1": {}}
     told = {"eval_temperatures": [0.0, 1.0]}
     result = {"runs": runs, "options": told}
-    prepared = training_setup.Prepared(Options(), schedules, [0.0, 1.0], 3, False, tmp_path / "x.json", result)
-    found = training_summary.summarise(prepared)
-    cell = found["matrix"]["0.6"]["1"]["accuracy"]
+    prepared = training_setup.TrainingStudy(DemoOptions(), schedules, [0.0, 1.0], 3, False, tmp_path / "x.json", result)
+    found = training_summary.summarize_training(prepared)
+    cell = found["evaluation"]["0.6"]["1"]["accuracy"]
     assert cell["mean"] == pytest.approx(0.5) and cell["error"] == pytest.approx(0.1 / math.sqrt(3))
     assert found["training"]["1"]["entropy"]["first"]["mean"] == 0.0
     assert found["training"]["1"]["entropy"]["last"]["mean"] == pytest.approx(0.2)
-    sentences = found["reading"]["sentences"]
+    sentences = found["advice"]["sentences"]
     assert "Evaluated at T = 1: best trained at 1 (0.607)." in sentences
-    assert "Evaluated at T = 0: the trainings cannot be told apart (highest: 0.800, of 0.6)." in sentences
-    assert found["reading"]["train"] == "0.6" and found["reading"]["evaluate"] == 0.0
-    assert found["reading"]["tied"] == [["1", 0.0], ["1", 1.0]]
-    assert report.matrix_table(result | found)[2][1] == ["0.6", "0.800 ± 0.058", "0.500 ± 0.058"]
+    assert "Evaluated at T = 0: no significant difference between the trainings (highest: 0.800, of 0.6)." in sentences
+    assert found["advice"]["train"] == "0.6" and found["advice"]["evaluate"] == 0.0
+    assert found["advice"]["tied"] == [["1", 0.0], ["1", 1.0]]
+    assert report.evaluation_table(result | found)[2][1] == ["0.6", "0.800 ± 0.058", "0.500 ± 0.058"]
 
-    alone = training_setup.Prepared(Options(), {"0.6": {}}, [0.0], 3, False, tmp_path / "x.json", result)
+    alone = training_setup.TrainingStudy(DemoOptions(), {"0.6": {}}, [0.0], 3, False, tmp_path / "x.json", result)
     assert (
-        training_summary.summarise(alone)["reading"]["sentences"][-1]
+        training_summary.summarize_training(alone)["advice"]["sentences"][-1]
         == "Train at 0.6 and evaluate at T = 0: the only accuracy of the table, 0.800."
     )
     for one in runs:
         if one["trained_at"] == "0.6":
             one["table"][0]["accuracy"] += 0.5
-    certain = training_summary.summarise(prepared)["reading"]["sentences"][-1]
-    assert certain == "Train at 0.6 and evaluate at T = 0: the highest accuracy of the table, 1.300, by more than the errors."
+    certain = training_summary.summarize_training(prepared)["advice"]["sentences"][-1]
+    assert certain == "Train at 0.6 and evaluate at T = 0: the highest accuracy of the table, 1.300, significantly above all others."
 
     for one in runs:
         for quality in one["table"]:
             quality["accuracy"] = 0.0
-    nothing = training_summary.summarise(prepared)["reading"]
+    nothing = training_summary.summarize_training(prepared)["advice"]
     assert nothing["train"] is None and nothing["evaluate"] is None
-    assert [sentence.split(",")[0] for sentence in nothing["sentences"]] == ["No answer was right after any training"]
+    assert [sentence.split(",")[0] for sentence in nothing["sentences"]] == ["No answer was correct after any training"]
 
 
 def test_a_long_list_is_cut() -> None:
     names = [str(i) for i in range(10)]
-    assert training_summary._few(names[:8]) == "0, 1, 2, 3, 4, 5, 6, 7" and training_summary._few(names, "; ", 2) == "0; 1; and 8 more"
+    assert (
+        training_summary._shorten(names[:8]) == "0, 1, 2, 3, 4, 5, 6, 7" and training_summary._shorten(names, "; ", 2) == "0; 1; and 8 more"
+    )
 
 
 @pytest.mark.parametrize(
@@ -190,7 +201,7 @@ def test_training_refuses_before_any_work(here: Path, monkeypatch: pytest.Monkey
     def warm(demo: Any) -> None:
         raise AssertionError("work was begun")
 
-    monkeypatch.setattr(training, "warm_started", warm)
+    monkeypatch.setattr(training, "warm_start", warm)
     Path("broken.json").write_text("{")
     Path("other.json").write_text('{"kind": "cpu"}')
     whole: dict[str, Any] = {"kind": "temperature_training", "machine": {}, "options": {}, "runs": []}
@@ -204,15 +215,15 @@ def test_training_refuses_before_any_work(here: Path, monkeypatch: pytest.Monkey
 
 def test_a_quick_look_begins_anew(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     starts: list[int] = []
-    monkeypatch.setattr(training, "warm_started", lambda demo: starts.append(demo.seed) or warm_started(demo))
+    monkeypatch.setattr(training, "warm_start", lambda demo: starts.append(demo.seed) or warm_start(demo))
     quick = ["training", "--quick", "--temperatures", "1.0", "--eval_temperatures", "1.0"]
     out = run(*quick)
-    assert "This was --quick: its figures mean nothing." in out and "One seed has no errors" in out
-    found = json.loads(Path("runs/study/training_quick.json").read_text())
+    assert "This was --quick: its figures mean nothing." in out and "With one seed there are no standard errors" in out
+    found = stored("runs/study/training_quick.json")
     assert found["options"]["steps"] == 3 and len(found["runs"]) == 2
-    assert "Train at 1 and evaluate at T = 1: the only accuracy of the table" in out or "No answer was right" in out
+    assert "Train at 1 and evaluate at T = 1: the only accuracy of the table" in out or "No answer was correct" in out
     assert run(*quick, "--steps", "2") and starts == [0, 0], "whatever the options of the look before"
-    again = json.loads(Path("runs/study/training_quick.json").read_text())
+    again = stored("runs/study/training_quick.json")
     assert len(again["runs"]) == 2 and again["options"]["steps"] == 2
     whole = ["--seeds", "1", "--steps", "2", "--warm_start_steps", "10", "--prompts", "4", "--evaluation_prompts", "8"]
     out = run(*quick[:1], *quick[2:], *whole, "--output", "runs/study/training_quick.json", status=2)
@@ -221,7 +232,7 @@ def test_a_quick_look_begins_anew(here: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_each_temperature_has_a_name_of_its_own(here: Path) -> None:
     """Six digits would make one of two, and answer for one with what was measured at the other."""
-    assert [options.name_of(t) for t in (1.0, 0.6, 0.60000001, 1e-3, 0.1 + 0.2)] == [
+    assert [options.temperature_name(t) for t in (1.0, 0.6, 0.60000001, 1e-3, 0.1 + 0.2)] == [
         "1",
         "0.6",
         "0.60000001",
@@ -231,10 +242,19 @@ def test_each_temperature_has_a_name_of_its_own(here: Path) -> None:
     given = [*TRAIN, "--steps", "1", "--seeds", "1", "--eval_temperatures", "0.1234567", "0.1234568"]
     run("training", *given, "--temperatures", "0.6")
     out = run("training", *given, "--temperatures", "0.60000001", "0.6->1.00000001")
-    found = json.loads(Path("training.json").read_text())
+    found = stored()
     assert [each["trained_at"] for each in found["runs"]] == ["before", "0.6", "0.60000001", "0.6->1.00000001"]
-    assert set(found["matrix"]["0.60000001"]) == {"0.1234567", "0.1234568"}
+    assert set(found["evaluation"]["0.60000001"]) == {"0.1234567", "0.1234568"}
     assert "at 0.1234567" in out and "at 0.1234568" in out
+
+    # Without the measurements the result is shown again, and cannot be extended.
+    Path("training.raw.json").unlink()
+    before = Path("training.json").read_bytes()
+    again = run("training", *given, "--temperatures", "0.60000001", "0.6->1.00000001")
+    assert all(sentence in again for sentence in found["advice"]["sentences"])
+    refused = run("training", *given, "--temperatures", "0.6", status=2)
+    assert "now trained_at is ['before', '0.6']; expected the same, since training.raw.json" in refused
+    assert Path("training.json").read_bytes() == before and not Path("training.raw.json").exists()
 
 
 @pytest.mark.parametrize("twice", [["0.6", "0.60"], ["0.6->1", "0.6->1.0"]])
@@ -267,28 +287,29 @@ def test_what_was_made_elsewhere_is_said(here: Path, monkeypatch: pytest.MonkeyP
 
     def at(commit: str, *more: str) -> str:
         for module in (training, training_setup):
-            monkeypatch.setattr(module, "made_with", lambda: {"torch": "2.13.0", "commit": commit})
+            monkeypatch.setattr(module, "versions", lambda: {"torch": "2.13.0", "commit": commit})
         return run(*given, *more)
 
     assert "commit" not in at("aaaaaaa", "--seeds", "1")
-    found = json.loads(Path("training.json").read_text())
+    found = stored()
     assert [each["made_with"] for each in found["runs"]] == [{"torch": "2.13.0", "commit": "aaaaaaa"}] * 2
     assert all(len(each["load_average"]) == 2 for each in found["runs"])
     assert "commit" not in at("bbbbbbb", "--seeds", "1"), "nothing is made, and what there is was made by one"
     out = at("bbbbbbb", "--seeds", "2")
-    assert "warning: what is added to training.json is made with others than what it holds: commit (aaaaaaa, bbbbbbb)" in out
+    assert "warning: the runs to be added to training.json differ from the finished ones in commit (aaaaaaa, bbbbbbb)" in out
     sentence = "The runs were not all made with the same commit (aaaaaaa, bbbbbbb)."
-    again = json.loads(Path("training.json").read_text())
-    assert sentence in out and sentence in again["reading"]["sentences"] and again["runs"][:2] == found["runs"]
+    again = stored()
+    assert sentence in out and sentence in again["advice"]["sentences"] and again["runs"][:2] == found["runs"]
 
-    # A file of an earlier version does not say it.
+    # Earlier versions kept the measurements in the result itself, and no versions.
     for each in again["runs"]:
         del each["made_with"]
     del again["quick"]
     Path("training.json").write_text(json.dumps(again))
+    Path("training.raw.json").unlink()
     assert "not all made" not in at("bbbbbbb", "--seeds", "2"), "all of unknown"
     out = at("bbbbbbb", "--seeds", "3")
-    assert "what it holds: torch (unknown, 2.13.0), commit (unknown, bbbbbbb)" in out
+    assert "the finished ones in torch (unknown, 2.13.0), commit (unknown, bbbbbbb)" in out
     assert "not all made with the same torch (unknown, 2.13.0), commit (unknown, bbbbbbb)." in out
 
 
@@ -298,6 +319,6 @@ def test_what_a_run_is_made_with_is_what_is_installed() -> None:
 
     import grpo_fast
 
-    made = training_setup.made_with()
+    made = training_setup.versions()
     assert made["torch"] == torch.__version__ and made["transformers"] == transformers.__version__
     assert made["grpo_fast"] == grpo_fast.__version__ and made["cpu"] and "commit" in made

@@ -1,4 +1,4 @@
-"""``grpo-fast demo``: the command. What is slow to import is imported when it runs, so that ``grpo-fast --help`` stays quick."""
+"""The command ``grpo-fast demo``. Slow imports happen when it runs."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ _LOSS_TYPES = ", ".join(LOSS_TYPES)
 
 
 def demo(
-    seed: Annotated[int, typer.Option(help="Of model, data and sampling; the same seed gives the same numbers.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed of model, data and sampling; the same seed gives the same numbers.")] = 0,
     steps: Annotated[int, typer.Option(help="GRPO steps.")] = 60,
-    temperature: Annotated[float, typer.Option(help="Training temperature, read by sampling and loss alike; above 0.")] = 1.0,
+    temperature: Annotated[float, typer.Option(help="Training temperature of sampling and loss, above 0.")] = 1.0,
     group_size: Annotated[int, typer.Option(help="Completions per prompt.")] = 8,
     prompts: Annotated[int, typer.Option(help="Prompts per step.")] = 32,
-    learning_rate: Annotated[float, typer.Option(help="Of GRPO, after a warm-up of three steps.")] = 3e-4,
-    loss_type: Annotated[str, typer.Option(help=f"Which member of the family: {_LOSS_TYPES}.")] = "dapo",
+    learning_rate: Annotated[float, typer.Option(help="Learning rate of GRPO, after a warm-up of three steps.")] = 3e-4,
+    loss_type: Annotated[str, typer.Option(help=f"Loss: {_LOSS_TYPES}.")] = "dapo",
     warm_start_steps: Annotated[int, typer.Option(help="Steps of imitation before GRPO.")] = 160,
     evaluation_prompts: Annotated[int, typer.Option(help="Held-out questions of each evaluation.")] = 96,
     output: Annotated[Path, typer.Option(help="Folder for curves.png and result.json.", file_okay=False)] = Path("runs/demo"),
 ) -> None:
-    """Watch a small language model lose its bad habits by GRPO. Exit status 1 if it did not learn."""
+    """Train a small language model with bad habits by GRPO. Exit status 1 if it does not meet the success criteria."""
     from rich.console import Console
 
-    from grpo_fast.demo.run import MODULES, Options, run
+    from grpo_fast.demo.options import DemoOptions
+    from grpo_fast.demo.run import MODULES, run
     from grpo_fast.utils.install_hints import require_packages
 
     try:
@@ -36,7 +37,17 @@ def demo(
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from error
     try:
-        options = Options(seed, steps, temperature, group_size, prompts, learning_rate, loss_type, warm_start_steps, evaluation_prompts)
+        options = DemoOptions(
+            seed=seed,
+            steps=steps,
+            temperature=temperature,
+            group_size=group_size,
+            prompts=prompts,
+            learning_rate=learning_rate,
+            loss_type=loss_type,
+            warm_start_steps=warm_start_steps,
+            evaluation_prompts=evaluation_prompts,
+        )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
 
@@ -48,7 +59,7 @@ def demo(
     if failed:
         typer.echo(f"The model did not learn: {' '.join(failed)}", err=True)
         raise typer.Exit(1)
-    console.print("The model learnt: every criterion is met.", style="bold green")
+    console.print("The model learned: every criterion is met.", style="bold green")
 
 
 app = typer.Typer(add_completion=False)

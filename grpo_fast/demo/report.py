@@ -1,23 +1,26 @@
-"""What the demonstration shows: tables for the terminal, curves as a PNG, every number as JSON."""
+"""Output of the demonstration: tables for the terminal, and curves as a PNG."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from grpo_fast.data.tasks.sorting import question
-from grpo_fast.demo.evaluate import Quality
+from grpo_fast.demo.evaluate import SamplingQuality
 from grpo_fast.utils.files import write_atomically
 
-# Okabe and Ito's palette: told apart by colour-blind eyes too. Before and after also differ in line style and marker.
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe and Ito's palette, which colour-blind people can distinguish. Before and after also differ in line style and marker.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#767676"
 
-COLUMNS = (  # heading, field of Quality
+COLUMNS = (  # heading, field of SamplingQuality
     ("accuracy", "accuracy"),
     ("format", "format"),
     ("endless", "truncated"),
@@ -28,10 +31,10 @@ COLUMNS = (  # heading, field of Quality
 )
 
 
-def quality_table(table: Sequence[Quality], title: str) -> Table:
-    """One row per sampling temperature."""
-    caption = "endless: cut at the length limit; diversity: different ones in a group"
-    out = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))  # so it fits into 80 columns
+def quality_table(table: Sequence[SamplingQuality], title: str) -> Table:
+    """Return the terminal table of an evaluation, one row per sampling temperature."""
+    caption = "endless: cut at the length limit; diversity: distinct completions in a group"
+    out = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))  # fits into 80 columns
     out.add_column("T", justify="right")
     for heading, _ in COLUMNS:
         out.add_column(heading, justify="right")
@@ -41,7 +44,7 @@ def quality_table(table: Sequence[Quality], title: str) -> Table:
 
 
 def samples_table(samples: Sequence[dict[str, Any]]) -> Table:
-    """The same questions before and after; right answers in bold green."""
+    """Return the terminal table of completions before and after GRPO, with correct answers in bold green."""
     out = Table(title="The same questions, before and after", box=box.SIMPLE_HEAD)
     for heading in ("T", "question", "before", "after"):
         out.add_column(heading, overflow="fold")
@@ -55,9 +58,9 @@ def samples_table(samples: Sequence[dict[str, Any]]) -> Table:
 
 
 def write_curves(result: dict[str, Any], path: Path) -> None:
-    """Four panels of the training, two of the sampling temperature."""
+    """Draw four panels of the training, and two of the evaluation by sampling temperature."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure  # no pyplot: nothing global is touched, no window is opened
+    from matplotlib.figure import Figure  # not pyplot, which has global state and may open a window
 
     history, options = result["history"], result["options"]
     steps = [record["step"] for record in history]
@@ -81,7 +84,7 @@ def write_curves(result: dict[str, Any], path: Path) -> None:
     _curve(panels[1], steps, series("entropy"), BLUE, None, "-")
     _curve(panels[2], steps, _percent(series("zero_variance_groups")), BLUE, None, "-")
     _curve(panels[3], steps, series("length"), BLUE, None, "-")
-    titles = ("Reward and accuracy in training", "Policy entropy", "Groups without a signal", "Completion length")
+    titles = ("Reward and accuracy in training", "Policy entropy", "Groups without a gradient", "Completion length")
     labels = ("share", "nats per token", "groups with equal rewards (%)", "tokens")
     for panel, title, label in zip(panels, titles, labels, strict=False):
         panel.set(title=title, xlabel="GRPO step", ylabel=label, xlim=(0, max(steps[-1], 1)))
@@ -93,7 +96,7 @@ def write_curves(result: dict[str, Any], path: Path) -> None:
 
     temperatures = [quality["temperature"] for quality in result["before"]]
     for panel, field, title, label in (
-        (panels[4], "accuracy", "Accuracy by temperature", "held-out questions right (%)"),
+        (panels[4], "accuracy", "Accuracy by temperature", "correct held-out questions (%)"),
         (panels[5], "truncated", "Endless completions by temperature", "cut at the length limit (%)"),
     ):
         for when, colour, style, marker in (("before", ORANGE, "--", "s"), ("after", BLUE, "-", "o")):
@@ -108,8 +111,8 @@ def write_curves(result: dict[str, Any], path: Path) -> None:
     write_atomically(path, lambda partial: figure.savefig(partial, format="png"))
 
 
-def _curve(panel: Any, steps: list[float], values: list[float], colour: str, label: str | None, style: str) -> None:
-    """The noisy steps thin, their running mean thick."""
+def _curve(panel: Axes, steps: list[float], values: list[float], colour: str, label: str | None, style: str) -> None:
+    """Draw the single steps as a thin line, and their running mean as a thick one."""
     panel.plot(steps, values, color=colour, linewidth=0.8, alpha=0.35)
     panel.plot(steps, _smooth(values), color=colour, linewidth=2, linestyle=style, label=label)
 

@@ -1,10 +1,9 @@
-"""The task: sort the digits of a number, thinking aloud. With its tokenizer, and a teacher whose habits are bad on purpose.
+"""The teacher whose completions the model imitates before GRPO; its habits are bad on purpose.
 
     sort 5281=  ->  <think>1258;1258</think><answer>1258</answer>
 
-Writing the sorted digits again is the model's way to check itself. The teacher has the habits a language model brings to GRPO: it likes to
-repeat its line (so that greedy decoding never ends), sometimes answers without thinking, and slips when it copies its result. Every habit
-is one that a rule can see; sampling shows the right way often enough to be found.
+It tends to repeat its line (so that greedy decoding never ends), sometimes answers without reasoning, and makes mistakes when it copies
+its result. A rule can detect each habit, and correct completions are frequent enough for sampling to find them.
 """
 
 from __future__ import annotations
@@ -14,16 +13,19 @@ from dataclasses import dataclass
 
 from grpo_fast.data.tasks.sorting import DIGITS, solve
 
+__all__ = ["Teacher"]
+
 
 @dataclass(frozen=True)
 class Teacher:
-    """The warm start's habits, as probabilities. Looping is likelier than not and slipping is not: hence cold sampling loops."""
+    """Probabilities of the habits. Repeating is above one half, so that greedy decoding loops; copying mistakes are below."""
 
-    skip: float = 0.38  # answers without thinking, and copies the question
-    loop: float = 0.64  # writes its line once more, again and again
+    skip: float = 0.38  # answers without reasoning, with the digits of the question
+    loop: float = 0.64  # repeats its line, again after each repetition
     slip: float = 0.47  # swaps two digits of the answer
 
     def complete(self, digits: str, rng: random.Random) -> str:
+        """Write a completion for the question ``sort {digits}=``."""
         if rng.random() < self.skip:
             return f"<answer>{digits}</answer>"
         truth = solve(digits)

@@ -1,23 +1,46 @@
-"""The demonstration's model trained by GRPOTrainer, as the loop (`grpo.py`) would: for the comparison and for the temperature study."""
+"""Training of the demonstration's model by `GRPOTrainer`, with the settings of the loop in `grpo.py`: for comparison and for the study."""
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from grpo_fast.demo.grpo import Settings, optimizer_of
-from grpo_fast.demo.run import REWARDS
+from grpo_fast.demo.grpo import LoopSettings, make_optimizer
+from grpo_fast.demo.options import REWARDS
 
-__all__ = ["Trained", "train_by_trainer", "trainer_of"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+    from grpo_fast.trainer.grpo_trainer import GRPOTrainer
+
+__all__ = ["TrainerRun", "make_trainer", "train_with_trainer"]
 
 
-def trainer_of(
-    model: Any, tokenizer: Any, rows: list[dict[str, Any]], settings: Settings, prompts: int, seed: int, output: Path, **more: Any
-) -> Any:
-    """A GRPOTrainer that does what the loop does with these settings and as many prompts per step; ``more`` for GRPOConfig."""
+def make_trainer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[dict[str, str]],
+    settings: LoopSettings,
+    prompts: int,
+    seed: int,
+    output: Path,
+    **config: Any,
+) -> GRPOTrainer:
+    """Return a trainer that makes the steps of the loop.
+
+    Args:
+        model: to train, in place.
+        tokenizer: of the task.
+        rows: training rows, see `question`.
+        settings: of the loop.
+        prompts: per step.
+        seed: of data and sampling.
+        output: folder that the trainer may write to.
+        config: further settings of GRPOConfig.
+    """
     from grpo_fast.trainer.grpo_trainer import GRPOConfig, GRPOTrainer
 
     loss = settings.loss
@@ -40,36 +63,36 @@ def trainer_of(
         save_strategy="no",
         report_to="none",
         use_cpu=True,
-        **({"temperature": settings.temperature} | more),
+        **({"temperature": settings.temperature} | config),
     )
-    optimizers = optimizer_of(model, settings)
+    optimizers = make_optimizer(model, settings)
     return GRPOTrainer(model, list(REWARDS), args, train_dataset=rows, processing_class=tokenizer, optimizers=optimizers)
 
 
-class Trained(NamedTuple):
-    """What a training left behind beside the weights."""
+class TrainerRun(NamedTuple):
+    """The record of a training."""
 
-    logs: list[dict[str, Any]]  # of each step, as the trainer logs it
-    seconds: float  # of CPU, of the whole process, from the first step to the last
+    logs: list[Mapping[str, float]]  # the trainer's log of each step
+    seconds: float  # CPU time of the process, from the first step to the last
 
 
-def train_by_trainer(
-    model: Any,
-    tokenizer: Any,
-    rows: list[dict[str, Any]],
-    settings: Settings,
+def train_with_trainer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[dict[str, str]],
+    settings: LoopSettings,
     prompts: int,
     seed: int,
     *,
-    callbacks: Sequence[Any] = (),
-    **more: Any,
-) -> Trained:
-    """Train ``model`` in place; see `trainer_of`. What the trainer would write to disk is thrown away."""
+    callbacks: Sequence[TrainerCallback] = (),
+    **config: Any,
+) -> TrainerRun:
+    """Train ``model`` in place; see `make_trainer`. Files that the trainer writes are deleted."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = trainer_of(model, tokenizer, rows, settings, prompts, seed, Path(folder), **more)
+        trainer = make_trainer(model, tokenizer, rows, settings, prompts, seed, Path(folder), **config)
         for callback in callbacks:
             trainer.add_callback(callback)
         began = time.process_time()
         trainer.train()
         seconds = time.process_time() - began
-    return Trained([log for log in trainer.state.log_history if "loss" in log], seconds)
+    return TrainerRun([log for log in trainer.state.log_history if "loss" in log], seconds)

@@ -1,24 +1,34 @@
-"""Means with standard errors over what was drawn independently, and whether two of them can be told apart.
+"""Means with standard errors over independent units, and significance of paired differences.
 
-Samples of one prompt are not independent of each other, so what is counted are prompts, not samples: each contributes its own mean
-(clustered standard errors, arXiv:2411.00640). Two temperatures that answer the same prompts are compared prompt by prompt, which leaves
-out what makes one prompt harder than another; two trainings from the same start are compared seed by seed.
+Samples of one prompt are not independent of each other, so errors are taken over prompts: each prompt contributes its own mean (clustered
+standard errors, arXiv:2411.00640). Two temperatures that answer the same prompts are compared prompt by prompt, which removes the
+differences in difficulty between prompts; two trainings from the same warm start are compared seed by seed.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict, TypeVar
 
 from grpo_fast.utils.statistics import standard_error
 
-__all__ = ["Estimate", "by_group", "difference", "estimate", "told_apart"]
+__all__ = ["Estimate", "EstimateJSON", "difference", "estimate", "is_significant", "split_groups"]
+
+Item = TypeVar("Item")
+
+
+class EstimateJSON(TypedDict):
+    """An `Estimate` in JSON, which has no NaN: the error of a single value is None."""
+
+    mean: float
+    error: float | None
 
 
 class Estimate(NamedTuple):
-    """A mean, its standard error (NaN where there is one value only), and of how many values (prompts, or seeds)."""
+    """A mean, its standard error (NaN for a single value), and the number of independent values: prompts, or seeds."""
 
     mean: float
     error: float
@@ -26,16 +36,19 @@ class Estimate(NamedTuple):
 
     @property
     def margin(self) -> float:
-        """Half the width of the 95 % confidence interval, by Student's t; infinite where the error is not known."""
+        """Half the width of the 95 % confidence interval by Student's t; infinite if the error is unknown."""
         return math.inf if math.isnan(self.error) else _t_quantile(self.units - 1) * self.error
 
-    def as_dict(self) -> dict[str, float | None]:
-        """``mean`` and ``error`` for JSON, which has no NaN: None where the error is not known."""
+    def as_dict(self) -> EstimateJSON:
+        """Return ``mean`` and ``error`` for JSON."""
         return {"mean": self.mean, "error": None if math.isnan(self.error) else self.error}
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """The mean of independent values, with its `standard_error`.
+    """Return the mean of independent values with its standard error.
+
+    Raises:
+        ValueError: there are no values.
 
     Example:
         >>> estimate([0.0, 1.0, 1.0, 0.0])
@@ -46,28 +59,37 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(fmean(values), standard_error(values), len(values))
 
 
-def by_group(values: Sequence[Any], group_size: int) -> list[list[Any]]:
-    """``[B]`` as ``[B / group_size][group_size]``: what belongs to one prompt, or to one group, in a row of its own."""
+def split_groups(values: Sequence[Item], group_size: int) -> list[list[Item]]:
+    """Split ``[B]`` into ``[B / group_size][group_size]``: one row per prompt, or per group.
+
+    Example:
+        >>> split_groups([1, 2, 3, 4], 2)
+        [[1, 2], [3, 4]]
+    """
     return [list(values[start : start + group_size]) for start in range(0, len(values), group_size)]
 
 
-def difference(mine: Sequence[float], theirs: Sequence[float]) -> Estimate:
-    """The mean of the differences of pairs: the same prompts at two temperatures, or the same seeds in two trainings.
+def difference(first: Sequence[float], second: Sequence[float]) -> Estimate:
+    """Return the mean of the paired differences ``first - second``: the same prompts at two temperatures, or seeds in two trainings.
+
+    Raises:
+        ValueError: the two have different lengths.
 
     Example:
         >>> difference([0.5, 1.0], [0.25, 0.25])
         Estimate(mean=0.5, error=0.25, units=2)
     """
-    return estimate([a - b for a, b in zip(mine, theirs, strict=True)])
+    return estimate([a - b for a, b in zip(first, second, strict=True)])
 
 
-def told_apart(gap: Estimate) -> bool:
-    """Whether a difference is larger than its 95 % margin. One pair alone tells nothing."""
+def is_significant(gap: Estimate) -> bool:
+    """Return whether a difference is larger than its 95 % margin; never true for a single pair."""
     return abs(gap.mean) > gap.margin
 
 
+@lru_cache(maxsize=256)
 def _t_quantile(degrees: int) -> float:
     """Return the 97.5 % quantile of Student's t distribution."""
-    from scipy.stats import t  # takes most of a second to import
+    from scipy.stats import t  # slow to import
 
     return float(t.ppf(0.975, degrees))

@@ -1,44 +1,47 @@
-"""The figures of the two studies.
-
-``result`` is what the JSON file holds: of `grpo_fast.study.sampling.run`, or of `grpo_fast.study.training.run`.
-"""
+"""The figures of a study. ``result`` is what the published JSON file holds."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from grpo_fast.study.options import name_of
+from grpo_fast.study.options import temperature_name
+from grpo_fast.study.result_files import JSONObject
 from grpo_fast.study.temperature_regions import COLD, COLLAPSE, ENTROPY_TARGET, EXPLORATION, ROBUST
+from grpo_fast.study.training_summary import CurveJSON
 from grpo_fast.utils.files import write_atomically
 from grpo_fast.utils.plot_style import COLOURS, LINE_STYLES
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
 __all__ = ["write_sampling_figure", "write_training_figure"]
 
 SHADES = {COLD: "#dbe9f6", ROBUST: "#ddf0e4", EXPLORATION: "#fdf1d3", COLLAPSE: "#f8ddd6"}
 
 
-def write_sampling_figure(result: dict[str, Any], path: Path) -> None:
-    """Six panels over the sampling temperature, shaded by zone, with standard errors over the prompts."""
+def write_sampling_figure(result: JSONObject, path: Path) -> None:
+    """Draw six panels over the sampling temperature, shaded by region, with standard errors over the prompts."""
     k, rows = result["options"]["samples"], result["rows"]
     panels = (
-        ("Right answers", "share of prompts", (("pass_at_1", "pass@1"), ("pass_at_k", f"pass@{k}"), ("cons_at_k", f"majority of {k}"))),
+        ("Correct answers", "share of prompts", (("pass_at_1", "pass@1"), ("pass_at_k", f"pass@{k}"), ("cons_at_k", f"majority of {k}"))),
         (
-            "Diversity and signal",
+            "Diversity and gradient",
             "share",
             (
                 ("distinct", "distinct in a group"),
                 ("zero_std", "groups with equal rewards"),
-                ("zero_std_correct", "of the judging reward alone"),
+                ("zero_std_correct", "of the correctness reward alone"),
             ),
         ),
-        ("Entropy", "nats a token", (("entropy", "of softmax(z/T)"), ("entropy_at_1", "of softmax(z), same tokens"))),
+        ("Entropy", "nats per token", (("entropy", "of softmax(z/T)"), ("entropy_at_1", "of softmax(z), same tokens"))),
         (
             "Repetition",
             "share",
-            (("truncated", "cut at the limit"), ("endless", "cut, in a loop"), ("repetition", "repeated n-grams")),
+            (("truncated", "truncated"), ("endless", "truncated, in a loop"), ("repetition", "repeated n-grams")),
         ),
         ("Form", "share", (("format", "format"), ("coherence", "coherence"))),
         ("Length", "tokens", (("length", "completion"),)),
@@ -46,7 +49,7 @@ def write_sampling_figure(result: dict[str, Any], path: Path) -> None:
     figure, axes = _figure(2, 3)
     for axis, (title, label, series) in zip(axes, panels, strict=True):
         _shade(axis, result)
-        lines = [_line(axis, rows, name, words, COLOURS[i], "os^"[i]) for i, (name, words) in enumerate(series)]
+        lines = [_draw_measure(axis, rows, name, words, COLOURS[i], "os^"[i]) for i, (name, words) in enumerate(series)]
         axis.set(title=title, xlabel="sampling temperature", ylabel=label)
         if label.startswith("share"):
             axis.set_ylim(-0.02, 1.02)
@@ -57,24 +60,24 @@ def write_sampling_figure(result: dict[str, Any], path: Path) -> None:
         if any(lines):
             axis.legend(frameon=False, fontsize=8)
     options = result["options"]
-    drawn = f"{result['prompts']} prompts, {options['rounds']} x {k} samples each"
-    what = "The demonstration's model before GRPO" if options["model"] == "demo" else f"{options['model']} on {options['dataset']}"
-    names = dict.fromkeys(zoned["zone"] for zoned in result["reading"]["zones"])
+    size = f"{result['prompts']} prompts, {options['rounds']} x {k} samples each"
+    model = "The demonstration's model before GRPO" if options["model"] == "demo" else f"{options['model']} on {options['dataset']}"
+    names = dict.fromkeys(one["region"] for one in result["advice"]["regions"])
     handles = [_patch(SHADES[name]) for name in names]
-    figure.suptitle(f"{what}: {drawn}; bars: standard errors over the prompts", fontsize=10)
+    figure.suptitle(f"{model}: {size}; bars: standard errors over the prompts", fontsize=10)
     if handles:
         figure.legend(handles, list(names), loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
     write_atomically(path, lambda partial: figure.savefig(partial, format="png"))
 
 
-def write_training_figure(result: dict[str, Any], path: Path) -> None:
-    """Accuracy by evaluation temperature, the matrix, and four learning curves; means over the seeds with their standard errors."""
-    places = [name_of(temperature) for temperature in result["options"]["eval_temperatures"]]
+def write_training_figure(result: JSONObject, path: Path) -> None:
+    """Draw accuracy by evaluation temperature, as lines and as a table, and four learning curves; means over the seeds with errors."""
+    places = [temperature_name(temperature) for temperature in result["options"]["eval_temperatures"]]
     labels = result["trained_at"]
     figure, axes = _figure(2, 3)
     for i, label in enumerate(labels):
-        cells = [result["matrix"][label][place]["accuracy"] for place in places]
-        colour, style = _look(i)
+        cells = [result["evaluation"][label][place]["accuracy"] for place in places]
+        colour, style = _line_style(i)
         axes[0].errorbar(
             [float(place) for place in places],
             [cell["mean"] for cell in cells],
@@ -89,31 +92,30 @@ def write_training_figure(result: dict[str, Any], path: Path) -> None:
     axes[0].set(title="Accuracy", xlabel="evaluation temperature", ylabel="held-out questions", ylim=(-0.02, 1.02))
     handles, words = axes[0].get_legend_handles_labels()
     figure.legend(handles, words, loc="outside lower center", ncols=len(words), frameon=False, fontsize=9)
-    _matrix(axes[1], result, places)
+    _draw_accuracy_table(axes[1], result, places)
     curves = (
         ("accuracy", "Accuracy in training, each at its own T", "share"),
         ("zero_std", "Groups with equal rewards", "share"),
-        ("entropy", "Entropy of softmax(z/T)", "nats a token"),
+        ("entropy", "Entropy of softmax(z/T)", "nats per token"),
         ("distinct", "Distinct completions in a group", "share"),
     )
     for axis, (name, title, unit) in zip(axes[2:], curves, strict=True):
         for i, label in enumerate(labels[1:], start=1):
-            runs = [run["curves"][name] for run in result["runs"] if run["trained_at"] == label and run["seed"] < result["seeds"]]
-            _band(axis, runs, *_look(i))
+            _draw_band(axis, result["learning_curves"][label][name], *_line_style(i))
         axis.set(title=title, xlabel="step", ylabel=unit)
         axis.set_ylim(*((-0.02, 1.02) if unit == "share" else (0, None)))
-    told = result["options"]
+    options = result["options"]
     figure.suptitle(
-        f"The demonstration's model (0.1 M parameters) trained at several temperatures: {told['steps']} steps of {told['prompts']} x "
-        f"{told['group_size']} completions, {told['loss_type']}, {result['seeds']} seeds; bars and bands: standard errors over the seeds",
+        f"The demonstration's model (0.1 M parameters) trained at several temperatures, {options['steps']} steps of {options['prompts']} x "
+        f"{options['group_size']} completions, {options['loss_type']}, {result['seeds']} seeds; bars and bands: standard errors",
         fontsize=10,
     )
     write_atomically(path, lambda partial: figure.savefig(partial, format="png"))
 
 
-def _figure(rows: int, columns: int) -> tuple[Any, Any]:
+def _figure(rows: int, columns: int) -> tuple[Figure, Sequence[Axes]]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure  # no pyplot: nothing global is touched, no window is opened
+    from matplotlib.figure import Figure  # not pyplot, which has global state and may open a window
 
     figure = Figure(figsize=(4.2 * columns, 3.3 * rows + 0.5), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
@@ -125,37 +127,37 @@ def _figure(rows: int, columns: int) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _line(axis: Any, rows: Sequence[dict[str, Any]], name: str, words: str, colour: str, marker: str) -> bool:
-    """A measure over T; one that is nowhere is left out."""
-    there = [row for row in rows if row[name] is not None]
-    if not there:
+def _draw_measure(axis: Axes, rows: Sequence[JSONObject], name: str, label: str, colour: str, marker: str) -> bool:
+    """Draw a measure over the temperature. Return whether any temperature has it."""
+    present = [row for row in rows if row[name] is not None]
+    if not present:
         return False
-    means = [row[name]["mean"] if isinstance(row[name], dict) else row[name] for row in there]
-    errors = [(row[name]["error"] or 0.0) if isinstance(row[name], dict) else 0.0 for row in there]
-    look = {"color": colour, "marker": marker, "markersize": 4, "capsize": 2, "label": words}
-    axis.errorbar([row["temperature"] for row in there], means, errors, **look)
+    means = [row[name]["mean"] if isinstance(row[name], dict) else row[name] for row in present]
+    errors = [(row[name]["error"] or 0.0) if isinstance(row[name], dict) else 0.0 for row in present]
+    temperatures = [row["temperature"] for row in present]
+    axis.errorbar(temperatures, means, errors, color=colour, marker=marker, markersize=4, capsize=2, label=label)
     return True
 
 
-def _shade(axis: Any, result: dict[str, Any]) -> None:
-    """Each temperature's zone, up to halfway to its neighbours."""
-    zones = result["reading"]["zones"]
-    places = [zoned["temperature"] for zoned in zones]
-    for i, zoned in enumerate(zones):
+def _shade(axis: Axes, result: JSONObject) -> None:
+    """Shade each temperature by its region, up to halfway to its neighbours."""
+    regions = result["advice"]["regions"]
+    places = [one["temperature"] for one in regions]
+    for i, one in enumerate(regions):
         left = (places[i - 1] + places[i]) / 2 if i else places[0] - 0.05
-        right = (places[i] + places[i + 1]) / 2 if i + 1 < len(zones) else places[-1] + 0.05
-        axis.axvspan(left, right, color=SHADES[zoned["zone"]], linewidth=0, zorder=0)
+        right = (places[i] + places[i + 1]) / 2 if i + 1 < len(regions) else places[-1] + 0.05
+        axis.axvspan(left, right, color=SHADES[one["region"]], linewidth=0, zorder=0)
 
 
-def _patch(colour: str) -> Any:
+def _patch(colour: str) -> Patch:
     from matplotlib.patches import Patch
 
     return Patch(facecolor=colour)
 
 
-def _matrix(axis: Any, result: dict[str, Any], places: list[str]) -> None:
+def _draw_accuracy_table(axis: Axes, result: JSONObject, places: Sequence[str]) -> None:
     labels = result["trained_at"]
-    values = [[result["matrix"][label][place]["accuracy"]["mean"] for place in places] for label in labels]
+    values = [[result["evaluation"][label][place]["accuracy"]["mean"] for place in places] for label in labels]
     axis.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto")
     for y, row in enumerate(values):
         for x, value in enumerate(row):
@@ -166,23 +168,19 @@ def _matrix(axis: Any, result: dict[str, Any], places: list[str]) -> None:
     axis.set(title="Accuracy: trained at, evaluated at", xlabel="evaluation temperature", ylabel="training temperature")
 
 
-def _band(axis: Any, runs: Sequence[Sequence[float]], colour: str, style: str) -> None:
-    columns = list(zip(*runs, strict=True))
-    means = [math.fsum(column) / len(column) for column in columns]
-    steps = range(1, len(means) + 1)
-    axis.plot(steps, means, color=colour, linestyle=style, linewidth=1.6)
-    if len(runs) > 1:
-        from grpo_fast.study.estimates import estimate
-
-        errors = [estimate(column).error for column in columns]
-        low, high = ([mean + sign * error for mean, error in zip(means, errors, strict=True)] for sign in (-1, 1))
+def _draw_band(axis: Axes, curve: CurveJSON, colour: str, style: str) -> None:
+    """Draw the mean over the seeds, and a band of one standard error around it."""
+    steps = range(1, len(curve["mean"]) + 1)
+    axis.plot(steps, curve["mean"], color=colour, linestyle=style, linewidth=1.6)
+    band = [(mean - error, mean + error) for mean, error in zip(curve["mean"], curve["error"], strict=True) if error is not None]
+    if band:
+        low, high = zip(*band, strict=True)
         axis.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
-def _look(i: int) -> tuple[str, str]:
-    """Black for what it was before."""
-    return (
-        (COLOURS[-1], "--")
-        if i == 0
-        else (COLOURS[(i - 1) % (len(COLOURS) - 1)], LINE_STYLES[(i - 1) // (len(COLOURS) - 1) % len(LINE_STYLES)])
-    )
+def _line_style(i: int) -> tuple[str, str]:
+    """Return colour and line style of the i-th training; 0 is the model before training, in black."""
+    if i == 0:
+        return COLOURS[-1], "--"
+    row, column = divmod(i - 1, len(COLOURS) - 1)
+    return COLOURS[column], LINE_STYLES[row % len(LINE_STYLES)]

@@ -1,41 +1,40 @@
-"""What a study shows: tables for the terminal, every row as CSV.
-
-``result`` is what the JSON file holds: of `grpo_fast.study.sampling.run`, or of `grpo_fast.study.training.run`.
-"""
+"""The tables of a study: for the terminal, and as CSV. ``result`` is what the published JSON file holds."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from rich import box
 from rich.table import Table
 
-from grpo_fast.study.options import name_of
+from grpo_fast.study.estimates import EstimateJSON
+from grpo_fast.study.options import temperature_name
+from grpo_fast.study.result_files import JSONObject
 from grpo_fast.utils.files import write_atomically
 
-__all__ = [
-    "as_rich",
-    "matrix_table",
-    "sampling_tables",
-    "training_table",
-    "write_sampling_csv",
-    "write_training_csv",
-]
+__all__ = ["TextTable", "as_rich", "evaluation_table", "sampling_tables", "training_table", "write_sampling_csv", "write_training_csv"]
 
-Rows = tuple[str, list[str], list[list[str]]]  # title, headings, cells
 
-RIGHT = (("pass@1", "pass_at_1"), ("pass@k", "pass_at_k"), ("cons@k", "cons_at_k"))
-DIFFERENT = (
+class TextTable(NamedTuple):
+    """A table of text."""
+
+    title: str
+    headings: list[str]
+    cells: list[list[str]]
+
+
+CORRECTNESS = (("pass@1", "pass_at_1"), ("pass@k", "pass_at_k"), ("cons@k", "cons_at_k"))
+DIVERSITY = (
     ("zero-std", "zero_std"),
     ("zero-std (correct)", "zero_std_correct"),
     ("distinct", "distinct"),
     ("entropy", "entropy"),
     ("entropy at 1", "entropy_at_1"),
 )
-WRITING = (
+FORM = (
     ("format", "format"),
     ("coherence", "coherence"),
     ("truncated", "truncated"),
@@ -45,78 +44,85 @@ WRITING = (
 )
 
 
-def sampling_tables(result: dict[str, Any]) -> list[Rows]:
-    """Three tables: what is right, how different it is, and how it is written; a line per temperature."""
+def sampling_tables(result: JSONObject) -> list[TextTable]:
+    """Return three tables with a line per temperature: correctness, diversity, and form of the completions."""
     k, rows = result["options"]["samples"], result["rows"]
-    what = f"{result['prompts']} prompts, {result['options']['rounds']} x {k} samples each"
+    size = f"{result['prompts']} prompts, {result['options']['rounds']} x {k} samples each"
     ngram = result["options"]["ngram"]
-    tables = (
-        (f"What is right ({what})", RIGHT, _cell),
-        ("How different it is", DIFFERENT, _mean),
-        ("How it is written", WRITING, _mean),
+    tables: tuple[tuple[str, tuple[tuple[str, str], ...], Callable[[EstimateJSON | None], str]], ...] = (
+        (f"Correctness ({size})", CORRECTNESS, _with_error),
+        ("Diversity", DIVERSITY, _mean_only),
+        ("Form", FORM, _mean_only),
     )
     return [
-        (
+        TextTable(
             title,
             ["T", *(heading.replace("@k", f"@{k}").replace("-n", f"-{ngram}") for heading, _ in columns)],
-            [[name_of(row["temperature"]), *(shown(row[name]) for _, name in columns)] for row in rows],
+            [[temperature_name(row["temperature"]), *(shown(row[name]) for _, name in columns)] for row in rows],
         )
         for title, columns, shown in tables
     ]
 
 
-def matrix_table(result: dict[str, Any]) -> Rows:
-    """Accuracy: trained at, by evaluated at."""
-    places = [name_of(temperature) for temperature in result["options"]["eval_temperatures"]]
-    cells = [[label, *(_cell(result["matrix"][label][place]["accuracy"]) for place in places)] for label in result["trained_at"]]
+def evaluation_table(result: JSONObject) -> TextTable:
+    """Return the accuracy by training temperature (lines) and evaluation temperature (columns)."""
+    places = [temperature_name(temperature) for temperature in result["options"]["eval_temperatures"]]
+    cells = [[label, *(_with_error(result["evaluation"][label][place]["accuracy"]) for place in places)] for label in result["trained_at"]]
     seeds = f"{result['seeds']} seed{'' if result['seeds'] == 1 else 's'}"
-    return f"Accuracy by evaluation temperature, mean and standard error over {seeds}", ["trained at", *(f"at {p}" for p in places)], cells
+    title = f"Accuracy by evaluation temperature, mean and standard error over {seeds}"
+    return TextTable(title, ["trained at", *(f"at {place}" for place in places)], cells)
 
 
-def training_table(result: dict[str, Any]) -> Rows:
-    """What the curves did: means of the first and of the last five steps."""
+def training_table(result: JSONObject) -> TextTable:
+    """Return the means of the learning curves over the first and the last five steps."""
     names = (("accuracy", "accuracy"), ("zero-std groups", "zero_std"), ("entropy at T", "entropy"), ("distinct", "distinct"))
     cells = [
-        [label, *(f"{_mean(curves[name]['first'])} to {_mean(curves[name]['last'])}" for _, name in names)]
+        [label, *(f"{_mean_only(curves[name]['first'])} to {_mean_only(curves[name]['last'])}" for _, name in names)]
         for label, curves in result["training"].items()
     ]
-    return "In training, the first five steps and the last five", ["trained at", *(heading for heading, _ in names)], cells
+    title = "During training, the first five steps and the last five"
+    return TextTable(title, ["trained at", *(heading for heading, _ in names)], cells)
 
 
-def as_rich(rows: Rows) -> Table:
-    """For a terminal: narrow enough for 80 columns."""
-    title, headings, cells = rows
-    table = Table(title=f"\n{title}", title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=0)
-    for i, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if i == 0 else "right")
-    for row in cells:
-        table.add_row(*(cell.replace(" ± ", "±") for cell in row))
-    return table
+def as_rich(table: TextTable) -> Table:
+    """Return the table for a terminal of 80 columns."""
+    rich_table = Table(title=f"\n{table.title}", title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=0)
+    for i, heading in enumerate(table.headings):
+        rich_table.add_column(heading, justify="left" if i == 0 else "right")
+    for row in table.cells:
+        rich_table.add_row(*(cell.replace(" ± ", "±") for cell in row))
+    return rich_table
 
 
-def write_sampling_csv(result: dict[str, Any], path: Path) -> None:
-    """A line per temperature; a measure with an error has a second column ``<name>_error``."""
+def write_sampling_csv(result: JSONObject, path: Path) -> None:
+    """Write a line per temperature; a measure with a standard error has a second column ``<name>_error``."""
+    regions = {one["temperature"]: one["region"] for one in result["advice"]["regions"]}
     lines = []
     for row in result["rows"]:
-        line: dict[str, Any] = {}
+        line: dict[str, object] = {}
         for name, value in row.items():
-            if isinstance(value, dict) and "mean" in value:
-                line |= {name: value["mean"], f"{name}_error": value["error"]}
-            elif name == "rewards":
+            if name == "rewards":
                 line |= {f"rewards/{reward}": mean for reward, mean in value.items()}
-            elif not isinstance(value, list):
+            elif isinstance(value, dict):
+                line |= {name: value["mean"], f"{name}_error": value["error"]}
+            else:
                 line[name] = value
-        lines.append(line | {"zone": _zone(result, row["temperature"])})
+        lines.append(line | {"region": regions.get(row["temperature"], "")})
     _write_csv(lines, path)
 
 
-def write_training_csv(result: dict[str, Any], path: Path) -> None:
-    """A line per seed, temperature that was trained at, and temperature that was evaluated at."""
-    runs = result["runs"]
-    _write_csv([{"seed": run["seed"], "trained_at": run["trained_at"], **quality} for run in runs for quality in run["table"]], path)
+def write_training_csv(result: JSONObject, path: Path) -> None:
+    """Write a line per seed, training temperature and evaluation temperature."""
+    lines = [
+        {"seed": seed, "trained_at": label, "temperature": float(place)} | {name: cell["by_seed"][seed] for name, cell in measures.items()}
+        for seed in range(result["seeds"])
+        for label, places in result["evaluation"].items()
+        for place, measures in places.items()
+    ]
+    _write_csv(lines, path)
 
 
-def _write_csv(lines: Sequence[dict[str, Any]], path: Path) -> None:
+def _write_csv(lines: Sequence[Mapping[str, object]], path: Path) -> None:
     names = list(dict.fromkeys(name for line in lines for name in line))
 
     def write(partial: Path) -> None:
@@ -128,19 +134,14 @@ def _write_csv(lines: Sequence[dict[str, Any]], path: Path) -> None:
     write_atomically(path, write)
 
 
-def _cell(found: dict[str, float | None] | None) -> str:
+def _with_error(found: EstimateJSON | None) -> str:
     if found is None:
         return "-"
     error = found["error"]
     return f"{found['mean']:.3f}" if error is None else f"{found['mean']:.3f} ± {error:.3f}"
 
 
-def _mean(found: dict[str, float | None] | float | None) -> str:
-    """Without its error, which JSON and CSV have."""
+def _mean_only(found: EstimateJSON | float | None) -> str:
+    """Return the mean; JSON and CSV have its error too."""
     mean = found["mean"] if isinstance(found, dict) else found
     return "-" if mean is None else f"{mean:.3f}"
-
-
-def _zone(result: dict[str, Any], temperature: float) -> str:
-    zones = {zoned["temperature"]: zoned["zone"] for zoned in result["reading"]["zones"]}
-    return zones.get(temperature, "")

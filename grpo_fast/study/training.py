@@ -1,7 +1,7 @@
-"""``grpo-fast study training``: the demonstration's model trained at several temperatures, each evaluated at several.
+"""``grpo-fast study training``: the demonstration's model trained at several temperatures, each training evaluated at several.
 
-Each seed has one warm start, from which it is trained at every temperature by `GRPOTrainer`, whose `TemperatureSchedule` sampler and loss
-both read. A run that is finished is in the JSON file before the next begins, and a study that is started again goes on from there.
+Each seed has one warm start, from which `GRPOTrainer` trains at every temperature; sampling and loss read the same `TemperatureSchedule`.
+Every finished run is stored before the next begins, and a study that is started again continues from there.
 """
 
 from __future__ import annotations
@@ -9,65 +9,97 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from transformers import TrainerCallback
 
 from grpo_fast.demo.evaluate import evaluate
-from grpo_fast.demo.run import MAX_NEW_TOKENS, Start, one_thread, warm_started
-from grpo_fast.demo.train_with_trainer import train_by_trainer
+from grpo_fast.demo.options import MAX_NEW_TOKENS
+from grpo_fast.demo.train_with_trainer import train_with_trainer
+from grpo_fast.demo.warm_start import WarmStart, one_thread, warm_start
 from grpo_fast.ops.environment import load_average
-from grpo_fast.study.result_files import made_with
-from grpo_fast.study.training_setup import BEFORE, CURVES, Prepared
-from grpo_fast.study.training_summary import summarise
-from grpo_fast.utils.files import write_json
+from grpo_fast.study.result_files import JSONObject, versions, write_measurements, write_result
+from grpo_fast.study.training_setup import BEFORE, CURVES, TrainingStudy
+from grpo_fast.study.training_summary import summarize_training
 
-__all__ = ["WARM_START", "run"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 
-WARM_START = "warm start"  # what a seed begins with, for whoever watches
+__all__ = ["WARM_START", "OnStep", "published_result", "run"]
+
+WARM_START = "warm start"  # label in progress reports, before the runs of a seed
+OnStep = Callable[[int, str, int], None]
 
 
-def run(prepared: Prepared, on_step: Callable[[int, str, int], None] = lambda seed, label, steps: None) -> dict[str, Any]:
-    """Make every run that is missing, and write each into the file.
+def run(study: TrainingStudy, on_step: OnStep = lambda seed, label, steps: None) -> JSONObject:
+    """Make every run that is missing, store each, and write the result.
 
     Args:
-        prepared: see `prepare`.
-        on_step: told seed, label, and steps that were just done (all of them, when a run was there already); WARM_START is a label too.
+        study: see `prepare_training`.
+        on_step: called with seed, label, and the number of steps just done (all of them for a run that was finished before). WARM_START is
+            a label too.
 
     Returns:
-        What the file holds: ``kind``, ``quick``, ``machine`` (where it began), ``options``, what `summarise` says, and ``runs``. Of each:
-        ``seed``, ``trained_at`` (a label), ``seconds``, ``curves`` (of each of CURVES one number a step; none of the warm start),
-        ``table`` (a `Quality` for each evaluation temperature), ``made_with`` and ``load_average`` (before and after).
+        The result: ``kind``, ``quick``, ``machine`` (on which the study began), ``options``, the keys of `summarize_training`, ``seconds``
+        (means over the seeds by label), ``made_with`` (the different `versions`) and ``load_average`` (lowest and highest).
     """
-    result, made = prepared.result, made_with()
+    if study.result is not None:
+        return study.result
+    measurements, made_with = study.measurements, versions()
     with one_thread(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="temperature goes down")  # what comes of it is what is measured
-        for seed in range(prepared.seeds):
-            missing = prepared.missing(seed)
-            for label in prepared.labels:
+        warnings.filterwarnings("ignore", message="temperature goes down")  # the effect of a falling schedule is part of the study
+        for seed in range(study.seeds):
+            missing = study.missing(seed)
+            for label in study.labels:
                 if label not in missing:
-                    on_step(seed, label, 0 if label == BEFORE else prepared.demo.steps)
+                    on_step(seed, label, 0 if label == BEFORE else study.demo.steps)
             if not missing:
                 continue
             on_step(seed, WARM_START, 0)
-            start = warm_started(replace(prepared.demo, seed=seed))
+            start = warm_start(replace(study.demo, seed=seed))
             for label in missing:
                 load = load_average()
-                cell = _cell(prepared, start, seed, label, on_step)
-                result["runs"].append(cell | {"made_with": made, "load_average": [load, load_average()]})
-                write_json(prepared.path, result)
-    result |= summarise(prepared)
-    write_json(prepared.path, result)
+                found = _train_and_evaluate(study, start, seed, label, on_step)
+                measurements["runs"].append(found | {"made_with": made_with, "load_average": [load, load_average()]})
+                write_measurements(study.path, measurements)
+    result = published_result(study)
+    write_result(study.path, result)
     return result
 
 
-def _cell(prepared: Prepared, start: Start, seed: int, label: str, on_step: Callable[[int, str, int], None]) -> dict[str, Any]:
-    began, demo = time.perf_counter(), prepared.demo
-    model, curves = copy.deepcopy(start.model), {}
-    if label != BEFORE:
-        curves = _train(model, prepared, start, seed, label, on_step)
+def published_result(study: TrainingStudy) -> JSONObject:
+    """Return what is published of a finished study; see `run`."""
+    runs = study.runs()
+    head = {name: study.measurements[name] for name in ("kind", "quick", "machine", "options")}
+    seconds = {label: [run["seconds"] for run in runs if run["trained_at"] == label] for label in study.labels}
+    made_with: list[JSONObject] = []
+    for run in runs:
+        if run.get("made_with") not in (None, *made_with):
+            made_with.append(run["made_with"])
+    loads = [load for run in runs for load in run.get("load_average") or [] if load is not None]
+    return (
+        head
+        | summarize_training(study)
+        | {
+            "seconds": {label: sum(values) / len(values) for label, values in seconds.items()},
+            "made_with": made_with,
+            "load_average": [min(loads), max(loads)] if loads else None,
+        }
+    )
+
+
+def _train_and_evaluate(study: TrainingStudy, start: WarmStart, seed: int, label: str, on_step: OnStep) -> JSONObject:
+    """Make one run.
+
+    Returns:
+        ``seed``, ``trained_at`` (the label), ``seconds``, ``curves`` (by name in CURVES, one number per step; empty for the warm start) and
+        ``table`` (a `SamplingQuality` for each evaluation temperature).
+    """
+    began, demo = time.perf_counter(), study.demo
+    model = copy.deepcopy(start.model)
+    curves = {} if label == BEFORE else _train(model, study, start, seed, label, on_step)
     table = evaluate(
         model,
         start.tokenizer,
@@ -75,21 +107,30 @@ def _cell(prepared: Prepared, start: Start, seed: int, label: str, on_step: Call
         group_size=demo.group_size,
         max_new_tokens=MAX_NEW_TOKENS,
         seed=seed,
-        temperatures=prepared.eval_temperatures,
+        temperatures=study.eval_temperatures,
     )
-    found = {"seed": seed, "trained_at": label, "seconds": time.perf_counter() - began, "curves": curves}
-    return found | {"table": [asdict(quality) for quality in table]}
+    seconds = time.perf_counter() - began
+    return {"seed": seed, "trained_at": label, "seconds": seconds, "curves": curves, "table": [asdict(quality) for quality in table]}
 
 
 def _train(
-    model: Any, prepared: Prepared, start: Start, seed: int, label: str, on_step: Callable[[int, str, int], None]
-) -> dict[str, list[float]]:
-    class Tell(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+    model: PreTrainedModel, study: TrainingStudy, start: WarmStart, seed: int, label: str, on_step: OnStep
+) -> dict[str, Sequence[float]]:
+    class ProgressCallback(TrainerCallback):
+        def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
             on_step(seed, label, 1)
 
-    demo = prepared.demo
-    more: dict[str, Any] = {"temperature": 1.0, "temperature_schedule": prepared.schedules[label], "metrics_on": "all"}
-    arguments = (model, start.tokenizer, start.training, demo.settings(), demo.prompts, seed)
-    logs = train_by_trainer(*arguments, callbacks=[Tell()], **more).logs
+    demo = study.demo
+    logs = train_with_trainer(
+        model,
+        start.tokenizer,
+        start.training,
+        demo.settings(),
+        demo.prompts,
+        seed,
+        callbacks=[ProgressCallback()],
+        temperature=1.0,
+        temperature_schedule=study.schedules[label],
+        metrics_on="all",
+    ).logs
     return {name: [log[key] for log in logs] for name, key in CURVES.items()}

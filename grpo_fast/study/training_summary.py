@@ -1,122 +1,178 @@
-"""From the runs of a training study to advice: which temperature to train at, and which to evaluate at, in numbers and in words.
+"""Summary of a training study: means over the seeds, learning curves, and advice on the temperatures to train and to evaluate at.
 
-Trainings are compared seed by seed, since all of a seed have one warm start; a difference counts where it is larger than its 95 % margin.
+Trainings are compared seed by seed, since all trainings of a seed begin with the same warm start. A difference is significant if it is
+larger than its 95 % margin.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import Any
+from typing import TypedDict
 
-from grpo_fast.study.estimates import difference, estimate, told_apart
-from grpo_fast.study.options import name_of
-from grpo_fast.study.result_files import made_with_others
-from grpo_fast.study.training_setup import CURVES, Prepared
+from grpo_fast.study.estimates import EstimateJSON, difference, estimate, is_significant
+from grpo_fast.study.options import temperature_name
+from grpo_fast.study.result_files import JSONObject, differing_versions
+from grpo_fast.study.training_setup import CURVES, TrainingStudy
 
-__all__ = ["summarise"]
+__all__ = ["CurveEndsJSON", "CurveJSON", "SeedsJSON", "advise_training", "mean_curve", "summarize_training"]
 
-ENDS = 5  # steps at the beginning and at the end whose mean is reported
+EDGE_STEPS = 5  # steps at the beginning and at the end of a training whose mean is reported
+DIGITS = 6  # significant digits of the numbers that are listed seed by seed, or step by step
 
 
-def summarise(prepared: Prepared) -> dict[str, Any]:
-    """Means over the seeds with their standard errors, and a reading in words; of all runs that were asked for.
+class SeedsJSON(EstimateJSON):
+    """A mean over the seeds with its standard error, and the value of each seed."""
+
+    by_seed: list[float]
+
+
+class CurveEndsJSON(TypedDict):
+    """A learning curve over its first and its last EDGE_STEPS steps."""
+
+    first: SeedsJSON
+    last: SeedsJSON
+
+
+class CurveJSON(TypedDict):
+    """A learning curve: for each step the mean over the seeds and its standard error (None with one seed)."""
+
+    mean: list[float]
+    error: list[float | None]
+
+
+def summarize_training(study: TrainingStudy) -> JSONObject:
+    """Summarize all runs that are asked for.
 
     Returns:
-        ``seeds``; ``trained_at``, the labels; ``matrix``, by label, evaluation temperature (`name_of`) and measure, and ``training``, by
-        label, curve and ``first`` or ``last`` steps, each with a ``mean`` and an ``error`` (None of one seed alone); and ``reading``:
-        ``train`` (a label) and ``evaluate`` (a number), the pair to take, or None; ``tied``, pairs that cannot be told from it; and
-        ``sentences``.
+        ``seeds``; ``trained_at``, the labels; ``evaluation``, `SeedsJSON` by label, evaluation temperature (`temperature_name`) and
+        measure; ``training``, `CurveEndsJSON` by label and curve; ``learning_curves``, `CurveJSON` by label and curve; and ``advice``, see
+        `advise_training`.
     """
-    runs = prepared.runs()
-    by_label = {label: [run for run in runs if run["trained_at"] == label] for label in prepared.labels}
-    places = [name_of(temperature) for temperature in prepared.eval_temperatures]
+    runs = study.runs()
+    by_label = {label: [run for run in runs if run["trained_at"] == label] for label in study.labels}
+    places = [temperature_name(temperature) for temperature in study.eval_temperatures]
+    measures = [name for name in runs[0]["table"][0] if name not in ("temperature", "samples")]
     accuracy = {
         label: {place: [run["table"][i]["accuracy"] for run in of_label] for i, place in enumerate(places)}
         for label, of_label in by_label.items()
     }
-    measured = [name for name in runs[0]["table"][0] if name not in ("temperature", "samples")]
-    matrix = {
-        label: {place: {name: _mean_of([run["table"][i][name] for run in of_label]) for name in measured} for i, place in enumerate(places)}
+    evaluation = {
+        label: {place: {name: _cell([run["table"][i][name] for run in of_label]) for name in measures} for i, place in enumerate(places)}
         for label, of_label in by_label.items()
     }
-    curves = {
-        label: {
-            name: {
-                "first": _mean_of([fmean(run["curves"][name][:ENDS]) for run in by_label[label]]),
-                "last": _mean_of([fmean(run["curves"][name][-ENDS:]) for run in by_label[label]]),
-            }
-            for name in CURVES
-        }
-        for label in prepared.schedules
+    curves = {label: {name: [run["curves"][name] for run in by_label[label]] for name in CURVES} for label in study.schedules}
+    training = {label: {name: _first_and_last(lines) for name, lines in of_label.items()} for label, of_label in curves.items()}
+    advice = advise_training(accuracy, training, study.labels[1:], places)
+    if (others := differing_versions(runs)) is not None:
+        advice["sentences"].append(f"The runs were not all made with the same {others}.")
+    if study.seeds == 1:
+        advice["sentences"].append("With one seed there are no standard errors, so no difference is significant. Fix: --seeds 5.")
+    if study.quick:
+        advice["sentences"].append("This was --quick: its figures mean nothing.")
+    return {
+        "seeds": study.seeds,
+        "trained_at": study.labels,
+        "evaluation": evaluation,
+        "training": training,
+        "learning_curves": {label: {name: mean_curve(lines) for name, lines in of_label.items()} for label, of_label in curves.items()},
+        "advice": advice,
     }
-    reading = _reading(accuracy, curves, prepared.labels[1:], places)
-    if (others := made_with_others(runs)) is not None:
-        reading["sentences"].append(f"The runs were not all made with the same {others}.")
-    if prepared.seeds == 1:
-        reading["sentences"].append("One seed has no errors, so that nothing can be told apart. Cure: --seeds 5.")
-    if prepared.quick:
-        reading["sentences"].append("This was --quick: its figures mean nothing.")
-    return {"seeds": prepared.seeds, "trained_at": prepared.labels, "matrix": matrix, "training": curves, "reading": reading}
 
 
-def _reading(
-    accuracy: Mapping[str, Mapping[str, list[float]]], curves: Mapping[str, Any], labels: Sequence[str], places: Sequence[str]
-) -> dict[str, Any]:
-    """The pair to take, and in words: which training is best at each evaluation temperature, and what the curves did.
+def advise_training(
+    accuracy: Mapping[str, Mapping[str, list[float]]],
+    training: Mapping[str, Mapping[str, CurveEndsJSON]],
+    labels: Sequence[str],
+    places: Sequence[str],
+) -> JSONObject:
+    """Determine the pair of training and evaluation temperature with the highest accuracy, and describe the trainings in sentences.
 
-    ``accuracy`` has by label and place one number a seed, in the same order at all; ``curves`` is what `summarise` calls ``training``.
+    Args:
+        accuracy: by label and evaluation temperature, one number per seed, in the same order everywhere.
+        training: by label and curve, see `summarize_training`.
+        labels: of the trainings.
+        places: names of the evaluation temperatures.
+
+    Returns:
+        ``train`` (a label) and ``evaluate`` (a number), or None; ``tied``, the pairs that do not differ significantly; ``sentences``.
     """
     if not any(value for label in labels for values in accuracy[label].values() for value in values):
-        nothing = "No answer was right after any training, so no temperature can be advised. Cure: more --steps or --warm_start_steps."
-        return {"train": None, "evaluate": None, "tied": [], "sentences": [nothing]}
+        message = "No answer was correct after any training, so there is no advice. Fix: more --steps or --warm_start_steps."
+        return {"train": None, "evaluate": None, "tied": [], "sentences": [message]}
     sentences = []
     for place in places:
         best, tied = _best({label: accuracy[label][place] for label in labels})
         mean = fmean(accuracy[best][place])
         if len(labels) > 1 and len(tied) == len(labels) - 1:
-            sentences.append(f"Evaluated at T = {place}: the trainings cannot be told apart (highest: {mean:.3f}, of {best}).")
+            sentences.append(f"Evaluated at T = {place}: no significant difference between the trainings (highest: {mean:.3f}, of {best}).")
         else:
-            sentences.append(f"Evaluated at T = {place}: best trained at {best} ({mean:.3f}){_not_told(tied)}.")
-    over_all = {label: [fmean(values) for values in zip(*accuracy[label].values(), strict=True)] for label in labels}
-    best, tied = _best(over_all)
-    average = f"{fmean(over_all[best]):.3f} on average"
-    sentences.append(f"Over all evaluation temperatures: best trained at {best}, {average}{_not_told(tied)}.")
-    for label in labels:
-        flat, entropy = curves[label]["zero_std"], curves[label]["entropy"]
-        sentences.append(
-            f"Trained at {label}: groups without a gradient {flat['first']['mean']:.2f} at first, {flat['last']['mean']:.2f} in the end; "
-            f"entropy of softmax(z/T) {entropy['first']['mean']:.3f} and {entropy['last']['mean']:.3f} nats a token."
-        )
+            sentences.append(f"Evaluated at T = {place}: best trained at {best} ({mean:.3f}){_name_tied(tied)}.")
+    overall = {label: [fmean(values) for values in zip(*accuracy[label].values(), strict=True)] for label in labels}
+    best, tied = _best(overall)
+    average = f"{fmean(overall[best]):.3f} on average"
+    sentences.append(f"Over all evaluation temperatures: best trained at {best}, {average}{_name_tied(tied)}.")
+    sentences += [_training_sentence(label, training[label]) for label in labels]
     pairs = {(label, place): accuracy[label][place] for label in labels for place in places}
-    train, evaluate = max(pairs, key=lambda pair: fmean(pairs[pair]))
-    rivals = [pair for pair in pairs if pair != (train, evaluate) and not told_apart(difference(pairs[train, evaluate], pairs[pair]))]
+    chosen = max(pairs, key=lambda pair: fmean(pairs[pair]))
+    rivals = [pair for pair in pairs if pair != chosen and not is_significant(difference(pairs[chosen], pairs[pair]))]
+    highest = f"{fmean(pairs[chosen]):.3f}"
     if len(pairs) == 1:
-        words = f"the only accuracy of the table, {fmean(pairs[train, evaluate]):.3f}"
+        reason = f"the only accuracy of the table, {highest}"
     elif rivals:
-        few = _few([f"{label} at {place}" for label, place in rivals], "; ")
-        words = f"the highest accuracy of the table, {fmean(pairs[train, evaluate]):.3f}, not to be told within the errors from {few}"
+        reason = f"the highest accuracy of the table, {highest}{_name_tied([f'{label} at {place}' for label, place in rivals], '; ')}"
     else:
-        words = f"the highest accuracy of the table, {fmean(pairs[train, evaluate]):.3f}, by more than the errors"
-    sentences.append(f"Train at {train} and evaluate at T = {evaluate}: {words}.")
+        reason = f"the highest accuracy of the table, {highest}, significantly above all others"
+    train, evaluate = chosen
+    sentences.append(f"Train at {train} and evaluate at T = {evaluate}: {reason}.")
     return {"train": train, "evaluate": float(evaluate), "tied": [[label, float(place)] for label, place in rivals], "sentences": sentences}
 
 
+def mean_curve(lines: Sequence[Sequence[float]]) -> CurveJSON:
+    """Average learning curves, one per seed, step by step.
+
+    Example:
+        >>> mean_curve([[0.1, 0.2], [0.3, 0.2]])
+        {'mean': [0.2, 0.2], 'error': [0.1, 0.0]}
+    """
+    steps = [estimate(values).as_dict() for values in zip(*lines, strict=True)]
+    errors = [None if step["error"] is None else _rounded(step["error"]) for step in steps]
+    return {"mean": [_rounded(step["mean"]) for step in steps], "error": errors}
+
+
+def _training_sentence(label: str, curves: Mapping[str, CurveEndsJSON]) -> str:
+    zero_std, entropy = curves["zero_std"], curves["entropy"]
+    return (
+        f"Trained at {label}: share of groups without a gradient {zero_std['first']['mean']:.2f} at the beginning and "
+        f"{zero_std['last']['mean']:.2f} at the end; entropy of softmax(z/T) {entropy['first']['mean']:.3f} and "
+        f"{entropy['last']['mean']:.3f} nats per token."
+    )
+
+
 def _best(values: Mapping[str, Sequence[float]]) -> tuple[str, list[str]]:
-    """The one with the highest mean, the first of equal ones, and those that cannot be told from it, seed by seed."""
+    """Return the label with the highest mean, the first of equal ones, and those that do not differ significantly from it."""
     best = max(values, key=lambda label: fmean(values[label]))
-    return best, [label for label in values if label != best and not told_apart(difference(values[best], values[label]))]
+    return best, [label for label in values if label != best and not is_significant(difference(values[best], values[label]))]
 
 
-def _not_told(labels: Sequence[str]) -> str:
-    return f", not to be told within the errors from {_few(labels)}" if labels else ""
+def _name_tied(names: Sequence[str], separator: str = ", ") -> str:
+    return f"; not significantly lower: {_shorten(names, separator)}" if names else ""
 
 
-def _few(names: Sequence[str], between: str = ", ", most: int = 8) -> str:
-    """Not more than a reader takes in."""
+def _shorten(names: Sequence[str], separator: str = ", ", most: int = 8) -> str:
+    """Join at most so many names, and say how many more there are."""
     rest = len(names) - most
-    return between.join([*names[:most], *([f"and {rest} more"] if rest > 0 else [])])
+    return separator.join([*names[:most], *([f"and {rest} more"] if rest > 0 else [])])
 
 
-def _mean_of(values: Sequence[float]) -> dict[str, float | None]:
-    return estimate(values).as_dict()
+def _first_and_last(lines: Sequence[Sequence[float]]) -> CurveEndsJSON:
+    first, last = (_cell([fmean(line[part]) for line in lines]) for part in (slice(EDGE_STEPS), slice(-EDGE_STEPS, None)))
+    return {"first": first, "last": last}
+
+
+def _cell(values: Sequence[float]) -> SeedsJSON:
+    return {**estimate(values).as_dict(), "by_seed": [_rounded(value) for value in values]}
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.{DIGITS}g}")
