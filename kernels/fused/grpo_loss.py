@@ -1,8 +1,8 @@
-"""The loss of ratios that belong to single tokens, its metrics, and its gradient.
+"""The loss with token-level ratios, its metrics, and its gradient.
 
-The vocabulary is walked by the kernels of token_logprobs: once for the sums, and once more where a gradient is wanted. Between the
-two stands a kernel that knows tokens and no vocabulary: it finishes the statistics and turns them into loss terms, g and h. A last
-one adds up what it left per program, in a fixed order: the same bits from run to run.
+The kernels of token_logprobs.py read the rows: once for the sums, and a second time if a gradient is wanted. Between them a kernel over
+tokens completes the statistics and computes the loss terms, g and h. A last kernel adds the totals of its programs in a fixed order, so
+that the result is the same bits from run to run.
 """
 
 from typing import NamedTuple
@@ -15,11 +15,11 @@ from torch import Tensor
 from .loss_settings import LossSettings, as_float32
 from .policy_loss import policy_terms
 from .rowwise import kernel, per_token
-from .token_logprobs import TOKENS_BLOCK, LogitRows, Scoring, finished_tokens, strides, token_gradient, token_sums
+from .token_logprobs import TOKENS_BLOCK, LogitRows, Scoring, strides, token_gradient, token_statistics, token_sums
 
 __all__ = ["PolicyTensors", "grpo_loss_fwd"]
 
-# What each program adds up of its tokens; the first four are means over the computed tokens when all is added up.
+# The totals of each program over its tokens.
 KL = tl.constexpr(0)
 ENTROPY = tl.constexpr(1)
 RATIO = tl.constexpr(2)
@@ -27,7 +27,7 @@ CLIP_LOW = tl.constexpr(3)
 CLIP_HIGH = tl.constexpr(4)
 RATIO_MAX = tl.constexpr(5)
 ACTIVE = tl.constexpr(6)
-COUNTED = tl.constexpr(7)
+UNMASKED = tl.constexpr(7)
 COMPUTED = tl.constexpr(8)
 LOSS = tl.constexpr(9)
 TOTALS = 10
@@ -64,11 +64,11 @@ def _grpo_loss_terms_kernel(
     k, cap_scale = tl.cast(k, tl.float32), tl.cast(cap_scale, tl.float32)
     loss_scale = tl.cast(loss_scale, tl.float32)
 
-    counts = per_token(mask_ptr, b, t, mask_sequence_stride, mask_token_stride, inside, 0) != 0
-    advantage = per_token(advantages_ptr, b, t, advantages_sequence_stride, advantages_token_stride, counts, 0.0)
-    active = tl.where(all_active != 0, counts, counts & (advantage != 0))
-    computed = tl.where(only_active != 0, active, counts)
-    logprob, entropy, lse = finished_tokens(
+    unmasked = per_token(mask_ptr, b, t, mask_sequence_stride, mask_token_stride, inside, 0) != 0
+    advantage = per_token(advantages_ptr, b, t, advantages_sequence_stride, advantages_token_stride, unmasked, 0.0)
+    active = tl.where(all_active != 0, unmasked, unmasked & (advantage != 0))
+    computed = tl.where(only_active != 0, active, unmasked)
+    logprob, entropy, lse = token_statistics(
         logits_ptr, token_ids_ptr, temperatures_ptr, sums_ptr,
         row, b, t, computed, rows, vocabulary, parts,
         logits_sequence_stride, logits_token_stride, ids_sequence_stride, ids_token_stride,
@@ -77,7 +77,7 @@ def _grpo_loss_terms_kernel(
         HAS_SOFTCAP,
     )  # fmt: skip
 
-    # Loaded only where computed: what stands under the mask may be NaN.
+    # Loaded only where computed: masked values may be NaN.
     weight = per_token(weights_ptr, b, t, weights_sequence_stride, weights_token_stride, computed, 0.0) * loss_scale
     entropy_weight, old_logprob, ref_logprob = tl.zeros_like(weight), tl.zeros_like(weight), tl.zeros_like(weight)
     rollout_weight = tl.zeros_like(weight) + 1.0
@@ -110,7 +110,7 @@ def _grpo_loss_terms_kernel(
     tl.store(total_ptr + CLIP_HIGH * step, tl.sum((computed & clip_high).to(tl.float32), 0))
     tl.store(total_ptr + RATIO_MAX * step, tl.max(tl.where(computed, ratio, 0.0), 0))
     tl.store(total_ptr + ACTIVE * step, tl.sum(active.to(tl.float32), 0))
-    tl.store(total_ptr + COUNTED * step, tl.sum(counts.to(tl.float32), 0))
+    tl.store(total_ptr + UNMASKED * step, tl.sum(unmasked.to(tl.float32), 0))
     tl.store(total_ptr + COMPUTED * step, tl.sum(computed.to(tl.float32), 0))
     tl.store(total_ptr + LOSS * step, tl.sum(tl.where(computed, loss, 0.0), 0))
 
@@ -128,7 +128,7 @@ def _total(totals_ptr, which: tl.constexpr, programs, BLOCK: tl.constexpr):
 def _grpo_loss_total_kernel(totals_ptr, loss_ptr, metrics_ptr, programs: tl.int64, BLOCK: tl.constexpr):
     tl.store(loss_ptr, _total(totals_ptr, LOSS, programs, BLOCK))
     computed = tl.maximum(_total(totals_ptr, COMPUTED, programs, BLOCK), 1.0)
-    counted = tl.maximum(_total(totals_ptr, COUNTED, programs, BLOCK), 1.0)
+    unmasked = tl.maximum(_total(totals_ptr, UNMASKED, programs, BLOCK), 1.0)
     clip_low, clip_high = _total(totals_ptr, CLIP_LOW, programs, BLOCK), _total(totals_ptr, CLIP_HIGH, programs, BLOCK)
     ratio = _total(totals_ptr, RATIO, programs, BLOCK)
 
@@ -136,7 +136,7 @@ def _grpo_loss_total_kernel(totals_ptr, loss_ptr, metrics_ptr, programs: tl.int6
     for start in tl.range(0, programs, BLOCK):
         i = start + tl.arange(0, BLOCK)
         largest = tl.maximum(largest, tl.load(totals_ptr + RATIO_MAX * programs + i, mask=i < programs, other=0.0))
-    ratio_max = tl.where(ratio == ratio, tl.max(largest, 0), ratio)  # a maximum steps over NaN: it must show
+    ratio_max = tl.where(ratio == ratio, tl.max(largest, 0), ratio)  # tl.maximum ignores NaN, which the metric must show
 
     tl.store(metrics_ptr, _total(totals_ptr, KL, programs, BLOCK) / computed)
     tl.store(metrics_ptr + 1, _total(totals_ptr, ENTROPY, programs, BLOCK) / computed)
@@ -144,15 +144,15 @@ def _grpo_loss_total_kernel(totals_ptr, loss_ptr, metrics_ptr, programs: tl.int6
     tl.store(metrics_ptr + 3, ratio_max)
     tl.store(metrics_ptr + 4, clip_low / computed)
     tl.store(metrics_ptr + 5, clip_high / computed)
-    tl.store(metrics_ptr + 6, (clip_low + clip_high) / computed)  # no token is in both
-    tl.store(metrics_ptr + 7, _total(totals_ptr, ACTIVE, programs, BLOCK) / counted)
+    tl.store(metrics_ptr + 6, (clip_low + clip_high) / computed)  # a token is in at most one of them
+    tl.store(metrics_ptr + 7, _total(totals_ptr, ACTIVE, programs, BLOCK) / unmasked)
 
 
 # Launcher ------------------------------------------------------------------------------------------------------------------------
 
 
 class PolicyTensors(NamedTuple):
-    """What the loss needs to know beside the logits: [B, T] each, strided or broadcast as it comes, float32."""
+    """The inputs of the loss besides the logits, float32 [B, T] each, strided or broadcast."""
 
     advantages: Tensor
     weights: Tensor
@@ -166,13 +166,13 @@ def grpo_loss_fwd(
     rows: LogitRows, scoring: Scoring, policy: PolicyTensors, loss_scale: float, settings: list[float], only_active: bool,
     gradient: Tensor | None, *, parts: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss, logprobs, entropy, metrics), all float32; the gradient for an upstream gradient of 1 is written to ``gradient`` unless
-    it is None.
+    """(loss, logprobs, entropy, metrics), all float32: 0-d, [B, T], [B, T] and [METRICS].
 
     Args:
-        settings: the surrogate's number, then those of LossSettings, as loss_settings() in grpo_fast/loss/kernel_settings.py returns them.
-        only_active: leave out tokens that cannot change the gradient.
-        gradient: like the logits, or the logits themselves.
+        settings: from loss_settings() in grpo_fast/loss/kernel_settings.py: the surrogate's number, then the fields of LossSettings.
+        only_active: skip tokens that cannot change the gradient.
+        gradient: the output for an upstream gradient of 1, like the logits; may be the logits themselves. None: no gradient.
+        parts: programs per row; by default chosen from the number of rows.
     """
     logits, token_ids, mask = rows
     surrogate, loss_settings = int(settings[0]), LossSettings(*map(float, settings[1:]))

@@ -1,7 +1,7 @@
 """The surrogate and the KL penalty of a token: their value, g = d loss / d logprob and h = d loss / d entropy.
 
-The Triton counterpart of csrc/policy_loss.h; grpo_fast/loss/reference.py has the formulas and their sources. Elementwise over tokens:
-everything but the settings is one number per token.
+The Triton counterpart of csrc/policy_loss.h. grpo_fast/loss/reference.py has the formulas and their sources. All functions are elementwise
+over tokens; ``settings`` is LossSettings of float32 scalars.
 """
 
 import triton
@@ -13,7 +13,7 @@ from .rowwise import LN_2, exp, expm1
 
 @triton.jit
 def clamped_log(x, slope, bound):
-    """x within ±bound, and its derivative: beyond the bounds a clamp is constant. NaN stays NaN."""
+    """x clamped to ±bound, and its derivative, 0 where it is clamped. NaN stays NaN."""
     value = tl.where(x > bound, bound, tl.where(x < -bound, -bound, x))
     return value, tl.where((x > bound) | (x < -bound), 0.0, slope)
 
@@ -84,7 +84,7 @@ def policy_terms(
     settings,
     SURROGATE: tl.constexpr, HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr,
 ):  # fmt: skip
-    """(loss, g, h, ratio, kl, clip_low, clip_high). HAS_OLD false: on-policy, the log-ratio is 0 and its gradient still flows."""
+    """(loss, g, h, ratio, kl, clip_low, clip_high). Without HAS_OLD the token is on-policy: the log-ratio is 0 and has a gradient."""
     log_ratio = tl.zeros_like(logprob)
     if HAS_OLD:
         log_ratio = logprob - old_logprob
@@ -121,6 +121,6 @@ def policy_terms(
         loss += settings.beta * penalty
         g += settings.beta * penalty_slope
 
-    # A selection and not a product: without an entropy bonus an infinite entropy weight is nothing.
+    # Select instead of multiplying by entropy_coef = 0: the entropy weight may be infinite.
     bonus = tl.where(settings.entropy_coef != 0, settings.entropy_coef * entropy_weight, 0.0)
     return weight * loss - bonus * entropy, weight * g, -bonus, ratio, kl, clip_low, clip_high

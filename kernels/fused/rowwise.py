@@ -1,17 +1,19 @@
-"""One vocabulary row on the GPU, for every kernel here: the only online log-sum-exp, and the only softmax gradient. Knows no loss.
+"""The mathematics of one vocabulary row, shared by all kernels: the log-sum-exp and the softmax gradient. Nothing here depends on the loss.
 
 A row holds the logits z_v of one token. Its policy is p = softmax(s), s = logit_scale * z / temperature; with a soft cap s =
 softcap * tanh(logit_scale * z / softcap) / temperature. Everything here is in powers of two: s_v * log2(e) = k * f_v, where f is z
 or the tanh, so that an exponential is one multiply-add and one ex2.
 
-How a row is walked. Its first columns up to a 16-byte boundary and its last ones after a whole number of 16-byte vectors are its
-edges, fewer than two vectors. What lies between is cut into blocks. Blocks that are full and do not hold the target are plain:
-whole vectors, no mask, no test. The target's block and the last, partial one are taken apart from them and tested. So an odd
-vocabulary and any row offset run at full width, nothing depends on them at compile time, and leaving the target out costs the plain
-blocks nothing.
+How a row is read. The columns before the first 16-byte boundary and those after the last whole 16-byte vector are the edges of the row:
+fewer than two vectors together. The columns between them are divided into blocks. A plain block is full and does not contain the target: it
+is read in whole vectors without a mask. The block of the target and the last, partial block are processed in a second loop, with a mask.
+So rows of an odd vocabulary, at any offset, are read 16 bytes at a time, no compile-time constant depends on either, and excluding the
+target costs nothing in plain blocks.
 """
 
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -21,18 +23,19 @@ LOG2_E_TAIL = tl.constexpr(1.92596298909109e-8)  # log2(e) - float32(log2(e))
 LN_2 = tl.constexpr(0.6931471805599453)
 LN_2_TAIL = tl.constexpr(-1.904654323148236e-9)  # log(2) - float32(log(2))
 
-# The reference of a sum is guessed, not known, before the sum: a sum within these bounds kept every digit, any other one is made again.
+# The reference of a sum is an estimate of the largest term. A sum within these bounds is accurate; any other is computed again.
 GUESS_MARGIN = tl.constexpr(60.0)
 SUM_FLOOR = tl.constexpr(2.0**-100)
-SAMPLE = tl.constexpr(1024)  # columns that the guess looks at
+SAMPLE = tl.constexpr(1024)  # columns from which the reference is estimated
 
-EXPONENT_FLOOR = tl.constexpr(-1000.0)  # in e * t, e = 2^t: without it a logit of -inf would make 0 * inf
+EXPONENT_FLOOR = tl.constexpr(-1000.0)  # lower bound of t in e * t, e = 2^t: for a logit of -inf that product would be 0 * inf
 
 
-def kernel(fn):
-    """A jitted kernel that is compiled once for all batches: no argument but the constexprs and the dtypes is part of the key.
+def kernel(fn: Callable[..., Any]) -> Any:
+    """``triton.jit`` without specialization: one compilation for all batches, whose key has only the constexprs and the dtypes.
 
-    Triton would specialise on integers that are 1 or divisible by 16 and on aligned pointers; where alignment matters, walk_* make it.
+    By default Triton specializes on integers that are 1 or divisible by 16 and on aligned pointers. Where alignment matters, the kernels
+    here start at an aligned address and declare it with ``tl.multiple_of``.
     """
     names = [name for name, parameter in inspect.signature(fn).parameters.items() if parameter.annotation is not tl.constexpr]
     return triton.jit(fn, do_not_specialize=names, do_not_specialize_on_alignment=names)
@@ -40,13 +43,13 @@ def kernel(fn):
 
 @triton.jit
 def per_token(x_ptr, b, t, sequence_stride, token_stride, mask, other):
-    """An element of a [B, T] tensor, strided or broadcast as it comes."""
+    """Load elements of a [B, T] tensor that may be strided or broadcast."""
     return tl.load(x_ptr + b * sequence_stride + t * token_stride, mask=mask, other=other)
 
 
 @triton.jit
 def scored(z, cap_scale, HAS_SOFTCAP: tl.constexpr):
-    """What s is a multiple of, in float32: z, or where there is a soft cap tanh(cap_scale * z)."""
+    """f(z) in float32: z, or tanh(cap_scale * z) with a soft cap."""
     z = z.to(tl.float32)
     if HAS_SOFTCAP:
         z = tanh(z * cap_scale)
@@ -55,7 +58,7 @@ def scored(z, cap_scale, HAS_SOFTCAP: tl.constexpr):
 
 @triton.jit
 def tanh(x):
-    """Within 4 ulp: an odd polynomial near 0 (Cephes, S. Moshier), 1 - 2 e^-2x / (1 + e^-2x) beyond."""
+    """tanh(x) within 4 ulp: an odd polynomial near 0 (Cephes, S. Moshier), 1 - 2 e^-2x / (1 + e^-2x) elsewhere."""
     x2 = x * x
     p = x2 * -5.70498872745e-3 + 2.06390887954e-2
     p = x2 * p - 5.37397155531e-2
@@ -88,7 +91,7 @@ def expm1(x):
 
 @triton.jit
 def log1p(e):
-    """log(1 + e) for 0 <= e <= 1, every digit also for tiny e: 2 artanh(e / (2 + e)). No library's log is asked to be exact near 1."""
+    """log(1 + e) for 0 <= e <= 1 as 2 artanh(e / (2 + e)), accurate also for tiny e, where a hardware log of 1 + e is not."""
     s = e / (2.0 + e)
     s2 = s * s
     p = s2 * (1.0 / 17.0) + 1.0 / 15.0
@@ -106,23 +109,27 @@ def log1p(e):
 
 @triton.jit
 def row_edges(phase, vocabulary, VECTOR: tl.constexpr):
-    """Where the whole vectors of a row begin, and how many columns they are; phase: elements from a 16-byte boundary to the row's first."""
+    """(first column at a 16-byte boundary, number of columns in whole vectors).
+
+    phase: elements from a 16-byte boundary to the first column.
+    """
     head = tl.minimum((VECTOR - phase % VECTOR) % VECTOR, vocabulary).to(tl.int32)
     return head, (vocabulary - head) // VECTOR * VECTOR
 
 
 @triton.jit
 def row_slice(part, parts, middle, BLOCK_V: tl.constexpr):
-    """The blocks [first, last) of the given part of a row."""
+    """The blocks [first, last) that belong to a part of a row."""
     per_part = tl.cdiv(tl.cdiv(middle, BLOCK_V), parts)
     return part * per_part, tl.minimum((part + 1) * per_part, tl.cdiv(middle, BLOCK_V))
 
 
 @triton.jit
 def blocks_apart(first, last, middle, target, BLOCK_V: tl.constexpr):
-    """Of the blocks [first, last): how many are plain, how many are not, and the target's block if it is a full one, else a huge number.
+    """(number of plain blocks, number of other blocks, block of the target) among the blocks [first, last).
 
-    target: its column after the head, anything outside [0, middle) if it is not in a block.
+    The last is a huge number if the target is in no full block. target: its column counted from the end of the head; a value outside
+    [0, middle) means that it is in no block.
     """
     full = tl.minimum(last, middle // BLOCK_V)
     block = target // BLOCK_V
@@ -135,24 +142,24 @@ def blocks_apart(first, last, middle, target, BLOCK_V: tl.constexpr):
 
 @triton.jit
 def plain_block(i, first, target_block):
-    """The i-th of the plain blocks: the target's is stepped over."""
+    """The i-th plain block; the block of the target is skipped."""
     block = first + i
     return block + (block >= target_block).to(tl.int32)
 
 
 @triton.jit
 def apart_block(j, target_block, middle, BLOCK_V: tl.constexpr):
-    """The j-th of the blocks that are not plain: the target's, then the partial one."""
+    """The j-th block that is not plain: the block of the target first, then the partial one."""
     return tl.where((j == 0) & (target_block < 2**30), target_block, middle // BLOCK_V)
 
 
 @triton.jit
 def edge_columns(head, middle, vocabulary, part, VECTOR: tl.constexpr):
-    """The columns that are in no whole vector, and which of these lanes are columns; the row's first part has them."""
+    """(columns at the edges of the row, mask of valid lanes). They belong to the first part of the row."""
     lane = tl.arange(0, 2 * VECTOR)
     column = tl.where(lane < VECTOR, lane, head + middle + lane - VECTOR)
     end = tl.where(lane < VECTOR, head, vocabulary)
-    return column, column < tl.where(part == 0, end, 0)  # no scalar & block: the interpreter makes no mask of that
+    return column, column < tl.where(part == 0, end, 0)  # not `scalar & block`, of which the interpreter makes no mask
 
 
 # Statistics ----------------------------------------------------------------------------------------------------------------------
@@ -160,8 +167,8 @@ def edge_columns(head, middle, vocabulary, part, VECTOR: tl.constexpr):
 
 @triton.jit
 def _add(f, e_sum, et_sum, reference, k, FIND_MAXIMUM: tl.constexpr, WANT_ENTROPY: tl.constexpr):
-    """Neighbours, which one thread holds, are added up first: one accumulator for each 16 bytes, and no more additions than with
-    one for each f."""
+    """Add a block to the accumulators. Neighbouring columns, which are in one thread, are added first: this needs one accumulator per 16
+    bytes instead of one per column, and not more additions."""
     lanes: tl.constexpr = e_sum.shape[0]
     neighbours: tl.constexpr = f.shape[0] // lanes
     if FIND_MAXIMUM:
@@ -176,13 +183,13 @@ def _add(f, e_sum, et_sum, reference, k, FIND_MAXIMUM: tl.constexpr, WANT_ENTROP
 
 
 @triton.jit
-def _walk(
+def _reduce_columns(
     row_ptr, head, middle, vocabulary, target, part, first, last, reference, k, cap_scale,
     BLOCK_V: tl.constexpr, FIND_MAXIMUM: tl.constexpr, WANT_ENTROPY: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Over the columns of one part of a row but the target's: their largest f, or sum e and sum e * t with e = 2^t, t = f * k - reference.
+    """Reduce one part of a row without the target: (sum e, sum e * t) with e = 2^t, t = f * k - reference, or with FIND_MAXIMUM (max f, 0).
 
-    The sums are kept per lane and added up once. The two results are in the first and the second number returned.
+    Sums are kept per lane and added up at the end.
     """
     VECTOR: tl.constexpr = 128 // row_ptr.dtype.element_ty.primitive_bitwidth
     vectors_ptr = tl.multiple_of(row_ptr + head, 16)
@@ -221,12 +228,13 @@ def row_sums(
 ):  # fmt: skip
     """(reference, sum e, sum e * t) over one part of a row without the target: e = 2^t, t = s * log2(e) - reference.
 
-    Within a hundred powers of two of the largest term any reference will do, so the largest is not searched for: the target (a likely
-    token, having been sampled) and a sample of the row give one, which costs the plain blocks neither a maximum nor a rescaling nor a
-    meeting of the warps. Where the sum shows that the guess was off, it is made again with the true maximum.
+    Any reference within a hundred powers of two of the largest term keeps the sums accurate, so the exact maximum is not needed: it is
+    estimated from the target (likely, since it was sampled) and the first columns of the part. The loop over plain blocks then needs no
+    maximum, no rescaling and no synchronization of the warps. If the sum is out of bounds, it is computed again with the true maximum.
 
-    What a guess costs: t is rounded at its own size, so with an unseen peak at t the entropy is known to about four roundings of t and
-    no better, however small it is (5e-6 in Triton's interpreter at t = 18); log-probabilities, which are then as large as t, lose nothing.
+    Accuracy: t is rounded relative to its own size. If the largest logit lies t powers of two above the reference, the absolute error of
+    the entropy is about four roundings of t (5e-6 in Triton's interpreter at t = 18), however small the entropy is. Log-probabilities,
+    which are then as large as t, are as accurate as otherwise.
     """
     VECTOR: tl.constexpr = 128 // row_ptr.dtype.element_ty.primitive_bitwidth
     head, middle = row_edges(phase, vocabulary, VECTOR)
@@ -240,18 +248,18 @@ def row_sums(
     reference = tl.maximum(tl.max(f, 0) * k, f_target * k - GUESS_MARGIN)
     reference = tl.where(tl.abs(reference) < float("inf"), reference, 0.0)
 
-    e_sum, et_sum = _walk(
+    e_sum, et_sum = _reduce_columns(
         row_ptr, head, middle, vocabulary, target, part, first, last, reference, k, cap_scale,
         BLOCK_V, False, WANT_ENTROPY, HAS_SOFTCAP,
     )  # fmt: skip
     if (e_sum < SUM_FLOOR) | (e_sum == float("inf")):
-        maximum, _ = _walk(
+        maximum, _ = _reduce_columns(
             row_ptr, head, middle, vocabulary, target, part, first, last, reference, k, cap_scale,
             BLOCK_V, True, WANT_ENTROPY, HAS_SOFTCAP,
         )  # fmt: skip
-        # Nothing but -inf here: the target's keeps the parts of a row comparable.
+        # Only -inf in this part: the reference of the target keeps it comparable with the other parts.
         reference = tl.where(maximum > float("-inf"), maximum * k, tl.where(f_target > float("-inf"), f_target * k, 0.0))
-        e_sum, et_sum = _walk(
+        e_sum, et_sum = _reduce_columns(
             row_ptr, head, middle, vocabulary, target, part, first, last, reference, k, cap_scale,
             BLOCK_V, False, WANT_ENTROPY, HAS_SOFTCAP,
         )  # fmt: skip
@@ -260,7 +268,7 @@ def row_sums(
 
 @triton.jit
 def merge_sums(reference, e_sum, et_sum, other_reference, other_e, other_et):
-    """The sums over two parts of a row."""
+    """Combine the sums over two parts of a row."""
     larger = tl.maximum(reference, other_reference)
     d, other_d = reference - larger, other_reference - larger
     factor, other_factor = tl.exp2(d), tl.exp2(other_d)
@@ -272,7 +280,7 @@ def merge_sums(reference, e_sum, et_sum, other_reference, other_e, other_et):
 def statistics_of(reference, e_sum, et_sum, f_target, k):
     """(log p of the target, entropy, lse) from the sums without the target, in nats.
 
-    log p = -softplus(lse of the others - s_target): every digit also for a token that is almost certain.
+    log p = -softplus(lse of the others - s_target), which is accurate also for a token with a probability near 1.
     """
     log2_e_sum = tl.log2(e_sum)
     t_target = tl.fma(f_target, k, -reference)
@@ -283,7 +291,7 @@ def statistics_of(reference, e_sum, et_sum, f_target, k):
     p_log_p = tl.where(logprob > float("-inf"), exp(logprob) * logprob, 0.0)
     others = tl.where(e_sum == 0, 0.0, tl.exp2(-total) * (et_sum - e_sum * total) * LN_2)
 
-    # The gradient's p stands and falls with the last digit of lse: round it once.
+    # The gradient exponentiates s - lse, so an error in the last digit of lse matters: it is rounded only once.
     lse2 = reference + total
     lse2_tail = (reference - lse2) + total
     lse = tl.fma(lse2, LN_2, lse2 * LN_2_TAIL + lse2_tail * LN_2)
@@ -295,7 +303,7 @@ def statistics_of(reference, e_sum, et_sum, f_target, k):
 
 @triton.jit
 def _gradient(z, pivot, k, constant, linear, cap_scale, HAS_ENTROPY: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    """(d loss / d z of columns that are not the target's, the soft cap's part in ds/dz)."""
+    """(d loss / d z of columns other than the target, derivative of the soft cap)."""
     f = scored(z, cap_scale, HAS_SOFTCAP)
     t = tl.fma(f, k, -pivot)
     if HAS_ENTROPY:
@@ -315,10 +323,10 @@ def row_gradient(
     row_ptr, out_ptr, phase, vocabulary, target, part, parts, logprob, entropy, lse, g, h, k, slope, cap_scale,
     BLOCK_V: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SAME_PHASE: tl.constexpr,
 ):  # fmt: skip
-    """Writes ds_v/dz_v * (g * (1[v = target] - p_v) - h * p_v * (log p_v + H)) for the columns of one part of a row.
+    """Write ds_v/dz_v * (g * (1[v = target] - p_v) - h * p_v * (log p_v + H)) for one part of a row.
 
-    slope: logit_scale / temperature, which is ds/dz but for the soft cap's part.
-    out_ptr may be row_ptr. phase is the output's; SAME_PHASE: the logits' too, so that both go by whole vectors.
+    slope: logit_scale / temperature, which is ds/dz without the derivative of the soft cap. out_ptr may be row_ptr. phase is that of the
+    output; SAME_PHASE: the logits have the same, so that they too are read in whole vectors.
     """
     VECTOR: tl.constexpr = 128 // row_ptr.dtype.element_ty.primitive_bitwidth
     head, middle = row_edges(phase, vocabulary, VECTOR)
@@ -330,12 +338,12 @@ def row_gradient(
     out_vectors_ptr = tl.multiple_of(out_ptr + head, 16)
     lane = tl.arange(0, BLOCK_V)
 
-    # lse * log2(e) as a sum of two numbers: the small one goes into the factor, so that a large common offset of the logits does no harm.
+    # lse * log2(e) as the sum of two floats, the small one in the factor: a large common offset of the logits costs no accuracy.
     pivot = lse * LOG2_E
     pivot_tail = tl.fma(lse, LOG2_E, -pivot) + lse * LOG2_E_TAIL
     constant = -(g + h * entropy) * slope * tl.exp2(-pivot_tail)
     linear = -h * LN_2 * slope
-    # The target's own, from 1 - p = -expm1(log p): exact also for a confident token, and stored once.
+    # The gradient of the target from 1 - p = -expm1(log p), which is accurate also for p near 1.
     p = exp(logprob)
     at_target = (g * -expm1(logprob) - tl.where(p > 0, h * p * (logprob + entropy), 0.0)) * slope
 
@@ -362,7 +370,7 @@ def row_gradient(
 
 @triton.jit
 def clear_row(out_ptr, phase, vocabulary, part, parts, BLOCK_V: tl.constexpr):
-    """Writes zeros over one part of a row."""
+    """Write zeros to one part of a row."""
     VECTOR: tl.constexpr = 128 // out_ptr.dtype.element_ty.primitive_bitwidth
     head, middle = row_edges(phase, vocabulary, VECTOR)
     first, last = row_slice(part, parts, middle, BLOCK_V)

@@ -1,8 +1,7 @@
 """Log-probability of each sampled token and entropy of its policy, and the gradient of the logits from two numbers per token.
 
-Two kernels walk over vocabularies, and every loss here is made of them: one makes the sums of a row (or of a part of one, where
-there are fewer rows than multiprocessors), the other turns g = d loss / d logprob and h = d loss / d entropy into d loss / d
-logits.
+Two kernels read whole rows, and every loss is built from them. One computes the sums of a row, or of a part of it where there are few
+rows. The other turns g = d loss / d logprob and h = d loss / d entropy into d loss / d logits.
 """
 
 import functools
@@ -18,10 +17,10 @@ from .rowwise import clear_row, kernel, merge_sums, per_token, row_gradient, row
 
 __all__ = ["LogitRows", "Scoring", "token_gradient", "token_logprobs_bwd", "token_logprobs_fwd", "token_sums"]
 
-# Columns per step and warps per program, from the compiled code (kernels/README.md).
+# Columns per step and warps per program, chosen from the compiled code (kernels/README.md).
 BLOCK, SOFTCAP_BLOCK, WARPS = 4096, 2048, 4
-TOKENS_BLOCK = 128  # tokens per program of the kernels that know no vocabulary
-PROGRAMS_PER_MULTIPROCESSOR = 4  # below so many rows each, rows are split
+TOKENS_BLOCK = 128  # tokens per program of the kernels that read no rows
+PROGRAMS_PER_MULTIPROCESSOR = 4  # with fewer rows than this many per multiprocessor, rows are split
 
 
 @kernel
@@ -42,7 +41,7 @@ def _token_sums_kernel(
     if tl.load(computed_ptr + b * computed_sequence_stride + t * computed_token_stride) == 0:
         return
     target = tl.load(token_ids_ptr + b * ids_sequence_stride + t * ids_token_stride)
-    if (target < 0) | (target >= vocabulary):  # nothing is read: the kernel that finishes the token makes it NaN
+    if (target < 0) | (target >= vocabulary):  # read nothing; _token_logprobs_kernel or _grpo_loss_terms_kernel returns NaN
         return
     k, cap_scale = tl.cast(k, tl.float32), tl.cast(cap_scale, tl.float32)
     if temperatures_ptr is not None:
@@ -59,7 +58,7 @@ def _token_sums_kernel(
 
 
 @triton.jit
-def finished_tokens(
+def token_statistics(
     logits_ptr, token_ids_ptr, temperatures_ptr, sums_ptr,
     row, b, t, computed, rows, vocabulary, parts,
     logits_sequence_stride, logits_token_stride, ids_sequence_stride, ids_token_stride,
@@ -67,7 +66,7 @@ def finished_tokens(
     k, cap_scale,
     HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """(logprob, entropy, lse) of many tokens from the sums over their rows; 0 where not computed, NaN for an id outside the vocabulary."""
+    """(logprob, entropy, lse) of a block of tokens from the sums over their rows; 0 where not computed, NaN for an id out of range."""
     target = per_token(token_ids_ptr, b, t, ids_sequence_stride, ids_token_stride, computed, 0)
     known = computed & (target >= 0) & (target < vocabulary)
     if temperatures_ptr is not None:
@@ -108,7 +107,7 @@ def _token_logprobs_kernel(
     b, t = row // length, row % length
     computed = per_token(computed_ptr, b, t, computed_sequence_stride, computed_token_stride, inside, 0) != 0
     k, cap_scale = tl.cast(k, tl.float32), tl.cast(cap_scale, tl.float32)
-    logprob, entropy, lse = finished_tokens(
+    logprob, entropy, lse = token_statistics(
         logits_ptr, token_ids_ptr, temperatures_ptr, sums_ptr,
         row, b, t, computed, rows, vocabulary, parts,
         logits_sequence_stride, logits_token_stride, ids_sequence_stride, ids_token_stride,
@@ -143,11 +142,11 @@ def _token_gradient_kernel(
     gradient_offset = b * gradient_sequence_stride + t * gradient_token_stride
     out_ptr, out_phase = gradient_ptr + gradient_offset, phase + gradient_offset
 
-    scored = t < length  # the last position of [B, T + 1, V] scores no token
-    counts = scored & (tl.load(mask_ptr + b * mask_sequence_stride + t * mask_token_stride, mask=scored, other=0) != 0)
-    g = tl.load(g_ptr + b * g_sequence_stride + t * g_token_stride, mask=counts, other=0.0)
-    h = tl.load(h_ptr + b * h_sequence_stride + t * h_token_stride, mask=counts, other=0.0)
-    if (g == 0) & (h == 0):  # nothing is read
+    predicts = t < length  # the last position of [B, T + 1, V] predicts no token
+    unmasked = predicts & (tl.load(mask_ptr + b * mask_sequence_stride + t * mask_token_stride, mask=predicts, other=0) != 0)
+    g = tl.load(g_ptr + b * g_sequence_stride + t * g_token_stride, mask=unmasked, other=0.0)
+    h = tl.load(h_ptr + b * h_sequence_stride + t * h_token_stride, mask=unmasked, other=0.0)
+    if (g == 0) & (h == 0):  # the logits are not read
         clear_row(out_ptr, out_phase, vocabulary, part, parts, BLOCK_V)
         return
     k, cap_scale, slope = tl.cast(k, tl.float32), tl.cast(cap_scale, tl.float32), tl.cast(slope, tl.float32)
@@ -155,7 +154,7 @@ def _token_gradient_kernel(
         temperature = tl.load(temperatures_ptr + b * temperatures_sequence_stride + t * temperatures_token_stride)
         k, slope = tl.div_rn(k, temperature), tl.div_rn(slope, temperature)
     target = tl.load(token_ids_ptr + b * ids_sequence_stride + t * ids_token_stride)
-    target = tl.where((target >= 0) & (target < vocabulary), target, -1).to(tl.int32)  # outside: lse is NaN, and so is the row
+    target = tl.where((target >= 0) & (target < vocabulary), target, -1).to(tl.int32)  # out of range: lse is NaN
     row = b * length + t
     row_gradient(
         logits_ptr + b * logits_sequence_stride + t * logits_token_stride, out_ptr, out_phase, vocabulary, target, part, parts,
@@ -168,9 +167,9 @@ def _token_gradient_kernel(
 
 
 class Scoring(NamedTuple):
-    """How logits become a policy; softcap 0: none."""
+    """How logits become a policy. softcap 0: no soft cap."""
 
-    temperatures: Tensor | None  # [B, T]; None: the number
+    temperatures: Tensor | None  # [B, T]; None: `temperature` for all
     temperature: float
     softcap: float
     logit_scale: float
@@ -181,12 +180,12 @@ class Scoring(NamedTuple):
 
     @property
     def slope(self) -> float:
-        """ds/dz but for the soft cap's part; temperatures divide it in the kernel."""
+        """ds/dz without the derivative of the soft cap. Per-token temperatures divide it in the kernel."""
         return self.logit_scale if self.temperatures is not None else self.logit_scale / self.temperature
 
     @property
     def numbers(self) -> tuple[float, float]:
-        """k and cap_scale of rowwise.py. k is rounded once, here, since its error is one of the temperature."""
+        """k and cap_scale of rowwise.py. k is rounded once, here: its error is an error of the temperature."""
         if self.softcap == 0:
             return math.log2(math.e) * self.slope, 0.0
         cap_scale = self.logit_scale / self.softcap
@@ -194,11 +193,11 @@ class Scoring(NamedTuple):
 
 
 class LogitRows(NamedTuple):
-    """Which rows of the logits are tokens."""
+    """Logits and the tokens that they predict."""
 
     logits: Tensor  # [B, T or T + 1, V], contiguous over V
     token_ids: Tensor  # int64 [B, T]
-    mask: Tensor  # bool [B, T]: the rows to look at
+    mask: Tensor  # bool [B, T]: the tokens to compute
 
     @property
     def num_rows(self) -> int:
@@ -206,14 +205,14 @@ class LogitRows(NamedTuple):
 
 
 def strides(x: Tensor | None) -> tuple[int, int]:
-    """Of the first two dimensions of a [B, T, ...] tensor, or of one that broadcasts to [B, T]: [B, 1], [1, 1] or 0-d."""
+    """The first two strides of a [B, T, ...] tensor; 0 in a dimension that is broadcast ([B, 1], [1, 1] or 0-d)."""
     if x is None or x.dim() == 0:
         return 0, 0
     return 0 if x.shape[0] == 1 else x.stride(0), 0 if x.shape[1] == 1 else x.stride(1)
 
 
 def phase_of(x: Tensor) -> int:
-    """Elements between a 16-byte boundary and the first element."""
+    """Number of elements between the last 16-byte boundary and the first element."""
     return x.data_ptr() % 16 // x.element_size()
 
 
@@ -227,18 +226,18 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def parts_of(rows: int, vocabulary: int, block: int, device: torch.device, parts: int | None) -> int:
-    """Programs per row: more than one where there are too few rows to fill the device."""
+    """Programs per row: more than one if there are too few rows to occupy the device."""
     if parts is not None:
         return parts
     wanted = triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device), max(rows, 1))
     blocks = triton.cdiv(vocabulary, block)
-    return triton.cdiv(blocks, max(1, blocks // wanted))  # as many blocks in each but the last: none is left without
+    return triton.cdiv(blocks, max(1, blocks // wanted))  # equally many blocks in each but the last, which has at least one
 
 
 def token_sums(
     rows: LogitRows, scoring: Scoring, *, want_entropy: bool = True, parts: int | None = None
 ) -> Tensor:  # float32 [3, B * T, parts]
-    """The sums over each row that is looked at, without its target; undefined for the others."""
+    """The sums over each row of the mask, without its target; undefined for other rows."""
     logits, token_ids, mask = rows
     vocabulary = logits.shape[2]
     parts = parts_of(rows.num_rows, vocabulary, scoring.block, logits.device, parts)
@@ -256,7 +255,7 @@ def token_sums(
 def token_logprobs_fwd(
     rows: LogitRows, scoring: Scoring, *, want_entropy: bool = True, parts: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:  # float32 [B, T] each
-    """(logprobs, entropy, lse); 0 where not looked at. Without want_entropy the entropy is left undefined."""
+    """(logprobs, entropy, lse), 0 where masked. Without want_entropy the entropy is undefined."""
     logits, token_ids, mask = rows
     sums = token_sums(rows, scoring, want_entropy=want_entropy, parts=parts)
     logprobs, entropy, lse = (torch.empty(token_ids.shape, dtype=torch.float32, device=logits.device) for _ in range(3))
@@ -274,13 +273,13 @@ def token_gradient(
     rows: LogitRows, scoring: Scoring, g: Tensor, h: Tensor, logprobs: Tensor, entropy: Tensor, lse: Tensor, gradient: Tensor,
     *, want_entropy: bool = True, parts: int | None = None,
 ) -> None:  # fmt: skip
-    """Writes d loss / d logits; rows that are not looked at or have g = h = 0 become zeros and are not read.
+    """Write d loss / d logits. Rows that are masked or have g = h = 0 are set to zero without being read.
 
     Args:
-        g, h: d loss / d logprob and d loss / d entropy, [B, T], strided or broadcast as they come.
-        logprobs, entropy, lse: from token_logprobs_fwd, contiguous.
-        gradient: where to write it, like the logits or the logits themselves.
-        want_entropy: whether any h may be other than 0.
+        g, h: d loss / d logprob and d loss / d entropy, float32 ``[B, T]``, strided or broadcast.
+        logprobs, entropy, lse: float32 ``[B, T]`` from token_logprobs_fwd, contiguous.
+        gradient: the output, like the logits; may be the logits themselves.
+        want_entropy: False if h is 0 everywhere.
     """
     logits, token_ids, mask = rows
     if logits.numel() == 0:
@@ -299,7 +298,7 @@ def token_gradient(
 
 
 def same_phase(logits: Tensor, gradient: Tensor) -> bool:
-    """Whether every row of the two begins at the same distance from a 16-byte boundary."""
+    """Whether each row of the logits has the same offset from a 16-byte boundary as that of the gradient."""
     vector = 16 // logits.element_size()
     pairs = zip(logits.shape[:2], logits.stride(), gradient.stride(), strict=False)
     return phase_of(logits) == phase_of(gradient) and all((a - b) % vector == 0 for size, a, b in pairs if size > 1)
@@ -309,7 +308,7 @@ def token_logprobs_bwd(
     grad_logprobs: Tensor, grad_entropy: Tensor, rows: LogitRows, scoring: Scoring, logprobs: Tensor, entropy: Tensor, lse: Tensor,
     *, inplace: bool = False, parts: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """The gradient of the logits: in new memory, contiguous, or over the logits."""
+    """The gradient of the logits, like the logits: new and contiguous, or written over the logits with ``inplace``."""
     gradient = rows.logits if inplace else torch.empty(rows.logits.shape, dtype=rows.logits.dtype, device=rows.logits.device)
     token_gradient(rows, scoring, grad_logprobs, grad_entropy, logprobs, entropy, lse, gradient, parts=parts)
     return gradient
