@@ -31,6 +31,12 @@ struct PolicyTerms {
   bool clip_low, clip_high;
 };
 
+// c * x, and 0 for c = 0 whatever x is: a log-probability of -inf, times an advantage or a weight of 0, is no loss.
+template <typename Real>
+GF_HOST_DEVICE inline Real product(Real c, Real x) {
+  return c == 0 ? Real(0) : c * x;
+}
+
 // A value and its derivative with respect to the token's log-probability.
 template <typename Real>
 struct Dual {
@@ -103,7 +109,7 @@ GF_HOST_DEVICE inline Dual<Real> surrogate_loss(Dual<Real> ratio, Real logprob, 
       const Real bound = Real(config.epsilon_high);
       *high = ratio.value > bound && advantage > 0;
       const Real weight = (ratio.value < bound ? ratio.value : bound) * advantage;  // a constant: no gradient through the ratio
-      return {-weight * logprob, -weight};
+      return {-product(weight, logprob), -weight};
     }
     case Surrogate::kSapo:
       return sapo_loss(ratio, advantage, config);
@@ -114,7 +120,7 @@ GF_HOST_DEVICE inline Dual<Real> surrogate_loss(Dual<Real> ratio, Real logprob, 
     case Surrogate::kVespo:  // its weight needs a whole sequence: it reaches a kernel as kReinforce, the weight in the advantage
       break;
   }
-  return {-advantage * logprob, -advantage};
+  return {-product(advantage, logprob), -advantage};
 }
 
 template <typename Real>
@@ -130,8 +136,10 @@ GF_HOST_DEVICE inline Dual<Real> kl_penalty(Real logprob, Real ref_logprob, cons
 template <typename Real>
 GF_HOST_DEVICE inline PolicyTerms<Real> policy_terms(Real logprob, Real entropy, const PolicyToken<Real>& token,
                                                      const PolicyLossConfig& config) {
-  const Real log_ratio = token.has_old ? logprob - token.old_logprob : Real(0);
-  const Dual<Real> clamped = clamped_log(log_ratio, Real(1), Real(config.log_ratio_clamp));
+  Real log_ratio = token.has_old ? logprob - token.old_logprob : Real(0), log_ratio_slope = 1;
+  const Real impossible = -Real(INFINITY);
+  if (logprob == impossible && (!token.has_old || token.old_logprob == impossible)) log_ratio = log_ratio_slope = 0;  // not inf - inf
+  const Dual<Real> clamped = clamped_log(log_ratio, log_ratio_slope, Real(config.log_ratio_clamp));
   Dual<Real> ratio;
   ratio.value = std::exp(clamped.value);
   ratio.slope = ratio.value * clamped.slope;
@@ -141,11 +149,12 @@ GF_HOST_DEVICE inline PolicyTerms<Real> policy_terms(Real logprob, Real entropy,
   Dual<Real> kl{Real(0), Real(0)};
   if (token.has_ref) kl = kl_penalty(logprob, token.ref_logprob, config);
   Dual<Real> penalty = kl;
-  if (config.bias_corrected_kl) penalty = {kl.value * ratio.value, kl.slope * ratio.value + kl.value * ratio.slope};
+  if (config.bias_corrected_kl) penalty = {kl.value * ratio.value, kl.slope * ratio.value + product(ratio.slope, kl.value)};
 
   const Real beta = Real(config.beta), coef = Real(config.entropy_coef);
-  out.loss = token.weight * (token.rollout_weight * policy.value + beta * penalty.value) - coef * token.entropy_weight * entropy;
-  out.g = token.weight * (token.rollout_weight * policy.slope + beta * penalty.slope);
+  out.loss = product(token.weight, product(token.rollout_weight, policy.value) + product(beta, penalty.value)) -
+             product(coef * token.entropy_weight, entropy);
+  out.g = product(token.weight, product(token.rollout_weight, policy.slope) + product(beta, penalty.slope));
   out.h = -coef * token.entropy_weight;
   out.ratio = ratio.value;
   out.kl = kl.value;

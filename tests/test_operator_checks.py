@@ -106,5 +106,5 @@ def test_the_loss_refuses_wrong_numbers_per_token(name: str, inplace: bool) -> N
 
 
 def test_a_wrong_number_of_settings_is_refused() -> None:
-    with pytest.raises(RuntimeError, match="settings expected"):
+    with pytest.raises(RuntimeError, match="1 settings given"):
         loss(False, settings=[0.0])

@@ -218,8 +218,9 @@ GF_INLINE RowStatistics statistics_of(const T* row, int64_t vocabulary, int64_t 
   const double s_target = (f_target - out.pivot) * slope, log_others = std::log(sums.e), d = log_others - s_target;
   out.logprob = d > 0 ? -(d + std::log1p(std::exp(-d))) : -std::log1p(std::exp(d));
   out.log_pivot = d > 0 ? -(log_others + std::log1p(std::exp(-d))) : -(s_target + std::log1p(std::exp(d)));
-  out.lse = f_target * slope - out.logprob;
-  out.entropy = -std::exp(out.logprob) * out.logprob;
+  const bool impossible = out.logprob == -std::numeric_limits<double>::infinity();  // the target's logit is -inf: its share of both is 0
+  out.lse = impossible ? out.pivot * slope - out.log_pivot : f_target * slope - out.logprob;
+  out.entropy = impossible ? 0.0 : -std::exp(out.logprob) * out.logprob;
   if (sums.e > 0)  // - sum p log p over the others, with log p = t ln 2 + log_pivot
     out.entropy -= std::exp(out.log_pivot) * (sums.et * kLn2 + sums.e * out.log_pivot);
   if (sums.e != sums.e) out.entropy = sums.e;
@@ -259,7 +260,8 @@ GF_INLINE void gradient_of(const T* row, T* gradient, int64_t vocabulary, int64_
 
   // The target's own gradient, from 1 - p = -expm1(log p): exact also for a confident token. Taken before the row is written over.
   const double p = std::exp(statistics.logprob);
-  double d_target = g * -std::expm1(statistics.logprob) - h * p * (statistics.logprob + statistics.entropy);
+  double d_target = g * -std::expm1(statistics.logprob);
+  if (p != 0) d_target -= h * p * (statistics.logprob + statistics.entropy);  // 0 * -inf is NaN; p is NaN for a row without statistics
   d_target *= transform.logit_scale / transform.temperature;
   if (kCapped) d_target *= 1 - f_target * f_target / (transform.softcap * transform.softcap);
 

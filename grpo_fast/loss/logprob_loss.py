@@ -49,7 +49,8 @@ def token_losses(logprobs: Tensor, inputs: LossInputs, computed: Tensor) -> tupl
     rollout_weights = None if inputs.rollout_weights is None else select(inputs.rollout_weights)
 
     old_logprobs = logprobs.detach() if inputs.old_logprobs is None else select(inputs.old_logprobs)
-    log_ratio = logprobs - old_logprobs
+    both_impossible = (logprobs == old_logprobs) & logprobs.isinf()  # probability 0 under both policies: inf - inf would be NaN
+    log_ratio = torch.where(both_impossible, 0, logprobs - old_logprobs)
     ratio = importance_log_ratio(log_ratio, computed, sequences, config.level).clamp(-clamp, clamp).exp()
     phi = None
     if config.surrogate == "vespo":
@@ -57,7 +58,7 @@ def token_losses(logprobs: Tensor, inputs: LossInputs, computed: Tensor) -> tupl
 
     loss = surrogate(ratio, advantages, logprobs, old_logprobs, phi, config)
     if rollout_weights is not None and config.surrogate != "vespo":
-        loss = loss * rollout_weights
+        loss = torch.where(rollout_weights == 0, 0, loss * rollout_weights)
     kl = torch.zeros_like(logprobs)
     if inputs.ref_logprobs is not None:
         kl = kl_penalty(logprobs, select(inputs.ref_logprobs), config.kl_estimator, clamp)

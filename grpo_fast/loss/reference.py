@@ -182,7 +182,8 @@ def token_statistics(
     logprob = F.logsigmoid(s_target - lse_others)  # = -softplus(lse_others - s_target)
 
     # H = -sum p log p over logits that are not -inf, with the exact log p of the target.
-    log_p = torch.where(is_target, logprob.unsqueeze(-1), s - (s_target - logprob).unsqueeze(-1))
+    lse = torch.where(s_target == -math.inf, lse_others, s_target - logprob)  # a target with p = 0 adds nothing
+    log_p = torch.where(is_target, logprob.unsqueeze(-1), s - lse.unsqueeze(-1))
     p = log_p.exp()
     entropy = -(p * log_p.masked_fill(p == 0, 0.0)).sum(-1)
     return logprob, entropy
@@ -255,17 +256,18 @@ def surrogate(ratio: Tensor, advantages: Tensor, logprobs: Tensor, old_logprobs:
             loss = torch.where(advantages < 0, torch.minimum(loss, -config.dual_clip * advantages), loss)
         return loss
     if config.surrogate == "cispo":
-        return -ratio.detach().clamp(max=config.epsilon_high) * advantages * logprobs
+        weight = ratio.detach().clamp(max=config.epsilon_high) * advantages
+        return -torch.where(weight == 0, 0, weight * logprobs)  # 0 * -inf is NaN
     if config.surrogate == "sapo":
         tau = by_sign(advantages > 0, config.sapo_temperature_pos, config.sapo_temperature_neg, ratio.dtype)
         return -4 / tau * torch.sigmoid(tau * (ratio - 1)) * advantages
     if config.surrogate == "vespo":
         assert phi is not None
-        return -phi * advantages * logprobs
+        return -torch.where(phi * advantages == 0, 0, phi * advantages * logprobs)
     if config.surrogate in ("dppo_tv", "dppo_kl"):
         low, high = clipped_tokens(ratio, advantages, logprobs, old_logprobs, config)
         return torch.where(low | high, 0, -ratio * advantages)
-    return -advantages * logprobs
+    return -torch.where(advantages == 0, 0, advantages * logprobs)
 
 
 @torch.no_grad()
@@ -455,7 +457,7 @@ def policy_loss(
     logprobs, entropy = torch.where(computed, logprobs, 0), torch.where(computed, entropy, 0)
 
     old_logprobs = logprobs.detach() if old_logprobs is None else select(old_logprobs)
-    log_ratio = logprobs - old_logprobs
+    log_ratio = torch.where((logprobs == old_logprobs) & logprobs.isinf(), 0, logprobs - old_logprobs)  # not inf - inf
     ratio = importance_log_ratio(log_ratio, computed, cu_seqlens, config.level).clamp(-clamp, clamp).exp()
     phi = None
     if config.surrogate == "vespo":
@@ -465,7 +467,7 @@ def policy_loss(
 
     losses = surrogate(ratio, advantages, logprobs, old_logprobs, phi, config)
     if rollout_weights is not None and config.surrogate != "vespo":
-        losses = losses * select(rollout_weights)
+        losses = torch.where(select(rollout_weights) == 0, 0, losses * select(rollout_weights))
     kl = torch.zeros_like(logprobs) if ref_logprobs is None else kl_penalty(logprobs, select(ref_logprobs), config.kl_estimator, clamp)
     if config.beta != 0:
         losses = losses + config.beta * (ratio * kl if config.bias_corrected_kl else kl)

@@ -12,6 +12,12 @@ from .rowwise import LN_2, exp, expm1
 
 
 @triton.jit
+def product(c, x):
+    """c * x, and 0 for c = 0 whatever x is: a log-probability of -inf, times an advantage or a weight of 0, is no loss."""
+    return tl.where(c == 0, 0.0, c * x)
+
+
+@triton.jit
 def clamped_log(x, slope, bound):
     """x clamped to ±bound, and its derivative, 0 where it is clamped. NaN stays NaN."""
     value = tl.where(x > bound, bound, tl.where(x < -bound, -bound, x))
@@ -86,9 +92,11 @@ def policy_terms(
 ):  # fmt: skip
     """(loss, g, h, ratio, kl, clip_low, clip_high). Without HAS_OLD the token is on-policy: the log-ratio is 0 and has a gradient."""
     log_ratio = tl.zeros_like(logprob)
+    impossible = logprob == float("-inf")
     if HAS_OLD:
-        log_ratio = logprob - old_logprob
-    clamped, slope = clamped_log(log_ratio, 1.0, settings.log_ratio_clamp)
+        impossible &= old_logprob == float("-inf")
+        log_ratio = tl.where(impossible, 0.0, logprob - old_logprob)  # not inf - inf
+    clamped, slope = clamped_log(log_ratio, tl.where(impossible, 0.0, 1.0), settings.log_ratio_clamp)
     ratio = exp(clamped)
     ratio_slope = ratio * slope
 
@@ -101,7 +109,7 @@ def policy_terms(
         factor = (
             tl.where(ratio < settings.epsilon_high, ratio, settings.epsilon_high) * advantage
         )  # a constant: no gradient through the ratio
-        value, slope = -factor * logprob, -factor
+        value, slope = -product(factor, logprob), -factor
     elif SURROGATE == SAPO:
         value, slope = sapo_loss(ratio, ratio_slope, advantage, settings)
     elif SURROGATE == DPPO_TV or SURROGATE == DPPO_KL:
@@ -109,18 +117,18 @@ def policy_terms(
         if HAS_OLD:
             value, slope, clip_low, clip_high = dppo_loss(ratio, ratio_slope, logprob, old_logprob, advantage, settings, SURROGATE)
     else:
-        value, slope = -advantage * logprob, -advantage
+        value, slope = -product(advantage, logprob), -advantage
 
-    loss, g = rollout_weight * value, rollout_weight * slope
+    loss, g = product(rollout_weight, value), product(rollout_weight, slope)
     kl = tl.zeros_like(logprob)
     if HAS_REF:
         kl, kl_slope = kl_penalty(logprob, ref_logprob, settings)
         corrected = settings.bias_corrected_kl != 0
         penalty = tl.where(corrected, kl * ratio, kl)
-        penalty_slope = tl.where(corrected, kl_slope * ratio + kl * ratio_slope, kl_slope)
-        loss += settings.beta * penalty
-        g += settings.beta * penalty_slope
+        penalty_slope = tl.where(corrected, kl_slope * ratio + product(ratio_slope, kl), kl_slope)
+        loss += product(settings.beta, penalty)
+        g += product(settings.beta, penalty_slope)
 
     # Select instead of multiplying by entropy_coef = 0: the entropy weight may be infinite.
     bonus = tl.where(settings.entropy_coef != 0, settings.entropy_coef * entropy_weight, 0.0)
-    return weight * loss - bonus * entropy, weight * g, -bonus, ratio, kl, clip_low, clip_high
+    return product(weight, loss) - product(bonus, entropy), product(weight, g), -bonus, ratio, kl, clip_low, clip_high
