@@ -26,9 +26,9 @@ class Start(NamedTuple):
 
 
 def run_together(script: Path, starts: Sequence[Start]) -> None:
-    """Run the script once for each start, all at the same time. If one fails, the others are ended and the test fails with what they printed.
+    """Run the script once for each start, all at once. If one fails, the others are ended and the test fails with what they printed.
 
-    The processes are forked: a fresh interpreter needs many seconds to import torch and transformers, which a test's process has imported.
+    The processes are forked: a fresh interpreter spends seconds on importing torch and transformers, which are there already.
     Where there is a GPU they are spawned: threads of autograd and of CUDA do not survive a fork.
     """
     context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
