@@ -52,20 +52,20 @@ def run_together(script: Path, starts: Sequence[Start]) -> None:
 
 def _as_script(script: Path, start: Start, output: Path) -> None:
     """In the process: as ``python script arguments...`` would be, in the state of a fresh interpreter as far as a script can notice."""
-    with output.open("w", buffering=1) as file:
-        for stream in (1, 2):
-            os.dup2(file.fileno(), stream)
-        sys.stdout = sys.stderr = file
-        os.environ.update(start.environment)
-        sys.argv = [str(script), *start.arguments]
-        torch.use_deterministic_algorithms(False)
-        torch.manual_seed(0)
-        if "accelerate" in sys.modules:
-            from accelerate.state import AcceleratorState, GradientState
+    file = output.open("w", buffering=1)  # open to the end: a traceback is printed after this function
+    for stream in (1, 2):
+        os.dup2(file.fileno(), stream)
+    sys.stdout = sys.stderr = file
+    os.environ.update(start.environment)
+    sys.argv = [str(script), *start.arguments]
+    torch.use_deterministic_algorithms(False)
+    torch.manual_seed(0)
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState, GradientState
 
-            AcceleratorState._reset_state(reset_partial_state=True)
-            GradientState._reset_state()
-        runpy.run_path(str(script), run_name="__main__")
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+    runpy.run_path(str(script), run_name="__main__")
 
 
 def run_ranks(child: Path, processes: int, *arguments: str) -> list[Any]:

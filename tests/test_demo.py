@@ -238,7 +238,7 @@ def test_the_command_refuses_bad_options(option, value, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.sweep) for seed in (2, 3, 4))])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.sweep) for seed in (1, 2, 3, 4))])
 def test_the_demonstration_learns(seed, tmp_path):
     started = time.process_time()
     result = CliRunner().invoke(app, ["--seed", str(seed), "--output", str(tmp_path)])
