@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 import grpo_fast as gf
 from grpo_fast.cli.main import MOUNTED
 from grpo_fast.ops import build, extension
-from grpo_fast.ops.backends import BACKENDS, _say_once, select, use_backend
+from grpo_fast.ops.backends import BACKENDS, _warn_once, select, use_backend
 
 CPU = torch.device("cpu")
 backends_module = importlib.import_module("grpo_fast.ops.backends")
@@ -33,7 +33,7 @@ needs_extension = pytest.mark.skipif(not extension.load(), reason=f"the extensio
 @pytest.fixture
 def no_extension(monkeypatch):
     """The extension has failed for good, and nothing has been said about it yet."""
-    failed = extension.ExtensionStatus(loaded=False, why="a reason", cure="A cure.")
+    failed = extension.ExtensionStatus(loaded=False, why="a reason", fix="A fix.")
     monkeypatch.setattr(extension, "_status", failed)
     monkeypatch.setattr(backends_module, "_said", set())
 
@@ -48,7 +48,7 @@ def test_backends_reports_every_backend_with_reason_and_cure_where_it_is_not_usa
     for name, status in found.items():
         assert status.name == name
         assert status.usable == (not status.why), "a usable backend has no reason against it, an unusable one has"
-        assert status.usable or status.cure
+        assert (status.usable or status.fix) and status.cure == status.fix
 
 
 def test_a_status_is_frozen():
@@ -76,7 +76,7 @@ def test_an_extension_without_the_isa_operator_is_not_an_error(monkeypatch):
 
 def test_the_status_of_a_missing_extension_carries_its_reason(no_extension):
     status = gf.backends()["cpu"]
-    assert (status.usable, status.why, status.cure) == (False, "a reason", "A cure.")
+    assert (status.usable, status.why, status.fix) == (False, "a reason", "A fix.")
 
 
 # ---- choosing
@@ -104,7 +104,7 @@ def test_falling_back_is_said_once_with_reason_and_cure(no_extension):
 def test_a_message_of_another_kind_is_still_said(monkeypatch):
     monkeypatch.setattr(backends_module, "_said", {"one"})
     with pytest.warns(RuntimeWarning, match="two"):
-        _say_once("another", "two")
+        _warn_once("another", "two")
 
 
 def test_use_backend_forces_nests_and_restores():
@@ -261,7 +261,7 @@ def test_a_compilation_that_fails_is_a_status_with_the_compilers_words_in_a_log(
     (fresh / "ops.cpp").write_text("this is not C++\n")
     assert not extension.load()
     status = extension.status()
-    assert "compilation at first use failed" in status.why and "_C.log" in status.cure
+    assert "compilation at first use failed" in status.why and "_C.log" in status.fix
     (log,) = (tmp_path / "cache").rglob("_C.log")
     assert "this is not C++" in log.read_text()
     before = capfd.readouterr().err
@@ -281,7 +281,7 @@ def test_a_compilation_that_fails_is_a_status_with_the_compilers_words_in_a_log(
 def test_whatever_stops_the_compilation_is_a_status_and_never_an_error(fresh, monkeypatch, spoil, why):
     spoil(monkeypatch)
     assert not extension.load()
-    assert re.search(why, extension.status().why) and extension.status().cure
+    assert re.search(why, extension.status().why) and extension.status().fix
 
 
 def test_a_damaged_prebuilt_extension_is_reported_with_what_followed(monkeypatch, tmp_path):

@@ -187,7 +187,7 @@ def test_the_pure_wheel_computes_with_the_reference_and_says_so_once(pure_wheel,
             losses = [gf.grpo_loss(torch.randn(2, 3, 5), torch.ones(2, 3, dtype=torch.long), torch.ones(2)).loss.item() for _ in range(2)]
             ours = [str(warning.message) for warning in said if "grpo_fast" in str(warning.message)]
         status = gf.backends()["cpu"]
-        print(json.dumps([gf.__file__, quiet, losses, ours, status.usable, status.why, status.cure]))
+        print(json.dumps([gf.__file__, quiet, losses, ours, status.usable, status.why, status.fix]))
     """
     file, quiet, losses, said, usable, why, cure = json.loads(
         python(code, PYTHONPATH=str(site_of(pure_wheel)), XDG_CACHE_HOME=str(tmp_path))

@@ -42,12 +42,12 @@ def run(console: Console | None = None) -> int:
     console.print(_backend_table(found))
     console.print(_machine_table())
     console.print(_optional_table())
-    cures = [f"{name}: {status.cure}" for name, status in found.items() if not status.usable and status.cure]
+    fixes = [f"{name}: {status.fix}" for name, status in found.items() if not status.usable and status.fix]
     extras = sorted({extra for package, (_, extra) in _OPTIONAL.items() if extra and installed_version(package) is None})
     if extras:
-        cures.append(f"packages: {install(*extras)}")
-    for cure in cures:
-        console.print(cure, highlight=False, markup=False)
+        fixes.append(f"packages: {install(*extras)}")
+    for fix in fixes:
+        console.print(fix, highlight=False, markup=False)
     return 0 if _reference_works() else 1
 
 

@@ -77,7 +77,7 @@ def group_advantages(
         Bitwise the same from run to run, and on the CPU whatever the number of threads (the reference on a GPU excepted).
 
     Raises:
-        ValueError: a shape, a value or a combination is wrong: names the argument, what it was, what was expected and the cure. Values of
+        ValueError: a shape, a value or a combination is wrong: names the argument, what it was, what was expected and the fix. Values of
             tensors (infinite rewards, offsets out of order) are looked at on the CPU, or on every device with ``GRPO_FAST_CHECK=1``;
             elsewhere an infinite reward shows as a mean that is not finite, and offsets out of order never read out of bounds.
         TypeError: an argument is of the wrong type.
@@ -226,8 +226,8 @@ def _check_offset_values(group_offsets: Tensor, batch: int) -> None:
     if decreasing.any():
         g = int(decreasing.nonzero()[0]) + 1
         before, after = int(group_offsets[g - 1]), int(group_offsets[g])
-        cure = "offsets that never decrease (an empty group repeats its offset); are these sizes? Then use their cumulative sum"
-        _fail(f"group_offsets[{g}]", f"{after} after {before}", cure)
+        fix = "offsets that never decrease (an empty group repeats its offset); are these sizes? Then use their cumulative sum"
+        _fail(f"group_offsets[{g}]", f"{after} after {before}", fix)
 
 
 def _check_finite(name: str, values: Tensor) -> None:
@@ -235,8 +235,8 @@ def _check_finite(name: str, values: Tensor) -> None:
     if wrong.any():
         where = wrong.nonzero()[0].tolist()
         got = str(values[tuple(where)].item())
-        cure = "finite values within float32's range (NaN where a reward does not apply); clamp them or mend the reward function"
-        _fail(f"{name}[{', '.join(map(str, where))}]", got, cure)
+        fix = "finite values within float32's range (NaN where a reward does not apply); clamp them or mend the reward function"
+        _fail(f"{name}[{', '.join(map(str, where))}]", got, fix)
 
 
 def _checked_weights(rewards: Tensor, reward_weights: Tensor | Sequence[float]) -> Tensor:  # [R] float64

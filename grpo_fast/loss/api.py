@@ -109,7 +109,7 @@ def grpo_loss(
         GRPOOutput(loss, logprobs, entropy, active, metrics).
 
     Raises:
-        TypeError, ValueError: names the argument, what it was, what was expected and the cure, before anything is written. Values of
+        TypeError, ValueError: names the argument, what it was, what was expected and the fix, before anything is written. Values of
             tensors (ids, mask, temperatures, advantages and log-probabilities of tokens that count) are looked at on the CPU, or on every
             device with ``debug_checks``; elsewhere a bad one shows as a loss of NaN.
         RuntimeError: ``impl`` names kernels that cannot compute on this machine or for these logits.
@@ -199,7 +199,7 @@ def token_logprobs(
         TokenLogprobs(logprobs, entropy), float32 and shaped like token_ids, 0 under the mask's zeros.
 
     Raises:
-        TypeError, ValueError: names the argument, what it was, what was expected and the cure, before anything is written.
+        TypeError, ValueError: names the argument, what it was, what was expected and the fix, before anything is written.
 
     Example:
         >>> out = token_logprobs(torch.zeros(1, 3, 8), torch.tensor([[1, 2, 3]]))

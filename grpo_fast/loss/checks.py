@@ -1,4 +1,4 @@
-"""Argument checks: every error names the argument, what it was, what was expected and the cure, before anything is written."""
+"""Argument checks: every error names the argument, what it was, what was expected and the fix, before anything is written."""
 
 from __future__ import annotations
 
@@ -72,34 +72,34 @@ def shape(name: str, x: Tensor, *allowed: tuple[tuple[int, ...], str], source: s
         raise ValueError(f"{name} has shape {list(x.shape)}; expected {expected} (sizes follow from {source}).")
 
 
-def positive(name: str, x: object, cure: str) -> float:
+def positive(name: str, x: object, fix: str) -> float:
     """x as a finite number above 0."""
-    value = number(name, x, "a number > 0", cure)
+    value = number(name, x, "a number > 0", fix)
     if not 0 < value <= LARGEST:  # False for NaN too
-        raise ValueError(f"{name} is {x!r}; expected a finite number > 0. {cure}")
+        raise ValueError(f"{name} is {x!r}; expected a finite number > 0. {fix}")
     return value
 
 
-def not_negative(name: str, x: object, cure: str, *, expected: str = "a number >= 0") -> float:
+def not_negative(name: str, x: object, fix: str, *, expected: str = "a number >= 0") -> float:
     """x as a finite number of at least 0."""
-    value = number(name, x, expected, cure)
+    value = number(name, x, expected, fix)
     if not 0 <= value <= LARGEST:
-        raise ValueError(f"{name} is {x!r}; expected a finite number >= 0. {cure}")
+        raise ValueError(f"{name} is {x!r}; expected a finite number >= 0. {fix}")
     return value
 
 
-def finite(name: str, x: object, cure: str) -> float:
+def finite(name: str, x: object, fix: str) -> float:
     """x as a finite number."""
-    value = number(name, x, "a number", cure)
+    value = number(name, x, "a number", fix)
     if not abs(value) <= LARGEST:
-        raise ValueError(f"{name} is {x!r}; expected a finite number. {cure}")
+        raise ValueError(f"{name} is {x!r}; expected a finite number. {fix}")
     return value
 
 
-def number(name: str, x: object, expected: str, cure: str) -> float:
+def number(name: str, x: object, expected: str, fix: str) -> float:
     """x as a Python number; NumPy's are numbers too, a bool is none."""
     if isinstance(x, bool) or not isinstance(x, REAL):
-        raise TypeError(f"{name} is {x!r} ({type(x).__name__}); expected {expected}. {cure}")
+        raise TypeError(f"{name} is {x!r} ({type(x).__name__}); expected {expected}. {fix}")
     return x if isinstance(x, (int, float, torch.SymFloat)) else float(x)  # type: ignore[return-value]
 
 

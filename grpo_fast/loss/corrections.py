@@ -51,7 +51,7 @@ def rollout_weights(
         [B, T] for tokens, [B, 1] for sequences, [N] for packed input.
 
     Raises:
-        TypeError, ValueError: names the argument, what it was, what was expected and the cure.
+        TypeError, ValueError: names the argument, what it was, what was expected and the fix.
 
     Example:
         >>> rollout_weights(torch.tensor([[-1.0, -1.0]]), torch.tensor([[-1.0, -3.0]]), torch.ones(1, 2), high=3.0)
@@ -66,12 +66,12 @@ def rollout_weights(
         raise ValueError(f"low is {low}, high is {high}; expected low <= high.")
     if checks.positive("log_ratio_clamp", log_ratio_clamp, "20 is usual.") > LARGEST_LOG_RATIO:
         raise ValueError(f"log_ratio_clamp is {log_ratio_clamp}; expected at most {LARGEST_LOG_RATIO}, since exp(88.8) overflows float32.")
-    counts = _checked_counts("old_logprobs", old_logprobs, mask, rollout_logprobs=rollout_logprobs)
-    log_weight = torch.where(counts, (old_logprobs - rollout_logprobs).float(), 0).nan_to_num(nan=0.0)
+    loss_mask = _checked_loss_mask("old_logprobs", old_logprobs, mask, rollout_logprobs=rollout_logprobs)
+    log_weight = torch.where(loss_mask, (old_logprobs - rollout_logprobs).float(), 0).nan_to_num(nan=0.0)
     if level != "token" or cu_seqlens is not None:
         sequences = _checked_sequences("old_logprobs", old_logprobs, cu_seqlens)
     if level != "token":
-        log_weight = sequences.total(log_weight) if level == "sequence" else sequences.mean(log_weight, counts)
+        log_weight = sequences.total(log_weight) if level == "sequence" else sequences.mean(log_weight, loss_mask)
     weight = log_weight.clamp(-log_ratio_clamp, log_ratio_clamp).exp()
     if mode == "truncate":
         return weight if low is None and high is None else weight.clamp(low, high)
@@ -106,7 +106,7 @@ def off_policy_sequence_mask(
         float32: [B, 1] for advantages [B], [B, T] or [N] for advantages per token.
 
     Raises:
-        TypeError, ValueError: names the argument, what it was, what was expected and the cure.
+        TypeError, ValueError: names the argument, what it was, what was expected and the fix.
 
     Example:
         >>> current, sampled = torch.tensor([[-3.0], [-3.0]]), torch.tensor([[-1.0], [-1.0]])
@@ -115,16 +115,16 @@ def off_policy_sequence_mask(
                 [0.]])
     """
     threshold = checks.finite("threshold", threshold, "It is in nats per token; 0.5 is usual.")
-    counts = _checked_counts("logprobs", logprobs, mask, rollout_logprobs=rollout_logprobs)
+    loss_mask = _checked_loss_mask("logprobs", logprobs, mask, rollout_logprobs=rollout_logprobs)
     sequences = _checked_sequences("logprobs", logprobs, cu_seqlens)
     checks.tensor("advantages", advantages, like=logprobs, like_name="logprobs")
     allowed: list[tuple[tuple[int, ...], str]] = [(tuple(logprobs.shape), "[N]" if logprobs.dim() == 1 else "[B, T]")]
     if logprobs.dim() == 2:
         allowed.append(((logprobs.shape[0],), "[B]"))
     checks.shape("advantages", advantages, *allowed, source="logprobs")
-    drift = torch.where(counts, (rollout_logprobs - logprobs).float(), 0).nan_to_num(nan=0.0)
+    drift = torch.where(loss_mask, (rollout_logprobs - logprobs).float(), 0).nan_to_num(nan=0.0)
     per_token = advantages.unsqueeze(1) if advantages.dim() < logprobs.dim() else advantages
-    drifted = sequences.mean(drift, counts) > threshold
+    drifted = sequences.mean(drift, loss_mask) > threshold
     return (~(drifted & (per_token < 0))).float()
 
 
@@ -148,7 +148,7 @@ def top_entropy_mask(
         float32, like entropy.
 
     Raises:
-        TypeError, ValueError: names the argument, what it was, what was expected and the cure.
+        TypeError, ValueError: names the argument, what it was, what was expected and the fix.
 
     Example:
         >>> top_entropy_mask(torch.tensor([[0.1, 0.9, 0.5, 0.3]]), torch.ones(1, 4), quantile=0.5)
@@ -157,15 +157,15 @@ def top_entropy_mask(
     quantile = checks.positive("quantile", quantile, "It is the share of tokens that are kept; 0.2 is usual.")
     if quantile > 1:
         raise ValueError(f"quantile is {quantile}; expected at most 1, which keeps every token.")
-    counts = _checked_counts("entropy", entropy, mask) & ~entropy.isnan()
-    values = entropy[counts]
+    loss_mask = _checked_loss_mask("entropy", entropy, mask) & ~entropy.isnan()
+    values = entropy[loss_mask]
     if values.numel() == 0:
         return torch.zeros_like(entropy, dtype=torch.float32)
     below = math.ceil((1 - quantile) * (values.numel() - 1) - 1e-6)  # that many are below the threshold, but for ties and roundings
-    return (counts & (entropy >= values.kthvalue(below + 1).values)).float()
+    return (loss_mask & (entropy >= values.kthvalue(below + 1).values)).float()
 
 
-def _checked_counts(name: str, tokens: Tensor, mask: Tensor, **same_shape: Tensor) -> Tensor:
+def _checked_loss_mask(name: str, tokens: Tensor, mask: Tensor, **same_shape: Tensor) -> Tensor:
     """The mask as bool, where tokens (whose name is given) and what has its shape are what they should be."""
     checks.tensor(name, tokens, like=None)
     if tokens.dim() not in (1, 2):

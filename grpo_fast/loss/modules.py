@@ -59,7 +59,7 @@ class GRPOLoss(LossModule):
         temperature, softcap, logit_scale, metrics_on: as in gf.grpo_loss, which has the defaults.
 
     Raises:
-        TypeError, ValueError: names the argument, what it was, what was expected and the cure.
+        TypeError, ValueError: names the argument, what it was, what was expected and the fix.
 
     Example:
         >>> loss = GRPOLoss(LossConfig(loss_type="grpo"), temperature=0.7)

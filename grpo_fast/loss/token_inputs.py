@@ -17,7 +17,7 @@ from grpo_fast.ops.backends import select
 __all__ = ["TokenInputs", "token_inputs"]
 
 ANY_VOCABULARY = 1 << 62  # where other processes hold a part of it, whose size is not known yet
-TEMPERATURE_CURE = "The temperature is the one that sampled the tokens; greedy decoding (0) has no policy to train."
+TEMPERATURE_FIX = "The temperature is the one that sampled the tokens; greedy decoding (0) has no policy to train."
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def token_inputs(
     name, vocabulary: for hidden states, what to call them and how many logits a head makes of them; None: there are logits.
 
     Raises:
-        TypeError, ValueError: names the argument, what it was, what was expected and the cure.
+        TypeError, ValueError: names the argument, what it was, what was expected and the fix.
     """
     _check_scored(name, scored, token_ids)
     number, softcap, logit_scale = checked_scoring(temperature, softcap, logit_scale)
@@ -119,13 +119,13 @@ def token_inputs(
 
 
 def _check_scored(name: str, x: Tensor, token_ids: Tensor) -> None:
-    letter, cure = ("V", "A model's output holds it as .logits.") if name == "logits" else ("D", "It is what a model feeds to its head.")
+    letter, fix = ("V", "A model's output holds it as .logits.") if name == "logits" else ("D", "It is what a model feeds to its head.")
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} is a {type(x).__name__}; expected a floating-point torch.Tensor. {cure}")
+        raise TypeError(f"{name} is a {type(x).__name__}; expected a floating-point torch.Tensor. {fix}")
     checks.tensor(name, x, like=None)
     if x.is_meta and select(x.device) == "reference":  # a fake tensor of torch.compile is on the device that it stands for
         are = "are" if name == "logits" else "is"
-        raise ValueError(f"{name} {are} on meta, which holds no values; expected tensors of a CPU or a GPU. {cure}")
+        raise ValueError(f"{name} {are} on meta, which holds no values; expected tensors of a CPU or a GPU. {fix}")
     checks.tensor("token_ids", token_ids, like=x, like_name=name, floating=False)
     if token_ids.dtype != torch.int64:
         raise TypeError(f"token_ids has dtype {token_ids.dtype}; expected torch.int64. Convert it: token_ids.long().")
@@ -148,7 +148,7 @@ def checked_scoring(temperature: float | Tensor, softcap: float | None, logit_sc
     if softcap is not None:
         softcap = float(checks.positive("softcap", softcap, "Pass None for a model without a soft cap."))
     logit_scale = float(checks.positive("logit_scale", logit_scale, "Pass 1.0 for a model that does not scale its logits."))
-    number = 1.0 if isinstance(temperature, Tensor) else checks.positive("temperature", temperature, TEMPERATURE_CURE)
+    number = 1.0 if isinstance(temperature, Tensor) else checks.positive("temperature", temperature, TEMPERATURE_FIX)
     return number, softcap, logit_scale
 
 
@@ -161,13 +161,13 @@ def checked_mask(mask: Tensor, tokens: Tensor, name: str, *, scored: str | None 
     checks.shape("mask", mask, (tuple(tokens.shape), f"the shape of {name}"), source=source)
     if mask.dtype == torch.bool:
         return mask
-    counts = mask != 0
+    loss_mask = mask != 0
     if checks.value_checks_wanted(mask):
-        bad = counts & (mask != 1)  # NaN is neither
+        bad = loss_mask & (mask != 1)  # NaN is neither
         if bool(bad.any()):
             where = checks.first_index(bad)
             raise ValueError(f"mask{where} is {mask[tuple(where)].item()}; expected bool, or numbers 0 and 1. Compare first: mask > 0.")
-    return counts
+    return loss_mask
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, tokens: Tensor, name: str, *, scored: str | None = None) -> None:
@@ -204,7 +204,7 @@ def _check_values(inputs: TokenInputs, vocabulary: int) -> None:
             where = checks.first_index(bad)
             value = inputs.temperatures.expand_as(mask)[tuple(where)].item()
             raise ValueError(
-                f"temperature of token {inputs.given_index(where)} is {value}; expected a finite number > 0. {TEMPERATURE_CURE}"
+                f"temperature of token {inputs.given_index(where)} is {value}; expected a finite number > 0. {TEMPERATURE_FIX}"
             )
 
 

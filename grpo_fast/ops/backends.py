@@ -1,4 +1,4 @@
-"""Which implementation computes: the choice, how to force it, and what is usable on this machine, with reason and cure."""
+"""Which implementation computes: the choice, how to force it, and what is usable on this machine, with reason and fix."""
 
 from __future__ import annotations
 
@@ -24,18 +24,23 @@ _ISA_NAMES = {0: "portable C++", 1: "AVX2", 2: "AVX-512"}
 
 # A plain global, process-wide on purpose: torch.compile guards on it, so that a compiled function follows use_backend.
 _forced: str | None = None
-_said: set[str] = set()
+_warned: set[str] = set()
 
 
 @dataclass(frozen=True)
 class BackendStatus:
-    """One backend on this machine."""
+    """Whether one backend is usable on this machine, and if not, why."""
 
     name: str
     usable: bool
-    why: str = ""  # why it is not usable; empty if it is
-    cure: str = ""  # what to do about it
+    why: str = ""  # the reason why it is not usable; empty if it is
+    fix: str = ""  # how to make it usable
     details: Mapping[str, str] = field(default_factory=dict)  # versions, instruction set, files
+
+    @property
+    def cure(self) -> str:
+        """The same as ``fix``."""
+        return self.fix
 
 
 @contextlib.contextmanager
@@ -59,7 +64,7 @@ def use_backend(name: str) -> Iterator[None]:
         raise ValueError(f"use_backend: name is {name!r}; expected one of {', '.join(BACKENDS)}.")
     status = _status(name)
     if not status.usable:
-        raise RuntimeError(f"use_backend: the backend {name!r} is not usable here: {status.why}. {status.cure}")
+        raise RuntimeError(f"use_backend: the backend {name!r} is not usable here: {status.why}. {status.fix}")
     triton_ops = sys.modules.get("grpo_fast.ops.triton_registration")
     before = _forced
     _forced = name
@@ -76,7 +81,7 @@ def forced() -> str | None:
 
 
 def backends() -> dict[str, BackendStatus]:
-    """What is usable on this machine, what is not, why, and the cure.
+    """What is usable on this machine, what is not, why, and the fix.
 
     Asking settles the question: where the C++ extension is compiled at first use, this is a use.
 
@@ -114,12 +119,12 @@ def _default(device_type: str) -> str:
     preferred = {"cpu": "cpu", "cuda": "triton", "xpu": "triton"}.get(device_type, "reference")
     if preferred == "reference":
         return "reference"
-    usable, why, cure = _usable(preferred)
+    usable, why, fix = _usable(preferred)
     if usable:
         return preferred
-    _say_once(
+    _warn_once(
         preferred,
-        f"the {preferred!r} backend is not usable: {why}. {cure} Tensors on {device_type!r} are computed by the reference backend "
+        f"the {preferred!r} backend is not usable: {why}. {fix} Tensors on {device_type!r} are computed by the reference backend "
         "(plain PyTorch), which is right but slow and takes more memory.",
     )
     return "reference"
@@ -130,10 +135,10 @@ _default._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _usable(name: str) -> tuple[bool, str, str]:
-    """(usable, why not, cure) of one backend. Makes no tensor and calls no operator: it may run while torch.compile traces."""
+    """(usable, why not, fix) of one backend. Makes no tensor and calls no operator: it may run while torch.compile traces."""
     if name == "cpu" and not extension.load():
         status = extension.status()
-        return False, status.why, status.cure
+        return False, status.why, status.fix
     if name == "triton":
         return _triton_usable()
     return True, "", ""
@@ -145,8 +150,8 @@ def _triton_usable() -> tuple[bool, str, str]:
     if importlib.util.find_spec("triton") is None:
         return False, "triton is not installed", "Install it: pip install triton (PyTorch's own builds for GPUs bring it)."
     if not _interpreted() and not torch.cuda.is_available() and not torch.xpu.is_available():
-        cure = "Use 'reference' or 'cpu'; or, to try the kernels in Triton's interpreter, set TRITON_INTERPRET=1 before Python starts."
-        return False, "there is no GPU that PyTorch can use", cure
+        fix = "Use 'reference' or 'cpu'; or, to try the kernels in Triton's interpreter, set TRITON_INTERPRET=1 before Python starts."
+        return False, "there is no GPU that PyTorch can use", fix
     try:
         importlib.import_module("grpo_fast.ops.triton_registration")
     except Exception as error:  # a triton that does not fit this torch fails in many ways
@@ -159,13 +164,13 @@ def _interpreted() -> bool:
 
 
 def _status(name: str) -> BackendStatus:
-    usable, why, cure = _usable(name)
+    usable, why, fix = _usable(name)
     details: dict[str, str] = {"torch": torch.__version__}
     if name == "cpu" and usable:
         details |= {"instruction set": cpu_isa(), "threads": str(torch.get_num_threads()), "library": extension.status().path}
     if name == "triton":
         details["triton"] = installed_version("triton") or "not installed"
-    return BackendStatus(name=name, usable=usable, why=why, cure=cure, details=details)
+    return BackendStatus(name=name, usable=usable, why=why, fix=fix, details=details)
 
 
 def cpu_isa() -> str:
@@ -187,7 +192,7 @@ def installed_version(package: str) -> str | None:
         return None
 
 
-def _say_once(key: str, text: str) -> None:
-    if key not in _said:
-        _said.add(key)
+def _warn_once(key: str, text: str) -> None:
+    if key not in _warned:
+        _warned.add(key)
         warnings.warn(f"grpo_fast: {text}", RuntimeWarning, stacklevel=4)

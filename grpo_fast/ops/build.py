@@ -118,8 +118,8 @@ def choose_cuda(build_mode: str, torch_cuda: str | None) -> tuple[str | None, st
     if build_mode == "auto" and torch_cuda:
         found = _nvcc_version(home)
         if found and found.split(".")[0] != torch_cuda.split(".")[0]:
-            cure = "set CUDA_HOME to a toolkit of the same major version"
-            return None, f"nvcc in {home} is CUDA {found}, torch is built for CUDA {torch_cuda}; {cure}"
+            fix = "set CUDA_HOME to a toolkit of the same major version"
+            return None, f"nvcc in {home} is CUDA {found}, torch is built for CUDA {torch_cuda}; {fix}"
     return home, f"CUDA toolkit {home}"
 
 

@@ -1,7 +1,7 @@
 """Loading of the C++ and CUDA extension: the prebuilt one at import, else one compiled at first use into a cache folder.
 
 The extension is a library of operators, not of Python functions: loading it attaches kernels to the schemas of ops.py. A missing or
-broken extension is a status with a reason and a cure, never an error at import.
+broken extension is a status with a reason and a fix, never an error at import.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class ExtensionStatus:
     loaded: bool
     path: str = ""  # of the loaded library
     why: str = ""  # why it is not loaded
-    cure: str = ""
+    fix: str = ""
 
 
 _status: ExtensionStatus | None = None  # None until it is loaded or has failed for good; a failure is not tried again in this process
@@ -100,8 +100,8 @@ def _load_compiled() -> ExtensionStatus:
         return _failed("the extension is not supported on Windows", "Use Linux (WSL), or the reference backend.")
     csrc = _source_folder()
     if csrc is None:
-        cure = f"Install again without GRPO_FAST_BUILD=none. {_INSTALL}"
-        return _failed("this install is pure Python (built with GRPO_FAST_BUILD=none): it carries no C++ sources", cure)
+        fix = f"Install again without GRPO_FAST_BUILD=none. {_INSTALL}"
+        return _failed("this install is pure Python (built with GRPO_FAST_BUILD=none): it carries no C++ sources", fix)
 
     cuda_home = None
     if torch.version.cuda:
@@ -109,8 +109,8 @@ def _load_compiled() -> ExtensionStatus:
     library = _cache_folder(csrc, cuda_home) / "_C.so"
     if not library.is_file():
         if build.cxx_compiler() is None:
-            cure = "Install a C++17 compiler (for example: `apt install g++`), or set CXX to one."
-            return _failed("no C++ compiler was found, and it is compiled at first use", cure)
+            fix = "Install a C++17 compiler (for example: `apt install g++`), or set CXX to one."
+            return _failed("no C++ compiler was found, and it is compiled at first use", fix)
         library.parent.mkdir(parents=True, exist_ok=True)
         with _locked(library.parent / "lock"):
             if not library.is_file():  # else another process has made it meanwhile
@@ -123,7 +123,7 @@ def _compile(csrc: Path, cuda_home: str | None, library: Path) -> ExtensionStatu
     """Compile, load, and move the finished file to ``library`` in one step: a killed process leaves no half file. Called under the lock."""
     from torch.utils import cpp_extension
 
-    _say(f"compiling the {'C++ and CUDA' if cuda_home else 'C++'} extension for torch {torch.__version__}, once, into {library.parent} ...")
+    _log(f"compiling the {'C++ and CUDA' if cuda_home else 'C++'} extension for torch {torch.__version__}, once, into {library.parent} ...")
     begin = time.perf_counter()
     work = library.parent / "build"
     shutil.rmtree(work, ignore_errors=True)  # of a process that was killed, with torch's lock file in it
@@ -147,13 +147,13 @@ def _compile(csrc: Path, cuda_home: str | None, library: Path) -> ExtensionStatu
         os.replace(work / "_C.so", library)
     except Exception as error:
         log.write_text(str(error))
-        _say(f"the compilation failed after {time.perf_counter() - begin:.0f} s, the compiler's words are in {log}")
+        _log(f"the compilation failed after {time.perf_counter() - begin:.0f} s, the compiler's words are in {log}")
         return _failed(f"the compilation at first use failed: {_first_line(error)}", f"Read {log}; a C++17 compiler and ninja are needed.")
     finally:
         cpp_extension.CUDA_HOME = torchs_cuda_home
         shutil.rmtree(work, ignore_errors=True)
     log.unlink(missing_ok=True)
-    _say(f"compiled in {time.perf_counter() - begin:.0f} s")
+    _log(f"compiled in {time.perf_counter() - begin:.0f} s")
     return ExtensionStatus(loaded=True, path=str(library))
 
 
@@ -185,14 +185,14 @@ def _locked(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            _say("another process is compiling the extension; waiting for it ...")
+            _log("another process is compiling the extension; waiting for it ...")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def _failed(why: str, cure: str) -> ExtensionStatus:
+def _failed(why: str, fix: str) -> ExtensionStatus:
     both = f"{_prebuilt_failure}, and {why}" if _prebuilt_failure else why
-    return ExtensionStatus(loaded=False, why=both, cure=cure)
+    return ExtensionStatus(loaded=False, why=both, fix=fix)
 
 
 def _first_line(error: BaseException) -> str:
@@ -201,6 +201,6 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {telling.strip()}"
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     sys.stderr.write(f"grpo_fast: {text}\n")
     sys.stderr.flush()

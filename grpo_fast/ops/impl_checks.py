@@ -21,7 +21,7 @@ def check_impl(impl: str, logits: Tensor, backend: str, *, one_pass: bool) -> No
 
     Raises:
         ValueError: no such name, or not for these arguments.
-        RuntimeError: not on this machine or for these logits; says why, and the cure.
+        RuntimeError: not on this machine or for these logits; says why, and the fix.
     """
     if impl not in IMPLS:
         raise ValueError(f"impl is {impl!r}; expected None or one of {', '.join(map(repr, IMPLS))}.")
@@ -46,15 +46,15 @@ def check_impl(impl: str, logits: Tensor, backend: str, *, one_pass: bool) -> No
 
 
 def why_no_clusters(logits: Tensor) -> str:
-    """Why these logits cannot be computed by clusters, and the cure, as a clause; "" if they can."""
+    """Why these logits cannot be computed by clusters, and the fix, as a clause; "" if they can."""
     device = logits.device
     if device.type != "cuda" or torch.version.hip is not None:
         return f"the logits are on {device}; expected an NVIDIA GPU of compute capability 9.0 or newer. Move them there."
     if not extension.load():
-        return f"the CUDA extension is not loaded: {extension.status().why}. {extension.status().cure}"
+        return f"the CUDA extension is not loaded: {extension.status().why}. {extension.status().fix}"
     if not torch._C._dispatch_has_kernel_for_dispatch_key("grpo_fast::grpo_loss_cluster", "CUDA"):
-        cure = "Install a CUDA toolkit and build again with GRPO_FAST_BUILD=cuda."
-        return f"the extension was built without CUDA; expected a build with nvcc. {cure}"
+        fix = "Install a CUDA toolkit and build again with GRPO_FAST_BUILD=cuda."
+        return f"the extension was built without CUDA; expected a build with nvcc. {fix}"
     try:
         longest = torch.ops.grpo_fast.cluster_row_bytes(device.index or 0)
     except RuntimeError as error:

@@ -190,7 +190,7 @@ def _with_gradient(loss: Tensor, batch: Batch) -> Outputs:
 def _ours(name: str, temperature: float) -> Implementation:
     status = gf.backends()["cpu"]
     if not status.usable:
-        raise UnavailableError(f"the C++ backend is not usable: {status.why}. {status.cure}")
+        raise UnavailableError(f"the C++ backend is not usable: {status.why}. {status.fix}")
 
     def forward(batch: Batch) -> Outputs:
         with torch.no_grad():
