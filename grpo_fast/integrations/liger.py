@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo_fast.head.api import linear_grpo_loss, linear_token_logprobs
-from grpo_fast.integrations.logprobs import logprob_policy
+from grpo_fast.integrations.logprobs import logprob_loss_inputs
 from grpo_fast.loss.api import GRPOOutput, grpo_loss, token_logprobs
 from grpo_fast.loss.config import LossConfig
 from grpo_fast.loss.logprob_loss import kl_penalty, token_losses
@@ -90,12 +90,12 @@ def triton_grpo_loss(
     weights = _per_token_or_column(vllm_is_ratio)
     if not reduce:
         logprobs = token_logprobs(logits, completion_ids, mask=mask, temperature=temperature).logprobs
-        policy = logprob_policy(
+        inputs = logprob_loss_inputs(
             logprobs, advantages, config=config, mask=mask, old_logprobs=old_logp, ref_logprobs=ref_logp, rollout_weights=weights
         )
-        loss, ratio, kl = token_losses(logprobs, policy, policy.mask)
-        kl = (kl * ratio if config.bias_corrected_kl else kl).detach() * policy.mask
-        return loss, kl if beta != 0 else None, _clipped(ratio, policy.advantages, policy.mask, config).float()
+        loss, ratio, kl = token_losses(logprobs, inputs, inputs.mask)
+        kl = (kl * ratio if config.bias_corrected_kl else kl).detach() * inputs.mask
+        return loss, kl if beta != 0 else None, _clipped(ratio, inputs.advantages, inputs.mask, config).float()
     out = grpo_loss(
         logits,
         completion_ids,

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_fast.integrations.logprobs import logprob_loss, lower_bound_of_cispo, mean_over_tokens, ratio_of
+from grpo_fast.integrations.logprobs import cispo_lower_bound_weights, importance_ratio, logprob_loss, mean_over_tokens
 from grpo_fast.loss.config import LossConfig
 
 __all__ = ["POLICY_LOSSES", "policy_loss", "register"]
@@ -80,8 +80,8 @@ def policy_loss(
     if policy_loss_type == "cispo":
         if config.cispo.cispo_anchor == "rollout":
             old = _rollout_anchor(rollout_logprobs, config)
-        ratio, low, high = ratio_of(log_probs, old, mask), 1 - config.cispo.cispo_eps_clip_low, settings.epsilon_high
-        raised = lower_bound_of_cispo(ratio, low, high)
+        ratio, low, high = importance_ratio(log_probs, old, mask), 1 - config.cispo.cispo_eps_clip_low, settings.epsilon_high
+        raised = cispo_lower_bound_weights(ratio, low, high)
         weights = raised if weights is None else raised * weights
     loss, metrics = logprob_loss(log_probs, advantages, config=settings, mask=mask, old_logprobs=old, rollout_weights=weights, num_items=1)
     clip_ratio = metrics["clip_region"]

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast.head.api import linear_token_logprobs
-from grpo_fast.integrations.logprobs import logprob_loss, lower_bound_of_cispo, mean_over_tokens, ratio_of
+from grpo_fast.integrations.logprobs import cispo_lower_bound_weights, importance_ratio, logprob_loss, mean_over_tokens
 from grpo_fast.integrations.versions import refuse_other_versions
 from grpo_fast.loss.advantages import group_advantages
 from grpo_fast.loss.config import LossConfig
@@ -77,8 +77,8 @@ def policy_loss(
         settings = LossConfig(loss_type="vespo")
     elif loss_mode == "cispo":
         settings = LossConfig.like("verl", loss_mode=loss_mode, **{**options, "clip_ratio_low": 1.0})
-        ratio = ratio_of(log_prob, old_log_prob, response_mask)
-        raised = lower_bound_of_cispo(ratio, 1 - _low(options), settings.epsilon_high)
+        ratio = importance_ratio(log_prob, old_log_prob, response_mask)
+        raised = cispo_lower_bound_weights(ratio, 1 - _low(options), settings.epsilon_high)
         weights = raised if weights is None else raised * weights
     else:
         settings = LossConfig.like("verl", loss_mode=loss_mode, **options)
@@ -139,7 +139,7 @@ def _metrics(
     mask: Tensor,
     options: dict[str, Any],
 ) -> dict[str, float]:
-    ratio = ratio_of(log_prob, old_log_prob, mask)
+    ratio = importance_ratio(log_prob, old_log_prob, mask)
     lower = torch.zeros_like(clip_region)
     if loss_mode == "vanilla":
         lower = mean_over_tokens((ratio > options.get("clip_ratio_c", 3.0)) & (advantages < 0), mask)

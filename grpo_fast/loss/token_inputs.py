@@ -14,24 +14,19 @@ from torch import Tensor
 from grpo_fast.loss import checks
 from grpo_fast.ops.backends import select
 
-__all__ = ["TokenInputs", "token_inputs"]
+__all__ = ["TokenBatch", "TokenInputs", "logprob_inputs", "token_inputs"]
 
 ANY_VOCABULARY = 1 << 62  # where other processes hold a part of it, whose size is not known yet
 TEMPERATURE_FIX = "The temperature is the one that sampled the tokens; greedy decoding (0) has no policy to train."
 
 
-@dataclass(frozen=True)
-class TokenInputs:
-    """Logits, or the hidden states that a head turns into them, and what scores them: checked, in one form."""
+@dataclass(frozen=True, kw_only=True)
+class TokenBatch:
+    """The tensor that a call computes with, validated, and its mask. The other arguments of the call are validated against them."""
 
-    scored: Tensor  # [B, T, V] or [B, T + 1, V]; hidden states: D in place of V
-    token_ids: Tensor  # int64 [B, T]
+    scored: Tensor  # logits [B, T, V] or [B, T + 1, V]; hidden states: D in place of V; log-probabilities: [B, T]
     mask: Tensor  # bool [B, T]
-    temperatures: Tensor | None  # float, broadcastable to [B, T]; None: one number for all
-    temperature: float
-    softcap: float | None
-    logit_scale: float
-    shape: torch.Size  # of token_ids as given: [B, T] or [N]
+    shape: torch.Size  # of the mask as given: [B, T] or [N]
     name: str = "logits"  # of ``scored``, for messages
 
     @property
@@ -40,8 +35,8 @@ class TokenInputs:
 
     @property
     def sizes(self) -> str:
-        """From what the sizes of the other arguments follow, for messages."""
-        return f"{self.name} and token_ids"
+        """The arguments from which the sizes of the others follow, for messages."""
+        return self.name
 
     def optional(self, name: str, x: Tensor | None, *, one_column: bool = False) -> Tensor | None:
         """An argument that may be None, else as per_token."""
@@ -73,6 +68,33 @@ class TokenInputs:
     def like_given(self, x: Tensor) -> Tensor:
         """A [B, T] result in the shape of the caller's token_ids."""
         return x.squeeze(0) if self.packed else x
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenInputs(TokenBatch):
+    """Logits, or the hidden states that a head turns into them, and what scores them: validated, in one form."""
+
+    token_ids: Tensor  # int64 [B, T]
+    temperatures: Tensor | None  # float, broadcastable to [B, T]; None: one number for all
+    temperature: float
+    softcap: float | None
+    logit_scale: float
+
+    @property
+    def sizes(self) -> str:
+        return f"{self.name} and token_ids"
+
+
+def logprob_inputs(logprobs: Tensor, mask: Tensor) -> TokenBatch:
+    """Validate log-probabilities ``[B, T]``, which a caller has in place of logits, and their mask.
+
+    Raises:
+        TypeError, ValueError: names the argument, what it was, what was expected and the fix.
+    """
+    checks.tensor("logprobs", logprobs, like=None)
+    if logprobs.dim() != 2:
+        raise ValueError(f"logprobs has shape {list(logprobs.shape)}; expected [B, T].")
+    return TokenBatch(scored=logprobs, mask=checked_mask(mask, logprobs, "logprobs"), shape=logprobs.shape, name="logprobs")
 
 
 def token_inputs(

@@ -10,7 +10,7 @@ from grpo_fast.loss.aggregation import aggregation_weights
 from grpo_fast.loss.config import LossConfig
 from grpo_fast.loss.inputs import LossInputs
 from grpo_fast.loss.sequences import Sequences
-from grpo_fast.loss.token_inputs import TokenInputs, check_cu_seqlens
+from grpo_fast.loss.token_inputs import TokenBatch, check_cu_seqlens
 
 __all__ = ["check_config", "check_metrics_on", "validated_loss_inputs"]
 
@@ -18,7 +18,7 @@ MEANING_OF_NUM_ITEMS = "It is the number of tokens that count in the whole optim
 
 
 def validated_loss_inputs(
-    tokens: TokenInputs,
+    tokens: TokenBatch,
     advantages: Tensor,  # [B], [B, T] or [N]
     *,
     config: LossConfig,
@@ -30,7 +30,7 @@ def validated_loss_inputs(
     loss_scale: float,
     metrics_on: str,
 ) -> LossInputs:
-    """Validate the arguments of grpo_loss beside those of ``token_inputs``, and bring them into the form of LossInputs.
+    """Validate the arguments of a loss beside its ``tokens``, and bring them into the form of LossInputs.
 
     Raises:
         TypeError, ValueError: names the argument, what it was, what was expected and the fix.
@@ -38,12 +38,12 @@ def validated_loss_inputs(
     check_config(config)
     if config.beta != 0 and ref_logprobs is None:
         raise ValueError(
-            f"ref_logprobs is None; expected a tensor like token_ids, since config.beta = {config.beta:g}. Pass them, or set beta=0."
+            f"ref_logprobs is None; expected a tensor like the mask, since config.beta = {config.beta:g}. Pass them, or set beta=0."
         )
     check_metrics_on(metrics_on)
     loss_scale = checks.finite("loss_scale", loss_scale, "Multiply the loss by a tensor afterwards.")
     _check_cu_seqlens(cu_seqlens, tokens, config)
-    sequences = Sequences(tokens.token_ids, cu_seqlens)
+    sequences = Sequences(tokens.mask, cu_seqlens)
     weights, entropy_weights = _weights(tokens, sequences, config, num_items)
     inputs = LossInputs(
         config=config,
@@ -75,7 +75,7 @@ def check_metrics_on(metrics_on: str) -> None:
         raise ValueError(f"metrics_on is {metrics_on!r}; expected 'all' or 'active'.")
 
 
-def _check_values(tokens: TokenInputs, inputs: LossInputs) -> None:
+def _check_values(tokens: TokenBatch, inputs: LossInputs) -> None:
     """No token that counts has an advantage or a log-probability that would make the loss NaN. A log-probability of -inf is one that a
     sampler or a reference may give: the log-ratio is clamped."""
     for name, finite, x in (
@@ -99,7 +99,7 @@ def _check_values(tokens: TokenInputs, inputs: LossInputs) -> None:
             )
 
 
-def _check_cu_seqlens(cu_seqlens: Tensor | None, tokens: TokenInputs, config: LossConfig) -> None:
+def _check_cu_seqlens(cu_seqlens: Tensor | None, tokens: TokenBatch, config: LossConfig) -> None:
     if cu_seqlens is None:
         by_sequence = (
             config.level != "token" or config.surrogate == "vespo" or config.resolved_aggregation not in ("token_mean", "global_token_mean")
@@ -110,11 +110,11 @@ def _check_cu_seqlens(cu_seqlens: Tensor | None, tokens: TokenInputs, config: Lo
                 "packed. Pass where the sequences begin, 0 ... N, or give a padded batch."
             )
         return
-    token_ids = tokens.token_ids.squeeze(0) if tokens.packed else tokens.token_ids
-    check_cu_seqlens(cu_seqlens, token_ids, "token_ids", scored=tokens.name)
+    mask = tokens.mask.squeeze(0) if tokens.packed else tokens.mask
+    check_cu_seqlens(cu_seqlens, mask, "token_ids", scored=tokens.name)
 
 
-def _checked_num_items(num_items: int | float | Tensor, tokens: TokenInputs) -> float | Tensor:
+def _checked_num_items(num_items: int | float | Tensor, tokens: TokenBatch) -> float | Tensor:
     """0 where nothing counts in the whole step, and the loss is 0."""
     if not isinstance(num_items, Tensor):
         return checks.not_negative("num_items", num_items, MEANING_OF_NUM_ITEMS, expected="a number or a 0-d tensor")
@@ -129,9 +129,7 @@ def _checked_num_items(num_items: int | float | Tensor, tokens: TokenInputs) -> 
     return num_items
 
 
-def _weights(
-    tokens: TokenInputs, sequences: Sequences, config: LossConfig, num_items: int | float | Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _weights(tokens: TokenBatch, sequences: Sequences, config: LossConfig, num_items: int | float | Tensor | None) -> tuple[Tensor, Tensor]:
     """Of every token in the loss and in the entropy bonus, broadcastable to [B, T]."""
     if num_items is not None:
         num_items = _checked_num_items(num_items, tokens)
