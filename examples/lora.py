@@ -1,7 +1,7 @@
-"""LoRA: only the adapter is trained, and the reference of the KL penalty is the model without it, which costs no memory.
+"""LoRA: only the adapter is trained. The reference policy of the KL penalty is the model without it, which needs no extra memory.
 
 python examples/lora.py --model Qwen/Qwen3-0.6B --steps 200
-python examples/lora.py --steps 4                   # a tiny model with random weights, no download
+python examples/lora.py --steps 4                   # a tiny model with random weights, nothing to download
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from grpo_fast.trainer import GRPOConfig, GRPOTrainer
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a causal language model of the hub, or a folder; none: a tiny one")
+    parser.add_argument("--model", help="name or folder of a causal language model; default: a tiny model with random weights")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--output", default="runs/lora")
     options = parser.parse_args()
@@ -45,7 +45,7 @@ def main() -> None:
     )
     trainer.train()
     trainer.model.print_trainable_parameters()
-    trainer.save_model()  # the adapter alone
+    trainer.save_model()  # only the adapter
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""A task of the reasoning-gym package (pip install '.[tasks]'), which makes its questions and checks its answers by rule.
+"""A task of the reasoning-gym package (pip install '.[tasks]'), which generates the questions and scores the answers.
 
 python examples/reasoning_gym_task.py --task chain_sum --model Qwen/Qwen3-0.6B --steps 200
-python examples/reasoning_gym_task.py --steps 2     # a tiny model with random weights, no download
+python examples/reasoning_gym_task.py --steps 2     # a tiny model with random weights, nothing to download
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from grpo_fast.trainer import GRPOConfig, GRPOTrainer
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="chain_sum")
-    parser.add_argument("--model", help="a causal language model of the hub, or a folder; none: a tiny one")
+    parser.add_argument("--model", help="name or folder of a causal language model; default: a tiny model with random weights")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--output", default="runs/reasoning_gym")
     options = parser.parse_args()
@@ -33,7 +33,7 @@ def main() -> None:
         gradient_accumulation_steps=2,
         num_generations=8,
         max_completion_length=512 if options.model else 16,
-        dynamic_sampling_attempts=1,  # questions that all get right, or wrong, are exchanged once
+        dynamic_sampling_attempts=1,  # replace questions once if all completions have the same reward
         reward_weights=[1.0, 0.2],
         eval_rounds=2,
         logging_steps=1,

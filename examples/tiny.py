@@ -1,14 +1,14 @@
-"""A model and a tokenizer for trying things out without a download: random weights, one token per character."""
+"""A model and a tokenizer for examples without a download: random weights, one token per character."""
 
 from __future__ import annotations
 
 import string
-from typing import Any
 
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer with a token for each printable ASCII character."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     vocabulary = {token: index for index, token in enumerate(("<pad>", "<eos>", "<unk>", *dict.fromkeys(string.printable)))}
@@ -18,7 +18,8 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
 
 
-def tiny_model(tokenizer: Any) -> Qwen2ForCausalLM:
+def tiny_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+    """A Qwen2 model of two layers for this tokenizer, with random weights."""
     return Qwen2ForCausalLM(
         Qwen2Config(
             vocab_size=len(tokenizer),

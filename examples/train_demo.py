@@ -1,4 +1,6 @@
-"""The task of ``grpo-fast demo`` on the trainer: a small model with bad habits learns to sort digits, in about a minute on one core.
+"""The task of ``grpo-fast demo`` with the trainer: a small model, warm-started on flawed answers, learns to sort digits.
+
+It takes about a minute on one CPU core.
 
 python examples/train_demo.py --steps 60 --seed 0
 """
@@ -27,7 +29,7 @@ def main() -> None:
     parser.add_argument("--output", default="runs/train_demo")
     options = parser.parse_args()
 
-    torch.set_num_threads(1)  # a second thread gains such a model nothing
+    torch.set_num_threads(1)  # a second thread does not make a model of this size faster
     torch.manual_seed(options.seed)
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)

@@ -1,4 +1,4 @@
-"""Data parallel: the same script on several processes or GPUs. For the same completions, loss and gradient do not depend on how many.
+"""Data parallelism: the same script on several processes or GPUs. For the same completions, their number does not change loss and gradient.
 
 accelerate launch --num_processes 2 examples/two_processes.py                    # two GPUs
 accelerate launch --multi_gpu --num_processes 2 examples/two_processes.py --cpu  # two processes on a CPU (--cpu of launch wants MPI)
@@ -27,7 +27,7 @@ def main() -> None:
     args = GRPOConfig(
         options.output,
         max_steps=options.steps,
-        per_device_train_batch_size=4,  # with two processes, a group of 8 is spread over both
+        per_device_train_batch_size=4,  # with two processes, a group of 8 completions is divided between both
         gradient_accumulation_steps=2,
         num_generations=8,
         max_completion_length=16,
@@ -46,9 +46,9 @@ def main() -> None:
     if trainer.is_world_process_zero():
         losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
         print(f"{trainer.accelerator.num_processes} processes, losses {losses}")
-    trainer.accelerator.end_training()  # else the processes may end before they have parted, and say so
+    trainer.accelerator.end_training()  # closes the process group; otherwise processes may exit first, with a warning
 
 
 if __name__ == "__main__":
     main()
-    gc.collect()  # the trainer, whose cycles of references hold the connection: its threads end now, and not while the interpreter does
+    gc.collect()  # reference cycles of the trainer keep the process group alive: end its threads before the interpreter exits

@@ -20,7 +20,7 @@ __all__ = ["GRPOConfig"]
 @dataclass
 @add_loss_fields
 class GRPOConfig(TrainingArguments):
-    r"""Settings of a GRPO run. Names that TRL has mean the same; docs/training.md lists the few defaults that differ.
+    """Settings of a GRPO run. Names that TRL has mean the same; docs/training.md lists the few defaults that differ.
 
     Args:
         model_init_kwargs: arguments of ``from_pretrained`` for a model given by name. By default ``attn_implementation`` is ``"auto"``:
@@ -56,9 +56,9 @@ class GRPOConfig(TrainingArguments):
         use_bias_correction_kl: ``bias_corrected_kl`` of LossConfig.
         sync_ref_model, ref_model_sync_steps, ref_model_mixup_alpha: every so many steps, reference = alpha policy + (1 - alpha) reference.
 
-        loss_type, epsilon, epsilon_high, delta, dual_clip, importance_sampling_level, kl_estimator, entropy_coef, sapo_\*, vespo_\*:
-            see LossConfig, of which `loss_config` makes one; the settings of a single loss are taken over from there. epsilon_high: None =
-            epsilon.
+        loss_type, epsilon, epsilon_high, delta, dual_clip, importance_sampling_level, kl_estimator, entropy_coef: see LossConfig, of which
+            `loss_config` makes one; epsilon_high: None = epsilon. The settings of single losses (``sapo_temperature_pos``, ...) are
+            taken over from there.
         scale_rewards: ``"group"``, ``"batch"`` or ``"none"`` (True and False mean the first and the last).
         reward_weights: one per reward; None = all 1.
         multi_objective_aggregation: ``"sum_then_normalize"``, or ``"normalize_then_sum"`` (GDPO, arXiv:2601.05242).
