@@ -35,13 +35,13 @@ def no_extension(monkeypatch):
     """The extension has failed for good, and nothing has been said about it yet."""
     failed = extension.ExtensionStatus(loaded=False, why="a reason", fix="A fix.")
     monkeypatch.setattr(extension, "_status", failed)
-    monkeypatch.setattr(backends_module, "_said", set())
+    monkeypatch.setattr(backends_module, "_warned", set())
 
 
 # ---- reporting
 
 
-def test_backends_reports_every_backend_with_reason_and_cure_where_it_is_not_usable():
+def test_backends_reports_every_backend_with_reason_and_fix_where_it_is_not_usable():
     found = gf.backends()
     assert tuple(found) == BACKENDS
     assert found["reference"].usable
@@ -93,8 +93,8 @@ def test_other_devices_go_to_the_reference_without_a_word():
         assert select(torch.device("meta")) == "reference"
 
 
-def test_falling_back_is_said_once_with_reason_and_cure(no_extension):
-    with pytest.warns(RuntimeWarning, match=r"'cpu' backend is not usable: a reason. A cure. .* reference"):
+def test_falling_back_is_said_once_with_reason_and_fix(no_extension):
+    with pytest.warns(RuntimeWarning, match=r"'cpu' backend is not usable: a reason. A fix. .* reference"):
         assert select(CPU) == "reference"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -102,7 +102,7 @@ def test_falling_back_is_said_once_with_reason_and_cure(no_extension):
 
 
 def test_a_message_of_another_kind_is_still_said(monkeypatch):
-    monkeypatch.setattr(backends_module, "_said", {"one"})
+    monkeypatch.setattr(backends_module, "_warned", {"one"})
     with pytest.warns(RuntimeWarning, match="two"):
         _warn_once("another", "two")
 
@@ -139,12 +139,12 @@ def test_an_unknown_backend_is_refused_with_the_allowed_names():
 
 
 def test_forcing_an_unusable_backend_is_refused_at_the_with(no_extension):
-    with pytest.raises(RuntimeError, match=r"'cpu' is not usable here: a reason. A cure."), use_backend("cpu"):
+    with pytest.raises(RuntimeError, match=r"'cpu' is not usable here: a reason. A fix."), use_backend("cpu"):
         pytest.fail("the body must not run")
 
 
 @needs_extension
-def test_forcing_cpu_on_another_device_is_refused_with_the_cure():
+def test_forcing_cpu_on_another_device_is_refused_with_the_fix():
     with use_backend("cpu"), pytest.raises(RuntimeError, match=r"tensors are on meta; expected CPU tensors. Move them"):
         select(torch.device("meta"))
 
@@ -388,7 +388,7 @@ def test_a_mounted_command_gets_its_arguments_and_prints_its_own_help(mounted):
     assert "Its own help." in mounted(text, "--help").output
 
 
-def test_a_mounted_command_without_its_dependency_names_the_cure(mounted):
+def test_a_mounted_command_without_its_dependency_names_the_fix(mounted):
     result = mounted("import a_package_that_is_not_there")
     assert result.exit_code == 2
     assert "needs the package 'a_package_that_is_not_there'" in result.output
