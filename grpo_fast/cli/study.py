@@ -192,7 +192,7 @@ def _print_help(study: str, console: Console) -> None:
     console.print(USAGE, highlight=False, markup=False, soft_wrap=True)
     from dataclasses import fields, make_dataclass
 
-    from grpo_fast.trainer.run_settings import option_table, reward_table
+    from grpo_fast.trainer.run_settings_help import option_table, reward_table
 
     if study == "training":
         from grpo_fast.study.training_setup import TrainingOptions

@@ -18,7 +18,8 @@ from grpo_fast.data.loading import load_rewards, load_tokenizer, make_task, prom
 from grpo_fast.data.tasks import Task
 from grpo_fast.generation import SamplerError, check_options
 from grpo_fast.rewards import RewardError, RewardRunner
-from grpo_fast.trainer.run_settings import TrainOptions, help_tables, parse
+from grpo_fast.trainer.run_settings import TrainOptions, parse
+from grpo_fast.trainer.run_settings_help import help_tables
 from grpo_fast.utils.errors import SettingsError
 from grpo_fast.utils.files import write_text
 
