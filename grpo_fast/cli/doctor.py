@@ -22,6 +22,7 @@ _OPTIONAL = {  # package -> what needs it, the extra of this package that instal
     "transformers": ("grpo-fast train, demo: models and the trainer", "train"),
     "accelerate": ("grpo-fast train: devices and processes", "train"),
     "datasets": ("grpo-fast train: rows", "train"),
+    "griffelib": ("grpo-fast train --help: the meanings of the settings", "train"),
     "peft": ("--use_peft: LoRA", "peft"),
     "math-verify": ("--rewards math", "math"),
     "reasoning-gym": ("--dataset reasoning_gym:TASK", "tasks"),
