@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+
+from grpo_fast.cli.messages import exit_on_wrong_settings, print_error
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -61,10 +61,10 @@ def app(args: Sequence[str] | None = None, prog_name: str = "grpo-fast study") -
         raise SystemExit(0 if args else 2)
     study, rest = args[0], args[1:]
     if study not in STUDIES:
-        _print_error(f"{prog_name}: there is no study {study!r}; expected {' or '.join(STUDIES)}. See {prog_name} --help.")
+        print_error(f"{prog_name}: there is no study {study!r}; expected {' or '.join(STUDIES)}. See {prog_name} --help.")
         raise SystemExit(2)
     name = f"{prog_name} {study}"
-    with _exit_on_wrong_settings(name):
+    with exit_on_wrong_settings(name):
         from grpo_fast.utils.install_hints import require_packages
 
         modules, extras = STUDIES[study]
@@ -78,16 +78,16 @@ def app(args: Sequence[str] | None = None, prog_name: str = "grpo-fast study") -
     try:
         path = _sampling(rest, name, console) if study == "sampling" else _training(rest, name, console)
     except (RewardError, SamplerError, FloatingPointError) as error:
-        _print_error(f"{name}: {error}")
+        print_error(f"{name}: {error}")
         raise SystemExit(1) from error
     except KeyboardInterrupt as error:
-        _print_error(f"{name}: interrupted. Finished measurements are stored: the same command continues from there.")
+        print_error(f"{name}: interrupted. Finished measurements are stored: the same command continues from there.")
         raise SystemExit(130) from error
     console.print(f"All numbers: {path}; also as {path.with_suffix('.csv').name} and {path.with_suffix('.png').name}.", highlight=False)
 
 
 def _sampling(args: Sequence[str], name: str, console: Console) -> Path:
-    with _exit_on_wrong_settings(name):
+    with exit_on_wrong_settings(name):
         from grpo_fast.study.sampling_setup import load_model, prepare_sampling, study_threads
 
         study = prepare_sampling(args)
@@ -102,7 +102,7 @@ def _sampling(args: Sequence[str], name: str, console: Console) -> Path:
         try:
             write_measurements(path, measurements)
         except OSError as error:  # continue: the tables are printed at the end, and writing may succeed then
-            _print_error(f"{name}: warning: finished measurements cannot be stored: {error}")
+            print_error(f"{name}: warning: finished measurements cannot be stored: {error}")
 
     with _progress_bar(console) as bar, study_threads(study):
         tasks = {temperature: bar.add_task(f"T = {temperature:g}", total=None) for temperature in study.temperatures}
@@ -119,7 +119,7 @@ def _sampling(args: Sequence[str], name: str, console: Console) -> Path:
         report.write_sampling_csv(result, path.with_suffix(".csv"))
         plot.write_sampling_figure(result, path.with_suffix(".png"))
     except OSError as error:
-        _print_error(f"{name}: the result cannot be written: {error}")
+        print_error(f"{name}: the result cannot be written: {error}")
         raise SystemExit(1) from error
     return path
 
@@ -138,7 +138,7 @@ class _SamplingProgress:
 
 
 def _training(args: Sequence[str], name: str, console: Console) -> Path:
-    with _exit_on_wrong_settings(name):
+    with exit_on_wrong_settings(name):
         from grpo_fast.study import plot, report, training
         from grpo_fast.study.training_setup import BEFORE, prepare_training
 
@@ -162,18 +162,6 @@ def _training(args: Sequence[str], name: str, console: Console) -> Path:
         console.print(report.as_rich(table))
     _print_advice(result["advice"]["sentences"], console)
     return study.path
-
-
-@contextmanager
-def _exit_on_wrong_settings(name: str) -> Iterator[None]:
-    """Print errors and warnings of the settings in one line each; exit with status 2 on an error."""
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *args, **kwargs: _print_error(f"{name}: warning: {message}")
-        try:
-            yield
-        except (ValueError, TypeError, ImportError, OSError) as error:
-            _print_error(f"{name}: {error}")
-            raise SystemExit(2) from error
 
 
 def _progress_bar(console: Console) -> Progress:
@@ -208,8 +196,3 @@ def _print_help(study: str, console: Console) -> None:
     console.print(option_table("Model, data and rewards, as for grpo-fast train", SamplingOptions, SHARED))
     console.print(option_table("Sampling, as for grpo-fast train", config, CONFIG_SETTINGS))
     console.print(reward_table())
-
-
-def _print_error(message: str) -> None:
-    console = Console(stderr=True)
-    console.print(message, highlight=False, markup=False, soft_wrap=not console.is_terminal)

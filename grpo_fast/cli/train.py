@@ -1,4 +1,4 @@
-"""``grpo-fast train``: everything cheap is checked before the model is loaded."""
+"""The command ``grpo-fast train``. Everything that is quick to check is checked before the model is loaded."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import json
 import sys
 import tempfile
 import traceback
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 
+from grpo_fast.cli.messages import exit_on_wrong_settings, print_error
 from grpo_fast.data.loading import load_rewards, load_tokenizer, make_task, prompt_rows
 from grpo_fast.data.tasks import Task
 from grpo_fast.generation import SamplerError, check_options
@@ -23,12 +23,18 @@ from grpo_fast.trainer.run_settings_help import help_tables
 from grpo_fast.utils.errors import SettingsError
 from grpo_fast.utils.files import write_text
 
-__all__ = ["app", "prepare", "run"]
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import LoraConfig
+
+    from grpo_fast.trainer import GRPOConfig, GRPOTrainer
+
+__all__ = ["PreparedTraining", "app", "prepare", "run"]
 
 SETTINGS_FILE = "settings.json"
 USAGE = """usage: grpo-fast train [FILE] [--name value ...]
 
-Train a causal language model by GRPO. FILE is YAML or JSON, of lines 'name: value'; what is said on the command line wins.
+Train a causal language model by GRPO. FILE is YAML or JSON with lines 'name: value'; options take precedence over it.
 
   grpo-fast train config.yaml --learning_rate 2e-6
   grpo-fast train --model Qwen/Qwen3-0.6B --dataset reasoning_gym:chain_sum --rewards task format --output_dir runs/sum
@@ -36,14 +42,21 @@ Train a causal language model by GRPO. FILE is YAML or JSON, of lines 'name: val
 """
 
 
-def app(args: Sequence[str] | None = None, prog_name: str = "grpo-fast train", *, trainer_class: Any = None) -> None:
-    """The command. Exit status 2: a setting is wrong, said in one line and before the model was loaded. 1: the run could not go on. 130:
-    it was interrupted.
+class PreparedTraining(NamedTuple):
+    """A training whose settings have been checked; the model is not loaded yet."""
+
+    trainer_arguments: dict[str, Any]  # of GRPOTrainer
+    resume_from: str | None  # folder of a checkpoint
+    overrides: dict[str, Any]  # the settings that were given explicitly
+
+
+def app(args: Sequence[str] | None = None, prog_name: str = "grpo-fast train", *, trainer_class: type[GRPOTrainer] | None = None) -> None:
+    """Run the command. It exits with status 2 for a wrong setting, before the model is loaded; 1 if the run failed; 130 if interrupted.
 
     Args:
         args: of the command line.
-        prog_name: for messages.
-        trainer_class: a class like GRPOTrainer in its place.
+        prog_name: name of the command in messages.
+        trainer_class: a class to use in place of GRPOTrainer.
     """
     args = list(sys.argv[1:] if args is None else args)
     from grpo_fast.trainer.config import GRPOConfig
@@ -54,45 +67,46 @@ def app(args: Sequence[str] | None = None, prog_name: str = "grpo-fast train", *
         for table in help_tables(GRPOConfig):
             console.print(table)
         raise SystemExit(0 if args else 2)
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *where, **more: _say(f"{prog_name}: warning: {message}")
-        try:
-            prepared = prepare(args, GRPOConfig)
-        except (ValueError, TypeError, ImportError, OSError) as error:
-            _say(f"{prog_name}: {error}")
-            raise SystemExit(2) from error
+    with exit_on_wrong_settings(prog_name):
+        prepared = prepare(args, GRPOConfig)
     run(prepared, trainer_class, prog_name=prog_name)
-    _part()
+    _leave_process_group()
 
 
-def prepare(args: Sequence[str], config_class: Any) -> dict[str, Any]:
-    """Parse, load rewards and data, check that all fits. Returns the trainer's arguments, under ``trainer``, and the rest.
+def prepare(args: Sequence[str], config_class: type[GRPOConfig]) -> PreparedTraining:
+    """Parse the settings, load rewards, tokenizer and data, and check that they fit together.
+
+    Args:
+        args: of the command line.
+        config_class: `grpo_fast.trainer.GRPOConfig`, or a subclass.
 
     Raises:
-        SettingsError, ValueError, TypeError: name the setting, what it was, what was expected and the cure.
+        SettingsError, ValueError, TypeError: names the setting, what it was, what was expected and the fix.
     """
-    options, config, given = parse(args, config_class)
-    assert options.model and options.dataset
-    resume = _checkpoint(config)
+    options, config, overrides = parse(args, config_class, TrainOptions)
+    assert options.model and options.dataset and config.output_dir
+    resume_from = _checkpoint(config)
     _check_writable(config.output_dir)
     seed = config.prompt_seed
     task = make_task(options.dataset, size=options.dataset_size, seed=seed)
     rewards = load_rewards(options.rewards, task)
     runner = RewardRunner(rewards, weights=config.reward_weights, on_error=config.reward_on_error, isolation=config.reward_isolation)
+    chat = config.chat_template_kwargs
+    assert not isinstance(config.sampler_options, str) and not isinstance(chat, str)  # GRPOConfig parses JSON
     check_options(config.sampler, config.sampler_options or {})
-    peft_config = _peft(options)
+    peft_config = _peft_config(options)
     tokenizer = load_tokenizer(options)
 
-    def rows_of(name: str, split: str, generated: Task | None) -> Any:
-        return prompt_rows(name, split, generated, options, tokenizer, runner, chat=config.chat_template_kwargs)
+    def load_rows(name: str, split: str, generated: Task | None) -> Dataset:
+        return prompt_rows(name, split, generated, options, tokenizer, runner, chat=chat)
 
-    rows, evaluation = rows_of(options.dataset, options.dataset_split, task), None
+    rows, evaluation = load_rows(options.dataset, options.dataset_split, task), None
     if options.eval_dataset is not None:
         eval_task = make_task(options.eval_dataset, size=options.eval_size, seed=seed + 1)
-        evaluation = rows_of(options.eval_dataset, options.eval_split, eval_task)
+        evaluation = load_rows(options.eval_dataset, options.eval_split, eval_task)
     elif (strategy := getattr(config.eval_strategy, "value", config.eval_strategy)) != "no":
         raise SettingsError(f"eval_strategy is {strategy!r}, and there is no eval_dataset; expected one, or eval_strategy 'no'.")
-    trainer = {
+    arguments = {
         "model": options.model,
         "reward_funcs": rewards,
         "args": config,
@@ -101,41 +115,47 @@ def prepare(args: Sequence[str], config_class: Any) -> dict[str, Any]:
         "processing_class": tokenizer,
         "peft_config": peft_config,
     }
-    return {"trainer": trainer, "resume": resume, "given": given}
+    return PreparedTraining(arguments, resume_from, overrides)
 
 
-def run(prepared: dict[str, Any], trainer_class: Any = None, *, prog_name: str = "grpo-fast train") -> Any:
-    """Make the trainer, train, and leave model, metrics and settings in the output folder. Returns the trainer."""
+def run(prepared: PreparedTraining, trainer_class: type[GRPOTrainer] | None = None, *, prog_name: str = "grpo-fast train") -> GRPOTrainer:
+    """Make the trainer, train, and write model, metrics and settings to the output folder.
+
+    Returns:
+        the trainer.
+    """
     from grpo_fast.trainer.callbacks import METRICS_FILE, stop_progress
 
     if trainer_class is None:
-        from grpo_fast.trainer.grpo_trainer import GRPOTrainer as trainer_class  # noqa: N813
+        from grpo_fast.trainer.grpo_trainer import GRPOTrainer
+
+        trainer_class = GRPOTrainer
     try:
-        trainer = trainer_class(**prepared["trainer"])
+        trainer = trainer_class(**prepared.trainer_arguments)
     except (ValueError, OSError, SamplerError) as error:  # settings that do not fit the model or the rows; no weights; no server
-        _say(f"{prog_name}: {error}")
+        print_error(f"{prog_name}: {error}")
         raise SystemExit(2) from error
     output = Path(trainer.args.output_dir)
     if trainer.is_world_process_zero():
-        given = {name: value for name, value in prepared["given"].items() if name != "resume_from_checkpoint"}
-        write_text(output / SETTINGS_FILE, json.dumps(given, indent=1, default=str) + "\n")
+        settings = {name: value for name, value in prepared.overrides.items() if name != "resume_from_checkpoint"}
+        write_text(output / SETTINGS_FILE, json.dumps(settings, indent=1, default=str) + "\n")
     try:
-        trainer.train(resume_from_checkpoint=prepared["resume"])
+        trainer.train(resume_from_checkpoint=prepared.resume_from)
     except (KeyboardInterrupt, RewardError, SamplerError, FloatingPointError) as error:
         stop_progress(trainer)
         interrupted = isinstance(error, KeyboardInterrupt)
         if trainer.is_world_process_zero() or not interrupted:
-            _say(f"{prog_name}: {_how_it_ended(error, trainer.state.global_step, output)}")
+            print_error(f"{prog_name}: {_describe_end(error, trainer.state.global_step, output)}")
         raise SystemExit(130 if interrupted else 1) from error
     trainer.save_model(str(output))
     if trainer.is_world_process_zero():
-        _say(f"Model, {SETTINGS_FILE} and {METRICS_FILE} are in {output}. Curves: grpo-fast plot {output}")
+        print_error(f"Model, {SETTINGS_FILE} and {METRICS_FILE} are in {output}. Curves: grpo-fast plot {output}")
     return trainer
 
 
-def _part() -> None:
-    """Several processes end their connection while Python runs. The trainer, whose cycles of references hold it, is collected first: its
-    threads, where they outlive the interpreter, can end the process with an error."""
+def _leave_process_group() -> None:
+    """Destroy the process group while the interpreter still runs. The trainer is in reference cycles and is collected first: its threads,
+    if they outlive the interpreter, can end the process with an error."""
     import torch
 
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -143,31 +163,27 @@ def _part() -> None:
         torch.distributed.destroy_process_group()
 
 
-def _how_it_ended(error: BaseException, step: int, output: Path) -> str:
+def _describe_end(error: BaseException, step: int, output: Path) -> str:
+    """Why the run ended, how far it came, and how to resume it."""
     from grpo_fast.trainer.checkpoints import last_checkpoint
 
-    said = "interrupted." if isinstance(error, KeyboardInterrupt) else str(error)
-    if isinstance(error, RewardError) and error.__cause__ is not None:  # where in the user's own code
-        said += "\n" + "".join(traceback.format_exception(error.__cause__)).rstrip()
-    last = last_checkpoint(output)
-    kept = "There is no checkpoint yet: save_steps says how often one is written."
-    if last is not None:
-        kept = f"{last} is complete. To go on from there: the same command with --resume_from_checkpoint auto."
-    return f"{said}\n{step} steps were done. {kept}"
+    reason = "interrupted." if isinstance(error, KeyboardInterrupt) else str(error)
+    if isinstance(error, RewardError) and error.__cause__ is not None:  # the traceback leads to the user's own code
+        reason += "\n" + "".join(traceback.format_exception(error.__cause__)).rstrip()
+    checkpoint = last_checkpoint(output)
+    resume = "There is no checkpoint yet: save_steps says how often one is written."
+    if checkpoint is not None:
+        resume = f"{checkpoint} is complete. To go on from there: the same command with --resume_from_checkpoint auto."
+    return f"{reason}\n{step} steps were done. {resume}"
 
 
-def _say(message: str) -> None:
-    console = Console(stderr=True)
-    console.print(message, highlight=False, markup=False, soft_wrap=not console.is_terminal)
-
-
-def _peft(options: TrainOptions) -> Any:
+def _peft_config(options: TrainOptions) -> LoraConfig | None:
     if not options.use_peft:
         return None
     try:
         from peft import LoraConfig
     except ImportError as error:
-        raise SettingsError("use_peft needs the package peft, which is not installed. Cure: pip install peft") from error
+        raise SettingsError("use_peft needs the package peft, which is not installed. Fix: pip install peft") from error
     return LoraConfig(
         r=options.lora_r,
         lora_alpha=options.lora_alpha,
@@ -178,25 +194,25 @@ def _peft(options: TrainOptions) -> Any:
     )
 
 
-def _checkpoint(config: Any) -> str | None:
-    """The folder to resume from; "auto" or true: the last of the output folder, or none if there is none yet."""
+def _checkpoint(config: GRPOConfig) -> str | None:
+    """The folder to resume from. "auto" and true: the last checkpoint of the output folder, or None if there is none yet."""
     from grpo_fast.trainer.checkpoints import last_checkpoint, missing_from
 
-    wanted, last = config.resume_from_checkpoint, last_checkpoint(config.output_dir)
-    if wanted is None or str(wanted).lower() == "false":
-        if last is not None:  # a new run would write its checkpoints among those, and some day resume from one that is not its own
+    requested, last = config.resume_from_checkpoint, last_checkpoint(config.output_dir)
+    if requested is None or str(requested).lower() == "false":
+        if last is not None:  # the new run's checkpoints would mix with those of the old run, and a later resume could take a wrong one
             raise SettingsError(
                 f"output_dir is {config.output_dir!r}, which holds a run already ({Path(last).name}); expected another folder, or "
                 "--resume_from_checkpoint auto, to go on with that run."
             )
         return None
-    if str(wanted).lower() in ("auto", "true"):
+    if str(requested).lower() in ("auto", "true"):
         return last
-    if (lacking := missing_from(wanted)) is not None:
+    if (missing := missing_from(requested)) is not None:
         raise SettingsError(
-            f"resume_from_checkpoint is {wanted!r}, which lacks {lacking}; expected the folder of a complete checkpoint, or 'auto'."
+            f"resume_from_checkpoint is {requested!r}, which lacks {missing}; expected the folder of a complete checkpoint, or 'auto'."
         )
-    return str(wanted)
+    return str(requested)
 
 
 def _check_writable(output_dir: str) -> None:

@@ -147,6 +147,7 @@ def prepare_sampling(args: Sequence[str]) -> SamplingStudy:
         raise SettingsError("the tokenizer has no eos_token_id; expected one: a completion ends with it.")
     assert options.dataset is not None
     chat = config.chat_template_kwargs
+    assert not isinstance(chat, str)  # GRPOConfig parses JSON
     rows = prompt_rows(options.dataset, options.dataset_split, task, options, tokenizer, runner, chat=chat, limit=options.prompts)
     if len(rows) < options.prompts and "prompts" in given:
         warnings.warn(f"prompts is {options.prompts}, and only {len(rows)} rows can be used.", stacklevel=2)

@@ -73,12 +73,12 @@ def parse_words(words: Sequence[str], options: dict[str, Option]) -> dict[str, A
             parser.add_argument(*_flags(f"no_{name}"), dest=name, action="store_const", const=False)
     namespace, unknown = parser.parse_known_args(list(words))
     if unknown:
-        name = next((word for word in unknown if word.startswith("-")), None)
-        if name is None:
+        wrong = next((word for word in unknown if word.startswith("-")), None)
+        if wrong is None:
             raise SettingsError(
                 f"command line: {unknown[0]!r} is no option's value; expected a settings file in the first place, or options."
             )
-        raise SettingsError(f"command line: there is no {name}.{suggest(name.lstrip('-').partition('=')[0], options)}")
+        raise SettingsError(f"command line: there is no {wrong}.{suggest(wrong.lstrip('-').partition('=')[0], options)}")
     return {name: _from_words(value, options[name]) for name, value in vars(namespace).items()}
 
 
