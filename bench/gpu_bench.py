@@ -1,4 +1,4 @@
-"""Times the loss, log-probabilities and the fused head on a GPU; what a part has measured stands in the JSON before the next case begins.
+"""Times the loss, log-probabilities and the fused head on a GPU; the result file is written before the next case begins.
 
     python bench/gpu_bench.py bench|cluster|head --output gpu.json [--shape 4096x128256] [--device cpu]
 
@@ -21,8 +21,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from gpu_gate import GATE_ROWS, check_gradient, check_values, head_truth, judged
-from gpu_measure import NOT_IMPORTED, Results, Timer, alive, imported, recorded
+from gpu_gate import GATE_ROWS, check_gradient, check_values, gate_fields, head_truth
+from gpu_measure import NOT_IMPORTED, Results, Timer, check_device, imported, run_case
 from torch import Tensor
 
 import grpo_fast as gf
@@ -69,7 +69,7 @@ class Given:
 
 
 @dataclass(frozen=True)
-class Contestant:
+class Implementation:
     name: str
     call: Callable[..., Any]  # loss(logits, ids, advantages, old), or (logprobs, entropy or None) of (logits, ids), or gradient_alone
     times_logits: float  # what it takes beside the logits, in multiples of them, in the worst case
@@ -102,20 +102,20 @@ def by_kernels(device: str) -> bool:
     return select(torch.device(device)) == "triton"
 
 
-def libraries() -> dict[str, Contestant]:
-    """Log-probabilities by other libraries, under the same clipped loss; what is not installed is not there."""
+def libraries() -> dict[str, Implementation]:
+    """Log-probabilities by the other libraries that are installed, under the same clipped loss."""
     found = {}
     if function := imported("trl.trainer.utils", "selective_log_softmax"):
-        found["trl"] = Contestant("trl", lambda z, ids, f=function: f(z, ids, temperature=TEMPERATURE), 5)
+        found["trl"] = Implementation("trl", lambda z, ids, f=function: f(z, ids, temperature=TEMPERATURE), 5)
     if function := imported("verl.utils.torch_functional", "logprobs_from_logits"):
         divided = "divides the logits by T in a pass of its own, as its actor does"
-        found["verl"] = Contestant("verl", lambda z, ids, f=function: f(z / TEMPERATURE, ids), 6, divided)
+        found["verl"] = Implementation("verl", lambda z, ids, f=function: f(z / TEMPERATURE, ids), 6, divided)
     if function := imported("quack.cross_entropy", "cross_entropy"):
 
         def quack(z: Tensor, ids: Tensor, f: Any = function) -> Tensor:
             return -f((z / TEMPERATURE).view(-1, z.shape[-1]), ids.view(-1), reduction="none").view(ids.shape)
 
-        found["quack"] = Contestant("quack", quack, 5, "knows no temperature: a pass of its own divides the logits")
+        found["quack"] = Implementation("quack", quack, 5, "knows no temperature: a pass of its own divides the logits")
     return found
 
 
@@ -124,54 +124,54 @@ def our_loss(impl: str | None, inplace: bool = False) -> Callable[..., Tensor]:
     return lambda z, ids, a, old: gf.grpo_loss(z, ids, a, old_logprobs=old, **options).loss
 
 
-def loss_contestants(device: str, rows: int) -> list[Contestant]:
+def loss_implementations(device: str, rows: int) -> list[Implementation]:
     """Loss and gradient. Ours computes entropy and metrics besides, always."""
-    found = [Contestant("eager", eager, 10)]
+    found = [Implementation("eager", eager, 10)]
     for name, other in libraries().items():
         call = other.call
         found.append(
-            Contestant(name, lambda z, ids, a, old, f=call: clipped(f(z, ids).float(), old, a), other.times_logits + 1, other.work)
+            Implementation(name, lambda z, ids, a, old, f=call: clipped(f(z, ids).float(), old, a), other.times_logits + 1, other.work)
         )
     if function := imported("trl.trainer.utils", "selective_log_softmax_and_entropy"):
 
         def trl_entropy(z: Tensor, ids: Tensor, a: Tensor, old: Tensor) -> Tensor:
             return clipped(function(z, ids, entropy_requires_grad=False, temperature=TEMPERATURE)[0].float(), old, a)
 
-        found.append(Contestant("trl_entropy", trl_entropy, 8, "the entropy too, as a metric: the work that ours does"))
+        found.append(Implementation("trl_entropy", trl_entropy, 8, "the entropy too, as a metric: the work that ours does"))
     if not by_kernels(device):
-        return [Contestant("ours", our_loss(None), 1), Contestant("ours_inplace", our_loss(None, True), 1, inplace=True), *found]
-    found = [*(Contestant("ours" + end, our_loss("triton", bool(end)), 1, inplace=bool(end)) for end in ("", "_inplace")), *found]
+        return [Implementation("ours", our_loss(None), 1), Implementation("ours_inplace", our_loss(None, True), 1, inplace=True), *found]
+    found = [*(Implementation("ours" + end, our_loss("triton", bool(end)), 1, inplace=bool(end)) for end in ("", "_inplace")), *found]
     if rows == COMPILED_ROWS:
         torch.compiler.reset()
-        found.append(Contestant("compile", torch.compile(eager, dynamic=False), 6))
-    return [*found, *liger_contestants()]
+        found.append(Implementation("compile", torch.compile(eager, dynamic=False), 6))
+    return [*found, *liger_implementations()]
 
 
-def liger_contestants() -> list[Contestant]:
+def liger_implementations() -> list[Implementation]:
     if (liger_loss := imported("liger_kernel.ops.grpo_loss", "GrpoLossFunction")) is None:
         return []
 
     def liger(z: Tensor, ids: Tensor, a: Tensor, old: Tensor) -> Tensor:
         return liger_loss.apply(z, old, None, ids, a[:, 0].contiguous(), None, TEMPERATURE, 0.0, 0.2, 0.2, False)[0].mean()
 
-    return [Contestant("liger", liger, 2, "no entropy, no metrics but KL and clipping", whole=True)]
+    return [Implementation("liger", liger, 2, "no entropy, no metrics but KL and clipping", whole=True)]
 
 
-def cluster_contestants() -> list[Contestant]:
+def cluster_implementations() -> list[Implementation]:
     """Liger once more beside them: both of a comparison in one process."""
-    ours = (Contestant("ours_cluster" + end, our_loss("cluster", bool(end)), 1, inplace=bool(end)) for end in ("", "_inplace"))
-    return [*liger_contestants(), *ours]
+    ours = (Implementation("ours_cluster" + end, our_loss("cluster", bool(end)), 1, inplace=bool(end)) for end in ("", "_inplace"))
+    return [*liger_implementations(), *ours]
 
 
-def forward_contestants(device: str) -> dict[str, list[Contestant]]:
+def forward_implementations(device: str) -> dict[str, list[Implementation]]:
     """Log-probabilities alone, and with the entropy; without a gradient."""
-    without = [Contestant("eager", eager_logprobs, 7), *libraries().values()]
+    without = [Implementation("eager", eager_logprobs, 7), *libraries().values()]
     with_entropy = [
-        Contestant("ours", lambda z, ids: tuple(gf.token_logprobs(z, ids, temperature=TEMPERATURE))[:2], 0.1),
-        Contestant("eager", eager_entropy, 10),
+        Implementation("ours", lambda z, ids: tuple(gf.token_logprobs(z, ids, temperature=TEMPERATURE))[:2], 0.1),
+        Implementation("eager", eager_entropy, 10),
     ]
     if function := imported("trl.trainer.utils", "selective_log_softmax_and_entropy"):
-        with_entropy.append(Contestant("trl", lambda z, ids: function(z, ids, temperature=TEMPERATURE), 8))
+        with_entropy.append(Implementation("trl", lambda z, ids: function(z, ids, temperature=TEMPERATURE), 8))
     if by_kernels(device):
         from grpo_fast.kernels.token_logprobs import LogitRows, Scoring, token_logprobs_fwd
 
@@ -179,7 +179,7 @@ def forward_contestants(device: str) -> dict[str, list[Contestant]]:
             rows = LogitRows(z, ids, torch.ones_like(ids, dtype=torch.bool))
             return token_logprobs_fwd(rows, Scoring(None, TEMPERATURE, 0.0, 1.0), want_entropy=False)[0]
 
-        without.insert(0, Contestant("ours", without_entropy, 0.1, "the kernels themselves, without the operator's checks"))
+        without.insert(0, Implementation("ours", without_entropy, 0.1, "the kernels themselves, without the operator's checks"))
     return {"logprobs": without, "logprobs+entropy": with_entropy}
 
 
@@ -216,17 +216,18 @@ def beside_a_copy(timer: Timer, given: Given, call: Callable[..., Any], prepare:
     return {**found, "copy_ms": copy["ms"]}
 
 
-def measured_loss(contestant: Contestant, given: Given, truth: tuple[Tensor, ...], timer: Timer) -> dict[str, Any]:
+def measured_loss(implementation: Implementation, given: Given, truth: tuple[Tensor, ...], timer: Timer) -> dict[str, Any]:
     """Loss and gradient of the call that is timed; raises where they are wrong."""
-    rest, kept = (given.ids, given.advantages, given.old), []
+    rest = (given.ids, given.advantages, given.old)
+    kept: list[Tensor] = []
 
     def prepare() -> Tensor:
         kept.clear()  # the last gradient, before the next logits
-        leaf = (given.whole if contestant.whole else given.logits).detach().requires_grad_()
-        return leaf * 1 if contestant.inplace else leaf  # a leaf may not be written over
+        leaf = (given.whole if implementation.whole else given.logits).detach().requires_grad_()
+        return leaf * 1 if implementation.inplace else leaf  # a leaf may not be written over
 
     def call(logits: Tensor) -> None:
-        loss = contestant.call(logits, *rest)
+        loss = implementation.call(logits, *rest)
         kept[:] = [loss.detach(), *torch.autograd.grad(loss, logits)]
 
     found = beside_a_copy(timer, given, call, prepare)
@@ -234,31 +235,32 @@ def measured_loss(contestant: Contestant, given: Given, truth: tuple[Tensor, ...
     rows = given.sample()
     if not torch.isfinite(loss):
         raise ValueError(f"wrong: the loss is {loss.item()}")
-    return {**found, **judged(check_gradient(gradient[0, rows], truth[0], given.ids[0, rows]), contestant.name)}
+    return {**found, **gate_fields(check_gradient(gradient[0, rows], truth[0], given.ids[0, rows]), implementation.name)}
 
 
-def measured_forward(contestant: Contestant, given: Given, truth: tuple[Tensor, ...], timer: Timer) -> dict[str, Any]:
+def measured_forward(implementation: Implementation, given: Given, truth: tuple[Tensor, ...], timer: Timer) -> dict[str, Any]:
     kept: list[Any] = []
 
     def call(_: None) -> None:
-        kept[:] = [contestant.call(given.logits, given.ids)]
+        kept[:] = [implementation.call(given.logits, given.ids)]
 
     with torch.no_grad():
         found = beside_a_copy(timer, given, call, kept.clear)
     rows = given.sample()
     results = kept[0] if isinstance(kept[0], tuple) else (kept[0],)
     worst = max(check_values(result[0, rows], exact) for result, exact in zip(results, truth[1:], strict=False))
-    return {**found, **judged(worst, contestant.name)}
+    return {**found, **gate_fields(worst, implementation.name)}
 
 
-def measured_gradient(contestant: Contestant, given: Given, truth: tuple[Tensor, ...], timer: Timer) -> dict[str, Any]:
-    alone, rows, kept = contestant.call(given), given.sample(), []
+def measured_gradient(implementation: Implementation, given: Given, truth: tuple[Tensor, ...], timer: Timer) -> dict[str, Any]:
+    alone, rows = implementation.call(given), given.sample()
+    kept: list[Tensor] = []
 
     def call(_: None) -> None:
         kept[:] = [alone(None)]
 
     found = beside_a_copy(timer, given, call, kept.clear)
-    return {**found, **judged(check_gradient(kept[0][0, rows], truth[0], given.ids[0, rows]), contestant.name)}
+    return {**found, **gate_fields(check_gradient(kept[0][0, rows], truth[0], given.ids[0, rows]), implementation.name)}
 
 
 def bench(shapes: list[tuple[int, int]], timer: Timer, device: str, deadline: float, results: Results) -> None:
@@ -268,13 +270,13 @@ def bench(shapes: list[tuple[int, int]], timer: Timer, device: str, deadline: fl
 
 def cluster(shapes: list[tuple[int, int]], timer: Timer, device: str, deadline: float, results: Results) -> None:
     for rows, vocabulary in shapes:
-        shape = made(rows, vocabulary, timer, device, deadline, results)
-        for contestant in cluster_contestants():
-            add("loss", contestant, shape, timer, device, deadline, results)
+        shape = make_shape(rows, vocabulary, timer, device, deadline, results)
+        for implementation in cluster_implementations():
+            add("loss", implementation, shape, timer, device, deadline, results)
 
 
 def with_bandwidth(found: dict[str, Any], step: str, given: Given) -> dict[str, Any]:
-    """And what it is in GB/s and in copies, of which a read is half."""
+    """Add GB/s and multiples of a copy, of which a read is half."""
     reads, unit = (1, "times_read") if step.startswith("logprobs") else (2, "times_copy")
     size = given.logits.numel() * given.logits.element_size()
     return {**found, "gbps": reads * size / found["ms"] / 1e6, unit: found["ms"] / found["copy_ms"] * 2 / reads}
@@ -282,14 +284,14 @@ def with_bandwidth(found: dict[str, Any], step: str, given: Given) -> dict[str, 
 
 @dataclass
 class Shape:
-    """The data of one shape; `given` is None where it does not fit: the entry says why."""
+    """The data of one shape; `given` is None where it does not fit, for the reason in the entry."""
 
     entry: dict[str, Any]
     given: Given | None = None
     truth: tuple[Tensor, ...] = ()
 
 
-def made(rows: int, vocabulary: int, timer: Timer, device: str, deadline: float, results: Results) -> Shape:
+def make_shape(rows: int, vocabulary: int, timer: Timer, device: str, deadline: float, results: Results) -> Shape:
     size = 2 * rows * vocabulary
     shape = Shape({"rows": rows, "vocabulary": vocabulary, "dtype": "bfloat16"})
 
@@ -298,7 +300,7 @@ def made(rows: int, vocabulary: int, timer: Timer, device: str, deadline: float,
         shape.truth = shape.given.truth()
         return {}
 
-    done = recorded({**shape.entry, "step": "loss", "name": "data"}, make, 1.1 * size + 2**31, device, deadline)
+    done = run_case({**shape.entry, "step": "loss", "name": "data"}, make, 1.1 * size + 2**31, device, deadline)
     given = shape.given
     if given is None or "error" in done:
         results.add(done)
@@ -309,32 +311,32 @@ def made(rows: int, vocabulary: int, timer: Timer, device: str, deadline: float,
         target = torch.empty_like(given.logits)
         return timer(lambda _: target.copy_(given.logits))
 
-    results.add(recorded({**shape.entry, "step": "loss", "name": "copy"}, copy, size, device, deadline))
+    results.add(run_case({**shape.entry, "step": "loss", "name": "copy"}, copy, size, device, deadline))
     return shape
 
 
-def add(step: str, contestant: Contestant, shape: Shape, timer: Timer, device: str, deadline: float, results: Results) -> None:
+def add(step: str, implementation: Implementation, shape: Shape, timer: Timer, device: str, deadline: float, results: Results) -> None:
     if (given := shape.given) is None:
         return
     measured = {"loss": measured_loss, "gradient": measured_gradient}.get(step, measured_forward)
 
     def work() -> dict[str, Any]:
-        return with_bandwidth(measured(contestant, given, shape.truth, timer), step, given)
+        return with_bandwidth(measured(implementation, given, shape.truth, timer), step, given)
 
-    entry = {**shape.entry, "step": step, "name": contestant.name, **({"work": contestant.work} if contestant.work else {})}
-    needed = (contestant.times_logits + contestant.inplace + 1) * given.logits.numel() * given.logits.element_size()
-    results.add(recorded(entry, work, needed, device, deadline))
-    alive(device)
+    entry = {**shape.entry, "step": step, "name": implementation.name, **({"work": implementation.work} if implementation.work else {})}
+    needed = (implementation.times_logits + implementation.inplace + 1) * given.logits.numel() * given.logits.element_size()
+    results.add(run_case(entry, work, needed, device, deadline))
+    check_device(device)
 
 
 def one_shape(rows: int, vocabulary: int, timer: Timer, device: str, deadline: float, results: Results) -> None:
-    shape = made(rows, vocabulary, timer, device, deadline, results)
-    steps = {"loss": loss_contestants(device, rows), **forward_contestants(device)}
+    shape = make_shape(rows, vocabulary, timer, device, deadline, results)
+    steps = {"loss": loss_implementations(device, rows), **forward_implementations(device)}
     if by_kernels(device):
-        steps["gradient"] = [Contestant("ours", gradient_alone, 1)]
-    for step, contestants in steps.items():
-        for contestant in contestants:
-            add(step, contestant, shape, timer, device, deadline, results)
+        steps["gradient"] = [Implementation("ours", gradient_alone, 1)]
+    for step, implementations in steps.items():
+        for implementation in implementations:
+            add(step, implementation, shape, timer, device, deadline, results)
 
 
 # Of a copy's bandwidth, where there are a gigabyte of logits and more: below, a dozen launches may be no small part of the time.
@@ -344,7 +346,7 @@ OVER_LIGER = 1.34  # loss and gradient by clusters
 
 
 def against_targets(whole: dict[str, Any]) -> str:
-    """What was measured beside what is asked, each shape by itself; or that there is nothing."""
+    """A line for each target: what was measured for each shape, or that nothing was."""
     entries = [
         e
         for part in ("bench", "cluster")
@@ -398,20 +400,20 @@ def head(shapes: list[tuple[int, int, int]], timer: Timer, device: str, deadline
             def call(_: None) -> None:
                 kept[:] = torch.autograd.grad(gf.linear_grpo_loss(hidden, weight, ids, advantages, config=config).loss, (hidden, weight))
 
-            floor, found = timer.in_turn((products, lambda: None), (call, kept.clear))
-            gate = judged(head_truth(x, w, ids[0], kept[0][0], kept[1]), "ours")
+            roofline, found = timer.in_turn((products, lambda: None), (call, kept.clear))
+            gate = gate_fields(head_truth(x, w, ids[0], kept[0][0], kept[1]), "ours")
             flops = 6 * rows * width * vocabulary / found["ms"] / 1e9
             return {
                 **found,
                 **gate,
                 "tflops": flops,
-                "floor_ms": floor["ms"],
-                "share_of_floor": floor["ms"] / found["ms"],
+                "roofline_ms": roofline["ms"],
+                "share_of_roofline": roofline["ms"] / found["ms"],
             }
 
         needed = 2 * rows * vocabulary * 3 + 4 * 4 * vocabulary * width + 8 * 3 * vocabulary * width
-        results.add(recorded(entry, work, needed, device, deadline))
-        alive(device)
+        results.add(run_case(entry, work, needed, device, deadline))
+        check_device(device)
 
 
 def main() -> None:
@@ -430,7 +432,8 @@ def main() -> None:
         shapes = quoted if options.device == "cuda" else REHEARSAL[options.part]
     results = Results(options.output, options.part, options.device)
     try:
-        {"bench": bench, "cluster": cluster, "head": head}[options.part](shapes, timer, options.device, deadline, results)
+        parts: dict[str, Callable[..., None]] = {"bench": bench, "cluster": cluster, "head": head}
+        parts[options.part](shapes, timer, options.device, deadline, results)
     finally:
         if options.part != "head":
             print(against_targets(results.whole))

@@ -1,4 +1,4 @@
-"""What a result must be like before its time is told: sampled rows against float64."""
+"""The correctness gate: sampled rows of a result against float64, before its time is reported."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 GATE_ROWS = 16
 FLOAT32_TERMS = 2.0**-18
-LENIENT = 16  # other libraries may compute in bfloat16: they are timed, and marked as less precise, up to so many times what is allowed
+LENIENT = 16  # other libraries may compute in bfloat16: up to 16 times the allowed error they are timed, and marked as less precise
 
 
 def ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -47,8 +47,8 @@ def check_values(found: Tensor, truth: Tensor) -> float:
     return worst if worst == worst else math.inf
 
 
-def judged(worst: float, name: str) -> dict[str, Any]:
-    """For the entry; raises where no time may be told."""
+def gate_fields(worst: float, name: str) -> dict[str, Any]:
+    """The error for the entry of the result file; raises a ValueError where the result is wrong and no time may be reported."""
     if not worst <= (1 if name.startswith("ours") else LENIENT):
         raise ValueError(f"wrong: off by {worst:.1f} times what is allowed")
     return {"error_of_allowed": worst, **({"less_precise": True} if worst > 1 else {})}

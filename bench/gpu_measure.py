@@ -1,4 +1,4 @@
-"""How a GPU is timed, and how what was measured gets into the JSON: one case at a time, and none lost with the next."""
+"""Timing on a GPU, and the result file, which is written after every case so that a failure loses one case only."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NOT_IMPORTED: dict[str, str] = {}  # module -> why; it is in the JSON
 
 
 def imported(module: str, name: str) -> Any:
-    """The function, or None where it cannot be had, for whatever reason."""
+    """The function, or None where it cannot be imported, for whatever reason."""
     try:
         return getattr(__import__(module, fromlist=[name]), name)
     except Exception as error:
@@ -60,7 +60,7 @@ class Timer:
         return self.in_turn((call, prepare))[0]
 
     def in_turn(self, *cases: tuple[Callable[..., Any], Callable[[], Any]]) -> list[dict[str, Any]]:
-        """The same of several, repetition by repetition: clocks that change do so for all."""
+        """Time several in turn, repetition by repetition, so that a change of the clocks affects all."""
         peaks: list[int | None] = []
         for call, prepare in cases:
             for _ in range(2):
@@ -88,7 +88,7 @@ class Timer:
 
 
 def machine(device: str) -> dict[str, Any]:
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in ("torch", "triton", "trl", "liger-kernel", "verl", "quack-kernels"):
         try:
             versions[name] = importlib.metadata.version(name)
@@ -102,7 +102,7 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def clocks() -> dict[str, float] | None:
-    """None where the driver does not tell. By the driver's library: nvidia-smi takes longer than most cases."""
+    """Clock, temperature and power; None where the driver does not report them. nvidia-smi would take longer than most cases."""
     try:
         return {"mhz": torch.cuda.clock_rate(), "celsius": torch.cuda.temperature(), "watts": torch.cuda.power_draw() / 1e3}
     except Exception:  # no such library, no such sensor: each has its own error
@@ -110,7 +110,7 @@ def clocks() -> dict[str, float] | None:
 
 
 class Results:
-    """The entries of one part, in the file as soon as they are there: a lost machine loses one case.
+    """The entries of one part, each written to the file at once: a lost machine loses one case.
 
     The other parts of the file stay, where the same machine with the same libraries measured them; else the file is set aside. `built_from`
     has what each part was built from, a hash of bench/gpu.sh.
@@ -142,7 +142,7 @@ class DeviceLostError(Exception):
     """After this nothing can be measured in this process."""
 
 
-def recorded(entry: dict[str, Any], work: Callable[[], dict[str, Any]], needed: float, device: str, deadline: float) -> dict[str, Any]:
+def run_case(entry: dict[str, Any], work: Callable[[], dict[str, Any]], needed: float, device: str, deadline: float) -> dict[str, Any]:
     """entry with the work's results, or with why there are none. needed: bytes that it takes beside what is allocated."""
     if time.monotonic() > deadline:
         return {**entry, "skipped": "the time budget is spent"}
@@ -160,7 +160,7 @@ def recorded(entry: dict[str, Any], work: Callable[[], dict[str, Any]], needed: 
     return {**entry, **found, "clocks": [before, clocks() if device == "cuda" else None]}
 
 
-def alive(device: str) -> None:
+def check_device(device: str) -> None:
     """Raises where a kernel has broken the context: all that follows would fail by its error."""
     if device == "cuda":
         try:

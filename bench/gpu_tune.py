@@ -21,7 +21,7 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).parent))
 
 import gpu_bench
-from gpu_bench import Contestant, Results, Shape, Timer
+from gpu_bench import Implementation, Results, Shape, Timer
 
 SHAPES = ((4096, 128256), (4096, 32000), (256, 128256))
 REHEARSAL = ((12, 301),)  # on the CPU
@@ -34,7 +34,7 @@ NOW = "now"
 
 
 @contextlib.contextmanager
-def launched(**changed: int) -> Iterator[None]:
+def launched(**changed: Any) -> Iterator[None]:
     """With other BLOCK, WARPS or PROGRAMS_PER_MULTIPROCESSOR of the Triton launchers."""
     from grpo_fast.kernels import token_logprobs
 
@@ -49,7 +49,7 @@ def cluster(shape: str) -> Iterator[None]:
 
 
 def tune(shapes: list[tuple[int, int]], timer: Timer, device: str, deadline: float, results: Results) -> None:
-    kept = [gpu_bench.made(rows, vocabulary, timer, device, deadline, results) for rows, vocabulary in shapes]
+    kept = [gpu_bench.make_shape(rows, vocabulary, timer, device, deadline, results) for rows, vocabulary in shapes]
     if gpu_bench.by_kernels(device):
         for shape in kept:
             programs(shape, timer, device, deadline, results)
@@ -58,11 +58,11 @@ def tune(shapes: list[tuple[int, int]], timer: Timer, device: str, deadline: flo
 
 
 def programs(shape: Shape, timer: Timer, device: str, deadline: float, results: Results) -> None:
-    steps = {step: next(c for c in found if c.name == "ours") for step, found in gpu_bench.forward_contestants(device).items()}
-    steps["gradient"] = Contestant("ours", gpu_bench.gradient_alone, 1)
+    steps = {step: next(c for c in found if c.name == "ours") for step, found in gpu_bench.forward_implementations(device).items()}
+    steps["gradient"] = Implementation("ours", gpu_bench.gradient_alone, 1)
     for step, ours in steps.items():
 
-        def add(launch: str, step: str = step, ours: Contestant = ours) -> None:
+        def add(launch: str, step: str = step, ours: Implementation = ours) -> None:
             of_launch = dataclasses.replace(shape, entry={**shape.entry, "launch": launch})
             gpu_bench.add(step, ours, of_launch, timer, device, deadline, results)
 
@@ -77,7 +77,7 @@ def programs(shape: Shape, timer: Timer, device: str, deadline: float, results: 
 
 
 def clusters(shape: Shape, timer: Timer, device: str, deadline: float, results: Results) -> None:
-    ours = Contestant("ours_cluster", gpu_bench.our_loss("cluster"), 1)
+    ours = Implementation("ours_cluster", gpu_bench.our_loss("cluster"), 1)
     for each in ("", *CLUSTERS):
         of_launch = dataclasses.replace(shape, entry={**shape.entry, "launch": f"{each} clusters" if each else NOW})
         with cluster(each):

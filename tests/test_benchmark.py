@@ -220,7 +220,7 @@ def test_every_way_to_the_roofline_touches_every_logit(dtype):
 
 
 def test_overhead_adds_up():
-    out = overhead.measure(blocks=3, calls=3)
+    out = overhead.measure_overhead(blocks=3, calls=3)
     split = out["split_of_forward_backward"]
     assert set(split) == {"checks", "weights", "operator", "autograd", "rest"}
     assert sum(split.values()) == pytest.approx(out["microseconds"]["forward_backward"])

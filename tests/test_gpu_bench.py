@@ -73,7 +73,7 @@ def test_all_parts_write_one_file_and_a_failure_loses_nothing(few: ModuleType, t
     assert all("error" not in entry and entry["ms"] > 0 and len(entry["clocks"]) == 2 for entry in result["bench"]), result["bench"]
     assert all(entry["error_of_allowed"] <= 1 for entry in result["bench"] if entry["name"] != "copy")
     assert "error" in result["head"][0]
-    assert result["head"][1]["share_of_floor"] > 0 and result["head"][1]["error_of_allowed"] <= 1
+    assert result["head"][1]["share_of_roofline"] > 0 and result["head"][1]["error_of_allowed"] <= 1
 
 
 def test_the_command(tmp_path: Path) -> None:
@@ -90,13 +90,13 @@ def test_what_was_measured_is_in_the_file_before_the_next_case(few: ModuleType, 
     def lost(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
-    contestants = few.loss_contestants
+    implementations = few.loss_implementations
 
     def then_lost(device: str, rows: int) -> Any:
-        first, *_ = contestants(device, rows)
-        return [first, few.Contestant("lost", lost, 0)]
+        first, *_ = implementations(device, rows)
+        return [first, few.Implementation("lost", lost, 0)]
 
-    monkeypatch.setattr(few, "loss_contestants", then_lost)
+    monkeypatch.setattr(few, "loss_implementations", then_lost)
     output = tmp_path / "gpu.json"
     with pytest.raises(KeyboardInterrupt):
         run(few, "bench", output, [(5, 50)])
@@ -146,13 +146,13 @@ def test_a_lost_device_ends_its_part_and_loses_nothing_else(few: ModuleType, tmp
     for name in ("empty_cache", "synchronize", "mem_get_info"):
         monkeypatch.setattr(torch.cuda, name, broken)
     results = few.Results(tmp_path / "gpu.json", "cluster", "cpu")
-    shape = few.made(5, 50, few.Timer("cpu", 3), "cpu", math.inf, results)
-    few.add("loss", few.Contestant("good", few.eager, 1), shape, few.Timer("cpu", 3), "cuda", math.inf, results)
+    shape = few.make_shape(5, 50, few.Timer("cpu", 3), "cpu", math.inf, results)
+    few.add("loss", few.Implementation("good", few.eager, 1), shape, few.Timer("cpu", 3), "cuda", math.inf, results)
     with pytest.raises(Exception, match=r"the device is lost to this process.*illegal memory access"):
-        few.add("loss", few.Contestant("bad", breaks, 1), shape, few.Timer("cpu", 3), "cuda", math.inf, results)
+        few.add("loss", few.Implementation("bad", breaks, 1), shape, few.Timer("cpu", 3), "cuda", math.inf, results)
     entries = json.loads((tmp_path / "gpu.json").read_text())["cluster"]
     assert [(entry["name"], "illegal" in entry.get("error", "")) for entry in entries] == [("copy", False), ("good", False), ("bad", True)]
-    assert "illegal" in few.recorded({}, dict, 0, "cuda", math.inf)["error"]
+    assert "illegal" in few.run_case({}, dict, 0, "cuda", math.inf)["error"]
 
 
 def test_what_another_machine_measured_is_set_aside(
@@ -249,8 +249,8 @@ def test_memory_is_counted_beforehand(few: ModuleType, monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     tried: list[int] = []
     work: Any = lambda: tried.append(1) or {"ms": 1.0}  # noqa: E731
-    assert "91 GiB of the 90 GiB" in few.recorded({}, work, 91 * 2**30, "cuda", 1e18)["skipped"] and not tried
-    assert few.recorded({}, work, 89 * 2**30, "cuda", 1e18)["ms"] == 1.0
+    assert "91 GiB of the 90 GiB" in few.run_case({}, work, 91 * 2**30, "cuda", 1e18)["skipped"] and not tried
+    assert few.run_case({}, work, 89 * 2**30, "cuda", 1e18)["ms"] == 1.0
 
 
 @pytest.mark.parametrize("wrong", ["zeroed", "doubled", "without the others", "nan", "another row"])
@@ -273,7 +273,7 @@ def test_the_gate_refuses_a_wrong_gradient(wrong: str, few: ModuleType) -> None:
     worst = few.check_gradient(found, truth, ids)
     assert worst > lenient
     with pytest.raises(ValueError, match="wrong: off by"):
-        few.judged(worst, "eager")
+        few.gate_fields(worst, "eager")
 
 
 def test_the_heads_gate_refuses_wrong_gradients(few: ModuleType) -> None:

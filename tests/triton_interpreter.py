@@ -111,7 +111,7 @@ def test_no_program_is_without_a_block(vocabulary: int, monkeypatch: pytest.Monk
 # ---- what bench/gpu_bench.py times on a GPU
 
 
-def test_the_contestants_of_the_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_implementations_of_the_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of them but torch.compile and the clusters, past the gate."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
     import gpu_bench

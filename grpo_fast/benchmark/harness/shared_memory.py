@@ -1,4 +1,4 @@
-"""Memory shared by the processes of a run: the batch is made once, and one buffer flushes the caches of all."""
+"""Memory shared by the processes of a run: the batch is made once."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from math import prod
 import torch
 from torch import Tensor
 
-__all__ = ["SharedMemory", "aligned_bytes"]
+__all__ = ["ALIGNMENT", "SharedMemory", "aligned_bytes"]
 
-_ALIGNMENT = 4096
+ALIGNMENT = 4096
 
 
 class SharedMemory:
@@ -48,4 +48,4 @@ class SharedMemory:
 
 def aligned_bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
     """The bytes that a tensor occupies in shared memory, padding included."""
-    return -(-prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+    return -(-prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from grpo_fast.benchmark.eager import eager_logprobs, eager_loss
 from grpo_fast.benchmark.harness.settings import DTYPES, BenchmarkSettings, require, setting
-from grpo_fast.benchmark.harness.shared_memory import SharedMemory, aligned_bytes
+from grpo_fast.benchmark.harness.shared_memory import ALIGNMENT, SharedMemory
 
 __all__ = ["GATE_ROWS", "IMPLEMENTATIONS", "MALLOC_MODES", "PASSES", "Batch", "LogitsCase", "LogitsSettings", "parse_shape"]
 __all__ += ["batch_bytes", "expected_loss", "fill", "shared_batch", "write_truth"]
@@ -132,29 +132,26 @@ class Batch:
     gate_rows: Tensor  # int64 [GATE_ROWS], positions in the flattened batch
 
 
-def _layout(case: LogitsCase) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def shared_batch(memory: SharedMemory, case: LogitsCase) -> Batch:
+    """The batch of a case at the start of the shared memory: the same in every process."""
+    memory.rewind()
     tokens, rows = case.batch, min(GATE_ROWS, case.rows)
-    return {
-        "logits": ((*tokens, case.vocabulary), DTYPES[case.dtype]),
-        "token_ids": (tokens, torch.int64),
-        "mask": (tokens, torch.bool),
-        "advantages": (tokens, torch.float32),
-        "old_logprobs": (tokens, torch.float32),
-        "true_logprobs": (tokens, torch.float64),
-        "true_entropy": ((rows,), torch.float64),
-        "true_gradient": ((rows, case.vocabulary), torch.float64),
-        "gate_rows": ((rows,), torch.int64),
-    }
+    return Batch(
+        logits=memory.allocate((*tokens, case.vocabulary), DTYPES[case.dtype]),
+        token_ids=memory.allocate(tokens, torch.int64),
+        mask=memory.allocate(tokens, torch.bool),
+        advantages=memory.allocate(tokens, torch.float32),
+        old_logprobs=memory.allocate(tokens, torch.float32),
+        true_logprobs=memory.allocate(tokens, torch.float64),
+        true_entropy=memory.allocate([rows], torch.float64),
+        true_gradient=memory.allocate([rows, case.vocabulary], torch.float64),
+        gate_rows=memory.allocate([rows], torch.int64),
+    )
 
 
 def batch_bytes(case: LogitsCase) -> int:
-    """What shared_batch takes of the shared memory."""
-    return sum(aligned_bytes(shape, dtype) for shape, dtype in _layout(case).values())
-
-
-def shared_batch(memory: SharedMemory, case: LogitsCase) -> Batch:
-    """The batch in shared memory, at its current position."""
-    return Batch(**{name: memory.allocate(shape, dtype) for name, (shape, dtype) in _layout(case).items()})
+    """What shared_batch allocates at most: 25 bytes per row beside the logits, the truth, and less than a page of padding per tensor."""
+    return case.logits_bytes + 25 * case.rows + GATE_ROWS * 8 * (case.vocabulary + 2) + 9 * ALIGNMENT
 
 
 def fill(batch: Batch, *, temperature: float, active_fraction: float, seed: int) -> None:

@@ -16,18 +16,19 @@ from grpo_fast.loss.aggregation import aggregation_weights
 from grpo_fast.loss.sequences import Sequences
 from grpo_fast.loss.token_inputs import token_inputs
 
-__all__ = ["SHAPE", "measure"]
+__all__ = ["measure_overhead"]
 
 SHAPE = (8, 100)
 
 
-def measure(rows: int = SHAPE[0], vocabulary: int = SHAPE[1], *, blocks: int = 40, calls: int = 50) -> dict[str, Any]:
+def measure_overhead(*, blocks: int = 40, calls: int = 50) -> dict[str, Any]:
     """Microseconds of thread CPU time per call, the median over blocks of calls.
 
     The split: ``checks`` is token_inputs, ``weights`` aggregation_weights, ``operator`` the registered operator with the very arguments of
     the call; each is timed by itself. ``autograd`` is what a wanted gradient adds to the call beyond the operator's own share of it, and
     backward. ``rest`` is what remains: the other arguments' checks, packing and unpacking of the result.
     """
+    rows, vocabulary = SHAPE
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(rows, vocabulary, generator=generator)
     leaf = logits.clone().requires_grad_()
@@ -40,12 +41,6 @@ def measure(rows: int = SHAPE[0], vocabulary: int = SHAPE[1], *, blocks: int = 4
     def loss(x: torch.Tensor) -> torch.Tensor:
         return gf.grpo_loss(x, token_ids, advantages, config=CONFIG, old_logprobs=old_logprobs, temperature=0.9).loss
 
-    def checks() -> object:
-        return token_inputs(logits, token_ids, mask=None, temperature=0.9, softcap=None, logit_scale=1.0)
-
-    def weights() -> object:
-        return aggregation_weights(CONFIG.resolved_aggregation, mask, sequences)
-
     with torch.no_grad():
         arguments = _operator_arguments(lambda: loss(logits))
     arguments_with_gradient = _operator_arguments(lambda: loss(leaf))
@@ -54,16 +49,15 @@ def measure(rows: int = SHAPE[0], vocabulary: int = SHAPE[1], *, blocks: int = 4
         "no_grad": lambda: loss(logits),
         "grad": lambda: loss(leaf),
         "forward_backward": lambda: torch.autograd.grad(loss(leaf), leaf),
-        "checks": checks,
-        "weights": weights,
+        "checks": lambda: token_inputs(logits, token_ids, mask=None, temperature=0.9, softcap=None, logit_scale=1.0),
+        "weights": lambda: aggregation_weights(CONFIG.resolved_aggregation, mask, sequences),
         "operator": lambda: torch.ops.grpo_fast.grpo_loss.default(*arguments),
         "operator_with_gradient": lambda: torch.ops.grpo_fast.grpo_loss.default(*arguments_with_gradient),
     }
-    without_gradient = {"no_grad", "checks", "weights", "operator", "operator_with_gradient"}
     times: dict[str, list[float]] = {name: [] for name in pieces}
     for _ in range(blocks):  # interleaved, so that other load on the machine affects all alike
         for name, piece in pieces.items():
-            with torch.set_grad_enabled(name not in without_gradient):
+            with torch.set_grad_enabled(name in ("grad", "forward_backward")):
                 times[name].append(_microseconds(piece, calls))
     median = {name: statistics.median(values[1:] or values) for name, values in times.items()}
     operator = median["operator_with_gradient"]
@@ -74,11 +68,7 @@ def measure(rows: int = SHAPE[0], vocabulary: int = SHAPE[1], *, blocks: int = 4
         "autograd": median["forward_backward"] - median["no_grad"] - (operator - median["operator"]),
         "rest": median["no_grad"] - median["checks"] - median["weights"] - median["operator"],
     }
-    return {
-        "shape": [rows, vocabulary],
-        "microseconds": median,
-        "split_of_forward_backward": split,
-    }
+    return {"shape": [rows, vocabulary], "microseconds": median, "split_of_forward_backward": split}
 
 
 def _microseconds(piece: Callable[[], object], calls: int) -> float:
