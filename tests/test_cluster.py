@@ -40,17 +40,17 @@ needs_compiler = pytest.mark.skipif(
 @pytest.fixture(scope="session")
 def on_host(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """csrc/cuda/grpo_loss_cluster.cu, compiled by the C++ compiler with two consumer warps: torch.ops.grpo_fast_cluster_on_host."""
-    build = tmp_path_factory.mktemp("cluster_on_host")
+    folder = tmp_path_factory.mktemp("cluster_on_host")
     source = (CSRC / "cuda" / "grpo_loss_cluster.cu").read_text()
-    (build / "kernel.cpp").write_text(source.replace('"grpo_loss_cluster.h"', '"cuda/grpo_loss_cluster.h"'))
-    compiler, library = build.cxx_compiler(), build / "cluster_on_host.so"
+    (folder / "kernel.cpp").write_text(source.replace('"grpo_loss_cluster.h"', '"cuda/grpo_loss_cluster.h"'))
+    compiler, library = build.cxx_compiler(), folder / "cluster_on_host.so"
     flags = ["-O1", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE", f"-I{HERE / 'cuda_on_host'}", f"-I{CSRC}"]
     small = ["-DGF_CONSUMER_WARPS=2", "-DGF_TOTAL_THREADS=64"]
-    subprocess.run([compiler, *flags, *small, "-c", "kernel.cpp"], cwd=build, check=True)
-    torch_flags = [build.TARGET_TORCH, *(f"-I{folder}" for folder in cpp_extension.include_paths())]
-    libraries = [*(f"-L{folder}" for folder in cpp_extension.library_paths()), "-lc10", "-ltorch", "-ltorch_cpu"]
+    subprocess.run([compiler, *flags, *small, "-c", "kernel.cpp"], cwd=folder, check=True)
+    torch_flags = [build.TARGET_TORCH, *(f"-I{each}" for each in cpp_extension.include_paths())]
+    libraries = [*(f"-L{each}" for each in cpp_extension.library_paths()), "-lc10", "-ltorch", "-ltorch_cpu"]
     operator = HERE / "cuda_on_host" / "grpo_loss_cluster_op.cpp"
-    subprocess.run([compiler, *flags, "-shared", *torch_flags, operator, "kernel.o", "-o", library, *libraries], cwd=build, check=True)
+    subprocess.run([compiler, *flags, "-shared", *torch_flags, operator, "kernel.o", "-o", library, *libraries], cwd=folder, check=True)
     torch.ops.load_library(library)
     return torch.ops.grpo_fast_cluster_on_host
 

@@ -54,20 +54,20 @@ BACKENDS = [
 @pytest.fixture(scope="session")
 def cuda_on_host(tmp_path_factory: pytest.TempPathFactory):
     """The operators of tests/cuda_on_host: csrc/cuda/group_advantages_cuda.cu, compiled by the C++ compiler."""
-    build = tmp_path_factory.mktemp("cuda_on_host")
+    folder = tmp_path_factory.mktemp("cuda_on_host")
     source, launches = re.subn(
         r"([\w:]+<[\w, ]+>)<<<(.+?)>>>\(", r"cuda_on_host::launch(\1, \2, ", (CSRC / "cuda" / "group_advantages_cuda.cu").read_text()
     )
     assert launches == 2, "the kernel launches of the .cu file are not where they were"
-    (build / "kernel.cpp").write_text(source.replace('"../group_advantages.h"', '"group_advantages.h"'))
-    compiler, library = build.cxx_compiler(), build / "cuda_on_host.so"
+    (folder / "kernel.cpp").write_text(source.replace('"../group_advantages.h"', '"group_advantages.h"'))
+    compiler, library = build.cxx_compiler(), folder / "cuda_on_host.so"
     folders = [f"-I{HERE / 'cuda_on_host'}", f"-I{CSRC}"]
-    subprocess.run([compiler, "-O1", "-std=c++17", "-fPIC", "-D__CUDACC__", *folders, "-c", "kernel.cpp"], cwd=build, check=True)
-    torch_flags = [build.TARGET_TORCH, *(f"-I{folder}" for folder in cpp_extension.include_paths())]
+    subprocess.run([compiler, "-O1", "-std=c++17", "-fPIC", "-D__CUDACC__", *folders, "-c", "kernel.cpp"], cwd=folder, check=True)
+    torch_flags = [build.TARGET_TORCH, *(f"-I{each}" for each in cpp_extension.include_paths())]
     operator = HERE / "cuda_on_host" / "group_advantages_op.cpp"
-    libraries = [*(f"-L{folder}" for folder in cpp_extension.library_paths()), "-lc10", "-ltorch", "-ltorch_cpu"]
+    libraries = [*(f"-L{each}" for each in cpp_extension.library_paths()), "-lc10", "-ltorch", "-ltorch_cpu"]
     command = [compiler, "-O1", "-std=c++17", "-fPIC", "-shared", *folders, *torch_flags, operator, "kernel.o", "-o", library, *libraries]
-    subprocess.run(command, cwd=build, check=True)
+    subprocess.run(command, cwd=folder, check=True)
     torch.ops.load_library(library)
     return torch.ops.grpo_fast_cuda_on_host
 
