@@ -1,4 +1,4 @@
-// Group-relative advantages: formula, accumulation type and argument checks, once for both twins (cpu/ and cuda/).
+// Group-relative advantages: the formula, the accumulation type and the argument checks that the CPU and CUDA kernels share.
 //
 //   x_i = sum_k w_k r_ik   over the rewards that apply to completion i (r_ik is not NaN); NaN, "unscorable", where none applies
 //   y_i = (x_i - mean_g) * gain_g                                sum then normalise
@@ -6,11 +6,11 @@
 //   A_i = y_i, or y_i / (std of the batch + eps) where the scale is the batch's; exactly 0 for an unscorable completion
 //
 // gain is 1/(std + eps), times n/(n-1) for the leave-one-out baseline: x_i - mean of the n-1 others = (x_i - mean) * n/(n-1).
-// Everything is double inside, in two passes (mean, then centred squares): E[x^2] - E[x]^2 has no digit left at rewards of 1000.0 to
-// 1000.3. Equal rewards give exactly 0 because equality is detected (lowest == highest), never because roundings happen to cancel.
+// Computation is in double, in two passes (mean, then centred squares): E[x^2] - E[x]^2 loses all digits for rewards such as 1000.0 to
+// 1000.3. Equal rewards are detected (lowest == highest) and give exactly 0, whatever the rounding of their mean.
 //
-// The functions are written for a team of threads that share one group, so that the GPU's warps and the CPU's single thread run the very
-// same text. A team has rank(), size(), and sum(x), min(x), max(x), which return the same bits to every member, on every run.
+// The functions are templates over a team of threads that share one group, so that the warps of a GPU and the single thread of a CPU run
+// the same source. A team has rank(), size(), and sum(x), min(x), max(x), which return the same bits to every member, on every run.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -25,11 +25,11 @@
 
 namespace grpo_fast {
 
-// By what a centred reward is divided; the numbers are those of grpo_fast/loss/advantages.py. GDPO divides by the group's, then the
-// batch's.
+// The standard deviation that a centred reward is divided by, numbered as in grpo_fast/loss/advantages.py. GDPO divides by that of the
+// group, then by that of the batch.
 constexpr int64_t kScaleNone = 0, kScaleGroup = 1, kScaleBatch = 2;
 
-// One call, as plain data: it goes to the GPU by value.
+// The arguments of one call, passed to the GPU by value.
 struct GroupAdvantagesArgs {
   const void* rewards;            // [B, R] float32 or float64
   const void* group_offsets;      // [G+1] int32 or int64; null: equal groups of group_size
@@ -37,7 +37,7 @@ struct GroupAdvantagesArgs {
   float* advantages;              // [B] out
   float* mean;                    // [G] out: of x
   float* std;                     // [G] out: of x, unbiased
-  bool* degenerate;               // [G] out: no member can get a signal
+  bool* degenerate;               // [G] out: all advantages of the group are 0
   double* y;                      // [B] between the stages; null unless the batch's std is needed
   double* batch_moments;          // [3, G] between the stages: count, mean and centred squares of each group; null likewise
   int64_t num_rows, num_rewards;  // B, R
@@ -64,7 +64,7 @@ struct GroupAdvantagesArgs {
   }
 };
 
-// One reward function's value for a row, and the weighted sum of all of them: what moments() is taken over.
+// The values that moments() reduces: one reward of a row, or the weighted sum of all of them.
 struct OneReward {
   const GroupAdvantagesArgs& args;
   int64_t k;
@@ -92,7 +92,7 @@ struct Moments {
 
   GF_HOST_DEVICE double std() const { return equal ? 0.0 : std::sqrt(centred_squares / (count - 1)); }
   GF_HOST_DEVICE double gain(bool leave_one_out, bool by_std, double eps) const {
-    if (equal) return 0;  // exactly 0 then, even if a compiler that contracts a * b + c were to see two values of one weighted sum
+    if (equal) return 0;  // exactly 0, also if contraction of a * b + c makes equal weighted sums differ
     const double factor = leave_one_out ? count / (count - 1) : 1.0;
     const double divisor = by_std ? std() + eps : 1.0;
     return divisor == 0 ? 0 : factor / divisor;  // 0 only if the squares underflowed and eps is 0
@@ -116,7 +116,7 @@ GF_HOST_DEVICE Moments moments(const Team& team, int64_t begin, int64_t end, con
   highest = team.max(highest);
   m.equal = m.count < 2 || lowest == highest;
   if (m.equal) {
-    m.mean = m.count > 0 ? lowest : 0.0;  // the mean of equal values is that value, which total / count may miss by a rounding
+    m.mean = m.count > 0 ? lowest : 0.0;  // total / count may differ from it by a rounding
     return m;
   }
   m.mean = team.sum(total) / m.count;
@@ -129,10 +129,10 @@ GF_HOST_DEVICE Moments moments(const Team& team, int64_t begin, int64_t end, con
   return m;
 }
 
-// First stage: all that can be known from one group. Writes the group's statistics and its rows of y or of the advantages.
+// First stage, for one group: writes its statistics and its rows of y or of the advantages.
 template <typename Team>
 GF_HOST_DEVICE void normalize_group(const Team& team, const GroupAdvantagesArgs& args, int64_t g) {
-  // Offsets on a GPU are not read by the host, so nonsense in them must neither read nor leave anything unwritten here.
+  // The host does not read offsets on a GPU, so wrong offsets must not read out of bounds or leave an output unwritten.
   const int64_t raw_begin = args.offset(g), raw_end = args.offset(g + 1), num_rows = args.num_rows;
   const int64_t begin = raw_begin < 0 ? 0 : raw_begin > num_rows ? num_rows : raw_begin;
   const int64_t end = raw_end < begin ? begin : raw_end > num_rows ? num_rows : raw_end;
@@ -162,15 +162,15 @@ GF_HOST_DEVICE void normalize_group(const Team& team, const GroupAdvantagesArgs&
       const Moments mk = moments(team, begin, end, reward);
       const double gain = mk.gain(args.leave_one_out, true, args.eps) * weight;
       if (!mk.equal && weight != 0) degenerate = false;
-      for (int64_t row = begin + team.rank(); row < end; row += team.size()) {  // each y[row] stays with one thread throughout
+      for (int64_t row = begin + team.rank(); row < end; row += team.size()) {  // the same thread handles y[row] for every k
         const double r = reward(row);
         const double sum = (k == 0 ? 0.0 : args.y[row]) + (r != r ? 0.0 : (r - mk.mean) * gain);
         args.y[row] = sum;
         if (k == args.num_rewards - 1) squares += sum * sum;
       }
     }
-    // Each reward's y sum to 0 within its group, hence over the batch: the batch mean is 0 and needs no subtraction, which would only put
-    // rounding noise where a degenerate group has its exact 0.
+    // The y of each reward add up to 0 in every group, so the mean of the batch is 0. Subtracting its rounding error would change the exact
+    // 0 of a degenerate group.
     batch_mean_term = 0;
     batch_squares_term = team.sum(squares);
   }
@@ -186,7 +186,7 @@ GF_HOST_DEVICE void normalize_group(const Team& team, const GroupAdvantagesArgs&
   }
 }
 
-// Second stage, where the scale is the batch's: 1/(std + eps) over all scorable rows, put together from the groups' moments.
+// Second stage, for the scale "batch": 1/(std + eps) over all scorable rows, from the moments of the groups.
 template <typename Team>
 GF_HOST_DEVICE double batch_gain(const Team& team, const GroupAdvantagesArgs& args) {
   const double *counts = args.batch_moments, *means = counts + args.num_groups, *squares = means + args.num_groups;
@@ -212,7 +212,7 @@ GF_HOST_DEVICE void scale_row(const GroupAdvantagesArgs& args, int64_t row, doub
 
 }  // namespace grpo_fast
 
-#ifndef __CUDACC__  // The host half: tensors in, tensors out. A .cu file never sees a torch header.
+#ifndef __CUDACC__  // The host part, from tensors to tensors. nvcc does not compile torch headers.
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -226,7 +226,7 @@ namespace grpo_fast {
 using GroupAdvantagesOutput = std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor>;
 
 // Checks the arguments, allocates the outputs on the rewards' device, and calls run(args), which fills them. grpo_fast/loss/advantages.py
-// has made friendlier checks before; these hold for whoever calls the operator itself.
+// checks them before; these checks are for direct calls of the operator.
 template <typename Run>
 GroupAdvantagesOutput with_group_advantages_args(const torch::stable::Tensor& rewards,
                                                  const std::optional<torch::stable::Tensor>& group_offsets, int64_t group_size,

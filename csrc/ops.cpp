@@ -1,4 +1,4 @@
-// Which C++ function implements which operator on which device, and nothing else. The schemas stand in grpo_fast/ops beside
+// Registers the C++ functions as implementations of the operators. The schemas stand in grpo_fast/ops beside
 // their fake and autograd formulas, so that they exist (for the Triton backend, say) where this extension was not built. A library of
 // operators and no Python module: torch.ops.load_library() runs these static registrations, and neither Python nor its headers are needed.
 #include "ops.h"

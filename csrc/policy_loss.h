@@ -1,5 +1,5 @@
-// The surrogate and the KL penalty of one token: their value, g = d loss / d logprob and h = d loss / d entropy, by hand. The formulas and
-// their sources stand in grpo_fast/loss/reference.py; this is their twin for host and device. Knows nothing of vocabularies.
+// The surrogate and the KL penalty of one token, for host and device: their value, g = d loss / d logprob and h = d loss / d entropy.
+// grpo_fast/loss/reference.py has the formulas and their sources; kernels/fused/policy_loss.py is the Triton counterpart.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -15,9 +15,9 @@
 namespace grpo_fast {
 
 template <typename Real>
-struct PolicyToken {  // what is known of a token beside its logits
+struct PolicyToken {  // the inputs of a token besides its logits
   Real advantage;
-  bool has_old, has_ref;  // without the old log-probability the token is on-policy: its log-ratio is 0, the gradient still flows
+  bool has_old, has_ref;  // without has_old the token is on-policy: the log-ratio is 0 and has a gradient
   Real old_logprob, ref_logprob;
   Real rollout_weight;  // multiplies the surrogate, not the KL
   Real weight;          // of the token in the loss
@@ -44,7 +44,7 @@ struct Dual {
 };
 
 template <typename Real>
-GF_HOST_DEVICE inline Dual<Real> clamped_log(Real x, Real slope, Real bound) {  // beyond the bounds a clamp is constant
+GF_HOST_DEVICE inline Dual<Real> clamped_log(Real x, Real slope, Real bound) {  // the derivative is 0 where x is clamped
   if (x > bound) return {bound, Real(0)};
   if (x < -bound) return {-bound, Real(0)};
   return {x, slope};

@@ -1,5 +1,5 @@
-// Group-relative advantages on the CPU: parallel over groups, one thread within a group, so that the result does not depend on how many
-// threads there are.
+// Group-relative advantages on the CPU: parallel over groups, one thread per group, so that the result does not depend on the number of
+// threads.
 #include <algorithm>
 
 #include "../group_advantages.h"

@@ -1,5 +1,4 @@
-// The loss of ratios that belong to single tokens, in one pass: a row's statistics, its loss, and its gradient while the row is in the
-// cache.
+// The loss with token-level ratios, in one pass: the statistics of a row, its loss, and its gradient while the row is in the cache.
 #include <tuple>
 #include <vector>
 
@@ -10,10 +9,10 @@
 namespace grpo_fast {
 namespace {
 
-struct RowRecord {  // of one token, summed up in order when all rows are done: the result does not depend on the number of threads
+struct RowRecord {  // of one token; added in order at the end, so that the result does not depend on the number of threads
   double loss = 0;
   float entropy = 0, ratio = 0, kl = 0;
-  bool counts = false, computed = false, active = false, clip_low = false, clip_high = false;
+  bool unmasked = false, computed = false, active = false, clip_low = false, clip_high = false;
 };
 
 // The positions of METRICS in grpo_fast/ops/grpo_loss.py.
@@ -23,7 +22,7 @@ double sum_up(const std::vector<RowRecord>& records, float* metrics) {
   double loss = 0, sum[kMetrics] = {}, counted = 0, computed = 0, ratio_max = 0;
   for (const RowRecord& r : records) {
     loss += r.loss;
-    counted += r.counts;
+    counted += r.unmasked;
     computed += r.computed;
     sum[kActiveFraction] += r.active;
     if (!r.computed) continue;
@@ -33,7 +32,7 @@ double sum_up(const std::vector<RowRecord>& records, float* metrics) {
     sum[kClipLow] += r.clip_low;
     sum[kClipHigh] += r.clip_high;
     sum[kClipRegion] += r.clip_low || r.clip_high;
-    if (r.ratio > ratio_max || r.ratio != r.ratio) ratio_max = r.ratio;  // NaN, once there, is larger than nothing and stays
+    if (r.ratio > ratio_max || r.ratio != r.ratio) ratio_max = r.ratio;  // a NaN, once stored, is never replaced
   }
   for (int m = 0; m < kMetrics; m++) metrics[m] = static_cast<float>(sum[m] / std::max(m == kActiveFraction ? counted : computed, 1.0));
   metrics[kRatioMax] = static_cast<float>(ratio_max);
@@ -72,34 +71,34 @@ struct PolicyInputs {
   }
 };
 
-struct Pass {
+struct LossOutput {
   Tensor loss, logprobs, entropy, metrics;
 };
 
 // gradient: where to write it (the logits themselves, in place), or null where none is wanted
-Pass grpo_loss_pass(const Tensor& logits, const Tensor* gradient, const Tokens& tokens, const Tensor& token_ids, const PolicyInputs& policy,
-                    bool only_active) {
+LossOutput grpo_loss_rows(const Tensor& logits, const Tensor* gradient, const Tokens& tokens, const Tensor& token_ids,
+                          const PolicyInputs& policy, bool only_active) {
   const Rows in(logits), out(gradient ? *gradient : logits);
   const RowKernels& kernels = rows(in.type);
   const int64_t length = token_ids.size(1);
 
-  Pass pass{torch::stable::new_empty(token_ids, {}, ScalarType::Float), like_tokens(token_ids), like_tokens(token_ids),
-            torch::stable::new_empty(token_ids, {kMetrics}, ScalarType::Float)};
-  float *logprobs = pass.logprobs.mutable_data_ptr<float>(), *entropy = pass.entropy.mutable_data_ptr<float>();
+  LossOutput output{torch::stable::new_empty(token_ids, {}, ScalarType::Float), like_tokens(token_ids), like_tokens(token_ids),
+                    torch::stable::new_empty(token_ids, {kMetrics}, ScalarType::Float)};
+  float *logprobs = output.logprobs.mutable_data_ptr<float>(), *entropy = output.entropy.mutable_data_ptr<float>();
   std::vector<RowRecord> records(static_cast<size_t>(token_ids.numel()));
 
   for_each_row(in.sequences * in.positions, in.vocabulary, [&](int64_t position) {
     const int64_t b = position / in.positions, t = position % in.positions, n = b * length + t;
-    if (t >= length) {  // the last position of [B, T + 1, V] scores no token
+    if (t >= length) {  // the last position of [B, T + 1, V] predicts no token
       if (gradient) out.clear(b, t);
       return;
     }
     RowRecord record;
     RowStatistics row{};
     PolicyTerms<double> terms{};
-    record.counts = tokens.mask.at(b, t);
-    record.active = record.counts && policy.active(b, t);
-    record.computed = only_active ? record.active : record.counts;
+    record.unmasked = tokens.mask.at(b, t);
+    record.active = record.unmasked && policy.active(b, t);
+    record.computed = only_active ? record.active : record.unmasked;
     const bool in_vocabulary = record.computed && tokens.in_vocabulary(b, t, in.vocabulary);
     const int64_t target = in_vocabulary ? tokens.ids.at(b, t) : 0;
     const RowTransform transform = tokens.transform(b, t);
@@ -120,7 +119,7 @@ Pass grpo_loss_pass(const Tensor& logits, const Tensor* gradient, const Tokens& 
     if (terms.g == 0 && terms.h == 0) return out.clear(b, t);
     kernels.gradient(in.at(b, t), out.at(b, t), in.vocabulary, target, transform, row, terms.g, terms.h);
   });
-  *pass.loss.mutable_data_ptr<float>() = static_cast<float>(sum_up(records, pass.metrics.mutable_data_ptr<float>()));
+  *output.loss.mutable_data_ptr<float>() = static_cast<float>(sum_up(records, output.metrics.mutable_data_ptr<float>()));
   return pass;
 }
 
@@ -139,8 +138,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> grpo_loss_cpu(
   const Tokens tokens(shape, token_ids, mask, temperatures, {temperature, logit_scale, softcap});
   const PolicyInputs policy(shape, settings, advantages, weights, entropy_weights, old_logprobs, ref_logprobs, rollout_weights, loss_scale);
   Tensor gradient = want_gradient ? new_gradient(logits) : torch::stable::new_empty(logits, {0});
-  Pass pass = grpo_loss_pass(logits, want_gradient ? &gradient : nullptr, tokens, token_ids, policy, only_active);
-  return {pass.loss, pass.logprobs, pass.entropy, pass.metrics, gradient};
+  LossOutput output = grpo_loss_rows(logits, want_gradient ? &gradient : nullptr, tokens, token_ids, policy, only_active);
+  return {output.loss, output.logprobs, output.entropy, output.metrics, gradient};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> grpo_loss_inplace_cpu(
@@ -152,6 +151,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grpo_loss_inplace_cpu(
   STD_TORCH_CHECK(logits.stride(2) == 1, "in place: logits must be contiguous over the vocabulary");
   const Tokens tokens(shape, token_ids, mask, temperatures, {temperature, logit_scale, softcap});
   const PolicyInputs policy(shape, settings, advantages, weights, entropy_weights, old_logprobs, ref_logprobs, rollout_weights, loss_scale);
-  Pass pass = grpo_loss_pass(logits, &logits, tokens, token_ids, policy, only_active);
-  return {pass.loss, pass.logprobs, pass.entropy, pass.metrics};
+  LossOutput output = grpo_loss_rows(logits, &logits, tokens, token_ids, policy, only_active);
+  return {output.loss, output.logprobs, output.entropy, output.metrics};
 }

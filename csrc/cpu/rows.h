@@ -1,5 +1,5 @@
-// One vocabulary row on the CPU: its statistics, and its gradient from the two numbers g and h. Knows no loss. The same source
-// (rows_impl.h) is compiled once per instruction set; rows() hands out the best that this machine runs.
+// One vocabulary row on the CPU: its statistics, and its gradient from g and h. Independent of the loss. The same source (rows_impl.h) is
+// compiled once per instruction set; rows() returns the kernels for the best one that this machine supports.
 #pragma once
 #include <cstdint>
 
@@ -12,16 +12,16 @@ struct RowTransform {
   double temperature, logit_scale, softcap;
 };
 
-// All of it in natural logarithms of the scaled logits s.
+// In nats of the scaled logits s.
 struct RowStatistics {
-  double logprob;  // of the target, exact also when its probability is almost 1
+  double logprob;  // of the target, accurate also for a probability near 1
   double entropy;
   double lse;        // log sum exp over the whole row, target included
-  double pivot;      // a reference near the largest logit, in the units of f(z): keeps exp's argument small and exact
+  double pivot;      // a reference near the largest logit, in the units of f(z), so that the argument of exp is small and accurate
   double log_pivot;  // log-probability of a column with f(z) = pivot: pivot / temperature - lse, without the cancellation
 };
 
-// A row whose target is not among its columns: it lies in another process's part of the vocabulary, or nowhere, and then lse is NaN.
+// The target is not a column of this row: it is in the vocabulary shard of another process, or out of range, and then lse is NaN.
 constexpr int64_t kNoTarget = -1;
 
 struct RowKernels {

@@ -1,8 +1,8 @@
 // The row kernels, compiled by rows_portable.cpp, rows_avx2.cpp and rows_avx512.cpp with GF_TARGET naming the instruction set. Plain loops
 // that the compiler vectorises, no intrinsics: any architecture works.
 //
-// A row is walked in blocks that stay in the first-level cache. Statistics: sum e and sum e*t, e = 2^t relative to the largest logit so
-// far. The target column is left out of both sums. Gradient: a second walk, over a row that is still in the cache.
+// A row is read in blocks that fit in the first-level cache. Statistics: sum e and sum e*t, e = 2^t relative to the largest logit so far,
+// without the target column. Gradient: a second read, of a row that is still in the cache.
 #pragma once
 #include <cmath>
 #include <cstring>
@@ -27,9 +27,9 @@ namespace {  // internal linkage: each instruction set keeps its own copy
 
 #define GF_INLINE inline __attribute__((always_inline))
 
-constexpr int64_t kBlock = 512;  // values: a block and the one that is fetched meanwhile share the first-level cache
+constexpr int64_t kBlock = 512;  // values: two blocks, one of them being prefetched, fit in the first-level cache
 constexpr double kLog2E = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
-constexpr float kExponentFloor = -126.0f;  // 2^t below the smallest normal float is kept there: a relative 1e-38 of the row's sum
+constexpr float kExponentFloor = -126.0f;  // smaller 2^t are rounded up to the smallest normal float, 1e-38 of the row's sum
 
 template <typename To, typename From>
 GF_INLINE To bits(From x) {
@@ -55,7 +55,7 @@ GF_INLINE float exp2_fast(float t) {
 
 GF_INLINE float at_least(float floor, float t) { return t < floor ? floor : t; }  // NaN stays NaN
 
-// kExponentFloor as a value that the compiler cannot see through: it would fold 2^floor, and turn one max into two compares and blends.
+// kExponentFloor, hidden from the compiler, which would fold 2^floor and turn one max into two compares and blends.
 GF_INLINE float exponent_floor() {
   float floor = kExponentFloor;
   __asm__("" : "+m"(floor));
@@ -96,7 +96,7 @@ GF_INLINE float to_float(Half x) {
 
 // Rounded to the nearest, ties to even.
 GF_INLINE void from_float(float x, float* out) { *out = x; }
-GF_INLINE void from_float(float x, BFloat* out) {  // a NaN that came from a bfloat16 has its low bits clear: it stays one
+GF_INLINE void from_float(float x, BFloat* out) {  // a NaN from a bfloat16 has its low bits clear, so it stays NaN
   const uint32_t u = bits<uint32_t>(x);
   out->bits = static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
 }
@@ -110,7 +110,7 @@ GF_INLINE void from_float(float x, Half* out) {
   out->bits = static_cast<uint16_t>(v | ((u >> 16) & 0x8000u));
 }
 
-// The block that the loops below read f(z) from: the row itself, or where there is a soft cap its float32 values in the buffer.
+// The values of f(z) of a block: the row itself, or with a soft cap its float32 values in the buffer.
 template <bool kCapped, typename T>
 GF_INLINE auto block_of(const T* row, int64_t n, const RowTransform& transform, float* buffer) {
   if constexpr (kCapped) {
@@ -123,7 +123,7 @@ GF_INLINE auto block_of(const T* row, int64_t n, const RowTransform& transform, 
   }
 }
 
-// f(z) of one column, in double: the target decides how exact a confident token is.
+// f(z) of one column in double, for the target: it determines the accuracy of a token with a probability near 1.
 template <typename T, bool kCapped>
 GF_INLINE double column(const T* row, int64_t v, const RowTransform& transform) {
   const double z = to_float(row[v]);
@@ -159,9 +159,9 @@ GF_INLINE void prefetch(const E* f, int64_t n) {
   for (int64_t i = 0; i < n * static_cast<int64_t>(sizeof(E)); i += 64) __builtin_prefetch(bytes + i);
 }
 
-// The sums in one reading, so that arithmetic and memory overlap, relative to a maximum seen before. Where the block turns out to hold
-// something larger by more than kHeadroom its sums are not exact enough (or have overflowed) and are made again. (Asking whether, and not
-// how much: not every compiler vectorises a maximum that respects NaN.)
+// The sums in one pass over the block, so that arithmetic and memory overlap, relative to the maximum of the blocks before. If the block
+// contains a logit that is larger by more than kHeadroom, its sums are inaccurate or have overflowed and are computed again. (The loop
+// tests for such a logit instead of computing the maximum: not every compiler vectorises a maximum that propagates NaN.)
 template <typename E>
 GF_INLINE void add_block(const E* __restrict f, int64_t n, double slope_log2, Sums* sums) {
   constexpr float kHeadroom = 4.0f;  // in powers of two
@@ -201,7 +201,7 @@ GF_INLINE RowStatistics statistics_of(const T* row, int64_t vocabulary, int64_t 
   const double slope = slope_of<kCapped>(transform);
   Sums sums;
   for (int64_t begin = 0, end; begin < vocabulary; begin = end) {
-    if (begin == target) {  // its column is left out: blocks end before it and begin after it
+    if (begin == target) {  // exclude the target: blocks end before it and begin after it
       end = begin + 1;
       continue;
     }
@@ -214,7 +214,7 @@ GF_INLINE RowStatistics statistics_of(const T* row, int64_t vocabulary, int64_t 
   RowStatistics out;
   const double f_target = column<T, kCapped>(row, target, transform);
   out.pivot = std::isinf(sums.reference) ? f_target : sums.reference;  // no finite logit but the target's
-  // Differences of logits before the slope, which a low temperature makes huge: no digit of theirs is lost.
+  // Subtract before multiplying by the slope, which is huge at a low temperature, to keep all digits.
   const double s_target = (f_target - out.pivot) * slope, log_others = std::log(sums.e), d = log_others - s_target;
   out.logprob = d > 0 ? -(d + std::log1p(std::exp(-d))) : -std::log1p(std::exp(d));
   out.log_pivot = d > 0 ? -(log_others + std::log1p(std::exp(-d))) : -(s_target + std::log1p(std::exp(d)));
@@ -234,7 +234,7 @@ struct GradientTerms {  // d loss / d f = e * (constant + linear * t), e = 2^t, 
 
 template <bool kCapped, bool kEntropy, typename E, typename T>
 GF_INLINE void gradient_block(const E* f, T* out, int64_t n, const GradientTerms& terms) {
-  const GradientTerms c = terms;  // by value: what is stored to out cannot change it
+  const GradientTerms c = terms;  // a copy, which stores to out cannot alias
   const float floor = exponent_floor();
 #pragma omp simd
   for (int64_t j = 0; j < n; j++) {
@@ -258,7 +258,7 @@ GF_INLINE void gradient_of(const T* row, T* gradient, int64_t vocabulary, int64_
   terms.linear = static_cast<float>(factor * -h * kLn2);
   terms.inverse_softcap2 = kCapped ? static_cast<float>(1 / (transform.softcap * transform.softcap)) : 0.0f;
 
-  // The target's own gradient, from 1 - p = -expm1(log p): exact also for a confident token. Taken before the row is written over.
+  // The gradient of the target from 1 - p = -expm1(log p), accurate also for p near 1. Computed before the row is overwritten.
   const double p = std::exp(statistics.logprob);
   double d_target = g * -std::expm1(statistics.logprob);
   if (p != 0) d_target -= h * p * (statistics.logprob + statistics.entropy);  // 0 * -inf is NaN; p is NaN for a row without statistics

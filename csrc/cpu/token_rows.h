@@ -1,4 +1,4 @@
-// What the operators over vocabulary rows share: how [B, T, V] logits and per-token tensors are addressed, and how rows are given to
+// Shared by the operators over vocabulary rows: views of [B, T, V] logits and of per-token tensors, and the distribution of rows to
 // threads.
 #pragma once
 #include <torch/csrc/stable/ops.h>
@@ -24,8 +24,8 @@ namespace grpo_fast {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Memory for a gradient shaped like the logits. The first touch of 64,000 small pages costs more than the whole loss, so large gradients
-// ask for huge ones; where the system grants none, nothing is lost.
+// Memory for a gradient of the shape of the logits. Page faults on 64,000 small pages cost more than the whole loss, so huge pages are
+// requested for a large gradient.
 inline Tensor new_gradient(const Tensor& logits) {
   Tensor gradient = torch::stable::new_empty(logits, {logits.size(0), logits.size(1), logits.size(2)});
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
@@ -40,7 +40,7 @@ inline Tensor new_gradient(const Tensor& logits) {
 
 inline Tensor unit_stride(const Tensor& logits) { return logits.stride(2) == 1 ? logits : torch::stable::contiguous(logits); }
 
-struct Rows {  // [B, T or T + 1, V] logits or their gradient; a last position beyond T is not a token's
+struct Rows {  // [B, T or T + 1, V] logits or their gradient; position T, if there is one, predicts no token
   char* data;
   int64_t sequences, positions, vocabulary, sequence_stride, position_stride, element;
   RowType type;
@@ -64,8 +64,7 @@ struct Rows {  // [B, T or T + 1, V] logits or their gradient; a last position b
   void clear(int64_t b, int64_t t) const { std::memset(at(b, t), 0, static_cast<size_t>(vocabulary * element)); }
 };
 
-// The sizes of a call, checked where memory is read: the Python functions make friendlier checks before, but the operators can also be
-// called directly.
+// The sizes of a call, checked where memory is read: the Python functions check them too, but the operators can be called directly.
 struct TokenShape {
   int64_t sequences, tokens;
   bool on_cpu;
@@ -89,7 +88,7 @@ constexpr ScalarType scalar_type_of() {
 }
 
 template <typename T>
-struct PerToken {  // a [B, T] tensor, or one that broadcasts to it, or none
+struct PerToken {  // a [B, T] tensor, one that broadcasts to it, or none
   const T* data = nullptr;
   int64_t sequence_stride = 0, token_stride = 0;
 
@@ -114,7 +113,7 @@ struct PerToken {  // a [B, T] tensor, or one that broadcasts to it, or none
   T at(int64_t b, int64_t t, T otherwise = T()) const { return given() ? data[b * sequence_stride + t * token_stride] : otherwise; }
 };
 
-struct Tokens {  // which rows count, and how they are scored
+struct Tokens {  // which tokens are unmasked, and how their logits are scored
   PerToken<int64_t> ids;
   PerToken<bool> mask;
   PerToken<float> temperatures;
@@ -135,14 +134,14 @@ inline Tensor like_tokens(const Tensor& token_ids) {
   return torch::stable::new_empty(token_ids, {token_ids.size(0), token_ids.size(1)}, ScalarType::Float);
 }
 
-// What a token gets whose id lies outside the vocabulary: nothing is read, and the loss turns into NaN.
+// The statistics of a token whose id is out of range: nothing is read, and the loss becomes NaN.
 inline RowStatistics no_statistics() {
   const double nan = std::numeric_limits<double>::quiet_NaN();
   return {nan, nan, nan, nan, nan};
 }
 
-// Calls work(row) for every row in [0, count), rows handed out in small runs so that masked stretches do not leave a thread idle. Each row
-// writes only its own results, so these do not depend on who computed it.
+// Calls work(row) for every row in [0, count). Threads take short runs of rows, so that masked stretches do not leave a thread idle. Each
+// row writes its own results only, so they do not depend on the thread.
 template <typename Work>
 void for_each_row(int64_t count, int64_t vocabulary, const Work& work) {
   const int64_t run = std::max<int64_t>(1, 32768 / std::max<int64_t>(vocabulary, 1)), threads = torch::stable::get_num_threads();

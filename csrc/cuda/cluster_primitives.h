@@ -1,6 +1,5 @@
-// The few instructions that a kernel of thread-block clusters is made of (PTX ISA 8.1, compute capability 9.0), one function each. The
-// tests put tests/cuda_on_host/cluster_primitives.h in this file's place and run the same kernels on the CPU: whatever only a GPU has
-// belongs here.
+// The GPU instructions that the cluster kernel uses (PTX ISA 8.1, compute capability 9.0), one function each. The tests replace this file
+// by tests/cuda_on_host/cluster_primitives.h and run the same kernel on the CPU, so everything that only a GPU has belongs here.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -43,12 +42,12 @@ __device__ __forceinline__ void cluster_barrier() {
 __device__ __forceinline__ void barrier_init(Barrier* barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address(barrier)), "r"(arrivals) : "memory");
 }
-// After the inits and before the cluster barrier: other blocks and the copy engine may use them then.
+// Between the inits and the cluster barrier: makes the barriers visible to other blocks and to the copy engine.
 __device__ __forceinline__ void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 __device__ __forceinline__ void barrier_arrive(Barrier* barrier) {
   asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(address(barrier)) : "memory");
 }
-// Arrives, and makes the phase wait for so many bytes of bulk copies or messages besides.
+// Arrives, and makes the phase also wait for this many bytes of bulk copies or messages.
 __device__ __forceinline__ void barrier_arrive_expect(Barrier* barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(address(barrier)), "r"(bytes) : "memory");
 }
@@ -60,16 +59,16 @@ __device__ __forceinline__ void barrier_arrive_expect(Barrier* barrier, uint32_t
                  : "r"(address(barrier)), "r"(parity)                                                                                  \
                  : "memory");                                                                                                          \
   } while (!done)
-// Until the phase of this parity is over. What threads of this block wrote before they arrived, and what bulk copies brought, is seen
-// after.
+// Waits until the phase of this parity is complete. Writes of threads of this block before their arrival, and bulk copies, are visible
+// afterwards.
 __device__ __forceinline__ void barrier_wait(Barrier* barrier, uint32_t parity) { GF_WAIT(barrier, parity, "cta"); }
-// And what other blocks have sent. A wait of its own: in sm_90's code each of these drops L1 (CCTL.IVALL, counted by tools/sass.py).
+// The same for what other blocks have sent. Separate, because on sm_90 each such wait invalidates L1 (CCTL.IVALL, counted by
+// tools/sass.py).
 __device__ __forceinline__ void barrier_wait_cluster(Barrier* barrier, uint32_t parity) { GF_WAIT(barrier, parity, "cluster"); }
 #undef GF_WAIT
 
-// Writes four floats where `slot` is in block `rank`, which count as 16 bytes at `barrier` there. Both addresses are this block's own.
-// Nobody waits: a store and an arrival that others see in this order become a fence of the whole GPU in sm_90's code (MEMBAR, counted as
-// well).
+// Writes four floats to `slot` of block `rank`, which count as 16 bytes at `barrier` there. Both addresses are those of this block. An
+// asynchronous store, because an ordinary store followed by an arrival needs a fence of the whole GPU on sm_90 (MEMBAR, counted as well).
 __device__ __forceinline__ void send(float4 value, float4* slot, Barrier* barrier, uint32_t rank) {
   uint32_t remote_slot, remote_barrier;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote_slot) : "r"(address(slot)), "r"(rank));
@@ -91,10 +90,10 @@ __device__ __forceinline__ void store_bulk(void* global, const void* shared, uin
                : "memory");
 }
 __device__ __forceinline__ void store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-// Until the stores that this thread committed have read shared memory; or have also written.
+// Waits until the bulk stores of this thread have read shared memory (store_wait_read) or are complete (store_wait).
 __device__ __forceinline__ void store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 __device__ __forceinline__ void store_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
-// Between a thread's own accesses to shared memory and a bulk copy of the same bytes.
+// Orders a thread's own accesses to shared memory before a bulk copy of the same bytes.
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 __device__ __forceinline__ void warp_barrier() { __syncwarp(); }
@@ -103,7 +102,7 @@ __device__ __forceinline__ float warp_sum(float x) {
   for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(0xffffffffu, x, distance);
   return x;
 }
-__device__ __forceinline__ float warp_max(float x) {  // steps over NaN
+__device__ __forceinline__ float warp_max(float x) {  // ignores NaN
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, distance));
   return x;
@@ -128,7 +127,7 @@ __device__ __forceinline__ void from_float(float x, float* out) { *out = x; }
 __device__ __forceinline__ void from_float(float x, BFloat* out) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out->bits) : "f"(x)); }
 __device__ __forceinline__ void from_float(float x, Half* out) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out->bits) : "f"(x)); }
 
-// 32 bits of a vector of two.
+// A 32-bit word as two values.
 template <typename T>
 __device__ __forceinline__ float2 unpack(uint32_t word);
 template <>
@@ -153,7 +152,7 @@ __device__ __forceinline__ uint32_t pack<Half>(float low, float high) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
   return word;
 }
-// The larger of each of the two; steps over NaN.
+// The larger of each of the two; ignores NaN.
 template <typename T>
 __device__ __forceinline__ uint32_t max_two(uint32_t a, uint32_t b);
 template <>

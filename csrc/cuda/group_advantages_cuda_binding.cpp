@@ -1,5 +1,6 @@
-// The CUDA twin's tensors, device and stream. Apart from the .cu file, so that nvcc never reads a torch header and this file needs no CUDA
-// header: a stream is a void*. USE_CUDA is torch's own macro for what the stable ABI has of CUDA; the build sets it for a CUDA extension.
+// Tensors, device and stream for the CUDA kernel. Separate from the .cu file, so that nvcc does not compile torch headers and this file
+// needs no CUDA header: a stream is a void*. USE_CUDA is the macro of torch for the CUDA part of the stable ABI; the build sets it for a
+// CUDA extension.
 #ifdef USE_CUDA
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -7,7 +8,7 @@
 
 #include "../group_advantages.h"
 
-// Defined by libtorch_cuda alone. Weak, so that the same extension loads on a CPU build of torch, where it is null and never called.
+// Defined in libtorch_cuda only. Weak, so that the extension also loads with a CPU build of torch, where it is null and never called.
 #pragma weak aoti_torch_get_current_cuda_stream
 
 extern "C" const char* group_advantages_cuda_launch(const grpo_fast::GroupAdvantagesArgs* args, void* stream);

@@ -1,22 +1,25 @@
-// The loss of ratios that belong to single tokens, on GPUs with thread-block clusters: logits read once, gradient written once.
+// The loss with token-level ratios, on GPUs with thread-block clusters: logits are read once and the gradient is written once.
 //
-// A row stays on chip: each block of a cluster keeps a slice of it in shared memory, one stage of a ring. A block's warps have roles:
+// A row stays on chip: each block of a cluster holds a slice of it in shared memory, in one stage of a ring. The warps of a block have
+// roles:
 //
-//   loader    fetches what is known of a row (ids, mask, weights, the target's logit) and starts the bulk copy of its slice: `full`
-//   consumers sum 2^t and t * 2^t over the slice, each warp by itself: `summed`; later write the gradient over it: `done`
-//   finisher  adds up the block's warps, exchanges three numbers with the other blocks (`exchanged`), turns them into the row's statistics,
-//             loss, g and h: `ready`; in block 0 it also writes the row's results
-//   storer    starts the bulk copy of the gradient, and hands the stage back when it has been read: `empty`
+//   loader    loads the inputs of a row (ids, mask, weights, the target's logit) and starts the bulk copy of its slice: `full`
+//   consumers sum 2^t and t * 2^t over the slice, each warp separately: `summed`; later they overwrite it with the gradient: `done`
+//   finisher  adds the sums of the block's warps, exchanges three numbers with the other blocks (`exchanged`), and computes the row's
+//             statistics, loss, g and h: `ready`; in block 0 it also writes the results of the row
+//   storer    starts the bulk copy of the gradient, and frees the stage when it has been read: `empty`
 //
-// Consumers sum row i + 1 before they write the gradient of row i, so nobody waits for the exchange. Nothing of a row is written before
-// every block has sent its sums, and a block reads all it needs of the row in global memory before it sends: in place is safe.
+// Consumers sum row i + 1 before they write the gradient of row i, so that they do not wait for the exchange. No output of a row is written
+// before every block has sent its sums, and a block reads all that it needs of the row from global memory before it sends: the gradient may
+// overwrite the logits.
 //
-// Each warp takes its own maximum first, from shared memory and for 16-bit logits two at a time: half an instruction per logit. A guess, as
-// in kernels/fused/rowwise.py, would save it, but t = k * f - reference is rounded at its own size: with the peak at t = 12, entropies
-// were off by 1e-6. The target's column becomes -inf on chip, which leaves it out of sums and gradient at no cost; its own gradient is
-// stored once. What a row has before its first and after its last 16-byte boundary (its edges) goes by single elements through block 0.
+// Each warp first computes its own maximum, from shared memory and for 16-bit logits two at a time: half an instruction per logit. An
+// estimate, as in kernels/fused/rowwise.py, would save that, but t = k * f - reference is rounded relative to its own size: with the
+// largest logit at t = 12, entropies were off by 1e-6. The column of the target becomes -inf on chip, which excludes it from sums and
+// gradient; its own gradient is stored separately. The elements before the first and after the last 16-byte boundary of a row (its edges)
+// are handled one by one in block 0.
 //
-// The same bits from run to run: no atomics, fixed orders, and a row's result does not depend on which cluster computes it.
+// The results are the same bits from run to run: no atomics, fixed orders, and the result of a row does not depend on its cluster.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -30,7 +33,7 @@
 #include "cluster_primitives.h"
 #include "grpo_loss_cluster.h"
 
-#ifndef GF_CONSUMER_WARPS  // the tests take fewer
+#ifndef GF_CONSUMER_WARPS  // the tests use fewer
 #define GF_CONSUMER_WARPS 16
 #endif
 #ifndef GF_TOTAL_THREADS
@@ -53,25 +56,25 @@ using namespace gpu;
 constexpr int kMaxEdges = 16;
 constexpr uint32_t kCopyBytes = 32768;  // of one bulk copy
 constexpr double kLog2E = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
-constexpr float kExponentFloor = -1000.0f;  // in t * 2^t: a logit of -inf would make it 0 * inf
+constexpr float kExponentFloor = -1000.0f;  // lower bound of t in t * 2^t, which would be 0 * inf for a logit of -inf
 
 enum Fill : int32_t { kCompute, kZeros, kNaNs };
 
-struct RowSlot {  // what the roles tell each other of the row in a stage
-  // By the loader.
+struct RowSlot {  // the state of the row in a stage, shared by the roles
+  // Written by the loader.
   float edges[kMaxEdges];
-  int32_t head, edge_count;     // elements before the first boundary, and with those after the last one; 0 where not this block's
+  int32_t head, edge_count;     // elements before the first boundary, and at both edges together; 0 except in block 0
   int32_t vectors;              // of this block's slice
   int32_t target, target_edge;  // the target's place in the slice or among the edges, or -1
-  bool has_sums;                // computed and in the vocabulary; only then is there anything of the row on chip
-  bool direct;                  // logits and gradient lie on different 16-byte offsets: the gradient goes out by single elements
+  bool has_sums;                // computed, with an id in range; otherwise the row is not loaded
+  bool direct;                  // logits and gradient have different 16-byte offsets: the gradient is stored element by element
   float k, slope;
-  double f_target;  // a soft cap multiplies its error by the cap
+  double f_target;  // double, because a soft cap multiplies its error by the cap
   char *out_row, *out_slice;
   int64_t token;  // in [B * T], or -1
   uint32_t flags;
   PolicyToken<float> policy;
-  // By the finisher.
+  // Written by the finisher.
   Fill fill;
   float pivot, constant, linear, at_target;
 };
@@ -84,12 +87,12 @@ struct Shared {
 };
 constexpr int64_t kSharedHead = (sizeof(Shared) + 127) / 128 * 128;
 
-struct Walk {  // the rows of a cluster and the stages that they pass through, the same in every role
+struct RowSchedule {  // the rows of a cluster and their stages, the same in every role
   int64_t row, step, rows;
   int stages, stage = 0;
   uint32_t parity = 0;
 
-  __device__ Walk(const ClusterLossArgs& args, int stages)
+  __device__ RowSchedule(const ClusterLossArgs& args, int stages)
       : row(blockIdx.x / cluster_size()), step(gridDim.x / cluster_size()), rows(args.sequences * args.positions), stages(stages) {}
   __device__ bool any() const { return row < rows; }
   __device__ void next() {
@@ -98,7 +101,7 @@ struct Walk {  // the rows of a cluster and the stages that they pass through, t
   }
 };
 
-struct Exchanges {  // rows that have sums: two slots, taken in turn
+struct Exchanges {  // slots for the rows that have sums: two, in alternation
   int slot = 0;
   uint32_t parity = 0;
   __device__ void next() {
@@ -136,7 +139,7 @@ struct Vector {
   static __device__ __forceinline__ uint4 pack_all(const float (&x)[kWidth]) {
     return make_uint4(pack<T>(x[0], x[1]), pack<T>(x[2], x[3]), pack<T>(x[4], x[5]), pack<T>(x[6], x[7]));
   }
-  using Largest = uint32_t;  // two running maxima, which step over NaN
+  using Largest = uint32_t;  // two running maxima, which ignore NaN
   static __device__ __forceinline__ Largest least() { return pack<T>(-INFINITY, -INFINITY); }
   static __device__ __forceinline__ Largest larger(Largest top, uint4 words) {
     return max_two<T>(top, max_two<T>(max_two<T>(words.x, words.y), max_two<T>(words.z, words.w)));
@@ -166,8 +169,8 @@ struct Vector<float> {
 // Loader ---------------------------------------------------------------------------------------------------------------------------
 
 template <typename T>
-struct Fetched {  // of one row, from global memory, by every lane of the loader
-  RowSlot row;    // its first half
+struct Fetched {  // what the lanes of the loader have loaded of one row from global memory
+  RowSlot row;    // the part that the loader writes
   float edge;     // of this lane
   const char* slice;
 };
@@ -196,7 +199,7 @@ __device__ void fetch(const ClusterLossArgs& args, int64_t row, int64_t slice_ve
   const int64_t* strides = args.gradient ? args.gradient_strides : args.logits_strides;
   slot.out_row = gradient + (b * strides[0] + t * strides[1]) * static_cast<int64_t>(sizeof(T));
   slot.direct = ((reinterpret_cast<uintptr_t>(in) ^ reinterpret_cast<uintptr_t>(slot.out_row)) & 15) != 0;
-  // Where nothing is read the gradient's own boundaries count.
+  // If the logits are not read, the boundaries of the gradient decide.
   if (!slot.has_sums) in = slot.out_row, slot.direct = false;
 
   const int64_t offset = static_cast<int64_t>((16 - (reinterpret_cast<uintptr_t>(in) & 15)) & 15) / static_cast<int64_t>(sizeof(T));
@@ -242,42 +245,42 @@ __device__ void fetch(const ClusterLossArgs& args, int64_t row, int64_t slice_ve
 template <typename T, bool kCapped>
 __device__ void load_rows(const ClusterLossArgs& args, Shared& shared, char* slices, int64_t slice_vectors, int stages, int lane) {
   const uint32_t rank = cluster_rank();
-  Walk walk(args, stages);
+  RowSchedule schedule(args, stages);
   Fetched<T> fetched;
-  if (walk.any()) fetch<T, kCapped>(args, walk.row, slice_vectors, rank, lane, fetched);
-  for (bool again = false; walk.any();) {
-    if (again) barrier_wait(&shared.empty[walk.stage], walk.parity ^ 1);
-    RowSlot& slot = shared.rows[walk.stage];
+  if (schedule.any()) fetch<T, kCapped>(args, schedule.row, slice_vectors, rank, lane, fetched);
+  for (bool again = false; schedule.any();) {
+    if (again) barrier_wait(&shared.empty[schedule.stage], schedule.parity ^ 1);
+    RowSlot& slot = shared.rows[schedule.stage];
     if (lane == 0) slot = fetched.row;
-    warp_barrier();  // the slot is whole before its edges
+    warp_barrier();  // the slot is complete before its edges are written
     if (lane < kMaxEdges) slot.edges[lane] = fetched.edge;
     warp_barrier();
     if (lane == 0) {
       const uint32_t bytes = fetched.row.has_sums ? 16u * static_cast<uint32_t>(fetched.row.vectors) : 0u;
-      barrier_arrive_expect(&shared.full[walk.stage], bytes);
-      char* slice = slices + walk.stage * slice_vectors * 16;
+      barrier_arrive_expect(&shared.full[schedule.stage], bytes);
+      char* slice = slices + schedule.stage * slice_vectors * 16;
       for (uint32_t at = 0; at < bytes; at += kCopyBytes) {
-        load_bulk(slice + at, fetched.slice + at, bytes - at < kCopyBytes ? bytes - at : kCopyBytes, &shared.full[walk.stage]);
+        load_bulk(slice + at, fetched.slice + at, bytes - at < kCopyBytes ? bytes - at : kCopyBytes, &shared.full[schedule.stage]);
       }
     }
-    walk.next();
-    again = again || walk.stage == 0;
-    if (walk.any()) fetch<T, kCapped>(args, walk.row, slice_vectors, rank, lane, fetched);  // while the stage is still in use
+    schedule.next();
+    again = again || schedule.stage == 0;
+    if (schedule.any()) fetch<T, kCapped>(args, schedule.row, slice_vectors, rank, lane, fetched);  // overlaps with the use of the stage
   }
 }
 
 // Consumers ------------------------------------------------------------------------------------------------------------------------
 
-// Whether this lane has an element of the edges that is not the target's.
+// Whether this lane has an element of the edges other than the target.
 __device__ __forceinline__ bool has_edge(const RowSlot& slot, int thread) { return thread < slot.edge_count && thread != slot.target_edge; }
 
 __device__ __forceinline__ void add(float f, float k, float reference, float& e_sum, float& et_sum) {
   const float t = fmaf(f, k, -reference), e = exp2_approx(t);
   e_sum += e;
-  et_sum = fmaf(e, fmaxf(t, kExponentFloor), et_sum);  // where t is NaN e is too
+  et_sum = fmaf(e, fmaxf(t, kExponentFloor), et_sum);  // if t is NaN, so is e
 }
 
-// f of a vector without the target. On chip the target is -inf already, but a soft cap would make a number of that.
+// f of a vector without the target. The target is -inf on chip, but a soft cap would make it finite.
 template <typename T, bool kCapped>
 __device__ __forceinline__ void others(const RowSlot& slot, const uint4* slice, int v, float cap_scale, float (&f)[Vector<T>::kWidth]) {
   constexpr int kWidth = Vector<T>::kWidth;
@@ -303,8 +306,8 @@ __device__ float4 sums(const RowSlot& slot, uint4* slice, int thread, float cap_
   float top = Vector<T>::in_float(tops);
   if (edge) top = fmaxf(top, slot.edges[thread]);
   const float k = slot.k;
-  float reference = scored<kCapped>(warp_max(top), cap_scale) * k;  // f rises with z
-  if (reference == -INFINITY) reference = 0;                        // nothing but -inf: every term is 0
+  float reference = scored<kCapped>(warp_max(top), cap_scale) * k;  // f is increasing in z
+  if (reference == -INFINITY) reference = 0;                        // all -inf: every term is 0
   float e_sum = 0, et_sum = 0;
 #pragma unroll 2
   for (int v = thread; v < vectors; v += kConsumers) {
@@ -330,7 +333,7 @@ __device__ __forceinline__ float derivative(float z, const RowSlot& slot, float 
 template <typename T, bool kCapped, bool kEntropy, bool kDirect>
 __device__ void write_gradient(const RowSlot& shared_slot, uint4* slice, int64_t vocabulary, int thread, float cap_scale) {
   constexpr int kWidth = Vector<T>::kWidth;
-  RowSlot slot;  // what the loop needs, in registers: nothing that is stored to the slice can change it
+  RowSlot slot;  // a copy in registers, which stores to the slice cannot alias
   slot.k = shared_slot.k, slot.pivot = shared_slot.pivot, slot.constant = shared_slot.constant, slot.linear = shared_slot.linear;
   const int vectors = shared_slot.vectors, target = shared_slot.target;
   T* const out = kDirect ? reinterpret_cast<T*>(shared_slot.out_slice) : reinterpret_cast<T*>(slice);
@@ -355,7 +358,7 @@ __device__ void write_gradient(const RowSlot& shared_slot, uint4* slice, int64_t
   }
 }
 
-// A row that needs no logits: zeros, or NaN where its token does not exist.
+// A row whose logits are not needed: zeros, or NaN if the id is out of range.
 template <typename T>
 __device__ void fill_gradient(const RowSlot& slot, uint4* slice, int64_t vocabulary, int thread) {
   constexpr int kWidth = Vector<T>::kWidth;
@@ -382,20 +385,20 @@ __device__ void fill_gradient(const RowSlot& slot, uint4* slice, int64_t vocabul
 template <typename T, bool kCapped>
 __device__ void consume_rows(const ClusterLossArgs& args, Shared& shared, char* slices, int64_t slice_vectors, int stages, int thread) {
   const int warp = thread / 32, lane = thread % 32;
-  const auto slice_of = [&](const Walk& walk) { return reinterpret_cast<uint4*>(slices + walk.stage * slice_vectors * 16); };
+  const auto slice_of = [&](const RowSchedule& schedule) { return reinterpret_cast<uint4*>(slices + schedule.stage * slice_vectors * 16); };
   Exchanges exchange;
-  const auto take = [&](const Walk& walk) {
-    barrier_wait(&shared.full[walk.stage], walk.parity);
-    const RowSlot& slot = shared.rows[walk.stage];
+  const auto take = [&](const RowSchedule& schedule) {
+    barrier_wait(&shared.full[schedule.stage], schedule.parity);
+    const RowSlot& slot = shared.rows[schedule.stage];
     if (!slot.has_sums) return;
-    const float4 own = sums<T, kCapped>(slot, slice_of(walk), thread, args.cap_scale);
+    const float4 own = sums<T, kCapped>(slot, slice_of(schedule), thread, args.cap_scale);
     if (lane == 0) {
       shared.warp_sums[exchange.slot][warp] = own;
       barrier_arrive(&shared.summed[exchange.slot]);
     }
     exchange.next();
   };
-  Walk behind(args, stages), ahead = behind;
+  RowSchedule behind(args, stages), ahead = behind;
   if (ahead.any()) take(ahead);
   for (; behind.any(); behind.next()) {
     ahead.next();
@@ -426,7 +429,8 @@ __device__ void consume_rows(const ClusterLossArgs& args, Shared& shared, char* 
 
 // Finisher -------------------------------------------------------------------------------------------------------------------------
 
-// The sums over several parts of a row, one per lane, in every lane. A part without anything above 2^-inf has no say in the reference.
+// Combines the sums of several parts of a row, one per lane; every lane gets the result. A part without a finite term does not affect the
+// reference.
 __device__ float4 merge(float4 own, bool there) {
   const bool counts = there && own.y != 0;
   const float reference = warp_max(counts ? own.x : -INFINITY);
@@ -440,7 +444,7 @@ struct Statistics {
   double lse2;  // log2 of the sum over the whole row
 };
 
-// As statistics_of in kernels/fused/rowwise.py; sums and differences of logarithms in double, which costs a handful of instructions.
+// As statistics_of in kernels/fused/rowwise.py, but sums and differences of logarithms are in double, which costs a few instructions.
 __device__ Statistics statistics_of(float4 sums, double f_target, float k) {
   const double t_target = f_target * k;
   const double reference = sums.x == -INFINITY ? t_target : sums.x, relative = t_target - reference;
@@ -461,9 +465,9 @@ template <bool kCapped>
 __device__ void finish_rows(const ClusterLossArgs& args, Shared& shared, int stages, int lane) {
   const uint32_t rank = cluster_rank(), blocks = cluster_size();
   Exchanges exchange;
-  for (Walk walk(args, stages); walk.any(); walk.next()) {
-    barrier_wait(&shared.full[walk.stage], walk.parity);
-    RowSlot& slot = shared.rows[walk.stage];
+  for (RowSchedule schedule(args, stages); schedule.any(); schedule.next()) {
+    barrier_wait(&shared.full[schedule.stage], schedule.parity);
+    RowSlot& slot = shared.rows[schedule.stage];
     Statistics row{0, 0, 0};
     if (slot.has_sums) {
       barrier_wait(&shared.summed[exchange.slot], exchange.parity);
@@ -490,10 +494,10 @@ __device__ void finish_rows(const ClusterLossArgs& args, Shared& shared, int sta
       slot.pivot = static_cast<float>(row.lse2);
       slot.constant = -(g + h * row.entropy) * slope * exp2f(static_cast<float>(slot.pivot - row.lse2));
       slot.linear = -h * static_cast<float>(kLn2) * slope;
-      // From 1 - p = -expm1(log p): exact also for a confident token.
+      // From 1 - p = -expm1(log p), which is accurate also for p near 1.
       slot.at_target = (g * -expm1f(row.logprob) - (p > 0 ? h * p * (row.logprob + row.entropy) : 0.0f)) * slope;
       if (kCapped) slot.at_target *= static_cast<float>(1 - slot.f_target * slot.f_target);
-      barrier_arrive(&shared.ready[walk.stage]);
+      barrier_arrive(&shared.ready[schedule.stage]);
       if (rank == 0 && token >= 0) {
         args.logprobs[token] = row.logprob;
         args.entropy[token] = row.entropy;
@@ -508,11 +512,11 @@ __device__ void finish_rows(const ClusterLossArgs& args, Shared& shared, int sta
 // Storer ---------------------------------------------------------------------------------------------------------------------------
 
 __device__ void store_rows(const ClusterLossArgs& args, Shared& shared, char* slices, int64_t slice_vectors, int stages) {
-  for (Walk walk(args, stages); walk.any(); walk.next()) {
-    barrier_wait(&shared.done[walk.stage], walk.parity);
-    const RowSlot& slot = shared.rows[walk.stage];
+  for (RowSchedule schedule(args, stages); schedule.any(); schedule.next()) {
+    barrier_wait(&shared.done[schedule.stage], schedule.parity);
+    const RowSlot& slot = shared.rows[schedule.stage];
     if (args.gradient && !slot.direct) {
-      const char* slice = slices + walk.stage * slice_vectors * 16;
+      const char* slice = slices + schedule.stage * slice_vectors * 16;
       const uint32_t bytes = 16u * static_cast<uint32_t>(slot.vectors);
       char* const out = slot.out_slice;
       for (uint32_t at = 0; at < bytes; at += kCopyBytes) {
@@ -521,7 +525,7 @@ __device__ void store_rows(const ClusterLossArgs& args, Shared& shared, char* sl
       store_commit();
       store_wait_read();
     }
-    barrier_arrive(&shared.empty[walk.stage]);
+    barrier_arrive(&shared.empty[schedule.stage]);
   }
   store_wait();
 }
@@ -558,19 +562,19 @@ __global__ void __launch_bounds__(kThreads, 1)
     consume_rows<T, kCapped>(args, shared, slices, slice_vectors, stages, static_cast<int>(threadIdx.x) - 32 * kRoles);
   }
   warp_barrier();
-  cluster_barrier();  // a block's shared memory stays until the others have sent what they had to send
+  cluster_barrier();  // shared memory must remain valid until the other blocks have sent their messages
 #else
   (void)args, (void)slice_vectors, (void)stages;  // never launched: see why_not()
 #endif
 }
 
-// Adds up the tokens' records: one block, each thread its tokens in order, then a fixed tree.
+// Adds the records of the tokens in one block: each thread its tokens in order, then a fixed tree.
 __global__ void __launch_bounds__(GF_TOTAL_THREADS, 1)
     _grpo_loss_cluster_total_kernel(const TokenRecord* records, int64_t tokens, float* loss, float* metrics) {
   enum { kLoss = kTokenMetrics, kCounted, kCount, kSums };
   __shared__ double partials[kSums][GF_TOTAL_THREADS / 32];
   double sum[kSums] = {};
-  constexpr int kAtOnce = 4;  // whose loads are under way together
+  constexpr int kAtOnce = 4;  // loads in flight per thread
   for (int64_t first = threadIdx.x; first < tokens; first += kAtOnce * GF_TOTAL_THREADS) {
     TokenRecord found[kAtOnce];
 #pragma unroll
@@ -611,9 +615,10 @@ __global__ void __launch_bounds__(GF_TOTAL_THREADS, 1)
     }
   }
   const double computed = sum[kCount] > 1 ? sum[kCount] : 1, counted = sum[kCounted] > 1 ? sum[kCounted] : 1;
-  sum[kClipRegion] = sum[kClipLowShare] + sum[kClipHighShare];  // no token is in both
+  sum[kClipRegion] = sum[kClipLowShare] + sum[kClipHighShare];  // a token is in at most one of them
   for (int m = 0; m < kTokenMetrics; ++m) metrics[m] = static_cast<float>(sum[m] / (m == kActiveFraction ? counted : computed));
-  metrics[kRatioMax] = static_cast<float>(sum[kRatioMean] == sum[kRatioMean] ? sum[kRatioMax] : sum[kRatioMean]);  // NaN must show
+  metrics[kRatioMax] =
+      static_cast<float>(sum[kRatioMean] == sum[kRatioMean] ? sum[kRatioMax] : sum[kRatioMean]);  // a maximum would ignore NaN
   *loss = static_cast<float>(sum[kLoss]);
 }
 
@@ -633,14 +638,14 @@ Kernel kernel_of(LogitType type, bool capped) {
   return capped ? _grpo_loss_cluster_kernel<gpu::Half, true> : _grpo_loss_cluster_kernel<gpu::Half, false>;
 }
 
-constexpr int64_t kHead = 4096;  // what a block keeps of its shared memory beside the slices
+constexpr int64_t kHead = 4096;  // shared memory per block besides the slices
 
 #if defined(GF_HAS_CLUSTERS)
 static_assert(kSharedHead <= kHead, "the head grew");
 #endif
 
 struct Device {
-  int32_t shared_bytes = 0;  // that a block may have; 0: no such kernel here
+  int32_t shared_bytes = 0;  // available per block; 0: the kernel does not run on this device
   const char* why = nullptr;
 };
 
@@ -663,7 +668,7 @@ Device ask(int32_t index) {
   return out;
 }
 
-const Device& device(int32_t index) {  // asked once: this costs more than a launch
+const Device& device(int32_t index) {  // cached: the query costs more than a launch
   static std::mutex mutex;
   static std::map<int32_t, Device> known;
   const std::lock_guard<std::mutex> lock(mutex);
@@ -678,17 +683,17 @@ struct Shape {
   int64_t shared_bytes() const { return kHead + stages * slice_vectors * 16; }
 };
 
-// The smallest cluster that keeps three rows on chip (one arrives, one is summed, one leaves); two rows in the largest one if need be.
+// The smallest cluster that holds three rows on chip (one is loaded, one summed, one stored), or two rows in the largest cluster.
 Shape shape_of(const ClusterLossArgs& args, int64_t shared_bytes) {
   const int64_t element = args.type == LogitType::kFloat32 ? 4 : 2, vectors = args.vocabulary / (16 / element);
   Shape shape;
   for (int wanted = 3; wanted >= 2; --wanted) {
     for (int cluster = args.force_cluster ? args.force_cluster : 1; cluster <= kMaxCluster; cluster *= 2) {
-      // Whole lines of 128 bytes, so that blocks do not share one where rows begin on one.
+      // A multiple of 128 bytes, so that blocks do not share a cache line if rows begin on one.
       const int64_t slice = std::max<int64_t>(ceil_div(ceil_div(vectors, cluster), 8) * 8, 8);
       const int64_t available = std::min<int64_t>((shared_bytes - kHead) / (slice * 16), kMaxStages);
       const int64_t stages = args.force_stages ? args.force_stages : available;
-      if (stages >= 2 && available >= (args.force_stages ? stages : wanted)) {  // with one, consumers would wait for themselves
+      if (stages >= 2 && available >= (args.force_stages ? stages : wanted)) {  // with one stage the consumers would deadlock
         shape.slice_vectors = slice, shape.cluster = cluster, shape.stages = static_cast<int>(stages);
         return shape;
       }
@@ -698,7 +703,7 @@ Shape shape_of(const ClusterLossArgs& args, int64_t shared_bytes) {
   return shape;
 }
 
-// Clusters that the device holds at once; asked once for each kernel and shape.
+// The number of clusters that can be resident on the device; cached per kernel and shape.
 int64_t resident_clusters(Kernel kernel, const Shape& shape, int32_t index, const cudaLaunchConfig_t& config) {
   using Key = std::tuple<Kernel, int, int64_t, int32_t>;
   static std::mutex mutex;
@@ -768,6 +773,6 @@ extern "C" const char* grpo_loss_cluster_launch(const grpo_fast::ClusterLossArgs
         cudaLaunchKernelEx(&config, _grpo_loss_cluster_total_kernel, records, args->sequences * args->length, args->loss, args->metrics);
   }
   if (error == cudaSuccess) return nullptr;
-  cudaGetLastError();  // told here, and not once more by whoever asks next
+  cudaGetLastError();  // clear the error, so that the next caller does not see it
   return cudaGetErrorString(error);
 }

@@ -1,4 +1,4 @@
-// What the cluster kernel is told: plain pointers and strides, for the binding, the kernel and the host that runs it in the tests.
+// The arguments of the cluster kernel as plain pointers and strides, for the binding, the kernel, and the tests that run it on the host.
 #pragma once
 #include <cstdint>
 
@@ -9,7 +9,7 @@ namespace grpo_fast {
 enum class LogitType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 template <typename T>
-struct TokenView {  // a [B, T] tensor, or one that broadcasts to it, or none
+struct TokenView {  // a [B, T] tensor, one that broadcasts to it, or none
   const T* data = nullptr;
   int64_t sequence_stride = 0, token_stride = 0;
 
@@ -19,7 +19,7 @@ struct TokenView {  // a [B, T] tensor, or one that broadcasts to it, or none
   }
 };
 
-struct TokenRecord {  // of one token; summed up in a fixed order when all are done
+struct TokenRecord {  // of one token; added in a fixed order at the end
   float loss, entropy, ratio, kl;
   uint32_t flags;
 };
@@ -32,7 +32,7 @@ struct ClusterLossArgs {
   const char* logits;  // [sequences, positions, vocabulary], contiguous over the vocabulary
   char* gradient;      // the same shape; the logits themselves, or null where no gradient is wanted
   int64_t logits_strides[2], gradient_strides[2];
-  int64_t sequences, positions, length, vocabulary;  // a last position beyond length is not a token's
+  int64_t sequences, positions, length, vocabulary;  // position `length`, if there is one, predicts no token
   LogitType type;
 
   TokenView<int64_t> token_ids;
@@ -53,7 +53,7 @@ struct ClusterLossArgs {
 
 }  // namespace grpo_fast
 
-// Null, or in words why nothing was launched. `stream` is a cudaStream_t.
+// Null, or a message that says why nothing was launched. `stream` is a cudaStream_t.
 extern "C" const char* grpo_loss_cluster_launch(const grpo_fast::ClusterLossArgs* args, void* stream);
-// Bytes of the longest row that this device's clusters hold; 0, and why, where there is no such kernel for it.
+// Bytes of the longest row that fits in a cluster of this device; 0, and the reason in `why`, if the kernel does not run there.
 extern "C" int64_t grpo_loss_cluster_row_bytes(int32_t device, const char** why);

@@ -1,4 +1,5 @@
-// The cluster kernel's tensors, device and stream; for USE_CUDA, the weak symbol and the two files see group_advantages_cuda_binding.cpp.
+// Tensors, device and stream for the cluster kernel. group_advantages_cuda_binding.cpp explains USE_CUDA, the weak symbol and the two
+// files.
 #ifdef USE_CUDA
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>

@@ -1,4 +1,4 @@
-// From tensors to the plain arguments of the cluster kernel, for whoever launches it: the CUDA binding, or the tests on a CPU.
+// From tensors to the plain arguments of the cluster kernel, for the CUDA binding and for the tests on a CPU.
 #pragma once
 #include <cmath>
 #include <cstdio>
@@ -12,7 +12,7 @@
 
 namespace grpo_fast {
 
-struct ClusterLossTensors {  // the operator's arguments behind the logits; for their meaning see grpo_fast/ops/grpo_loss.py
+struct ClusterLossTensors {  // the operator's arguments after the logits; grpo_fast/ops/grpo_loss.py describes them
   const Tensor &token_ids, &mask, &advantages, &weights;
   const std::optional<Tensor>&entropy_weights, &old_logprobs, &ref_logprobs, &rollout_weights, &temperatures;
   double temperature, softcap, logit_scale, loss_scale;
@@ -22,7 +22,7 @@ struct ClusterLossTensors {  // the operator's arguments behind the logits; for 
 
 using ClusterLossOutput = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // loss, logprobs, entropy, metrics
 
-// GRPO_FAST_CLUSTER="4x3", blocks by stages, is for measuring which shape is fastest; a 0: by the row's length.
+// GRPO_FAST_CLUSTER="4x3", blocks by stages, forces a shape, to measure which is fastest. 0: chosen by the row's length.
 inline void take_forced_shape(ClusterLossArgs& args) {
   const char* text = std::getenv("GRPO_FAST_CLUSTER");
   if (!text || !*text) return;
@@ -33,7 +33,7 @@ inline void take_forced_shape(ClusterLossArgs& args) {
                   "GRPO_FAST_CLUSTER is '", text, "'; expected blocks by stages, such as 4x3, and 1, 2, 4 or 8 blocks. Unset it.");
 }
 
-// Calls launch(args), which says in words what went wrong, or null. gradient: null where none is wanted.
+// launch(args) returns null, or an error message. gradient: null if none is wanted.
 template <typename Launch>
 ClusterLossOutput cluster_loss(const Tensor& logits, const Tensor* gradient, const ClusterLossTensors& given, const Launch& launch) {
   const ScalarType type = logits.scalar_type();
@@ -89,7 +89,7 @@ ClusterLossOutput cluster_loss(const Tensor& logits, const Tensor* gradient, con
   return {loss, logprobs, entropy, metrics};
 }
 
-// The same with new memory for the gradient, which is returned last; empty where none is wanted.
+// The same with a new tensor for the gradient, which is returned last; empty if none is wanted.
 template <typename Launch>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cluster_loss_and_gradient(const Tensor& given_logits, bool want_gradient,
                                                                              const ClusterLossTensors& given, const Launch& launch) {

@@ -1,6 +1,6 @@
-// Stands in for csrc/cuda/cluster_primitives.h: its functions on the CPU. Bulk copies and messages to other blocks happen some time after
-// they were asked for, in another order; until then their target holds NaN. What the hardware would not forgive ends the process: an
-// address or a size that is no multiple of 16, an arrival too many, a message to a block that has returned.
+// Replaces csrc/cuda/cluster_primitives.h in the tests: its functions on the CPU. Bulk copies and messages to other blocks are carried out
+// some time after they were requested, in another order; until then their target holds NaN. What would be an error on hardware ends the
+// process: an address or a size that is not a multiple of 16, an arrival too many, a message to a block that has returned.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -128,7 +128,7 @@ inline void fence_async() {
 
 inline void warp_barrier() { cuda_on_host::wait(cuda_on_host::block().warps[threadIdx.x / 32]); }
 template <typename Combine>
-float warp_tree(float x, const Combine& combine) {  // the shuffles' tree, with one meeting of the lanes and not five
+float warp_tree(float x, const Combine& combine) {  // the tree of the shuffles, with one synchronization of the lanes instead of five
   cuda_on_host::Block& block = cuda_on_host::block();
   const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   block.shuffled[warp][lane] = x;
@@ -150,7 +150,7 @@ inline float warp_max(float x) {
   return warp_tree(x, [](float a, float b) { return std::fmax(a, b); });
 }
 
-inline float exp2_approx(float t) {  // flushes what is below the smallest normal number, as the instruction does
+inline float exp2_approx(float t) {  // flushes subnormal results to zero, as the instruction does
   const float e = std::exp2(t);
   return e < 1.17549435e-38f ? 0.0f : e;
 }

@@ -1,13 +1,13 @@
-// Stands in for <cuda_runtime.h>, so that g++ compiles a .cu file and its kernels run on the CPU: the logic of a kernel without a GPU.
+// Replaces <cuda_runtime.h> in the tests, so that g++ compiles a .cu file and its kernels run on the CPU: the logic of a kernel without a
+// GPU.
 //
-// A cluster's threads are fibers of one OS thread, which change places only where they wait: at barriers and at shuffles. A warp runs until
-// one stops it before another gets its turn, first warp first or, with CUDA_ON_HOST_REVERSED set, last warp first, or, with
-// CUDA_ON_HOST_SEED set to other than 0, in a random order that the seed makes: warps are as far apart as the barriers let them be, so a
-// missing one shows. A barrier that not all threads reach ends the process. Clusters run one after another, a block alone is a cluster of
-// one, so __shared__ is a static variable, for kernels without clusters. With CUDA_ON_HOST_PROXIES set it is known which thread last
-// changed each byte of dynamic shared memory, and whether it has fenced that for the copy engine. Only what our kernels use is here; a
-// launch `kernel<<<grid, block, shared, stream>>>(arguments)` must have been rewritten to cuda_on_host::launch(kernel, grid, ...,
-// arguments).
+// The threads of a cluster are fibers of one OS thread, which switch only where they wait: at barriers and at shuffles. A warp runs until
+// it waits before another warp runs: the first warp first, with CUDA_ON_HOST_REVERSED the last warp first, or, with CUDA_ON_HOST_SEED other
+// than 0, in a random order made from the seed. So warps are as far apart as the barriers allow, and a missing barrier shows. A barrier
+// that not all threads reach ends the process. Clusters run one after another; a block without clusters is a cluster of one, so __shared__
+// is a static variable there. With CUDA_ON_HOST_PROXIES it is recorded which thread last changed each byte of dynamic shared memory, and
+// whether it has fenced that byte for the copy engine. Only what the kernels of this project use is implemented; a launch
+// `kernel<<<grid, block, shared, stream>>>(arguments)` must have been rewritten to cuda_on_host::launch(kernel, grid, ..., arguments).
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
@@ -63,7 +63,7 @@ struct Fiber {
   jmp_buf place;
   std::unique_ptr<char[]> stack;
   bool started, done;
-  unsigned stores = 0;  // bulk stores under way
+  unsigned stores = 0;  // bulk stores in flight
 };
 
 struct Barrier {
@@ -75,18 +75,18 @@ struct Block {
   double shuffled[32][32];
   std::vector<char> memory;  // dynamic shared
   char* shared = nullptr;
-  std::vector<char> seen;          // of it, when a thread last stopped; empty where nobody asks
-  std::vector<unsigned> unfenced;  // by which thread a byte was changed since, plus 1; 0: the copy engine may read it
+  std::vector<char> seen;          // its content when a thread last stopped; empty without CUDA_ON_HOST_PROXIES
+  std::vector<unsigned> unfenced;  // the thread that changed a byte since, plus 1; 0: the copy engine may read it
 };
 
-struct Copy {  // by the copy engine: some time after it was asked for
+struct Copy {  // a bulk copy, carried out some time after it was requested
   std::function<void()> run;
 };
 
 inline std::vector<Fiber> fibers;
 inline std::vector<std::unique_ptr<Block>> blocks;
 inline std::vector<Copy> copies;
-inline std::vector<const void*> message_barriers;  // where other blocks' messages have been counted
+inline std::vector<const void*> message_barriers;  // barriers at which messages of other blocks were counted
 inline Barrier cluster_barrier;
 inline jmp_buf scheduler;
 inline ucontext_t scheduler_context;
@@ -115,14 +115,14 @@ inline bool block_left(unsigned index) {  // whether any of its threads has retu
   return false;
 }
 
-// Whatever of its block's memory has changed since anybody looked, the running thread has changed.
+// Attributes every change of the block's memory since the last call to the running thread.
 inline void note_writes() {
   Block& here = block();
   for (size_t i = 0; i < here.seen.size(); ++i) {
     if (here.seen[i] != here.memory[i]) here.seen[i] = here.memory[i], here.unfenced[i] = current + 1;
   }
 }
-// Not by a thread: the copy engine and other blocks' messages.
+// Changes by the copy engine and by messages of other blocks, which no thread made.
 inline void note_arrival(Block& block, const void* first, size_t bytes) {
   if (block.seen.empty()) return;
   const size_t at = static_cast<size_t>(static_cast<const char*>(first) - block.memory.data());
@@ -156,14 +156,14 @@ inline void run_fiber() {
   _longjmp(scheduler, 1);
 }
 
-inline void resume(Fiber& fiber) {  // _setjmp and not swapcontext, which makes a system call each time
+inline void resume(Fiber& fiber) {  // _setjmp instead of swapcontext, which makes a system call each time
   if (_setjmp(scheduler) != 0) return;
   if (fiber.started) _longjmp(fiber.place, 1);
   fiber.started = true;
   setcontext(&fiber.context);
 }
 
-// A random copy of those under way; in the first two orders all of them, last first.
+// Carries out one of the pending copies, chosen at random; in the first two orders all of them, last first.
 inline bool run_copies() {
   bool any = false;
   while (!copies.empty() && (seed == 0 || !any || chance(50))) {
@@ -268,7 +268,7 @@ inline double __shfl_xor_sync(unsigned, double x, int distance) {
 
 extern "C" int cuda_on_host_launches() { return cuda_on_host::launches; }
 
-// What a launcher of clusters asks and says. CUDA_ON_HOST_CLUSTERS (default 3) are resident at once.
+// The API that a launch of clusters uses. CUDA_ON_HOST_CLUSTERS (default 3) are resident at once.
 enum { cudaDevAttrComputeCapabilityMajor, cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum { cudaLaunchAttributeClusterDimension };
 struct cudaFuncAttributes {

@@ -20,7 +20,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss(
                                    launch);
 }
 
-// The gradient goes to where the caller says: the logits themselves, or anything else of their shape.
+// Writes the gradient to a given tensor: the logits themselves, or any other tensor of their shape.
 ClusterLossOutput loss_to(Tensor gradient, const Tensor& logits, const Tensor& token_ids, const Tensor& mask, const Tensor& advantages,
                           const Tensor& weights, const std::optional<Tensor>& entropy_weights, const std::optional<Tensor>& old_logprobs,
                           const std::optional<Tensor>& ref_logprobs, const std::optional<Tensor>& rollout_weights,
