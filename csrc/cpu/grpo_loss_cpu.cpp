@@ -120,7 +120,7 @@ LossOutput grpo_loss_rows(const Tensor& logits, const Tensor* gradient, const To
     kernels.gradient(in.at(b, t), out.at(b, t), in.vocabulary, target, transform, row, terms.g, terms.h);
   });
   *output.loss.mutable_data_ptr<float>() = static_cast<float>(sum_up(records, output.metrics.mutable_data_ptr<float>()));
-  return pass;
+  return output;
 }
 
 }  // namespace
