@@ -18,6 +18,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
 if TYPE_CHECKING:
+    from optuna import Trial
     from torch import nn
     from transformers.trainer_utils import TrainOutput
 
@@ -105,14 +106,14 @@ class AtomicCheckpointTrainer(Trainer):
         self.control.should_training_stop |= self.state.global_step >= self.state.max_steps
         return self.control.should_training_stop
 
-    def _get_output_dir(self, trial: Any) -> str:
+    def _get_output_dir(self, trial: Trial | None) -> str:
         return str(self._staging or super()._get_output_dir(trial))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._staging is None:  # otherwise _save_checkpoint pushes after the rename
             super()._push_from_checkpoint(checkpoint_folder)
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: Trial | None) -> None:
         folder = Path(super()._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
         staging = folder / UNFINISHED

@@ -33,34 +33,45 @@ class GRPOConfig(TrainingArguments):
         max_completion_length: length limit of a completion, in tokens.
         steps_per_generation: micro-batches per rollout, a multiple of ``gradient_accumulation_steps``; the quotient is the number of
             optimizer steps ("minibatches") per pass over the rollout. None = one optimizer step.
-        generation_batch_size: the same as a number of completions per rollout, over all processes. Set at most one of the two.
+        generation_batch_size: completions per rollout, over all processes; instead of ``steps_per_generation``. Set at most one of the
+            two.
         num_iterations: passes over each rollout (mu).
         shuffle_dataset: use a new order of the prompts in each epoch.
         chat_template_kwargs: arguments of ``apply_chat_template``, for prompts that are lists of messages.
         dynamic_sampling_attempts: how often groups whose rewards are all equal, and so have no gradient, are drawn again with other prompts
             (DAPO, arXiv:2503.14476). 0 = never.
 
-        temperature: of sampling, of the loss, of old and reference log-probabilities and of the entropy: there is only one.
-        temperature_schedule: how it changes, see `grpo_fast.trainer.temperature.TemperatureSchedule.from_config`; None = it is constant.
-        top_p, top_k, min_p: truncation of the sampler's distribution. The loss is that of the whole distribution; the probability of the
-            kept tokens is logged as ``sampling/kept_mass``, and ``vllm_importance_sampling_correction`` corrects for the difference.
+        temperature: temperature of sampling, of the loss, of old and reference log-probabilities and of the entropy.
+        temperature_schedule: how the temperature changes, see `TemperatureSchedule.from_config` (grpo_fast.temperature); None = constant.
+        top_p: sample from the smallest set of most likely tokens whose probabilities sum to at least this; 1 = all tokens. The loss is that
+            of the whole distribution; the probability of the kept tokens is logged as ``sampling/kept_mass``, and
+            ``vllm_importance_sampling_correction`` corrects for the difference.
+        top_k: sample from this many most likely tokens; 0 = all tokens.
+        min_p: sample from tokens that are at least this fraction as likely as the most likely one; None = all tokens.
         sampler: ``"transformers"``, ``"continuous_batching"`` or ``"vllm"``; or pass an object to the trainer.
         sampler_options: arguments of the sampler's constructor.
-        use_vllm, vllm_mode, vllm_server_base_url, vllm_server_host, vllm_server_port, use_transformers_continuous_batching: TRL's settings
-            for the choice of the sampler. The only ``vllm_mode`` is ``"server"``, vLLM's own server (``vllm serve``).
+        use_vllm: TRL's name for ``sampler="vllm"``.
+        vllm_mode: TRL's mode of vLLM; the only one is ``"server"``, vLLM's own server (``vllm serve``).
+        vllm_server_base_url: with ``use_vllm``, the server's URL; None = ``vllm_server_host`` and ``vllm_server_port``.
+        vllm_server_host: with ``use_vllm``, the server's host.
+        vllm_server_port: with ``use_vllm``, the server's port.
+        use_transformers_continuous_batching: TRL's name for ``sampler="continuous_batching"``.
 
-        eval_temperature, eval_top_p: of evaluations; 0.6 and 0.95 are DeepSeek-R1's.
+        eval_temperature: temperature of evaluations; 0.6 is DeepSeek-R1's, 0 is greedy decoding.
+        eval_top_p: ``top_p`` of evaluations; 0.95 is DeepSeek-R1's.
         eval_rounds: completions per prompt in an evaluation; the mean is reported, with its standard error over the rounds.
 
         beta: weight of the KL penalty; 0 needs no reference policy.
         use_bias_correction_kl: ``bias_corrected_kl`` of LossConfig.
-        sync_ref_model, ref_model_sync_steps, ref_model_mixup_alpha: every so many steps, reference = alpha policy + (1 - alpha) reference.
+        sync_ref_model: let the reference policy follow the policy.
+        ref_model_sync_steps: with ``sync_ref_model``, optimizer steps between two updates of the reference.
+        ref_model_mixup_alpha: with ``sync_ref_model``, each update sets reference = alpha policy + (1 - alpha) reference.
 
         loss_type, epsilon, epsilon_high, delta, dual_clip, importance_sampling_level, kl_estimator, entropy_coef: see LossConfig, of which
             `loss_config` makes one; epsilon_high: None = epsilon. The settings of single losses (``sapo_temperature_pos``, ...) are
             taken over from there.
         scale_rewards: ``"group"``, ``"batch"`` or ``"none"`` (True and False mean the first and the last).
-        reward_weights: one per reward; None = all 1.
+        reward_weights: weights of the rewards, one each; None = all 1.
         multi_objective_aggregation: ``"sum_then_normalize"``, or ``"normalize_then_sum"`` (GDPO, arXiv:2601.05242).
         reward_timeout: seconds for one call of a reward, None = no limit.
         reward_on_error: what happens when a reward raises, exceeds its time limit or returns something invalid: ``"raise"`` ends the run
@@ -73,7 +84,8 @@ class GRPOConfig(TrainingArguments):
         vllm_importance_sampling_correction: weight each token by the ratio of the trainer's probability to the sampler's, for any sampler;
             None = for all but ``"transformers"``, which runs the trainer's own model.
         vllm_importance_sampling_mode: ``"token_truncate"``, ``"token_mask"``, ``"sequence_truncate"`` or ``"sequence_mask"``.
-        vllm_importance_sampling_clip_min, vllm_importance_sampling_clip_max: bounds of that weight.
+        vllm_importance_sampling_clip_min: lower bound of that weight; None = none.
+        vllm_importance_sampling_clip_max: upper bound of that weight; None = none.
         sampler_tolerance: largest mean difference of a token's log-probability between sampler and trainer, in nats, on the first step;
             a larger one stops the run. None = 0.02 in float32, 0.1 otherwise.
 
@@ -83,7 +95,7 @@ class GRPOConfig(TrainingArguments):
         metrics_on: ``"active"``: sequences with an advantage of 0 are not run through the model where they cannot change the gradient;
             ``"all"``: they are, and count in entropy and clip ratios.
         log_completions: write the completions of each logged step to ``output_dir/completions``.
-        num_completions_to_print: how many of them; None = all.
+        num_completions_to_print: with ``log_completions``, how many completions to write; None = all.
 
     Raises:
         ValueError: names the setting, its value, what was expected and how to fix it.
@@ -179,13 +191,13 @@ class GRPOConfig(TrainingArguments):
             self.bf16 = not self.fp16 and not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         super().__post_init__()
         checks.check_sampler(self)
-        self.packing = checks.parse_bool(self.packing)
+        self.packing = checks.parse_bool(self.packing)  # type: ignore[assignment]  # a str for the command line, see parse_bool
         scale = checks.parse_bool(self.scale_rewards)
         self.scale_rewards = ("group" if scale else "none") if isinstance(scale, bool) else scale
         checks.check_batches(self)
         checks.check_sampling(self)
-        schedule: Any = self.temperature if self.temperature_schedule is None else self.temperature_schedule
-        self._schedule = TemperatureSchedule.from_config(schedule)  # warns if it goes below 0.7
+        schedule = self.temperature if self.temperature_schedule is None else self.temperature_schedule
+        self._schedule = TemperatureSchedule.from_config(schedule)  # type: ignore[arg-type]  # TrainingArguments has parsed JSON; warns if it goes below 0.7
         checks.check_rewards(self)
         checks.check_training(self)
         self.loss_config()

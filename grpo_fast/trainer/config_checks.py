@@ -6,7 +6,7 @@ import json
 import math
 import numbers
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 from grpo_fast.generation import check_options
 
@@ -25,10 +25,11 @@ __all__ = [
     "parse_bool",
 ]
 
+T = TypeVar("T")
 IMPORTANCE_SAMPLING_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
 
-def bad_setting(name: str, value: Any, expected: str) -> ValueError:
+def bad_setting(name: str, value: object, expected: str) -> ValueError:
     """The error for a setting."""
     return ValueError(f"GRPOConfig: {name} is {value!r}; expected {expected}.")
 
@@ -46,7 +47,7 @@ def convert_types(config: GRPOConfig, annotations: Mapping[str, str]) -> None:
         setattr(config, name, _converted(name, getattr(config, name), annotation))
 
 
-def parse_bool(value: Any) -> Any:
+def parse_bool(value: T) -> T | bool:
     """True or False for these words, as a command line gives them; any other value unchanged.
 
     A field of the type ``str | bool`` would be parsed as a bool by transformers' command line, so such fields are annotated as str.
@@ -54,27 +55,27 @@ def parse_bool(value: Any) -> Any:
     return {"true": True, "false": False}.get(str(value).lower(), value)
 
 
-def _converted(name: str, value: Any, annotation: str) -> Any:
+def _converted(name: str, value: object, annotation: str) -> object:
     kind = annotation.removesuffix(" | None")
     if (value is None and kind != annotation) or (name in _WIDER_THAN_ANNOTATED and not isinstance(value, str)):
         return value
     has_type, expected = TYPES[kind]
     if not has_type(value):
         raise bad_setting(name, value, expected if kind == annotation else f"{expected}, or None")
-    if kind == "float" and not isinstance(value, int):
+    if kind == "float" and not isinstance(value, int) and isinstance(value, numbers.Real):
         return float(value)
-    return int(value) if kind == "int" else value
+    return int(value) if kind == "int" and isinstance(value, numbers.Integral) else value
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return not isinstance(value, bool) and isinstance(value, numbers.Real) and not math.isnan(value)
 
 
-def _are_finite(value: Any) -> bool:
+def _are_finite(value: object) -> bool:
     return isinstance(value, (list, tuple)) and all(_is_number(each) and math.isfinite(each) for each in value)
 
 
-def _is_mapping(value: Any) -> bool:
+def _is_mapping(value: object) -> bool:
     """Whether it is a dictionary, or JSON for one as a command line gives it."""
     if not isinstance(value, str):
         return isinstance(value, Mapping)
@@ -84,7 +85,7 @@ def _is_mapping(value: Any) -> bool:
         return False
 
 
-TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {  # annotation -> (whether a value has this type, its description)
+TYPES: dict[str, tuple[Callable[[object], bool], str]] = {  # annotation -> (whether a value has this type, its description)
     "bool": (lambda value: isinstance(value, bool), "True or False"),
     "int": (lambda value: _is_number(value) and isinstance(value, numbers.Integral), "a whole number"),
     "float": (_is_number, "a number"),
@@ -225,11 +226,11 @@ def check_training(config: GRPOConfig) -> None:
         raise bad_setting("parallelism_config", "context or sequence parallel", "neither: rollouts are made inside the trainer")
 
 
-def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
     if value not in allowed:
         raise bad_setting(name, value, f"one of {', '.join(map(repr, allowed))}")
 
 
-def _check_count(name: str, value: Any, least: int) -> None:
+def _check_count(name: str, value: object, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise bad_setting(name, value, f"a whole number of at least {least}")

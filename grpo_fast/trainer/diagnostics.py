@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ __all__ = [
     "measure_rollout",
 ]
 
+T = TypeVar("T")
 _LOSS_METRICS = {  # key of GRPOOutput.metrics -> name in the log
     "entropy": "entropy",
     "clip_low": "clip_ratio/low_mean",
@@ -113,7 +114,7 @@ def measure_loss(metrics: MetricAccumulator, out: gf.GRPOOutput, batch: MicroBat
             metrics.add_sum("sampling/kept_mass", (gap.exp() * out.active).sum(), num_computed)
 
 
-def full_norm(norm: Any) -> Any:
+def full_norm(norm: T) -> T:
     """The whole value of a gradient norm that FSDP2 returns as a DTensor; every process must call this. Other norms are returned as is."""
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
@@ -159,7 +160,7 @@ def _describe_loss(number: int, out: gf.GRPOOutput, batch: MicroBatch) -> str:
 
 def completion_records(
     step: int,
-    prompts: Sequence[Any],
+    prompts: Sequence[object],
     completions: Sequence[GeneratedCompletion],
     names: Sequence[str],
     rewards: Tensor,

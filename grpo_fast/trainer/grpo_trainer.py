@@ -147,7 +147,7 @@ class GRPOTrainer(AtomicCheckpointTrainer):
         ticks = self.rollouts.prompts.rollouts_per_epoch * self.args.steps_per_generation * self.args.num_iterations
         return DataLoader(range(ticks), batch_size=1)  # type: ignore[arg-type]
 
-    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list[MicroBatch], int]:
+    def get_batch_samples(self, epoch_iterator: Iterator[Tensor], num_batches: int, device: torch.device) -> tuple[list[MicroBatch], int]:
         """The micro-batches of the next optimizer step, from the current rollout or a new one, and the tokens in the loss of the step."""
         if self.stop_if_finished():
             return [], 0
@@ -184,7 +184,7 @@ class GRPOTrainer(AtomicCheckpointTrainer):
     def _prepare_inputs(self, inputs: MicroBatch) -> MicroBatch:
         return inputs  # values per token are on the device already, and the others belong on the CPU
 
-    def floating_point_ops(self, inputs: Any) -> int:
+    def floating_point_ops(self, inputs: object) -> int:
         """Estimate the floating-point operations of a micro-batch: six per parameter and token."""
         if not isinstance(inputs, MicroBatch):
             return 0
@@ -216,9 +216,10 @@ class GRPOTrainer(AtomicCheckpointTrainer):
             num_items = max(inputs.step_tokens, 1)
         else:
             scale *= len(rows) / inputs.step_sequences
-        settings: dict[str, Any] = {"config": self.loss_config, "num_items": num_items, "loss_scale": scale, "metrics_on": self.metrics_on}
         with self.metrics.timed("step_time/loss"):
-            out = self.model_forward.loss(model, rows, **settings)
+            out = self.model_forward.loss(
+                model, rows, config=self.loss_config, num_items=num_items, loss_scale=scale, metrics_on=self.metrics_on
+            )
         self._losses.append((out._replace(loss=out.loss.detach()), inputs._replace(rows=rows)))
         measure_loss(self.metrics, out, inputs, rows, truncated=self.args.truncates)
         return (out.loss, out) if return_outputs else out.loss
@@ -346,18 +347,18 @@ class _TrainerHooks(TrainerCallback):
     def __init__(self, trainer: GRPOTrainer) -> None:
         self.trainer, self.started = trainer, 0.0
 
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, *args: object, **kwargs: object) -> None:
         self.trainer.throughput.start(self.trainer.state.num_input_tokens_seen)
         self.trainer.completions.forget_weights()
 
-    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(self, *args: object, **kwargs: object) -> None:
         self.trainer.check_step()
         self.started = time.perf_counter()
 
-    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+    def on_optimizer_step(self, *args: object, **kwargs: object) -> None:
         self.trainer.metrics.add_seconds("step_time/optimizer", time.perf_counter() - self.started)
 
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_step_end(self, *args: object, **kwargs: object) -> None:
         self.trainer.finish_step()
 
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from grpo_fast.utils.files import write_text
 
-__all__ = ["METRICS_FILE", "RunError", "drop_later_steps", "read_run"]
+__all__ = ["METRICS_FILE", "Record", "RunError", "drop_later_steps", "read_run"]
 
 METRICS_FILE = "metrics.jsonl"
+Record = dict[str, Any]  # the metrics of a log call, and its "step"
 _RUNS_NAMED = 5  # how many existing runs the error for a missing run lists
 
 
@@ -32,7 +33,7 @@ def drop_later_steps(path: Path, step: int) -> None:
     write_text(path, "".join(json.dumps(record) + "\n" for record in kept), mode=path.stat().st_mode & 0o777)
 
 
-def read_run(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
+def read_run(run: str | os.PathLike[str]) -> list[Record]:
     """Read the records of a run in the order in which they were written.
 
     Args:
@@ -55,7 +56,7 @@ def read_run(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return records
 
 
-def _records(path: Path) -> list[dict[str, Any]]:
+def _records(path: Path) -> list[Record]:
     """All records. A line that is not a JSON object is an error, except an unterminated last line, which a killed process may leave."""
     lines = path.read_text(encoding="utf-8").split("\n")
     records = []

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo_fast.trainer.metrics_file import RunError, read_run
+from grpo_fast.trainer.metrics_file import Record, RunError, read_run
 from grpo_fast.utils.files import write_atomically
 from grpo_fast.utils.plot_style import COLOURS, LINE_STYLES
 
@@ -40,7 +40,7 @@ DOTTED = {  # title -> (pattern of further keys, drawn dotted and with their sta
 }
 
 
-def metric_series(records: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
+def metric_series(records: Sequence[Record], key: str) -> tuple[list[float], list[float]]:
     """Steps and values of a metric, where it was logged as a finite number. If a step has several values, the last one counts."""
     points: dict[float, float] = {}
     for record in records:
@@ -102,13 +102,13 @@ def plot_runs(runs: Sequence[str | os.PathLike[str]], output: str | os.PathLike[
     return [panel[0] for panel in panels]
 
 
-def _with_step_time(record: dict[str, Any]) -> dict[str, Any]:
+def _with_step_time(record: Record) -> Record:
     """Add the seconds of the whole step, the sum of its parts, to a record."""
     parts = [value for key, value in record.items() if key.startswith("step_time/") and isinstance(value, (int, float))]
     return record | ({"step_time": sum(parts)} if parts else {})
 
 
-def _draw_panel(axis: Axes, panel: tuple[str, str, str, int], data: Sequence[tuple[str, list[dict[str, Any]]]], smooth: int) -> None:
+def _draw_panel(axis: Axes, panel: tuple[str, str, str, int], data: Sequence[tuple[str, list[Record]]], smooth: int) -> None:
     title, key, label, factor = panel
     pattern, dotted_what = DOTTED.get(title, ("", ""))
     dotted = False
@@ -137,7 +137,7 @@ def _draw_curve(
     axis.plot(steps, values, color=colour, linewidth=1.6, linestyle=style, label=name, **marker)
 
 
-def _draw_dotted(axis: Axes, records: Sequence[dict[str, Any]], pattern: str, colour: str) -> bool:
+def _draw_dotted(axis: Axes, records: Sequence[Record], pattern: str, colour: str) -> bool:
     """Draw the metrics whose keys match a pattern, dotted. Returns whether there are any."""
     keys = dict.fromkeys(key for record in records for key in record if re.fullmatch(pattern, key))
     for key in keys:

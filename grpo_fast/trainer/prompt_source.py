@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
 from typing import Any, Protocol
 
 from grpo_fast.data.prompts import check_rows
@@ -18,7 +17,7 @@ class RowDataset(Protocol):
     """Anything with a length and rows by index: a ``datasets.Dataset`` or a list of dictionaries."""
 
     def __len__(self) -> int: ...
-    def __getitem__(self, index: int, /) -> Any: ...
+    def __getitem__(self, index: int, /) -> Row: ...
 
 
 class PromptSource:
@@ -47,8 +46,7 @@ class PromptSource:
                 "(generation_batch_size / num_generations). Fix: smaller batches, or more generations per prompt."
             )
         check_rows(dataset, "train_dataset")
-        first: Mapping[str, Any] = dataset[0]
-        self.columns = [name for name in first if name not in ("prompt", "completion", "completion_ids")]  # what rewards may read
+        self.columns = [name for name in dataset[0] if name not in ("prompt", "completion", "completion_ids")]  # what rewards may read
         self.dataset, self.count, self.seed, self.shuffle = dataset, count, seed, shuffle
         self.rollouts_per_epoch = len(dataset) // count
         self._order: tuple[int, list[int]] = (-1, [])  # (epoch, row indices) of the last epoch that was requested

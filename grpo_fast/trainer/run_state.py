@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from grpo_fast.trainer.checkpoints import STATE
+from grpo_fast.trainer.temperature import ScheduleState
 from grpo_fast.utils.files import write_json
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class RunState:
     """
 
     batches: dict[str, int]
-    temperature: dict[str, Any]
+    temperature: ScheduleState
     step_tokens: list[int]
     version: int = 1
 

@@ -21,7 +21,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["KINDS", "TemperatureSchedule", "TemperatureSpec", "check_positive"]
+__all__ = ["KINDS", "ScheduleState", "TemperatureSchedule", "TemperatureSpec", "check_positive"]
+
+Settings = Mapping[str, Any]  # of a schedule, as a user writes them; checked by `TemperatureSchedule.from_config`
+ScheduleState = dict[str, Any]  # values that JSON can hold
 
 KINDS = ("constant", "linear", "staged", "entropy", "diversity")
 WARN_BELOW = 0.7
@@ -71,7 +74,7 @@ class TemperatureSchedule:
         self._observed = 0
 
     @classmethod
-    def from_config(cls, config: float | Mapping[str, Any] | TemperatureSchedule) -> TemperatureSchedule:
+    def from_config(cls, config: float | Settings | TemperatureSchedule) -> TemperatureSchedule:
         """Make a schedule from a number, or from a dictionary with a ``kind`` and its settings; a schedule is returned unchanged.
 
         ==============  ===================================================================================================
@@ -101,7 +104,7 @@ class TemperatureSchedule:
         if isinstance(config, (int, float)) and not isinstance(config, bool):
             schedule = cls(TemperatureSpec("constant", check_positive("temperature", config)))
         elif isinstance(config, Mapping):
-            schedule = cls(_parse(dict(config)))
+            schedule = cls(_parse(config))
         else:
             raise TypeError(
                 f"temperature is a {type(config).__name__}; expected a number, or a dictionary such as "
@@ -172,11 +175,11 @@ class TemperatureSchedule:
             self._value += spec.gain
         self._value = min(max(self._value, spec.low), spec.high)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> ScheduleState:
         """The state that a resumed run needs, as values that JSON can hold."""
         return {"kind": self.spec.kind, "value": self._value, "mean": self._mean, "observed": self._observed}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: ScheduleState) -> None:
         """Continue with the state that `state_dict` returned.
 
         Raises:
@@ -193,7 +196,7 @@ class TemperatureSchedule:
         return f"TemperatureSchedule({self.spec.kind}, now {self._value:g})" if self.adaptive else f"TemperatureSchedule({self.spec})"
 
 
-def check_positive(name: str, value: Any) -> float:
+def check_positive(name: str, value: object) -> float:
     """The value as a float.
 
     Raises:
@@ -208,21 +211,21 @@ def check_positive(name: str, value: Any) -> float:
     return number
 
 
-def _number(name: str, value: Any) -> float:
+def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ValueError(f"temperature: {name} is {value!r}; expected a finite number.")
     return float(value)
 
 
-def _parse(config: dict[str, Any]) -> TemperatureSpec:
-    kind = config.pop("kind", None)
+def _parse(config: Settings) -> TemperatureSpec:
+    kind = config.get("kind")
     if kind not in _FIELDS:
         raise ValueError(f"temperature: kind is {kind!r}; expected one of {', '.join(KINDS)}.")
     required, optional = _FIELDS[kind]
     if missing := [name for name in required if name not in config]:
         raise ValueError(f"temperature: kind {kind!r} lacks {', '.join(missing)}; expected {', '.join(required)}.")
     known = (*required, *optional, *_SPREAD)
-    if unknown := sorted(set(config) - set(known)):
+    if unknown := sorted(set(config) - {"kind", *known}):
         raise ValueError(f"temperature: kind {kind!r} has no {', '.join(unknown)}; it has {', '.join(known)}.")
     spread, share = _number("spread", config.get("spread", 0.0)), _number("spread_share", config.get("spread_share", 0.5))
     if not 0 <= share <= 1:
@@ -243,7 +246,7 @@ def _parse(config: dict[str, Any]) -> TemperatureSpec:
     return spec
 
 
-def _parse_linear(config: Mapping[str, Any]) -> dict[str, Any]:
+def _parse_linear(config: Settings) -> dict[str, Any]:
     start, end, steps = check_positive("start", config["start"]), check_positive("end", config["end"]), config["steps"]
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"temperature: steps is {steps!r}; expected a whole number of at least 1.")
@@ -261,7 +264,7 @@ def _parse_stages(stages: Any) -> tuple[tuple[int, float], ...]:
     return pairs
 
 
-def _parse_adaptive(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
+def _parse_adaptive(kind: str, config: Settings) -> dict[str, Any]:
     start = check_positive("start", config.get("start", 1.0))
     low, high = check_positive("min", config.get("min", 0.7)), check_positive("max", config.get("max", 1.5))
     if not low <= start <= high:

@@ -14,16 +14,17 @@ from rich.text import Text
 
 __all__ = ["completions_table", "print_completions", "read_completions"]
 
+Messages = str | Sequence[Mapping[str, str]]  # a text, or chat messages
 MAX_REWARD_COLUMNS = 3  # with more values than this they share one column, so that prompt and completion keep their width
 
 
 def completions_table(
-    prompts: Sequence[Any],
-    completions: Sequence[Any],
+    prompts: Sequence[Messages],
+    completions: Sequence[Messages],
     rewards: Mapping[str, Sequence[float | None]],
     advantages: Sequence[float],
     *,
-    extra: Mapping[str, Sequence[Any]] | None = None,
+    extra: Mapping[str, Sequence[object]] | None = None,
     step: int | None = None,
     limit: int | None = None,
     max_characters: int = 600,
@@ -104,7 +105,7 @@ def read_completions(file: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a file of ``output_dir/completions`` (see ``GRPOConfig.log_completions``) as keyword arguments of `completions_table`."""
     rows = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
 
-    def by_name(column: str) -> dict[str, list[Any]]:
+    def by_name(column: str) -> dict[str, list[object]]:
         names = dict.fromkeys(name for row in rows for name in row.get(column, {}))
         return {name: [row.get(column, {}).get(name) for row in rows] for name in names}
 
@@ -113,7 +114,7 @@ def read_completions(file: str | os.PathLike[str]) -> dict[str, Any]:
     return found | {"rewards": by_name("rewards"), "extra": by_name("extra")}
 
 
-def _text(message: Any) -> str:
+def _text(message: Messages) -> str:
     if isinstance(message, str):
         return message
     return str(message[-1]["content"]) if message else ""

@@ -6,7 +6,6 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -29,12 +28,12 @@ class JSONLLogCallback(TrainerCallback):
     def __init__(self, file: str | os.PathLike[str] | None = None) -> None:
         self.file = None if file is None else Path(file)
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         if state.is_world_process_zero:
             drop_later_steps(self._path(args), state.global_step)
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float] | None = None, **kwargs: object
     ) -> None:
         if not state.is_world_process_zero or not logs:
             return
@@ -48,7 +47,7 @@ class JSONLLogCallback(TrainerCallback):
         return self.file if self.file is not None else Path(args.output_dir) / METRICS_FILE
 
 
-def _to_json(value: Any) -> Any:
+def _to_json(value: object) -> object:
     """A value that JSON can hold: tensors and NumPy scalars become numbers, NaN and infinity become null."""
     if hasattr(value, "item"):  # raises for a tensor with more than one element, which is a mistake of the caller
         value = value.item()

@@ -7,7 +7,6 @@ import math
 import re
 import textwrap
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -57,7 +56,7 @@ class ProgressBarCallback(TrainerCallback):
         self._hinted: set[str] = set()
         self._disabled_bars = False
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         self.stop()
         if not state.is_world_process_zero:
             return
@@ -68,16 +67,16 @@ class ProgressBarCallback(TrainerCallback):
             self.progress = _Bar(self.console, state.global_step, state.max_steps)
             self.progress.start()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         if self.progress is not None:
             self.progress.show(completed=state.global_step, description="evaluating" if control.should_evaluate else TRAINING)
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         if self.progress is not None:
             self.progress.show(description=TRAINING)
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float] | None = None, **kwargs: object
     ) -> None:
         if not state.is_world_process_zero or not logs:
             return
@@ -89,7 +88,7 @@ class ProgressBarCallback(TrainerCallback):
             self._print(f"step {state.global_step}/{state.max_steps}  {'  '.join(line)}")
         self._hints(state, logs)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         self.stop()
 
     def stop(self) -> None:
@@ -102,10 +101,10 @@ class ProgressBarCallback(TrainerCallback):
             logging.enable_progress_bar()
             self._disabled_bars = False
 
-    def _print(self, line: str, **style: Any) -> None:
-        self.console.print(line, highlight=False, markup=False, soft_wrap=not self.console.is_terminal, **style)
+    def _print(self, line: str, *, style: str | None = None) -> None:
+        self.console.print(line, highlight=False, markup=False, soft_wrap=not self.console.is_terminal, style=style)
 
-    def _hints(self, state: TrainerState, logs: Mapping[str, Any]) -> None:
+    def _hints(self, state: TrainerState, logs: Mapping[str, object]) -> None:
         """Print problems that are easy to miss, each of them once per run."""
         share = _finite(logs.get("frac_reward_zero_std")) or 0.0
         if share >= ZERO_STD_HINT:
@@ -129,13 +128,13 @@ class _Bar(Progress):
     """A progress bar for one task, with the latest metrics below it."""
 
     def __init__(self, console: Console, step: int, steps: int) -> None:
-        self.logs: dict[str, Any] = {}  # latest value of each metric: a step without a new rollout logs no rewards
+        self.logs: dict[str, float] = {}  # latest value of each metric: a step without a new rollout logs no rewards
         columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         super().__init__(*columns, console=console, expand=True)
         self._task = self.add_task(TRAINING, total=steps, completed=step)
 
-    def show(self, **changes: Any) -> None:
-        self.update(self._task, **changes)
+    def show(self, completed: int | None = None, description: str | None = None) -> None:
+        self.update(self._task, completed=completed, description=description)
 
     def get_renderables(self) -> Iterable[RenderableType]:
         yield from super().get_renderables()
@@ -144,7 +143,7 @@ class _Bar(Progress):
             yield Text("\n".join(textwrap.wrap(line, self.console.width)).replace("\xa0", " "))
 
 
-def format_metrics(logs: Mapping[str, Any]) -> list[str]:
+def format_metrics(logs: Mapping[str, object]) -> list[str]:
     """Format the metrics for the screen that ``logs`` contains: ``["reward 0.512 ±0.31", "entropy 0.294", ...]``, last the share of the
     time that sampling takes.
     """
@@ -163,7 +162,7 @@ def format_metrics(logs: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def _format_evaluations(logs: Mapping[str, Any]) -> list[str]:
+def _format_evaluations(logs: Mapping[str, object]) -> list[str]:
     """Format mean reward and standard error of each evaluated dataset: ``["eval 0.812 ±0.011"]``."""
     words = []
     for key, value in logs.items():
@@ -173,5 +172,5 @@ def _format_evaluations(logs: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def _finite(value: Any) -> float | None:
+def _finite(value: object) -> float | None:
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
