@@ -82,7 +82,7 @@ def test_no_second_begin_of_sequence_token():
 
 
 def test_a_template_is_needed_for_conversations():
-    with pytest.raises(ValueError, match=r"tokenizer has no chat template, and prompt is a list of messages; .* Cure: set"):
+    with pytest.raises(ValueError, match=r"tokenizer has no chat template, and prompt is a list of messages; .* Fix: set"):
         load_prompts(rows(user("1")), make_tokenizer())
 
 
@@ -109,9 +109,9 @@ def test_files_and_datasets(tokenizer, tmp_path, monkeypatch):
     assert list(load_prompts(table, tokenizer, **options).rows) == [{"prompt": "s 12", "answer": "x"}]
     for source in (split, datasets.DatasetDict(test=dataset)):
         assert list(load_prompts(source, tokenizer, split="test", **options).rows) == expected
-        with pytest.raises(ValueError, match=r"data has the splits test; expected 'train' among them. Cure: split="):
+        with pytest.raises(ValueError, match=r"data has the splits test; expected 'train' among them. Fix: split="):
             load_prompts(source, tokenizer, **options)
-    with pytest.raises(TypeError, match=r"data is a IterableDataset; expected .* Cure for a stream"):
+    with pytest.raises(TypeError, match=r"data is a IterableDataset; expected .* Fix for a stream"):
         load_prompts(dataset.to_iterable_dataset(), tokenizer)
     conversations = datasets.Dataset.from_list(rows(user("12"), user("1")))
     assert load_prompts(conversations, tokenizer, max_prompt_length=4).rows[0]["prompt"] == user("1")
@@ -127,7 +127,7 @@ def test_a_list_needs_no_package(tokenizer, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     assert len(load_prompts(rows("12"), tokenizer).rows) == 1
-    with pytest.raises(ImportError, match=r"needs the datasets package for 'name', .* Cure: pip install '\.\[train\]'"):
+    with pytest.raises(ImportError, match=r"needs the datasets package for 'name', .* Fix: pip install '\.\[train\]'"):
         load_prompts("name", tokenizer)
 
 
@@ -135,7 +135,7 @@ def test_a_list_needs_no_package(tokenizer, monkeypatch):
     ("data", "options", "message"),
     [
         ([], {}, "there are no rows"),
-        ([{"question": "1"}], {}, r"there is no column 'prompt'; the columns are: question. Cure: rename .*rename=\{'...': 'prompt'\}"),
+        ([{"question": "1"}], {}, r"there is no column 'prompt'; the columns are: question. Fix: rename .*rename=\{'...': 'prompt'\}"),
         (rows("1"), {"rename": {"question": "prompt"}}, "rename has 'question', which is no column; the columns are: prompt"),
         (rows("1", q=["2"]), {"rename": {"q": "prompt"}}, "rename makes 'q' into 'prompt', which is a column already"),
         (rows("1", completions=["2"]), {}, "the column 'completions' has a name that rewards know for something else"),

@@ -126,7 +126,7 @@ def test_every_extra_that_is_named_exists():
     assert {"train", "plot", "bench", "demo"} <= tables <= declared
 
 
-def test_no_cure_installs_this_package_from_a_registry():
+def test_no_fix_installs_this_package_from_a_registry():
     """It comes as a checkout: the name on a registry may be somebody else's."""
     files = [
         *ROOT.glob("*.md"),
@@ -189,13 +189,13 @@ def test_the_pure_wheel_computes_with_the_reference_and_says_so_once(pure_wheel,
         status = gf.backends()["cpu"]
         print(json.dumps([gf.__file__, quiet, losses, ours, status.usable, status.why, status.fix]))
     """
-    file, quiet, losses, said, usable, why, cure = json.loads(
+    file, quiet, losses, said, usable, why, fix = json.loads(
         python(code, PYTHONPATH=str(site_of(pure_wheel)), XDG_CACHE_HOME=str(tmp_path))
     )
     assert Path(file).is_relative_to(site_of(pure_wheel)) and quiet
     assert all(abs(loss) < 1e3 for loss in losses)
     assert len(said) == 1 and "reference" in said[0], said
-    assert not usable and "pure Python" in why and "GRPO_FAST_BUILD" in cure
+    assert not usable and "pure Python" in why and "GRPO_FAST_BUILD" in fix
     assert not list(tmp_path.iterdir()), "nothing was compiled"
 
 

@@ -84,9 +84,9 @@ def test_from_any_thread():
     assert results == [[1.0, 0.0]] * 3
 
 
-def test_missing_package_names_the_cure(monkeypatch):
+def test_missing_package_names_the_fix(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"math-verify package, which is not installed. Cure: pip install '\.\[math\]'"):
+    with pytest.raises(ImportError, match=r"math-verify package, which is not installed. Fix: pip install '\.\[math\]'"):
         score(math_reward, ("7", "7"))
 
 

@@ -158,7 +158,7 @@ def test_many_threads_take_turns_and_get_their_own(pool):
 def test_after_an_interrupt_no_late_result_is_taken_for_another(target, monkeypatch):
     with WorkerPool(target) as pool:
         pool.map([0], timeout=HANG)
-        monkeypatch.setattr(pool, "_hear", lambda worker: (_ for _ in ()).throw(KeyboardInterrupt))
+        monkeypatch.setattr(pool, "_receive", lambda worker: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             pool.map([1], timeout=HANG)
         monkeypatch.undo()

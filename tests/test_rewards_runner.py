@@ -218,13 +218,13 @@ def test_a_hung_thread_is_left_behind_and_the_rest_goes_on():
         check(values, [[NAN, 1], [NAN, 2], [NAN, 3]])
         assert metrics["rewards/hangs/timeouts"] == 1
     assert time.monotonic() - begin < 50  # not the minute that they would take
-    with pytest.raises(RuntimeError, match=r"4 threads of reward 'hangs' hang .* Cure: mend it, or isolation='process'"):
+    with pytest.raises(RuntimeError, match=r"4 threads of reward 'hangs' hang .* Fix: mend it, or isolation='process'"):
         runner(**BATCH)
     with pytest.raises(RewardError, match=r"reward 'hangs' failed: it took longer than 0.5 s and was left behind"):
         RewardRunner([hangs], timeout=0.5)(**BATCH)
     release.set()
     deadline = time.monotonic() + HANG
-    while any(thread.is_alive() for thread in runner._abandoned[0]) and time.monotonic() < deadline:
+    while any(thread.is_alive() for thread in runner._execution.abandoned[0]) and time.monotonic() < deadline:
         time.sleep(0.01)
     check(runner(**BATCH).values, [[0, 1], [0, 2], [0, 3]])  # those threads have ended: it may try again
 
@@ -355,10 +355,10 @@ def test_in_processes(my_rewards):
         assert metrics["rewards/hangs/timeouts"] == 1 and metrics["rewards/crashes/errors"] == 1
         assert metrics["rewards/Counting/seen"] == 3
         assert runner.counters["Counting"] == Counter(seen=3)
-        assert runner._pools[0]._workers and not runner._pools[1]._workers  # the one that hung is gone
+        assert runner._execution.pools[0]._workers and not runner._execution.pools[1]._workers  # the one that hung is gone
     finally:
         runner.close()
-    assert not any(pool._workers for pool in runner._pools)
+    assert not any(pool._workers for pool in runner._execution.pools)
 
 
 def test_a_process_that_cannot_load_its_function_is_no_reward_of_nan(my_rewards, tmp_path, monkeypatch):
@@ -402,7 +402,7 @@ def test_no_gradient_is_recorded():
         (
             lambda: RewardRunner([lambda completions: []], isolation="process"),
             ValueError,
-            "cannot be pickled .* Cure: define it in a module",
+            "cannot be pickled .* Fix: define it in a module",
         ),
         (lambda: RewardRunner([3]), TypeError, r"a reward function is 3 \(int\); expected a function"),
         (lambda: RewardRunner([torch.nn.Linear(1, 1)]), TypeError, r"is a module \(Linear\); expected a function of texts"),
@@ -467,7 +467,7 @@ def test_load_from_a_module_and_from_a_file(my_rewards, tmp_path):
     ("name", "error", "message"),
     [
         ("accurate", ValueError, "'accurate' is none of the package's own rewards, accuracy, math, .*; expected"),
-        ("no_such_module:f", ValueError, "there is no module 'no_such_module' .* Cure: install it, .* PYTHONPATH"),
+        ("no_such_module:f", ValueError, "there is no module 'no_such_module' .* Fix: install it, .* PYTHONPATH"),
         ("no_such_file.py:f", ValueError, "there is no file .*no_such_file.py"),
         ("grpo_fast.rewards:nothing", ValueError, "'grpo_fast.rewards' has no 'nothing'"),
         ("MODULE:number", TypeError, r"is 5 \(int\); expected a function"),

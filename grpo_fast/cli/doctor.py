@@ -1,4 +1,4 @@
-"""The report of ``grpo-fast doctor``: backends, versions and tools of this machine, and for what is missing the cure."""
+"""The report of ``grpo-fast doctor``: backends, versions and tools of this machine, and how to install what is missing."""
 
 from __future__ import annotations
 

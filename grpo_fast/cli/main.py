@@ -53,7 +53,7 @@ def main(
 
 @app.command()
 def doctor() -> None:
-    """What works on this machine, what does not, why, and the cure."""
+    """Show what works on this machine, what does not, why, and the fix."""
     from grpo_fast.cli import doctor as report
 
     raise typer.Exit(report.run())
@@ -66,12 +66,12 @@ def _run_mounted(command: str, args: list[str]) -> None:
     except ModuleNotFoundError as error:
         missing = error.name or str(error)
         if module_name == missing or module_name.startswith(f"{missing}."):
-            cure = f"this install has no {module_name}. Cure: install the whole package again"
+            problem = f"this install has no {module_name}. Fix: install the whole package again"
         elif missing.startswith("grpo_fast."):
             raise  # a mistake of ours, not a missing dependency
         else:
-            cure = f"it needs the package {missing!r}, which is not installed. Cure: {install(extra)}"
-        typer.echo(f"grpo-fast {command}: {cure}", err=True)
+            problem = f"it needs the package {missing!r}, which is not installed. Fix: {install(extra)}"
+        typer.echo(f"grpo-fast {command}: {problem}", err=True)
         raise typer.Exit(2) from error
     module.app(args=args, prog_name=f"grpo-fast {command}")
 

@@ -24,7 +24,7 @@ def plot(
     try:
         panels = plot_runs(runs, target, smooth=smooth)
     except ModuleNotFoundError as error:
-        typer.echo(f"grpo-fast plot: it needs the package {error.name!r}, which is not installed. Cure: pip install {error.name}", err=True)
+        typer.echo(f"grpo-fast plot: it needs the package {error.name!r}, which is not installed. Fix: pip install {error.name}", err=True)
         raise typer.Exit(2) from error
     except (ValueError, OSError) as error:
         typer.echo(f"grpo-fast plot: {error}", err=True)

@@ -1,34 +1,43 @@
-"""Prompts to train on: rows from wherever they are, checked, encoded once and in one way, those that are too long left out and counted."""
+"""Datasets of prompts: read, checked before training, encoded, and without the prompts that are too long."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from grpo_fast.rewards.common import TRAINER_ARGUMENTS
 from grpo_fast.utils.install_hints import install
 
+if TYPE_CHECKING:
+    import datasets
+    from transformers import PreTrainedTokenizerBase
+
 __all__ = ["Prompts", "check_evaluation", "check_rows", "encode_prompt", "load_prompts", "read_rows"]
 
 _LOADERS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".parquet": "parquet"}
-# What the trainer itself passes to rewards. (Columns of the names completion and completion_ids reach no reward, here as in TRL.)
-_TAKEN = ("prompts", "completions", "extras", *TRAINER_ARGUMENTS)
+# Names that the trainer uses for arguments of rewards. (Columns "completion" and "completion_ids" are not passed to rewards, as in TRL.)
+_RESERVED = ("prompts", "completions", "extras", *TRAINER_ARGUMENTS)
 
 logger = logging.getLogger("grpo_fast")
+
+Row: TypeAlias = dict[str, Any]
+Rows: TypeAlias = "list[Row] | datasets.Dataset"
+Prompt: TypeAlias = "str | Sequence[Mapping[str, Any]]"  # a text, or chat messages
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """What `load_prompts` returns. ``rows`` goes to a trainer as its data set."""
+    """What `load_prompts` returns. ``rows`` is the dataset for a trainer."""
 
-    rows: Any  # a datasets.Dataset, or a list of dictionaries: each with a ``prompt`` and whatever columns the rewards read
+    rows: Any  # like the input a datasets.Dataset or a list of dictionaries; with ``prompt`` and the columns that the rewards read
     conversational: bool  # prompts are lists of chat messages
-    total: int  # rows there were
+    total: int  # rows before those with too long prompts were dropped
     dropped: int  # rows whose prompt was too long
-    longest: int  # tokens of the longest prompt that was kept
+    longest: int  # tokens of the longest prompt in ``rows``
 
     def __str__(self) -> str:
         kind = "conversations" if self.conversational else "texts"
@@ -38,8 +47,8 @@ class Prompts:
 
 
 def load_prompts(
-    data: Any,
-    tokenizer: Any,
+    data: datasets.Dataset | datasets.DatasetDict | Sequence[Row] | str | Path,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     max_prompt_length: int | None = None,
     rename: Mapping[str, str] | None = None,
@@ -47,24 +56,23 @@ def load_prompts(
     limit: int | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Prompts:
-    """The prompts of a data set, as a trainer takes them.
+    """Load the prompts of a dataset for a trainer.
 
-    Every row is checked (before training, and not in its tenth hour), and its prompt is encoded to see how long it is. Prompts beyond
-    ``max_prompt_length`` are dropped, never cut: a question without its beginning or end is another question. Other columns
-    stay as they are.
+    Every row is checked and its prompt encoded before training begins. Prompts longer than ``max_prompt_length`` are dropped, never
+    truncated, because a truncated question is another question. Other columns are unchanged.
 
     Args:
-        data: a ``datasets.Dataset``; a list of dictionaries; or where `read_rows` finds one: a file, a folder, a name on the hub. All but
-            lists need the datasets package.
-        tokenizer: of the model; with a chat template, if prompts are lists of messages.
-        max_prompt_length: tokens, with the chat template's; None = any.
+        data: a ``datasets.Dataset``; a list of dictionaries; or a file, folder or name on the hub for `read_rows`. All but lists need the
+            datasets package.
+        tokenizer: of the model; with a chat template if prompts are lists of messages.
+        max_prompt_length: maximum number of tokens, including those of the chat template; None = no limit.
         rename: columns to rename, old name to new: ``{"question": "prompt", "solution": "answer"}``. The built-in rewards read ``answer``.
-        split: of a name, a file, or a data set with splits.
-        limit: take no more than the first so many rows.
-        chat_template_kwargs: of ``apply_chat_template``, ``{"enable_thinking": False}`` for one.
+        split: of a name, a file, or a dataset with splits.
+        limit: maximum number of rows, taken from the beginning.
+        chat_template_kwargs: keyword arguments of ``apply_chat_template``, for example ``{"enable_thinking": False}``.
 
     Raises:
-        ValueError, TypeError: naming the row or column, what it was, what was expected and the cure.
+        ValueError, TypeError: names the row or column, what it was, what was expected and the fix.
 
     Example:
         >>> from grpo_fast.data.tasks.sorting import make_tokenizer
@@ -85,7 +93,7 @@ def load_prompts(
     for position, prompt in enumerate(_column(rows, "prompt")):
         ids = encode_prompt(prompt, tokenizer, chat_template_kwargs)
         if not ids:
-            raise ValueError(f"load_prompts: the prompt of row {position} has no tokens; expected a question. Cure: leave the row out.")
+            raise ValueError(f"load_prompts: the prompt of row {position} has no tokens; expected a question. Fix: leave the row out.")
         lengths.append(len(ids))
     kept = [i for i, length in enumerate(lengths) if max_prompt_length is None or length <= max_prompt_length]
     if not kept:
@@ -101,15 +109,18 @@ def load_prompts(
 
 
 def check_rows(rows: Any, who: str) -> bool:
-    """Look at every row before anything is trained: the same columns, and prompts of one kind; whether they are conversations.
+    """Check before training that all rows have the same columns and prompts of one kind.
 
     Args:
-        rows: a list of dictionaries or a ``datasets.Dataset``. Of any other sequence, which may make its rows when it is asked for one, the
-            first is looked at.
-        who: wants to know; the errors begin with it.
+        rows: a list of dictionaries or a ``datasets.Dataset``. Of another sequence, which may make its rows on demand, only the first row
+            is checked.
+        who: the caller; messages begin with it.
+
+    Returns:
+        whether the prompts are conversations.
 
     Raises:
-        ValueError, TypeError: naming the row or column, what it was, what was expected and the cure.
+        ValueError, TypeError: names the row or column, what it was, what was expected and the fix.
     """
     if len(rows) == 0:
         raise ValueError(f"{who}: there are no rows; expected at least one prompt.")
@@ -118,23 +129,32 @@ def check_rows(rows: Any, who: str) -> bool:
     names = _names(rows, who)
     if "prompt" not in names:
         raise ValueError(
-            f"{who}: there is no column 'prompt'; the columns are: {', '.join(names)}. Cure: rename the one that holds the questions "
+            f"{who}: there is no column 'prompt'; the columns are: {', '.join(names)}. Fix: rename the one that holds the questions "
             "(load_prompts has rename={'...': 'prompt'})."
         )
-    taken = [name for name in names if name in _TAKEN]
-    if taken:
-        raise ValueError(f"{who}: the column {taken[0]!r} has a name that rewards know for something else. Cure: rename or remove it.")
+    reserved = [name for name in names if name in _RESERVED]
+    if reserved:
+        raise ValueError(f"{who}: the column {reserved[0]!r} has a name that rewards know for something else. Fix: rename or remove it.")
     prompts = enumerate(_column(rows, "prompt"))
     first = _is_conversation(next(prompts)[1], 0, who)
     for position, prompt in prompts:
         kind = _is_conversation(prompt, position, who)
         if kind != first:
-            raise ValueError(f"{who}: the prompt of row {position} is {_what(kind)}, and that of row 0 {_what(first)}; expected one kind.")
+            kinds = f"{_describe_kind(kind)}, and that of row 0 {_describe_kind(first)}"
+            raise ValueError(f"{who}: the prompt of row {position} is {kinds}; expected one kind.")
     return first
 
 
 def check_evaluation(dataset: Any, strategy: str) -> None:
-    """The same of what a trainer evaluates on: one data set, a dictionary of several, or none where ``strategy`` is "no"."""
+    """Check a trainer's evaluation dataset with `check_rows`.
+
+    Args:
+        dataset: one dataset, a dictionary of several, or None.
+        strategy: ``eval_strategy``; None is an error unless it is "no".
+
+    Raises:
+        ValueError, TypeError: see `check_rows`.
+    """
     if dataset is None and strategy != "no":
         raise ValueError(f"eval_dataset is None, and eval_strategy is {strategy!r}; expected one, to evaluate on.")
     if isinstance(dataset, dict):
@@ -144,20 +164,20 @@ def check_evaluation(dataset: Any, strategy: str) -> None:
         check_rows(dataset, "eval_dataset")
 
 
-def encode_prompt(
-    prompt: str | Sequence[Mapping[str, Any]], tokenizer: Any, chat_template_kwargs: Mapping[str, Any] | None = None
-) -> list[int]:
-    """The token ids that a completion continues.
+def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, Any] | None = None) -> list[int]:
+    """The token ids of a prompt, which a completion continues.
 
-    A text gets the tokenizer's special tokens. Chat messages get the chat template, which writes its own: adding the tokenizer's to its
-    text is how a prompt comes to begin with two begin-of-sequence tokens. If the last message is the assistant's, it is continued;
-    otherwise the assistant's turn is opened.
+    A text gets the tokenizer's special tokens. Chat messages get those of the chat template only; otherwise a prompt could begin with two
+    begin-of-sequence tokens. If the last message is the assistant's, it is continued; otherwise the assistant's turn is opened.
+
+    Raises:
+        ValueError: the prompt is a list of messages, and the tokenizer has no chat template.
     """
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
     if getattr(tokenizer, "chat_template", None) is None:
         raise ValueError(
-            "encode_prompt: tokenizer has no chat template, and prompt is a list of messages; expected a chat model's tokenizer. Cure: set "
+            "encode_prompt: tokenizer has no chat template, and prompt is a list of messages; expected a chat model's tokenizer. Fix: set "
             "tokenizer.chat_template, or write the prompts as plain texts."
         )
     continued = prompt[-1]["role"] == "assistant"
@@ -172,16 +192,17 @@ def encode_prompt(
     return list(ids)
 
 
-def read_rows(name: str | Path, *, split: str = "train", config: str | None = None) -> Any:
-    """A ``datasets.Dataset``, by where it is.
+def read_rows(name: str | Path, *, split: str = "train", config: str | None = None) -> datasets.Dataset:
+    """Read a ``datasets.Dataset`` from a file, a folder or the hub.
 
     Args:
         name: a file (.jsonl, .json, .csv, .parquet); a folder, saved by ``save_to_disk`` or of data files; or a name on the hub.
-        split: with a slice, if wanted: ``train[:100]``. Of a file only the slice counts.
-        config: of a data set on the hub.
+        split: name of the split, optionally with a slice: ``train[:100]``. For a file, only the slice has an effect.
+        config: configuration of a dataset on the hub.
 
     Raises:
-        ValueError: it cannot be had; the message has the reason and the cure.
+        ValueError: it cannot be loaded; the message has the reason.
+        ImportError: the datasets package is not installed.
     """
     datasets = _datasets(repr(str(name)))
     path = Path(name).expanduser()
@@ -196,7 +217,7 @@ def read_rows(name: str | Path, *, split: str = "train", config: str | None = No
         if not any((path / file).is_file() for file in ("state.json", "dataset_dict.json")):
             return datasets.load_dataset(str(name), config, split=split)
         found = datasets.load_from_disk(str(path))
-    except Exception as error:  # whatever the readers raise: a typing error, a broken file, no network
+    except Exception as error:  # each reader raises its own types for a wrong name, a broken file, or no network
         reason = " ".join(str(error).split())[:400].rstrip(".")
         raise ValueError(
             f"data set {str(name)!r} (split {split!r}, config {config!r}) cannot be loaded: {type(error).__name__}: {reason}. "
@@ -205,15 +226,14 @@ def read_rows(name: str | Path, *, split: str = "train", config: str | None = No
     return _split_of(found, split)
 
 
-def _rows(data: Any, split: str) -> Any:
-    """A list of dictionaries, or a datasets.Dataset."""
+def _rows(data: Any, split: str) -> Rows:
     if isinstance(data, (list, tuple)):
         return list(data)
     data = _split_of(read_rows(data, split=split) if isinstance(data, (str, Path)) else data, split)
     if not all(hasattr(data, name) for name in ("column_names", "select", "rename_columns", "__len__")):
         raise TypeError(
             f"load_prompts: data is a {type(data).__name__}; expected a datasets.Dataset, a list of dictionaries, or where to find one. "
-            "Cure for a stream: datasets.Dataset.from_list(list(itertools.islice(stream, n)))."
+            "Fix for a stream: datasets.Dataset.from_list(list(itertools.islice(stream, n)))."
         )
     return data
 
@@ -222,21 +242,19 @@ def _split_of(data: Any, split: str) -> Any:
     if not isinstance(data, dict):  # a datasets.DatasetDict is one
         return data
     if split not in data:
-        raise ValueError(f"data has the splits {', '.join(map(str, data))}; expected {split!r} among them. Cure: split=...")
+        raise ValueError(f"data has the splits {', '.join(map(str, data))}; expected {split!r} among them. Fix: split=...")
     return data[split]
 
 
-def _datasets(what: str) -> Any:
+def _datasets(what: str) -> ModuleType:
     try:
         import datasets
     except ImportError as error:
-        raise ImportError(
-            f"load_prompts needs the datasets package for {what}, which is not installed. Cure: {install('train')}"
-        ) from error
+        raise ImportError(f"load_prompts needs the datasets package for {what}, which is not installed. Fix: {install('train')}") from error
     return datasets
 
 
-def _renamed(rows: Any, rename: dict[str, str]) -> Any:
+def _renamed(rows: Rows, rename: dict[str, str]) -> Rows:
     if not rename:
         return rows
     names = _names(rows, "load_prompts")
@@ -244,15 +262,13 @@ def _renamed(rows: Any, rename: dict[str, str]) -> Any:
         if old not in names:
             raise ValueError(f"load_prompts: rename has {old!r}, which is no column; the columns are: {', '.join(names)}.")
         if new in names and new not in rename:
-            raise ValueError(
-                f"load_prompts: rename makes {old!r} into {new!r}, which is a column already. Cure: rename or remove that one."
-            )
+            raise ValueError(f"load_prompts: rename makes {old!r} into {new!r}, which is a column already. Fix: rename or remove that one.")
     if isinstance(rows, list):
         return [{rename.get(name, name): value for name, value in row.items()} for row in rows]
     return rows.rename_columns(rename)
 
 
-def _names(rows: Any, who: str) -> list[str]:
+def _names(rows: Rows, who: str) -> list[str]:
     if not isinstance(rows, list):
         return list(rows.column_names)
     for position, row in enumerate(rows):
@@ -265,7 +281,7 @@ def _names(rows: Any, who: str) -> list[str]:
     return list(rows[0]) if rows else []
 
 
-def _column(rows: Any, name: str) -> Any:
+def _column(rows: Rows, name: str) -> Iterable[Any]:
     return (row[name] for row in rows) if isinstance(rows, list) else rows[name]
 
 
@@ -281,5 +297,5 @@ def _is_conversation(prompt: Any, position: int, who: str) -> bool:
     )
 
 
-def _what(conversation: bool) -> str:
+def _describe_kind(conversation: bool) -> str:
     return "a list of messages" if conversation else "a text"

@@ -113,8 +113,8 @@ def _from_module(place: str, what: str) -> Any:
         return importlib.import_module(place)
     except ModuleNotFoundError as error:
         if error.name is not None and (place == error.name or place.startswith(f"{error.name}.")):
-            cure = f"Cure: install it, add its folder to PYTHONPATH, or name the file: 'path/{place.rpartition('.')[2]}.py:...'."
-            raise ValueError(f"load_reward: there is no module {place!r} for {what!r}. {cure}") from error
+            fix = f"Fix: install it, add its folder to PYTHONPATH, or name the file: 'path/{place.rpartition('.')[2]}.py:...'."
+            raise ValueError(f"load_reward: there is no module {place!r} for {what!r}. {fix}") from error
         raise  # the module is there; something that it imports is not
 
 
@@ -132,5 +132,5 @@ def _from_file(path: Path) -> Any:
         line = "" if isinstance(error, SyntaxError) else f" ({where.filename}, line {where.lineno})"  # a syntax error has its own
         raise ValueError(f"load_reward: {path} cannot be imported: {type(error).__name__}: {error}{line}.") from error
     if Path(module.__file__ or "").resolve() != path:
-        raise ValueError(f"load_reward: the name of {path} is taken by the module {module.__file__}. Cure: rename the file.")
+        raise ValueError(f"load_reward: the name of {path} is taken by the module {module.__file__}. Fix: rename the file.")
     return module

@@ -12,7 +12,7 @@ from typing import Any
 
 from grpo_fast.rewards.accuracy import extract_answer
 from grpo_fast.rewards.common import Completion, check_range, check_same_length, text_of
-from grpo_fast.rewards.pool import WorkerPool
+from grpo_fast.rewards.pool import CallResult, WorkerPool
 from grpo_fast.utils.install_hints import install
 
 __all__ = ["MathReward", "math_reward"]
@@ -72,7 +72,7 @@ class MathReward:
     ) -> list[float | None]:
         check_same_length(self.__name__, prompts=prompts, completions=completions, answer=answer)
         if importlib.util.find_spec("math_verify") is None:
-            raise ImportError(f"math_reward needs the math-verify package, which is not installed. Cure: {install('math')}")
+            raise ImportError(f"math_reward needs the math-verify package, which is not installed. Fix: {install('math')}")
         items = [self._item(text_of(c), str(truth)) for c, truth in zip(completions, answer, strict=True) if truth is not None]
         different = list(dict.fromkeys(items))  # a group often states the same answer many times
         known = dict(zip(different, self._pool().map(different, timeout=self.timeout), strict=True))
@@ -85,11 +85,11 @@ class MathReward:
             return truth, text, True
         return truth, stated, False
 
-    def _value(self, outcome: Any) -> float | None:
-        if not outcome.ok:
-            self.counters["timeouts" if outcome.timed_out else "errors"] += 1
+    def _value(self, result: CallResult) -> float | None:
+        if not result.ok:
+            self.counters["timeouts" if result.timed_out else "errors"] += 1
             return self.undecided
-        return None if outcome.value is None else float(outcome.value)
+        return None if result.value is None else float(result.value)
 
     def _pool(self) -> WorkerPool:
         with _pools_lock:

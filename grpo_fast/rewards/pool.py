@@ -1,7 +1,10 @@
-"""Worker processes that can be killed: the only way to stop code that hangs, which neither a thread nor (in a thread) SIGALRM can.
+"""Worker processes with a time limit per item: a process can be killed when it hangs, a thread cannot.
 
-Each worker is a fresh interpreter (as with multiprocessing's "spawn"), so it inherits no lock, thread or CUDA context of the trainer.
-Unlike "spawn" it never runs the caller's main script again, needs no ``if __name__ == "__main__"``, and a daemonic process may start it.
+Each worker is a fresh interpreter, like multiprocessing's "spawn", so it inherits no lock, thread or CUDA context of the trainer. Unlike
+"spawn" it does not run the caller's main script again, needs no ``if __name__ == "__main__"``, and may be started by a daemonic process.
+
+Why not a library: pebble 5.2 left a killed worker's children running, broke when an idle worker died, and ran the main script again; loky
+left children and, after the caller was killed, workers running, and cannot be started by a daemonic process.
 """
 
 from __future__ import annotations
@@ -15,20 +18,20 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Pipe, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["Outcome", "WorkerPool"]
+__all__ = ["CallResult", "WorkerPool"]
 
 WORKER = Path(__file__).with_name("worker.py")
-START_TIMEOUT = 300.0  # seconds for a worker to import what it needs: long, since importing torch from a cold disk is
+START_TIMEOUT = 300.0  # seconds for a worker's imports; importing torch from a cold disk takes long
 
 
-class Outcome(NamedTuple):
-    """What became of one item: its value, or why there is none."""
+class CallResult(NamedTuple):
+    """The result of one call: its value, or why there is none."""
 
     value: Any = None
     error: str | None = None
@@ -36,25 +39,26 @@ class Outcome(NamedTuple):
 
     @property
     def ok(self) -> bool:
+        """Whether the call returned a value."""
         return self.error is None
 
 
 class _Worker:
-    """One process and this side of its connection. ``task`` is the position of the item it works on; ``deadline`` on `time.monotonic`."""
+    """One process and this side of its connection. ``task`` is the index of the item it works on; ``deadline`` on `time.monotonic`."""
 
     def __init__(self, target: tuple[str, str] | bytes, memory_limit: int | None) -> None:
-        self.connection, theirs = Pipe()
+        self.connection, child_end = Pipe()
         try:
             self.process = subprocess.Popen(
-                # -I: no file beside worker.py stands before the standard library's; the worker gets this process's sys.path by message
-                [sys.executable, "-I", str(WORKER), str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
+                # -I: files beside worker.py must not shadow the standard library; the worker receives sys.path as its first message
+                [sys.executable, "-I", str(WORKER), str(child_end.fileno())],
+                pass_fds=[child_end.fileno()],
                 stdin=subprocess.DEVNULL,
-                start_new_session=True,  # a group of its own: killed with all it has started, and deaf to the terminal's Ctrl-C
+                start_new_session=True,  # its own process group: its children are killed with it, and Ctrl-C does not reach it
                 env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
             )
         finally:
-            theirs.close()
+            child_end.close()
         self.ready = False
         self.task: int | None = None
         self.deadline = time.monotonic() + START_TIMEOUT
@@ -70,15 +74,19 @@ class _Worker:
 
 
 class WorkerPool:
-    """Call a function on items in worker processes, with a time limit per item after which the worker is killed and replaced.
+    """Call a function on items in worker processes, with a time limit per item; a worker that exceeds it is killed and replaced.
 
-    The workers start at the first call, stay for the next ones, and end with the pool or with this process. Any thread may call; calls of
-    several threads take turns. Every item gets its own `Outcome`, whatever happened to the others.
+    The workers start at the first call, are reused by later calls, and end with the pool or with this process. Calls of several threads
+    run one after the other. Every item gets its own `CallResult`, whatever happens to the other items.
 
     Args:
-        target: a picklable function of one argument, or ``(file, name)`` of one that needs nothing but its file.
-        workers: processes, at least 1. They are started as items need them.
-        memory_limit: bytes of address space each worker may have (POSIX ``RLIMIT_AS``); None = no limit.
+        target: a picklable function of one argument; or ``(file, name)`` of a function, whose file is run without importing its package.
+        workers: maximum number of processes, at least 1. They are started when items need them.
+        memory_limit: bytes of address space per worker (POSIX ``RLIMIT_AS``); None = no limit.
+
+    Raises:
+        ValueError: ``workers`` is below 1.
+        OSError: the system has no POSIX process groups and alarms (Windows).
 
     Example:
         >>> with WorkerPool(len, workers=1) as pool:
@@ -86,17 +94,17 @@ class WorkerPool:
         2
     """
 
-    def __init__(self, target: Any, *, workers: int = 1, memory_limit: int | None = None) -> None:
+    def __init__(self, target: Callable[[Any], Any] | tuple[str, str], *, workers: int = 1, memory_limit: int | None = None) -> None:
         if workers < 1:
             raise ValueError(f"WorkerPool: workers is {workers}; expected at least 1.")
         if sys.platform == "win32":
-            raise OSError("WorkerPool: this is Windows; expected a POSIX system, whose process groups and alarms it stands on.")
+            raise OSError("WorkerPool: this is Windows; expected a POSIX system: the pool needs its process groups and alarms.")
         self._target = target if isinstance(target, tuple) else pickle.dumps(target)
         self._size, self._memory_limit = workers, memory_limit
         self._workers: list[_Worker] = []
         self._lock = threading.Lock()
         self._owner = os.getpid()
-        self._end = weakref.finalize(self, _kill_all, self._workers, self._owner)
+        self._finalizer = weakref.finalize(self, _kill_all, self._workers, self._owner)
 
     def __enter__(self) -> WorkerPool:
         return self
@@ -109,33 +117,45 @@ class WorkerPool:
         with self._lock:
             _kill_all(self._workers, self._owner)
 
-    def map(self, items: Sequence[Any], *, timeout: float | None) -> list[Outcome]:
-        """One `Outcome` per item, in their order. ``timeout``: seconds for each item, not counting a worker's start; None = no limit."""
-        payloads = [pickle.dumps((timeout, pickle.dumps(item, -1)), -1) for item in items]  # in two: what cannot be read there is an error
+    def map(self, items: Sequence[Any], *, timeout: float | None) -> list[CallResult]:
+        """Call the function on each item.
+
+        Args:
+            items: picklable arguments.
+            timeout: seconds per item, without the start of a worker; None = no limit.
+
+        Returns:
+            one `CallResult` per item, in their order.
+
+        Raises:
+            RuntimeError: a worker could not start, or could not load the function.
+        """
+        # Pickled twice: an item that the worker cannot unpickle is an error of that item, not of the worker.
+        payloads = [pickle.dumps((timeout, pickle.dumps(item, -1)), -1) for item in items]
         with self._lock:
-            if os.getpid() != self._owner:  # a forked child: these workers are its parent's
+            if os.getpid() != self._owner:  # a forked child: the workers belong to its parent
                 del self._workers[:]
                 self._owner = os.getpid()
-                self._end.detach()
-                self._end = weakref.finalize(self, _kill_all, self._workers, self._owner)
+                self._finalizer.detach()
+                self._finalizer = weakref.finalize(self, _kill_all, self._workers, self._owner)
             try:
                 return self._map(payloads, timeout)
             except BaseException:
-                _kill_all(self._workers, self._owner)  # or the next call would take this call's late results for its own
+                _kill_all(self._workers, self._owner)  # otherwise the next call would receive late results of this one
                 raise
 
-    def _map(self, payloads: list[bytes], timeout: float | None) -> list[Outcome]:
-        outcomes: list[Outcome | None] = [None] * len(payloads)
+    def _map(self, payloads: list[bytes], timeout: float | None) -> list[CallResult]:
+        results: list[CallResult | None] = [None] * len(payloads)
         queue = deque(range(len(payloads)))
-        left = len(payloads)
-        while left:
+        remaining = len(payloads)
+        while remaining:
             for worker in list(self._workers):
                 if worker.task is None and worker.ready and worker.process.poll() is not None:
-                    self._drop(worker)  # died while idle (killed for memory, say): no item's fault
+                    self._drop(worker)  # it died while idle, killed for its memory for instance: not the fault of an item
                 elif queue and worker.ready and worker.task is None:
                     worker.task = queue.popleft()
                     worker.deadline = float("inf") if timeout is None else time.monotonic() + timeout
-                    with suppress(OSError):  # it has died; that shows below, as the end of its connection
+                    with suppress(OSError):  # a worker that has died shows below, as the end of its connection
                         worker.connection.send_bytes(payloads[worker.task])
             starting = sum(not worker.ready for worker in self._workers)
             while len(self._workers) < self._size and starting < len(queue):
@@ -144,43 +164,43 @@ class WorkerPool:
 
             busy = [worker for worker in self._workers if worker.task is not None or not worker.ready]
             first = min(worker.deadline for worker in busy)
-            heard = wait([w.connection for w in busy], None if first == float("inf") else max(first - time.monotonic(), 0.0))
+            readable = wait([w.connection for w in busy], None if first == float("inf") else max(first - time.monotonic(), 0.0))
             for worker in busy:
-                if worker.connection in heard:
-                    outcome = self._hear(worker)
+                if worker.connection in readable:
+                    result = self._receive(worker)
                 elif time.monotonic() >= worker.deadline:
-                    outcome = self._overdue(worker, timeout)
+                    result = self._kill_late(worker, timeout)
                 else:
                     continue
-                if outcome is not None:
+                if result is not None:
                     assert worker.task is not None
-                    outcomes[worker.task], worker.task = outcome, None
-                    left -= 1
-        return [outcome for outcome in outcomes if outcome is not None]
+                    results[worker.task], worker.task = result, None
+                    remaining -= 1
+        return [result for result in results if result is not None]
 
-    def _hear(self, worker: _Worker) -> Outcome | None:
-        """What the worker sent; None = it is ready now. One that could not start is an error of the pool: the next would not either."""
+    def _receive(self, worker: _Worker) -> CallResult | None:
+        """The result that a worker sent; None if it reports that it is ready. A worker that cannot start is an error of the whole pool."""
         try:
             kind, content = pickle.loads(worker.connection.recv_bytes())
         except (EOFError, OSError):
             self._drop(worker)
-            how = _exit_of(worker.process.returncode)
+            end = _describe_exit(worker.process.returncode)
             if not worker.ready:
-                raise RuntimeError(f"WorkerPool: a worker process {how} while it started; what it said is above.") from None
-            return Outcome(error=f"its worker process {how}")
+                raise RuntimeError(f"WorkerPool: a worker process {end} while it started; its output is above.") from None
+            return CallResult(error=f"its worker process {end}")
         if kind == "failed":
             self._drop(worker)
             raise RuntimeError(f"WorkerPool: a worker process could not load what it is to call:\n{content}")
         if kind == "ready":
             worker.ready = True
             return None
-        return Outcome(value=content) if kind == "value" else Outcome(error=content)
+        return CallResult(value=content) if kind == "value" else CallResult(error=content)
 
-    def _overdue(self, worker: _Worker, timeout: float | None) -> Outcome:
+    def _kill_late(self, worker: _Worker, timeout: float | None) -> CallResult:
         self._drop(worker, kill=True)
         if not worker.ready:
             raise RuntimeError(f"WorkerPool: a worker process was not ready within {START_TIMEOUT:g} s.")
-        return Outcome(error=f"it took longer than {timeout:g} s, and its worker process was killed", timed_out=True)
+        return CallResult(error=f"it took longer than {timeout:g} s, and its worker process was killed", timed_out=True)
 
     def _drop(self, worker: _Worker, *, kill: bool = False) -> None:
         self._workers.remove(worker)
@@ -197,7 +217,7 @@ def _kill_all(workers: list[_Worker], owner: int) -> None:
     del workers[:]
 
 
-def _exit_of(status: int | None) -> str:
+def _describe_exit(status: int | None) -> str:
     if status is not None and status < 0:
         return f"was ended by {signal.Signals(-status).name}"
     return f"ended with exit status {status}"

@@ -1,6 +1,6 @@
-"""The other side of `grpo_fast.rewards.pool`: a process that calls one function on what it is sent. Started by its path, not imported.
+"""The program of a worker process of `grpo_fast.rewards.pool`: it calls one function on the items it receives.
 
-Only the standard library is imported here: whether torch is, is up to the function that is called.
+It is started by its path and imports the standard library only, so a worker imports torch only if the function does.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-GRACE = 10.0  # seconds past its time after which an orphan, whom nobody is left to kill, is ended by its own alarm clock
+GRACE = 10.0  # seconds after its time limit at which a worker whose parent is gone is ended by its own alarm
 
 
 def load(target: tuple[str, ...] | bytes) -> Callable[[Any], Any]:
-    """The function: pickled, or as (file, name), which spares the worker its package's imports."""
+    """Load the function: pickled, or as (file, name), which does not import the package of the file."""
     if isinstance(target, bytes):
         return pickle.loads(target)
     path, name = target
@@ -40,7 +40,7 @@ def limit_memory(limit: int | None) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 
-def answer(connection: Connection, result: tuple[str, Any]) -> None:
+def send_result(connection: Connection, result: tuple[str, Any]) -> None:
     try:
         blob = pickle.dumps(result, pickle.HIGHEST_PROTOCOL)
     except Exception as error:
@@ -50,18 +50,18 @@ def answer(connection: Connection, result: tuple[str, Any]) -> None:
 
 def serve(connection: Connection) -> None:
     path, target, limit = pickle.loads(connection.recv_bytes())
-    sys.path[:] = path  # what the parent can import, this can
+    sys.path[:] = path  # so that this process can import what its parent can
     try:
         limit_memory(limit)
         function = load(target)
     except BaseException:
-        answer(connection, ("failed", traceback.format_exc(limit=-3)))
+        send_result(connection, ("failed", traceback.format_exc(limit=-3)))
         return
-    answer(connection, ("ready", None))
+    send_result(connection, ("ready", None))
     while True:
         timeout, payload = pickle.loads(connection.recv_bytes())
         if timeout is not None:
-            # The default action ends the process even inside C code that never gives up the interpreter; the parent is quicker if alive.
+            # The default action ends the process even in C code that holds the interpreter lock. A living parent kills earlier.
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.setitimer(signal.ITIMER_REAL, timeout + GRACE)
         try:
@@ -70,11 +70,11 @@ def serve(connection: Connection) -> None:
             where = traceback.extract_tb(error.__traceback__)[-1]
             result = ("error", f"{type(error).__name__}: {error} ({os.path.basename(where.filename)}, line {where.lineno})")
         signal.setitimer(signal.ITIMER_REAL, 0)
-        answer(connection, result)
+        send_result(connection, result)
 
 
 if __name__ == "__main__":
     channel = Connection(int(sys.argv[1]))
-    os.dup2(2, 1)  # what the function prints goes where its errors go
-    with contextlib.suppress(EOFError, OSError):  # the parent has closed the connection, or is gone
+    os.dup2(2, 1)  # what the function prints must not get between the results: it goes to standard error
+    with contextlib.suppress(EOFError, OSError):  # the parent has closed the connection, or has ended
         serve(channel)

@@ -15,7 +15,7 @@ from typing import Any
 from grpo_fast.data.tasks.common import INSTRUCTION, Task, check_instruction
 from grpo_fast.rewards.accuracy import canonical_answer, extract_answer
 from grpo_fast.rewards.common import Completion, check_range, check_same_length, text_of
-from grpo_fast.rewards.pool import Outcome, WorkerPool
+from grpo_fast.rewards.pool import CallResult, WorkerPool
 from grpo_fast.utils.install_hints import install
 
 __all__ = ["ReasoningGymReward", "reasoning_gym_task"]
@@ -76,17 +76,17 @@ class ReasoningGymReward:
         if self.exact:
             return [float(text is not None and canonical_answer(text) == canonical_answer(json.loads(e)["answer"])) for text, e in pairs]
         different = list(dict.fromkeys((self.name, self.settings, text, entry) for text, entry in pairs if text is not None))
-        outcomes = dict(zip(different, _scorer().map(different, timeout=self.timeout), strict=True))
-        return [0.0 if text is None else self._credit(outcomes[self.name, self.settings, text, entry]) for text, entry in pairs]
+        results = dict(zip(different, _scorer().map(different, timeout=self.timeout), strict=True))
+        return [0.0 if text is None else self._credit(results[self.name, self.settings, text, entry]) for text, entry in pairs]
 
-    def _credit(self, outcome: Outcome) -> float | None:
-        if outcome.timed_out:
+    def _credit(self, result: CallResult) -> float | None:
+        if result.timed_out:
             self.counters["timeouts"] += 1
             return None
-        if not outcome.ok:
+        if not result.ok:
             self.counters["scorer_raised"] += 1
             return 0.0
-        credit = 0.0 if math.isnan(outcome.value) else min(max(outcome.value, 0.0), 1.0)
+        credit = 0.0 if math.isnan(result.value) else min(max(result.value, 0.0), 1.0)
         return credit if credit >= self.floor else 0.0
 
 
@@ -187,9 +187,7 @@ def _generator(name: str, settings: str, *, size: int = 1, seed: int = 0) -> Any
         import reasoning_gym
         from reasoning_gym.factory import DATASETS
     except ImportError as error:
-        raise ImportError(
-            f"reasoning_gym_task needs the reasoning-gym package, which is not installed. Cure: {install('tasks')}"
-        ) from error
+        raise ImportError(f"reasoning_gym_task needs the reasoning-gym package, which is not installed. Fix: {install('tasks')}") from error
     if name not in DATASETS:
         raise ValueError(f"reasoning_gym_task: name is {name!r}; expected one of {', '.join(sorted(DATASETS))}.")
     try:
