@@ -292,7 +292,7 @@ LOSS_CASES: list[Case] = [
             f"cu_seqlens-{values}",
             to(torch.tensor(values, dtype=torch.int32)),
             ValueError,
-            (rf"cu_seqlens is {re.escape(str(values))}; expected to begin with 0, never to fall, and to end with N = 6",),
+            (rf"cu_seqlens is {re.escape(str(values))}; expected to begin with 0, never to decrease, and to end with N = 6",),
             True,
         )
         for values in ([0, 4], [0, 4, 7], [1, 4, 6], [0, 5, 4, 6], [0], [6], [-1, 6], [0, 4, 6, 6, 0])
@@ -312,7 +312,7 @@ LOSS_CASES: list[Case] = [
             f"cu_seqlens-missing-{config.loss_type}-{config.level}-{config.resolved_aggregation}",
             to(None),
             ValueError,
-            ("cu_seqlens is None; expected int32", f"loss_type='{config.loss_type}' speaks of sequences", "or give a padded batch"),
+            ("cu_seqlens is None; expected int32", f"loss_type='{config.loss_type}' needs the sequences", "or give a padded batch"),
             True,
             {"config": config},
         )

@@ -44,7 +44,7 @@ def group_advantages(
     normalize: str = "sum_then_normalize",
     eps: float = 1e-4,
 ) -> GroupAdvantages:
-    """How much better each completion did than the other completions of its prompt.
+    """Return how much better each completion did than the other completions of its prompt (GRPO, arXiv:2402.03300).
 
     With several rewards, ``x_i = sum_k w_k r_ik`` over those that apply. With n, mean and std (unbiased) of x over the group of i::
 
@@ -58,8 +58,8 @@ def group_advantages(
     these are summed with the weights, and the sum is divided by its std over the batch, + eps (its mean over the batch is 0 already). So a
     reward that varies little within a group counts there as much as one that varies a lot, and no signal is lost where sums coincide.
 
-    A reward of NaN does not apply to that completion. A completion to which none applies is unscorable: its advantage is 0, and it counts
-    in no mean and no std. A group of equal rewards gets advantages of exactly 0, not a rounding error divided by eps.
+    A reward of NaN does not apply to that completion. A completion to which no reward applies has the advantage 0 and enters no mean and no
+    std. A group of equal rewards gets advantages of exactly 0, not a rounding error divided by eps.
 
     Args:
         rewards: ``[B]`` or ``[B, R]``, one column per reward function; any real dtype, any strides. A group's completions are consecutive.
@@ -77,9 +77,10 @@ def group_advantages(
         Bitwise the same from run to run, and on the CPU whatever the number of threads (the reference on a GPU excepted).
 
     Raises:
-        ValueError: a shape, a value or a combination is wrong: names the argument, what it was, what was expected and the fix. Values of
-            tensors (infinite rewards, offsets out of order) are looked at on the CPU, or on every device with ``GRPO_FAST_CHECK=1``;
-            elsewhere an infinite reward shows as a mean that is not finite, and offsets out of order never read out of bounds.
+        ValueError: a shape, a value or a combination is wrong; the message names the argument, its value, what was expected and the fix.
+            Values of tensors (infinite rewards, offsets out of order) are checked on the CPU, and on every device with
+            ``GRPO_FAST_CHECK=1``; elsewhere an infinite reward makes a mean that is not finite, and offsets out of order never read out of
+            bounds.
         TypeError: an argument is of the wrong type.
 
     Example:
@@ -139,9 +140,9 @@ def group_advantages(
 
 
 def _operator_computes(device: torch.device) -> bool:
-    """Whether the compiled operator takes it, rather than the reference.
+    """Return whether the compiled operator computes the advantages on this device, rather than the reference.
 
-    What is chosen by default for a GPU is about the loss, which is Triton there. This operator is CUDA: only a forced backend overrules it.
+    On a GPU the default backend is Triton, which has no kernel for this operator: the CUDA kernel is used unless a backend is forced.
     """
     if (device.type == "cpu" or forced() is not None) and select(device) == "reference":
         return False
@@ -154,7 +155,7 @@ def _has_kernel(device_type: str) -> bool:
     return extension.load() and torch._C._dispatch_has_kernel_for_dispatch_key("grpo_fast::group_advantages", device_type.upper())
 
 
-# What torch.compiler.assume_constant_result does, without importing torch._dynamo for it; constant for the life of the process.
+# The effect of torch.compiler.assume_constant_result without importing torch._dynamo; the result does not change within a process.
 _has_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -235,7 +236,7 @@ def _check_finite(name: str, values: Tensor) -> None:
     if wrong.any():
         where = wrong.nonzero()[0].tolist()
         got = str(values[tuple(where)].item())
-        fix = "finite values within float32's range (NaN where a reward does not apply); clamp them or mend the reward function"
+        fix = "finite values within float32's range (NaN where a reward does not apply); clamp them or correct the reward function"
         _fail(f"{name}[{', '.join(map(str, where))}]", got, fix)
 
 

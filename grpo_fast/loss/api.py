@@ -28,7 +28,7 @@ _DEFAULT_CONFIG = LossConfig()
 
 
 class GRPOOutput(NamedTuple):
-    """What grpo_loss returns; all on the device of the logits, nothing synchronised.
+    """What grpo_loss returns. All tensors are on the device of the logits; computing them does not synchronise a GPU.
 
     Metrics are means over the computed tokens, 0-d float32: ``kl`` (the estimator's value; 0 without ref_logprobs), ``entropy`` (nats,
     at the call's temperature), ``ratio_mean`` and ``ratio_max`` of the importance ratio, ``clip_low`` (share of tokens with A < 0
@@ -73,45 +73,46 @@ def grpo_loss(
 ) -> GRPOOutput:
     """The loss of Group Relative Policy Optimization (arXiv:2402.03300) and its relatives, from logits, in one pass.
 
-    ``loss = loss_scale * sum_n w_n * l_n``: the config's loss type names the per-token objective l and the weights w;
-    grpo_fast/loss/reference.py is the specification. Statistics are float32 or better whatever the type of the logits, and the result
-    is bitwise the same from run to run. On the CPU a row's gradient is formed while the row is in the cache, so backward has nothing
-    to do where its upstream gradient is 1: scale with ``loss_scale`` rather than by multiplying the loss.
+    ``loss = loss_scale * sum_n w_n * l_n``: the config's loss type sets the per-token objective l and the weights w;
+    grpo_fast/loss/reference.py is the specification. Statistics are float32 or better whatever the dtype of the logits, and the result
+    is bitwise the same from run to run. The forward pass computes the gradient of the logits together with the loss, and the backward pass
+    returns it unchanged if its upstream gradient is 1: scale with ``loss_scale`` rather than by multiplying the loss.
 
     Args:
         logits: float32, bfloat16 or float16 (float64: computed by the reference). ``[B, T + 1, V]`` is what a Hugging Face model
-            returns for T tokens and their prefix: the last position is ignored, nothing is copied.
-        token_ids: the sampled tokens; ``token_ids[b, t]`` is scored by ``logits[b, t]``.
+            returns for T tokens and their prefix: the last position is ignored, and nothing is copied.
+        token_ids: int64, the sampled tokens; ``token_ids[b, t]`` is scored by ``logits[b, t]``.
         advantages: one per sequence or per token.
-        config: which member of the family.
-        old_logprobs: of the policy that sampled; None = on-policy (the ratio is 1 and its gradient flows).
-        ref_logprobs: of the reference policy; required when ``config.beta != 0``.
-        mask: bool or 0/1; what stands under a 0 may be anything. None = every token counts.
-        rollout_weights: correction for a sampler that differs from the trainer; multiplies the surrogate, not the KL.
+        config: the member of the family, and its settings.
+        old_logprobs: log-probabilities under the policy that sampled, in nats; None = on-policy (the ratio is 1 and its gradient flows).
+        ref_logprobs: log-probabilities under the reference policy; required when ``config.beta != 0``.
+        mask: bool or 0/1; masked tokens may hold any value in every argument. None = no token is masked.
+        rollout_weights: correction for a sampler that differs from the trainer; multiplies the surrogate, not the KL penalty.
         temperature: the one that sampled; the policy is ``softmax(f(logits) / temperature)``.
-        cu_seqlens: with packed input, where sequences begin, ``0 ... N``; needed where a setting speaks of sequences.
-        num_items: the token count of the whole optimiser step, for ``global_token_mean`` (ignored by the other aggregations); None = this
-            call's own.
+        cu_seqlens: with packed input, where sequences begin, ``0 ... N``; required for settings that need the sequences.
+        num_items: the number of unmasked tokens of the whole optimiser step, for ``global_token_mean`` (ignored by the other aggregations);
+            None = that of this call.
         softcap: ``c * tanh(logits / c)`` before the temperature (Gemma 2); None = none.
         logit_scale: multiplies the logits before soft cap and temperature (Cohere, Granite).
-        loss_scale: multiplies the loss while its gradient is formed: 1 / gradient-accumulation steps, say.
-        metrics_on: ``"all"``: every unmasked token gets its logprob, entropy and share in the metrics; ``"active"``: only tokens that
-            can change the gradient. The loss is the same.
-        inplace: allow the gradient to be written over the storage of the logits, which must not be used afterwards. A wish: a call that is
-            traced by torch.compile, or computed by the reference, takes new memory.
+        loss_scale: multiplies the loss and its gradient at no cost, for example 1 / gradient-accumulation steps.
+        metrics_on: ``"all"``: log-probability, entropy and metrics of every unmasked token; ``"active"``: only of those that can change
+            the gradient. The loss is the same.
+        inplace: allow the gradient to overwrite the storage of the logits, which must not be used afterwards. It is not done in a call
+            that torch.compile traces or that the reference backend computes.
         process_group: each process holds a part of the vocabulary, logits [B, T, V of the part], one after the other in the order of
             the ranks; everything else is the same in all of them, and so are the results.
         impl: which GPU kernels compute: ``"triton"``, or ``"cluster"``: CUDA kernels that read the logits once and write the gradient once
             (compute capability 9.0 or newer, losses of token-level ratios, rows of up to 456,704 logits in bfloat16 with 227 KiB
-            of shared memory per block). They are not taken unasked until they have been timed. None = what is best here.
+            of shared memory per block); they are used only if named. None = the backend's own kernels.
 
     Returns:
         GRPOOutput(loss, logprobs, entropy, active, metrics).
 
     Raises:
-        TypeError, ValueError: names the argument, what it was, what was expected and the fix, before anything is written. Values of
-            tensors (ids, mask, temperatures, advantages and log-probabilities of tokens that count) are looked at on the CPU, or on every
-            device with ``debug_checks``; elsewhere a bad one shows as a loss of NaN.
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a shape, device or value is wrong. The message names the argument, its value, what was expected and the fix; nothing
+            has been written. Values of tensors (ids, mask, temperatures; advantages and log-probabilities of unmasked tokens) are checked
+            on the CPU, and on every device with ``debug_checks``; elsewhere a bad value makes the loss NaN.
         RuntimeError: ``impl`` names kernels that cannot compute on this machine or for these logits.
 
     Example:
@@ -181,25 +182,27 @@ def token_logprobs(
     logit_scale: float = 1.0,
     process_group: ProcessGroup | None = None,
 ) -> TokenLogprobs:
-    """Log-probability of each token under ``softmax(f(logits) / temperature)``, and that policy's entropy; one pass, both differentiable.
+    """Return the log-probability of each token under ``softmax(f(logits) / temperature)`` and the entropy of that distribution, in nats.
 
-    Exact also for confident tokens, where ``s_y - lse`` rounds to 0.
+    Both are computed in one pass over the logits and are differentiable. They are exact also for almost certain tokens, where ``s_y - lse``
+    rounds to 0.
 
     Args:
-        logits: float32, bfloat16 or float16 (float64: computed by the reference). ``[B, T + 1, V]``: the last position is ignored, nothing
-            is copied.
-        token_ids: ``token_ids[b, t]`` is scored by ``logits[b, t]``.
-        mask: bool or 0/1; what stands under a 0 may be anything. None = every token counts.
+        logits: float32, bfloat16 or float16 (float64: computed by the reference). ``[B, T + 1, V]``: the last position is ignored, and
+            nothing is copied.
+        token_ids: int64; ``token_ids[b, t]`` is scored by ``logits[b, t]``.
+        mask: bool or 0/1; masked tokens may hold any value in every argument. None = no token is masked.
         temperature: the policy is ``softmax(f(logits) / temperature)``.
         softcap: ``c * tanh(logits / c)`` before the temperature (Gemma 2); None = none.
         logit_scale: multiplies the logits before soft cap and temperature (Cohere, Granite).
         process_group: each process holds a part of the vocabulary, as in grpo_loss.
 
     Returns:
-        TokenLogprobs(logprobs, entropy), float32 and shaped like token_ids, 0 under the mask's zeros.
+        TokenLogprobs(logprobs, entropy), float32 and shaped like token_ids, 0 where masked.
 
     Raises:
-        TypeError, ValueError: names the argument, what it was, what was expected and the fix, before anything is written.
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a shape, device or value is wrong; checked as in grpo_loss.
 
     Example:
         >>> out = token_logprobs(torch.zeros(1, 3, 8), torch.tensor([[1, 2, 3]]))
@@ -223,7 +226,7 @@ def _check_inplace(inplace: bool) -> None:
 
 
 def by_reference(logits: Tensor) -> bool:
-    """Whether plain PyTorch computes what has these logits (or hidden states)."""
+    """Return whether the reference backend computes a call with these logits or hidden states."""
     return logits.dtype == torch.float64 or select(logits.device) == "reference"
 
 
@@ -232,10 +235,10 @@ def _wants_gradient(logits: Tensor) -> bool:
 
 
 def _can_write_over(logits: Tensor) -> bool:
-    """Whether ``inplace`` may be honoured for these logits.
+    """Return whether the gradient may overwrite these logits.
 
     Raises:
-        ValueError: writing over them would be wrong.
+        ValueError: overwriting them would change values that are still needed.
     """
     if torch.compiler.is_compiling() or not _wants_gradient(logits):
         return False
@@ -243,11 +246,11 @@ def _can_write_over(logits: Tensor) -> bool:
         raise ValueError(
             "inplace=True with logits that are a leaf (a parameter) or a view of one; expected the output of a model. Leave inplace off."
         )
-    reach = 0  # of the dimensions with smaller strides: a stride within it has two elements in one place
+    reach = 0  # largest offset within the dimensions of smaller strides; a stride up to it makes two elements share memory
     for stride, size in sorted((stride, size) for stride, size in zip(logits.stride(), logits.shape, strict=True) if size > 1):
         if stride <= reach:
             raise ValueError(
-                f"inplace=True with logits that overlap or are expanded (strides {logits.stride()}); expected memory of their own. "
+                f"inplace=True with logits that overlap or are expanded (strides {logits.stride()}); expected memory without overlap. "
                 "Leave inplace off."
             )
         reach += (size - 1) * stride

@@ -1,4 +1,4 @@
-"""Argument checks: every error names the argument, what it was, what was expected and the fix, before anything is written."""
+"""Checks of single arguments. Every error names the argument, its value, what was expected and the fix, before any tensor is written."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 LARGEST = sys.float_info.max
-REAL = (int, float, torch.SymFloat, numbers.Real)  # the first are the usual ones, and looked at quickly; the last are NumPy's too
+REAL = (int, float, torch.SymFloat, numbers.Real)  # the usual types first: isinstance of the abstract class (NumPy's numbers) is slow
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _debug = os.environ.get("GRPO_FAST_CHECK", "0") not in ("", "0")
@@ -22,16 +22,14 @@ _debug = os.environ.get("GRPO_FAST_CHECK", "0") not in ("", "0")
 def debug_checks(enabled: bool = True) -> Iterator[None]:
     """Make every value check synchronous and exact on every device, as the environment variable GRPO_FAST_CHECK=1 does.
 
-    On the CPU value checks always run. On a GPU reading a value stalls the stream, so there they run only inside this context.
+    On the CPU value checks always run. On a GPU reading a value synchronises the stream, so there they run only inside this context. A bad
+    value then raises a ValueError, as it does on the CPU.
 
     Args:
-        enabled: False turns them off again, where the environment variable has turned them on.
+        enabled: False turns the checks off again where the environment variable has turned them on.
 
     Returns:
-        A context manager, for the whole process and not for one thread.
-
-    Raises:
-        Nothing by itself. What is computed inside raises a ValueError for a bad value, as it does on the CPU.
+        A context manager that holds for all threads of the process.
 
     Example:
         >>> with debug_checks():
@@ -46,12 +44,19 @@ def debug_checks(enabled: bool = True) -> Iterator[None]:
 
 
 def value_checks_wanted(tensor: Tensor) -> bool:
-    """Whether checks that read this tensor's values may run: they would stall a GPU, and cannot be traced by torch.compile."""
+    """Return whether checks may read this tensor's values: they would synchronise a GPU, and torch.compile cannot trace them."""
     return not torch.compiler.is_compiling() and (_debug or tensor.device.type == "cpu")
 
 
 def tensor(name: str, x: object, *, like: Tensor | None, like_name: str = "logits", floating: bool = True) -> None:
-    """x is a dense tensor on the device of ``like`` (None: x is what the others follow), of a type of FLOATING unless said otherwise."""
+    """Check that x is a dense tensor on the device of ``like``, with a dtype of FLOATING if ``floating``.
+
+    ``like=None`` skips the device: x is the argument whose device the others must have.
+
+    Raises:
+        TypeError: x is not a tensor, or has another dtype or layout.
+        ValueError: x is on another device.
+    """
     if not isinstance(x, Tensor):
         device = "" if like is None else f", device={like_name}.device"
         raise TypeError(f"{name} is a {type(x).__name__}; expected a torch.Tensor. Wrap it: torch.as_tensor({name}{device}).")
@@ -66,14 +71,22 @@ def tensor(name: str, x: object, *, like: Tensor | None, like_name: str = "logit
 
 
 def shape(name: str, x: Tensor, *allowed: tuple[tuple[int, ...], str], source: str) -> None:
-    """x has one of the allowed shapes, each given with its name in letters; their sizes follow from ``source``."""
+    """Check that x has one of the allowed shapes.
+
+    Args:
+        allowed: pairs of sizes and their name in letters, such as ``((2, 3), "[B, T]")``.
+        source: names of the arguments that the sizes come from, for the message.
+
+    Raises:
+        ValueError: x has another shape.
+    """
     if all(tuple(x.shape) != sizes for sizes, _ in allowed):
         expected = " or ".join(f"{letters} = {list(sizes)}" for sizes, letters in allowed)
         raise ValueError(f"{name} has shape {list(x.shape)}; expected {expected} (sizes follow from {source}).")
 
 
 def positive(name: str, x: object, fix: str) -> float:
-    """x as a finite number above 0."""
+    """Return x as a finite number > 0, or raise TypeError or ValueError; ``fix`` ends the message."""
     value = number(name, x, "a number > 0", fix)
     if not 0 < value <= LARGEST:  # False for NaN too
         raise ValueError(f"{name} is {x!r}; expected a finite number > 0. {fix}")
@@ -81,7 +94,7 @@ def positive(name: str, x: object, fix: str) -> float:
 
 
 def not_negative(name: str, x: object, fix: str, *, expected: str = "a number >= 0") -> float:
-    """x as a finite number of at least 0."""
+    """Return x as a finite number >= 0; arguments and errors as in ``positive``."""
     value = number(name, x, expected, fix)
     if not 0 <= value <= LARGEST:
         raise ValueError(f"{name} is {x!r}; expected a finite number >= 0. {fix}")
@@ -89,7 +102,7 @@ def not_negative(name: str, x: object, fix: str, *, expected: str = "a number >=
 
 
 def finite(name: str, x: object, fix: str) -> float:
-    """x as a finite number."""
+    """Return x as a finite number; arguments and errors as in ``positive``."""
     value = number(name, x, "a number", fix)
     if not abs(value) <= LARGEST:
         raise ValueError(f"{name} is {x!r}; expected a finite number. {fix}")
@@ -97,12 +110,12 @@ def finite(name: str, x: object, fix: str) -> float:
 
 
 def number(name: str, x: object, expected: str, fix: str) -> float:
-    """x as a Python number; NumPy's are numbers too, a bool is none."""
+    """Return x as a Python number, or raise TypeError. NumPy's numbers are accepted, bools are not."""
     if isinstance(x, bool) or not isinstance(x, REAL):
         raise TypeError(f"{name} is {x!r} ({type(x).__name__}); expected {expected}. {fix}")
     return x if isinstance(x, (int, float, torch.SymFloat)) else float(x)  # type: ignore[return-value]
 
 
 def first_index(bad: Tensor) -> list[int]:
-    """Where the first True stands, for error messages."""
+    """Return the index of the first True, for error messages."""
     return bad.nonzero()[0].tolist()

@@ -1,7 +1,7 @@
-"""Weights that make up for a sampler that is not the trainer, and masks that leave tokens out of the surrogate.
+"""Weights that correct for a sampler that differs from the trainer, and masks that leave tokens out of the surrogate.
 
-Each returns a factor per token or per sequence; multiply the ones wanted and pass them as ``grpo_loss(..., rollout_weights=...)``, which
-applies them to the surrogate and not to the KL, and leaves the denominators as they are (as TRL does). Plain PyTorch, no gradient.
+Each function returns a factor per token or per sequence. Multiply the factors and pass them as ``grpo_loss(..., rollout_weights=...)``,
+which applies them to the surrogate and not to the KL penalty, and does not change the denominators (as in TRL). Nothing has a gradient.
 """
 
 from __future__ import annotations
@@ -34,24 +34,25 @@ def rollout_weights(
     cu_seqlens: Tensor | None = None,  # int32 [S + 1]
     log_ratio_clamp: float = 20.0,
 ) -> Tensor:  # float32 [B, T], [B, 1] or [N]
-    """Importance weights exp(old - rollout) of what the trainer's policy gives a token against what the sampler gave it.
+    """Return importance weights exp(old - rollout) between the trainer's policy and the sampler's (truncated importance sampling).
 
     Args:
-        old_logprobs: of the trainer's copy of the sampling policy.
-        rollout_logprobs: as the sampler returned them, at the same temperature; NaN (not scored) counts as no difference.
-        mask: bool or 0/1: the tokens that count.
+        old_logprobs: float ``[B, T]`` or packed ``[N]``: log-probabilities under the trainer's copy of the sampling policy.
+        rollout_logprobs: like old_logprobs: as the sampler returned them, at the same temperature; NaN (not scored) means no difference.
+        mask: bool or 0/1, like old_logprobs; a masked token gets the weight of a log-ratio of 0.
         mode: ``"truncate"`` clamps the weight into [low, high] (TIS); ``"mask"`` makes it 0 outside of it (MIS, IcePop, arXiv:2510.18855).
         level: ``"token"``; ``"sequence"``, the product over the sequence (TRL, verl); ``"sequence_mean"``, its geometric mean (ms-swift,
             OpenRLHF).
-        low, high: the bounds, included, at least 0; None = no bound.
-        cu_seqlens: where sequences begin, with packed input and a sequence's level.
-        log_ratio_clamp: bound of the log-weight before exp, at most 80.
+        low, high: inclusive bounds of the weight, >= 0; None = no bound.
+        cu_seqlens: int32 ``[S + 1]``, where sequences begin; required with packed input unless ``level="token"``.
+        log_ratio_clamp: bound of the log-weight before exp, > 0 and at most 80.
 
     Returns:
-        [B, T] for tokens, [B, 1] for sequences, [N] for packed input.
+        float32: ``[B, T]`` for ``level="token"``, ``[B, 1]`` for a level of sequences, ``[N]`` for packed input.
 
     Raises:
-        TypeError, ValueError: names the argument, what it was, what was expected and the fix.
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a shape, device or value is wrong; the message names the argument, its value, what was expected and the fix.
 
     Example:
         >>> rollout_weights(torch.tensor([[-1.0, -1.0]]), torch.tensor([[-1.0, -3.0]]), torch.ones(1, 2), high=3.0)
@@ -91,22 +92,24 @@ def off_policy_sequence_mask(
     threshold: float,
     cu_seqlens: Tensor | None = None,  # int32 [S + 1]
 ) -> Tensor:  # float32, like advantages; [B, 1] for [B]
-    """0 for the tokens of a sequence that has drifted and was bad: A < 0 and mean_t(rollout - current) > threshold. DeepSeek-V3.2,
-    arXiv:2512.02556, equation 9.
+    """Return 0 for the tokens of off-policy sequences with a negative advantage, else 1 (DeepSeek-V3.2, arXiv:2512.02556, equation 9).
+
+    A token is masked where A < 0 and the mean over its sequence of rollout_logprobs - logprobs exceeds the threshold.
 
     Args:
-        logprobs: of the policy that is trained, as it is now.
-        rollout_logprobs: as the sampler returned them, at the same temperature; NaN (not scored) counts as no drift.
-        advantages: one per sequence or per token, as grpo_loss takes them.
-        mask: bool or 0/1: the tokens that count.
-        threshold: nats per token; TRL suggests 0.5.
-        cu_seqlens: where sequences begin; needed with packed input.
+        logprobs: float ``[B, T]`` or packed ``[N]``: log-probabilities under the current policy.
+        rollout_logprobs: like logprobs: as the sampler returned them, at the same temperature; NaN (not scored) means no difference.
+        advantages: ``[B]``, or like logprobs.
+        mask: bool or 0/1, like logprobs.
+        threshold: in nats per token; TRL suggests 0.5.
+        cu_seqlens: int32 ``[S + 1]``, where sequences begin; required with packed input.
 
     Returns:
-        float32: [B, 1] for advantages [B], [B, T] or [N] for advantages per token.
+        float32: ``[B, 1]`` for advantages ``[B]``, else like logprobs.
 
     Raises:
-        TypeError, ValueError: names the argument, what it was, what was expected and the fix.
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a shape, device or value is wrong; the message names the argument, its value, what was expected and the fix.
 
     Example:
         >>> current, sampled = torch.tensor([[-3.0], [-3.0]]), torch.tensor([[-1.0], [-1.0]])
@@ -135,20 +138,21 @@ def top_entropy_mask(
     *,
     quantile: float,
 ) -> Tensor:  # float32, like entropy
-    """1 for the share ``quantile`` of the counting tokens with the highest entropy: arXiv:2506.01939 trains on the top fifth (0.2).
+    """Return 1 for the share ``quantile`` of the unmasked tokens with the highest entropy, else 0 (arXiv:2506.01939 uses 0.2).
 
-    Ties at the threshold are all kept: where every entropy is the same, every token is. NaN is never kept and moves no threshold.
+    All tokens at the threshold are kept, so that equal entropies keep every token. NaN is never kept and does not move the threshold.
 
     Args:
-        entropy: of an earlier pass (``token_logprobs``, or the loss under no_grad).
-        mask: bool or 0/1: the tokens that count.
-        quantile: the share kept, 0 < quantile <= 1.
+        entropy: float ``[B, T]`` or packed ``[N]``, in nats: from ``token_logprobs``, or from the loss under no_grad.
+        mask: bool or 0/1, like entropy.
+        quantile: the share of tokens to keep, 0 < quantile <= 1.
 
     Returns:
         float32, like entropy.
 
     Raises:
-        TypeError, ValueError: names the argument, what it was, what was expected and the fix.
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a shape, device or value is wrong; the message names the argument, its value, what was expected and the fix.
 
     Example:
         >>> top_entropy_mask(torch.tensor([[0.1, 0.9, 0.5, 0.3]]), torch.ones(1, 4), quantile=0.5)
@@ -161,12 +165,12 @@ def top_entropy_mask(
     values = entropy[loss_mask]
     if values.numel() == 0:
         return torch.zeros_like(entropy, dtype=torch.float32)
-    below = math.ceil((1 - quantile) * (values.numel() - 1) - 1e-6)  # that many are below the threshold, but for ties and roundings
+    below = math.ceil((1 - quantile) * (values.numel() - 1) - 1e-6)  # tokens below the threshold; 1e-6 absorbs rounding
     return (loss_mask & (entropy >= values.kthvalue(below + 1).values)).float()
 
 
 def _checked_loss_mask(name: str, tokens: Tensor, mask: Tensor, **same_shape: Tensor) -> Tensor:
-    """The mask as bool, where tokens (whose name is given) and what has its shape are what they should be."""
+    """Validate the tokens, the tensors that must have their shape, and the mask; return the mask as bool."""
     checks.tensor(name, tokens, like=None)
     if tokens.dim() not in (1, 2):
         raise ValueError(f"{name} has shape {list(tokens.shape)}; expected [B, T] or packed [N].")
@@ -180,7 +184,7 @@ def _checked_sequences(name: str, tokens: Tensor, cu_seqlens: Tensor | None) -> 
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, tokens, name)
     elif tokens.dim() == 1:
-        raise ValueError("cu_seqlens is None with packed input; expected int32 [S + 1]: where the sequences begin, 0 ... N.")
+        raise ValueError("cu_seqlens is None with packed input; expected int32 [S + 1]. Pass where the sequences begin, 0 ... N.")
     return Sequences(tokens, cu_seqlens)
 
 

@@ -31,7 +31,7 @@ class LossModule(nn.Module):
         if unknown:
             raise TypeError(
                 f"{type(self).__name__} has no argument {', '.join(unknown)}; expected config, temperature, softcap, logit_scale and "
-                f"metrics_on. Settings of the loss go into the config: config=LossConfig({next(iter(unknown))}=...)."
+                f"metrics_on. Settings of the loss belong in the config: config=LossConfig({next(iter(unknown))}=...)."
             )
         self.config = LossConfig() if config is None else config
         check_config(self.config)
@@ -52,14 +52,15 @@ class LossModule(nn.Module):
 
 
 class GRPOLoss(LossModule):
-    """gf.grpo_loss as a module.
+    """``grpo_fast.grpo_loss`` as a module (GRPO, arXiv:2402.03300).
 
     Args:
-        config: which member of the family; None = LossConfig().
-        temperature, softcap, logit_scale, metrics_on: as in gf.grpo_loss, which has the defaults.
+        config: the member of the family; None = LossConfig().
+        temperature, softcap, logit_scale, metrics_on: as in grpo_loss; the default of metrics_on is that of grpo_loss.
 
     Raises:
-        TypeError, ValueError: names the argument, what it was, what was expected and the fix.
+        TypeError: an argument has the wrong type or is unknown.
+        ValueError: a value is out of range; the message names the argument, its value, what was expected and the fix.
 
     Example:
         >>> loss = GRPOLoss(LossConfig(loss_type="grpo"), temperature=0.7)
@@ -73,5 +74,9 @@ class GRPOLoss(LossModule):
         advantages: Tensor,  # [B], [B, T] or [N]
         **options: Any,
     ) -> GRPOOutput:
-        """gf.grpo_loss with the module's settings; options as there."""
+        """Compute ``grpo_fast.grpo_loss`` with the module's settings.
+
+        Args:
+            options: the other keyword arguments of grpo_loss; they take precedence over the module's settings.
+        """
         return grpo_loss(logits, token_ids, advantages, **self.with_settings(options))

@@ -1,7 +1,7 @@
-"""From what the caller passes to one form: logits or hidden states [B, T or T + 1, ...], everything else [B, T] or broadcastable to
-it. A packed [N] batch is one row.
+"""Validation of logits (or hidden states) and of what scores them, into one form.
 
-All checks happen here, before anything is computed or written.
+In that form logits or hidden states are ``[B, T or T + 1, ...]`` and every other tensor is ``[B, T]`` or broadcastable to it; a packed
+``[N]`` batch becomes one row. Nothing is computed or written before all checks have passed.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from grpo_fast.ops.backends import select
 
 __all__ = ["TokenBatch", "TokenInputs", "logprob_inputs", "token_inputs"]
 
-ANY_VOCABULARY = 1 << 62  # where other processes hold a part of it, whose size is not known yet
-TEMPERATURE_FIX = "The temperature is the one that sampled the tokens; greedy decoding (0) has no policy to train."
+ANY_VOCABULARY = 1 << 62  # with vocabulary parallelism: the size of the whole vocabulary is not known before the processes exchange theirs
+TEMPERATURE_FIX = "Pass the temperature that sampled the tokens; greedy decoding (0) has no policy to train."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,16 +39,22 @@ class TokenBatch:
         return self.name
 
     def optional(self, name: str, x: Tensor | None, *, one_column: bool = False) -> Tensor | None:
-        """An argument that may be None, else as per_token."""
+        """Return None for None, else ``per_token`` of an argument that is not given per sequence."""
         return None if x is None else self.per_token(name, x, like_sequences=False, one_column=one_column)
 
     def per_token(self, name: str, x: Tensor, *, like_sequences: bool, one_column: bool = False) -> Tensor:
-        """A floating-point argument shaped like token_ids as [B, T]; one given per sequence as [B, 1].
+        """Validate a floating-point argument shaped like token_ids, and return it as ``[B, T]``, or as ``[B, 1]`` if given per sequence.
 
-        like_sequences: [B] is allowed; one_column: [B, 1] is.
+        Args:
+            name: of the argument, for messages.
+            like_sequences: whether ``[B]`` is allowed.
+            one_column: whether ``[B, 1]`` is allowed.
+
+        Raises:
+            TypeError, ValueError: the dtype, device, layout or shape is wrong.
         """
         checks.tensor(name, x, like=self.scored, like_name=self.name)
-        x = x.detach() if x.requires_grad else x  # a constant of the loss, on every backend
+        x = x.detach() if x.requires_grad else x  # no backend gives it a gradient
         if self.packed:
             checks.shape(name, x, (tuple(self.shape), "[N]"), source=self.sizes)
             return x.unsqueeze(0)
@@ -62,11 +68,11 @@ class TokenBatch:
         return x.unsqueeze(1) if x.dim() == 1 else x
 
     def given_index(self, index: list[int]) -> list[int]:
-        """Of a token in the caller's own tensors."""
+        """Return the index of a token in the caller's tensors from its index in ``[B, T]``."""
         return index[1:] if self.packed else index
 
     def like_given(self, x: Tensor) -> Tensor:
-        """A [B, T] result in the shape of the caller's token_ids."""
+        """Return a ``[B, T]`` result in the shape of the caller's token_ids."""
         return x.squeeze(0) if self.packed else x
 
 
@@ -108,12 +114,14 @@ def token_inputs(
     name: str = "logits",
     vocabulary: int | None = None,
 ) -> TokenInputs:
-    """Check logits and what scores them, and bring them into one form.
+    """Validate logits or hidden states and what scores them.
 
-    name, vocabulary: for hidden states, what to call them and how many logits a head makes of them; None: there are logits.
+    Args:
+        name: ``"logits"``, or the name of the hidden states in messages.
+        vocabulary: the number of logits that a head makes of the hidden states; None: ``scored`` are logits.
 
     Raises:
-        TypeError, ValueError: names the argument, what it was, what was expected and the fix.
+        TypeError, ValueError: names the argument, its value, what was expected and the fix.
     """
     _check_scored(name, scored, token_ids)
     number, softcap, logit_scale = checked_scoring(temperature, softcap, logit_scale)
@@ -145,7 +153,7 @@ def _check_scored(name: str, x: Tensor, token_ids: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is a {type(x).__name__}; expected a floating-point torch.Tensor. {fix}")
     checks.tensor(name, x, like=None)
-    if x.is_meta and select(x.device) == "reference":  # a fake tensor of torch.compile is on the device that it stands for
+    if x.is_meta and select(x.device) == "reference":  # torch.compile's fake tensors report the device they represent
         are = "are" if name == "logits" else "is"
         raise ValueError(f"{name} {are} on meta, which holds no values; expected tensors of a CPU or a GPU. {fix}")
     checks.tensor("token_ids", token_ids, like=x, like_name=name, floating=False)
@@ -166,7 +174,7 @@ def _check_scored(name: str, x: Tensor, token_ids: Tensor) -> None:
 
 
 def checked_scoring(temperature: float | Tensor, softcap: float | None, logit_scale: float) -> tuple[float, float | None, float]:
-    """The numbers among them as floats; 1 for a temperature that is a tensor."""
+    """Validate temperature, soft cap and logit scale, and return them as numbers; 1.0 for a temperature that is a tensor."""
     if softcap is not None:
         softcap = float(checks.positive("softcap", softcap, "Pass None for a model without a soft cap."))
     logit_scale = float(checks.positive("logit_scale", logit_scale, "Pass 1.0 for a model that does not scale its logits."))
@@ -175,7 +183,16 @@ def checked_scoring(temperature: float | Tensor, softcap: float | None, logit_sc
 
 
 def checked_mask(mask: Tensor, tokens: Tensor, name: str, *, scored: str | None = None) -> Tensor:
-    """Which tokens count, as bool. For messages: name, of the tensor ``tokens``; scored, of what its shape and device follow from."""
+    """Validate the mask and return it as bool.
+
+    Args:
+        tokens: the tensor whose shape and device the mask must have.
+        name: of ``tokens``, for messages.
+        scored: name of the argument that those follow from; None: ``name``.
+
+    Raises:
+        TypeError, ValueError: the mask has another dtype, device or shape, or values other than 0 and 1.
+    """
     checks.tensor("mask", mask, like=tokens, like_name=scored or name, floating=False)
     if mask.is_complex():
         raise TypeError(f"mask has dtype {mask.dtype}; expected bool, or numbers 0 and 1.")
@@ -193,7 +210,7 @@ def checked_mask(mask: Tensor, tokens: Tensor, name: str, *, scored: str | None 
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, tokens: Tensor, name: str, *, scored: str | None = None) -> None:
-    """They say where the sequences of packed tokens begin. The other arguments as in checked_mask."""
+    """Validate the boundaries of packed sequences; ``tokens``, ``name``, ``scored`` and the errors are as in ``checked_mask``."""
     if tokens.dim() != 1:
         raise ValueError(
             f"cu_seqlens was given with {name} of shape {list(tokens.shape)}; expected packed input [N]. Drop it for a padded batch."
@@ -206,7 +223,9 @@ def check_cu_seqlens(cu_seqlens: Tensor, tokens: Tensor, name: str, *, scored: s
     if checks.value_checks_wanted(cu_seqlens):
         total = tokens.shape[0]
         if cu_seqlens[0] != 0 or cu_seqlens[-1] != total or bool((cu_seqlens.diff() < 0).any()):
-            raise ValueError(f"cu_seqlens is {cu_seqlens.tolist()}; expected to begin with 0, never to fall, and to end with N = {total}.")
+            raise ValueError(
+                f"cu_seqlens is {cu_seqlens.tolist()}; expected to begin with 0, never to decrease, and to end with N = {total}."
+            )
 
 
 def _per_token_temperature(inputs: TokenInputs, temperature: Tensor) -> Tensor:
@@ -217,7 +236,7 @@ def _per_token_temperature(inputs: TokenInputs, temperature: Tensor) -> Tensor:
 
 
 def _check_values(inputs: TokenInputs, vocabulary: int) -> None:
-    """The checks that must read values; a few microseconds on the CPU, a synchronisation on a GPU."""
+    """Check what needs values: microseconds on the CPU, a synchronisation on a GPU."""
     check_ids(inputs, vocabulary)
     if inputs.temperatures is not None:
         mask = inputs.mask
@@ -231,7 +250,7 @@ def _check_values(inputs: TokenInputs, vocabulary: int) -> None:
 
 
 def check_ids(inputs: TokenInputs, vocabulary: int) -> None:
-    """Every token that counts is in the vocabulary; looked at where values may be read."""
+    """Raise ValueError if an unmasked token's id is outside the vocabulary, where values may be read (see value_checks_wanted)."""
     if not checks.value_checks_wanted(inputs.token_ids):
         return
     mask, ids, of = inputs.mask, inputs.token_ids, "logits" if inputs.name == "logits" else "the head"
@@ -242,5 +261,5 @@ def check_ids(inputs: TokenInputs, vocabulary: int) -> None:
         where = checks.first_index(mask & ((ids < 0) | (ids >= vocabulary)))
         raise ValueError(
             f"token_ids{inputs.given_index(where)} is {ids[tuple(where)].item()}; expected 0 <= id < {vocabulary}, the vocabulary of "
-            f"{of}, on every token that counts. Set the mask to 0 on padding."
+            f"{of}, on every unmasked token. Set the mask to 0 on padding."
         )

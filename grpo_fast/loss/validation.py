@@ -14,7 +14,7 @@ from grpo_fast.loss.token_inputs import TokenBatch, check_cu_seqlens
 
 __all__ = ["check_config", "check_metrics_on", "validated_loss_inputs"]
 
-MEANING_OF_NUM_ITEMS = "It is the number of tokens that count in the whole optimiser step."
+MEANING_OF_NUM_ITEMS = "It is the number of unmasked tokens in the whole optimiser step."
 
 
 def validated_loss_inputs(
@@ -64,20 +64,22 @@ def validated_loss_inputs(
 
 
 def check_config(config: LossConfig) -> None:
-    """It is a LossConfig, which has checked itself."""
+    """Raise TypeError unless config is a LossConfig, whose settings were checked when it was constructed."""
     if not isinstance(config, LossConfig):
         raise TypeError(f"config is a {type(config).__name__}; expected a LossConfig, for example LossConfig(loss_type='dapo').")
 
 
 def check_metrics_on(metrics_on: str) -> None:
-    """Which tokens are computed: all that count, or the active ones."""
+    """Raise ValueError unless metrics_on names the tokens to compute: all unmasked ones, or the active ones."""
     if metrics_on not in ("all", "active"):
         raise ValueError(f"metrics_on is {metrics_on!r}; expected 'all' or 'active'.")
 
 
 def _check_values(tokens: TokenBatch, inputs: LossInputs) -> None:
-    """No token that counts has an advantage or a log-probability that would make the loss NaN. A log-probability of -inf is one that a
-    sampler or a reference may give: the log-ratio is clamped."""
+    """Raise ValueError if an unmasked token has an advantage, weight or log-probability that would make the loss NaN.
+
+    A log-probability of -inf is allowed, since a sampler or a reference model may return it: the log-ratio is clamped.
+    """
     for name, finite, x in (
         ("advantages", True, inputs.advantages),
         ("old_logprobs", False, inputs.old_logprobs),
@@ -86,7 +88,7 @@ def _check_values(tokens: TokenBatch, inputs: LossInputs) -> None:
     ):
         if x is None:
             continue
-        total = x.sum().item()  # quick, and not finite where an element is not
+        total = x.sum().item()  # one fast pass; not finite if an element is not
         if total - total == 0 or (not finite and total == total):
             continue
         bad = tokens.mask & ~(x.isfinite() if finite else ~x.isnan())
@@ -94,8 +96,8 @@ def _check_values(tokens: TokenBatch, inputs: LossInputs) -> None:
             where = checks.first_index(bad)
             value, expected = x.expand_as(bad)[tuple(where)].item(), "a finite number" if finite else "a log-probability"
             raise ValueError(
-                f"{name} of token {tokens.given_index(where)} is {value}; expected {expected} on every token that counts. Mend where they "
-                "are made, or set the mask to 0 there."
+                f"{name} of token {tokens.given_index(where)} is {value}; expected {expected} on every unmasked token. Correct where they "
+                "are computed, or set the mask to 0 there."
             )
 
 
@@ -106,7 +108,7 @@ def _check_cu_seqlens(cu_seqlens: Tensor | None, tokens: TokenBatch, config: Los
         )
         if tokens.packed and by_sequence:
             raise ValueError(
-                f"cu_seqlens is None; expected int32 [S + 1], since loss_type={config.loss_type!r} speaks of sequences and the input is "
+                f"cu_seqlens is None; expected int32 [S + 1], since loss_type={config.loss_type!r} needs the sequences and the input is "
                 "packed. Pass where the sequences begin, 0 ... N, or give a padded batch."
             )
         return
@@ -115,14 +117,14 @@ def _check_cu_seqlens(cu_seqlens: Tensor | None, tokens: TokenBatch, config: Los
 
 
 def _checked_num_items(num_items: int | float | Tensor, tokens: TokenBatch) -> float | Tensor:
-    """0 where nothing counts in the whole step, and the loss is 0."""
+    """Return num_items as a number or a 0-d tensor. It is 0 if every token of the optimiser step is masked; the loss is then 0."""
     if not isinstance(num_items, Tensor):
         return checks.not_negative("num_items", num_items, MEANING_OF_NUM_ITEMS, expected="a number or a 0-d tensor")
     if num_items.dim() != 0:
         raise ValueError(f"num_items has shape {list(num_items.shape)}; expected one number. Sum it over the batches first.")
     if num_items.is_complex() or num_items.dtype == torch.bool:
         raise TypeError(f"num_items has dtype {num_items.dtype}; expected an integer or floating-point type. {MEANING_OF_NUM_ITEMS}")
-    if num_items.device.type != "cpu":  # a number on the CPU goes anywhere without a synchronisation
+    if num_items.device.type != "cpu":  # a 0-d CPU tensor is copied to any device without a synchronisation
         checks.tensor("num_items", num_items, like=tokens.scored, like_name=tokens.name, floating=False)
     if checks.value_checks_wanted(num_items) and not 0 <= num_items.item() < float("inf"):
         raise ValueError(f"num_items is {num_items.item()}; expected a finite number >= 0. {MEANING_OF_NUM_ITEMS}")
@@ -130,7 +132,7 @@ def _checked_num_items(num_items: int | float | Tensor, tokens: TokenBatch) -> f
 
 
 def _weights(tokens: TokenBatch, sequences: Sequences, config: LossConfig, num_items: int | float | Tensor | None) -> tuple[Tensor, Tensor]:
-    """Of every token in the loss and in the entropy bonus, broadcastable to [B, T]."""
+    """Return the weights of the tokens in the loss and in the entropy bonus, broadcastable to ``[B, T]``."""
     if num_items is not None:
         num_items = _checked_num_items(num_items, tokens)
     dtype = torch.float64 if tokens.scored.dtype == torch.float64 else torch.float32
