@@ -1,4 +1,4 @@
-"""What a user sees of a run: the metrics file through crashes and resumption, the progress bar, the table of completions, the curves."""
+"""The metrics file, after crashes and resumption too, the progress bar, the table of completions, and the figure of the metrics."""
 
 from __future__ import annotations
 
@@ -90,16 +90,16 @@ def test_one_object_for_each_log(tmp_path: Path) -> None:
     assert len(read_run(tmp_path / "run")) == 2
 
 
-def test_a_resumed_run_drops_what_it_will_make_again(tmp_path: Path) -> None:
+def test_a_resumed_run_drops_the_steps_that_it_repeats(tmp_path: Path) -> None:
     log_callback = JSONLLogCallback()
     begin(log_callback, tmp_path)
     for step in range(1, 6):
         log(log_callback, tmp_path, step, {"loss": step})
     path = tmp_path / "metrics.jsonl"
     with path.open("a") as file:
-        file.write('{"step": 6, "lo')  # killed in the middle of a line
+        file.write('{"step": 6, "lo')  # the process was killed in the middle of a line
     assert [record["step"] for record in read_run(path)] == [1, 2, 3, 4, 5]
-    begin(JSONLLogCallback(), tmp_path, step=3, first=False)  # another process leaves the file alone
+    begin(JSONLLogCallback(), tmp_path, step=3, first=False)  # other processes do not change the file
     assert path.read_text().endswith('"lo')
     path.chmod(0o640)
     begin(JSONLLogCallback(), tmp_path, step=3)
@@ -108,11 +108,11 @@ def test_a_resumed_run_drops_what_it_will_make_again(tmp_path: Path) -> None:
     assert [(record["step"], record["loss"]) for record in read_run(path)] == [(1, 1), (2, 2), (3, 3), (4, 40), (5, 50)]
     assert path.stat().st_mode & 0o777 == 0o640
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
-    begin(JSONLLogCallback(), tmp_path)  # from the start
+    begin(JSONLLogCallback(), tmp_path)  # a run that starts over
     assert path.read_text() == ""
 
 
-def test_dropping_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropping_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n')
     monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
@@ -122,7 +122,7 @@ def test_dropping_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_reading_says_what_is_missing(tmp_path: Path) -> None:
+def test_reading_a_missing_run_raises(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"there is no .*metrics\.jsonl; expected a run's folder"):
         read_run(tmp_path)
     (tmp_path / "good").mkdir()
@@ -155,7 +155,7 @@ WORDS = [
 ]
 
 
-def test_the_numbers_that_are_there_are_shown() -> None:
+def test_the_metrics_that_were_logged_are_shown() -> None:
     assert format_metrics(LOGS) == WORDS
     assert format_metrics({"reward": 1.0, "entropy": math.nan, "epoch": 0.1, "kl": "?"}) == ["reward 1.000"]
     assert format_metrics({"reward_std": 1.0}) == format_metrics({"train_runtime": 3.0}) == []
@@ -173,7 +173,7 @@ def play(console: Console, folder: Path, **more: Any) -> None:
 
 
 @pytest.mark.parametrize("width", [40, 80, 120, 200])
-def test_on_a_terminal_every_number_is_seen_whatever_its_width(tmp_path: Path, width: int) -> None:
+def test_every_metric_is_visible_at_any_terminal_width(tmp_path: Path, width: int) -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=width)
     play(console, tmp_path)
     shown = console.file.getvalue()
@@ -183,7 +183,7 @@ def test_on_a_terminal_every_number_is_seen_whatever_its_width(tmp_path: Path, w
     assert all(len(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line)) <= width for line in last)
 
 
-def test_evaluations_have_lines_of_their_own(tmp_path: Path) -> None:
+def test_each_evaluation_prints_a_line(tmp_path: Path) -> None:
     for terminal in (True, False):
         console = Console(file=io.StringIO(), force_terminal=terminal, width=80, color_system=None)
         bar = ProgressBarCallback(console)
@@ -195,10 +195,10 @@ def test_evaluations_have_lines_of_their_own(tmp_path: Path) -> None:
         shown = console.file.getvalue()
         assert "step 1/10  eval 0.750 ±0.013" in shown
         assert "step 2/10  eval_hard 0.500 ±0.000\n" in shown.replace(" \n", "\n") and "easy" not in shown
-        assert not terminal or "reward 0.512" in shown.rpartition("eval_hard")[2]  # the numbers of training stay
+        assert not terminal or "reward 0.512" in shown.rpartition("eval_hard")[2]  # the metrics of training remain visible
 
 
-def test_what_a_step_without_a_rollout_does_not_measure_stays(tmp_path: Path) -> None:
+def test_metrics_that_a_step_does_not_log_remain_visible(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=200, color_system=None)
     bar = ProgressBarCallback(console)
     begin(bar, tmp_path)
@@ -208,7 +208,7 @@ def test_what_a_step_without_a_rollout_does_not_measure_stays(tmp_path: Path) ->
     assert "reward 0.512 ±0.31  entropy 0.250" in console.file.getvalue()
 
 
-def test_an_evaluation_is_announced(tmp_path: Path) -> None:
+def test_the_bar_shows_that_an_evaluation_runs(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=200, color_system=None)
     bar = ProgressBarCallback(console)
     begin(bar, tmp_path)
@@ -220,7 +220,7 @@ def test_an_evaluation_is_announced(tmp_path: Path) -> None:
     bar.stop()
 
 
-def test_transformers_own_bars_are_silent_meanwhile_and_the_cursor_comes_back_after_an_error(tmp_path: Path) -> None:
+def test_transformers_bars_are_disabled_and_the_cursor_is_restored_after_an_error(tmp_path: Path) -> None:
     from transformers.utils import logging
 
     logging.enable_progress_bar()
@@ -240,7 +240,7 @@ def test_transformers_own_bars_are_silent_meanwhile_and_the_cursor_comes_back_af
     assert "KeyError" in ended.stdout and ended.stdout.rpartition("\x1b[?25")[2].startswith("h")
 
 
-def test_elsewhere_there_are_plain_lines(tmp_path: Path) -> None:
+def test_without_a_terminal_plain_lines_are_printed(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), force_terminal=False, width=40)
     play(console, tmp_path)
     lines = console.file.getvalue().splitlines()
@@ -306,7 +306,7 @@ def test_a_real_trainer_writes_and_resumes_its_file(tmp_path: Path) -> None:
 
     run(4, resume=False)
     first = [record for record in read_run(tmp_path) if "loss" in record]
-    run(4, resume=True)  # from step 2: 3 and 4 are made again
+    run(4, resume=True)  # from step 2: steps 3 and 4 are repeated
     second = [record for record in read_run(tmp_path) if "loss" in record]
     assert [record["step"] for record in second] == [1, 2, 3, 4]
     assert [record["loss"] for record in second] == pytest.approx([record["loss"] for record in first])
@@ -367,7 +367,7 @@ def test_many_rewards_share_a_column(tmp_path: Path) -> None:
     names = ["accuracy_reward", "format_reward", "repetition_penalty", "language_consistency_reward"]
     print_completions(["2+2?"], ["two and two"], {name: [0.25] for name in names}, [0.5], console=console)
     shown = console.file.getvalue()
-    assert "two and two" in shown and all(f"{name} 0.25" in shown for name in names)  # nothing is broken up
+    assert "two and two" in shown and all(f"{name} 0.25" in shown for name in names)  # no name or value is split between lines
 
 
 # --- curves ----------------------------------------------------------------------------------------------------------------------
@@ -383,7 +383,7 @@ def make_run(folder: Path, shift: float = 0.0, steps: int = 6) -> Path:
     return folder
 
 
-def test_series_leave_out_what_is_no_number() -> None:
+def test_series_skip_values_that_are_not_numbers() -> None:
     records = [{"step": 1, "a": 1.0}, {"step": 2, "a": None}, {"step": 3, "a": 3}, {"step": 3, "a": 4.0}, {"step": 4, "b": 1}]
     assert metric_series(records, "a") == ([1.0, 3.0], [1.0, 4.0])
 
@@ -397,7 +397,7 @@ def test_curves_of_two_runs(tmp_path: Path, ending: str) -> None:
     assert plot_runs(runs, picture, smooth=3) == ["Reward", "Entropy of softmax(z/T)", "Time of a step"]
     assert picture.stat().st_size > 5000 and [file.name for file in picture.parent.iterdir()] == [picture.name]
     if ending == "svg":
-        with rc_context({"svg.fonttype": "none"}):  # text as text
+        with rc_context({"svg.fonttype": "none"}):  # text elements in place of paths
             assert plot_runs([runs[0]], picture)
         words = picture.read_text()
         assert (

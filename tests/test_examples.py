@@ -25,13 +25,13 @@ def test_example_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(sys, "argv", [name, *SHORT[name], "--output", str(tmp_path)])
     monkeypatch.syspath_prepend(str(EXAMPLES))
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
-    said = {"train_demo.py": "after: ", "lora.py": "trainable params", "reasoning_gym_task.py": "eval_reward"}[name]
-    assert said in capsys.readouterr().out
+    expected = {"train_demo.py": "after: ", "lora.py": "trainable params", "reasoning_gym_task.py": "eval_reward"}[name]
+    assert expected in capsys.readouterr().out
 
 
 @pytest.mark.slow
 def test_code_of_the_page_on_training_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a model of a folder in place of the hub's, and one step."""
+    """One step of the page's code, with a local model in place of one of the hub."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     from tiny import tiny_model, tiny_tokenizer
 
@@ -54,4 +54,4 @@ def test_code_of_the_page_on_training_runs(tmp_path: Path, monkeypatch: pytest.M
 
 def test_every_example_is_tested() -> None:
     scripts = {path.name for path in EXAMPLES.glob("*.py")} - {"tiny.py"}
-    assert scripts == {*SHORT, "two_processes.py"}  # the latter in test_trainer_distributed.py
+    assert scripts == {*SHORT, "two_processes.py"}  # test_trainer_distributed.py runs the latter

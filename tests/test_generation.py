@@ -1,4 +1,4 @@
-"""Samplers over the model that is trained: the distribution they draw from, what they report about it, and what they leave as it was."""
+"""Samplers over the model that is trained: their distribution, the log-probabilities they report, and the state they restore."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def params(temperatures: Sequence[float], **more: Any) -> SamplingParams:
 
 
 def scores_of(model: Any, prompt: list[int], ids: list[int], temperature: float, options: SamplingParams) -> torch.Tensor:
-    """What was drawn from, by one forward pass without cache and padding: log-probabilities [T, V]."""
+    """Log-probabilities [T, V] of the sampled distribution, from one forward pass without cache and padding."""
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([prompt + ids]), use_cache=False).logits[0, len(prompt) - 1 : -1]
     return truncate(logits / temperature, options).log_softmax(-1)
@@ -55,7 +55,7 @@ def scores_of(model: Any, prompt: list[int], ids: list[int], temperature: float,
 
 @pytest.fixture(autouse=True)
 def no_garbage_collection(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers' continuous batching collects garbage twice after each rollout: seconds of these tests, and not what they are about."""
+    """transformers' continuous batching runs gc.collect twice after each rollout, which would take most of the time of these tests."""
     monkeypatch.setattr("gc.collect", lambda *_: 0)
 
 
@@ -78,7 +78,7 @@ def test_each_row_has_its_own_temperature_and_reports_what_it_drew_from(name: st
             assert ids == scores_of(model, prompt, ids, 1.0, options).argmax(-1).tolist()
             continue
         expected = scores_of(model, prompt, ids, temperature, options).gather(-1, torch.tensor(ids)[:, None]).squeeze(-1)
-        assert torch.isfinite(expected).all()  # none was drawn that truncation leaves out
+        assert torch.isfinite(expected).all()  # no token was drawn that truncation leaves out
         # at T = 0.05 rounding of the logits, by another order of the same sums, is twenty times larger
         torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=3e-6 / temperature, rtol=0)
 
@@ -112,7 +112,7 @@ def test_the_tokens_have_the_frequencies_of_the_softmax() -> None:
 
 
 @pytest.mark.parametrize("name", LOCAL)
-def test_same_seed_same_tokens_and_torchs_own_numbers_are_left_alone(name: str) -> None:
+def test_same_seed_same_tokens_and_torchs_generator_is_unchanged(name: str) -> None:
     model = tiny()
     sampler = make_sampler(name, model, None)
     before = torch.get_rng_state()
@@ -129,7 +129,7 @@ def test_same_seed_same_tokens_and_torchs_own_numbers_are_left_alone(name: str) 
 
 
 @pytest.mark.parametrize("name", LOCAL)
-def test_new_weights_are_drawn_from_at_once(name: str) -> None:
+def test_new_weights_are_used_at_once(name: str) -> None:
     model, other = tiny(0).eval(), tiny(1).eval()
     sampler = make_sampler(name, model, None)
     first = sampler.generate(PROMPTS, params(TEMPERATURES))
@@ -143,7 +143,7 @@ def test_new_weights_are_drawn_from_at_once(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LOCAL)
-def test_the_models_own_generation_config_plays_no_part_and_comes_back(name: str) -> None:
+def test_the_models_generation_config_is_not_used_and_restored(name: str) -> None:
     from transformers import GenerationConfig
 
     model = tiny().eval()
@@ -179,8 +179,8 @@ def test_dropout_and_gradient_checkpointing_are_off_and_every_module_keeps_its_m
         make_sampler(name, model, None).generate(PROMPTS, params([1.0]))
 
 
-def test_small_batches_answer_in_order() -> None:
-    """Greedy rows do not depend on their batch: so batches of 1, 2 and all must answer alike, in the order of the prompts."""
+def test_small_batches_keep_the_order() -> None:
+    """Greedy rows do not depend on their batch, so batches of 1, 2 and all give the same completions in the order of the prompts."""
     model = tiny().eval()
     greedy = [0.0] * len(PROMPTS)
     whole = TransformersSampler(model).generate(PROMPTS, params(greedy))
@@ -202,12 +202,14 @@ def test_edges(name: str) -> None:
         sampler.generate([[1], []], params([1.0, 1.0]))
     one = sampler.generate([[5]], params([1.0], max_new_tokens=1))[0]
     assert len(one.token_ids) == 1 and one.logprobs is not None
-    every = sampler.generate([[5]], params([1.0], eos_token_id=list(range(1, 29))))[0]  # whatever comes ends it, but the pad token
+    every = sampler.generate([[5]], params([1.0], eos_token_id=list(range(1, 29))))[
+        0
+    ]  # every token except the pad token ends the completion
     assert every.finished and every.token_ids[-1] != PAD
 
 
 def test_near_certain_tokens_have_exact_logprobs() -> None:
-    """At margins of 12 and 30 nats: held to float64, to within the resolution of float32 just above 1."""
+    """At margins of 12 and 30 nats, compared with float64; the tolerance is the resolution of float32 just above 1."""
     options = params([1.0, 1.0])
     sampler = RowSampler([1.0, 1.0], options, torch.Generator().manual_seed(0))
     logits = torch.full((2, 50), -8.0)
@@ -228,7 +230,7 @@ def test_diverged_weights_are_named() -> None:
 
 
 class Wrapper(torch.nn.Module):
-    """As DDP wraps: the model is ``module``, and there is no `generate`."""
+    """Wraps a model as DDP does: the model is the attribute ``module``, and there is no `generate`."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         super().__init__()
@@ -238,7 +240,7 @@ class Wrapper(torch.nn.Module):
         return self.module(*args, **kwargs)
 
 
-def test_wrappers_are_seen_through() -> None:
+def test_wrapped_models_are_unwrapped() -> None:
     model = tiny().eval()
     plain = TransformersSampler(model).generate(PROMPTS, params(TEMPERATURES))
     assert TransformersSampler(Wrapper(model)).generate(PROMPTS, params(TEMPERATURES)) == plain
@@ -253,7 +255,7 @@ def test_lora_layers_stay_in_force() -> None:
     plain = TransformersSampler(base).generate(PROMPTS, params(TEMPERATURES))
     model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")).eval()
     sampler = TransformersSampler(Wrapper(model))
-    unchanged = sampler.generate(PROMPTS, params(TEMPERATURES))  # B is zero as yet: the same but for rounding
+    unchanged = sampler.generate(PROMPTS, params(TEMPERATURES))  # B is still zero, so the results are the same up to rounding
     assert [completion.token_ids for completion in unchanged] == [completion.token_ids for completion in plain]
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -273,7 +275,7 @@ def test_lora_layers_stay_in_force() -> None:
 
 
 class OwnSampler:
-    """The least that a sampler of one's own must have."""
+    """The smallest possible sampler."""
 
     def generate(self, prompts: Sequence[list[int]], params: SamplingParams) -> list[Completion]:
         return [Completion([EOS], True) for _ in prompts]

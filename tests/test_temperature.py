@@ -1,4 +1,4 @@
-"""The one temperature: schedules, controllers, what a resumed run gets, and the fingerprint of a mismatch."""
+"""Temperature schedules, adaptive temperatures, resuming them, and the diagnosis of a temperature mismatch."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def test_spread_makes_the_last_of_each_group_hotter() -> None:
     assert make({"kind": "constant", "value": 1.0, "spread": 0.5}).temperatures(3, 1, 4) == [1.0, 1.0, 1.5, 1.5]
 
 
-def steer(schedule: TemperatureSchedule, measure: Any, steps: int) -> list[float]:
-    """A run whose metric is a function of the temperature that the schedule gives."""
+def simulate(schedule: TemperatureSchedule, measure: Any, steps: int) -> list[float]:
+    """The temperatures of a run whose metric is a function of the temperature."""
     values = []
     for step in range(steps):
         values.append(schedule.base(step))
@@ -49,21 +49,21 @@ def steer(schedule: TemperatureSchedule, measure: Any, steps: int) -> list[float
     return values
 
 
-def test_entropy_is_steered_to_its_target() -> None:
-    """The stand-in's entropy is 0.35 T - 0.02: so 0.3 +- 0.05 is reached near T = 0.9, from above and from below."""
+def test_entropy_reaches_its_target() -> None:
+    """With an entropy of 0.35 T - 0.02, the target 0.3 is reached near T = 0.9, from above and from below."""
     for start in (0.7, 1.5):
         schedule = make({"kind": "entropy", "start": start, "tolerance": 0.005, "gain": 0.5})
-        values = steer(schedule, lambda value: {"entropy": 0.35 * value - 0.02}, 200)
+        values = simulate(schedule, lambda value: {"entropy": 0.35 * value - 0.02}, 200)
         assert 0.35 * values[-1] - 0.02 == pytest.approx(0.3, abs=0.006)
         assert values[0] == start
 
 
 def test_entropy_within_tolerance_moves_nothing_and_bounds_hold() -> None:
     schedule = make({"kind": "entropy"})
-    assert steer(schedule, lambda _: {"entropy": 0.33}, 20) == [1.0] * 20
-    assert steer(make({"kind": "entropy", "gain": 5.0}), lambda _: {"entropy": 0.0}, 50)[-1] == 1.5
-    assert steer(make({"kind": "entropy", "gain": 5.0}), lambda _: {"entropy": 9.0}, 50)[-1] == 0.7
-    one_step = steer(make({"kind": "entropy", "gain": 1e6}), lambda _: {"entropy": 0.0}, 2)
+    assert simulate(schedule, lambda _: {"entropy": 0.33}, 20) == [1.0] * 20
+    assert simulate(make({"kind": "entropy", "gain": 5.0}), lambda _: {"entropy": 0.0}, 50)[-1] == 1.5
+    assert simulate(make({"kind": "entropy", "gain": 5.0}), lambda _: {"entropy": 9.0}, 50)[-1] == 0.7
+    one_step = simulate(make({"kind": "entropy", "gain": 1e6}), lambda _: {"entropy": 0.0}, 2)
     assert one_step[1] == pytest.approx(math.exp(0.1))
 
 
@@ -87,18 +87,18 @@ def test_a_step_without_the_metric_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("config", [{"kind": "entropy", "gain": 0.3}, {"kind": "diversity", "target": 0.8}])
-def test_a_resumed_run_goes_on_where_it_was(config: dict[str, Any]) -> None:
+def test_a_resumed_schedule_continues(config: dict[str, Any]) -> None:
     def measure(value: float) -> dict[str, float]:
         return {"entropy": 0.2 * value, "completions/distinct": 0.5 * value}
 
     whole = make(config)
-    expected = steer(whole, measure, 20)
+    expected = simulate(whole, measure, 20)
     first = make(config)
-    begin = steer(first, measure, 8)
+    begin = simulate(first, measure, 8)
     second = make(config)
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
-    assert begin + steer(second, measure, 12) == expected
-    assert len(set(expected)) > 3  # it moved
+    assert begin + simulate(second, measure, 12) == expected
+    assert len(set(expected)) > 3  # the temperature changed
     with pytest.raises(ValueError, match="the saved temperature schedule is"):
         make(1.0).load_state_dict(first.state_dict())
 
@@ -130,7 +130,7 @@ def test_a_resumed_run_goes_on_where_it_was(config: dict[str, Any]) -> None:
         ({"kind": "constant", "value": 1.0, "spread": 1.0, "spread_share": 2}, "spread_share is 2"),
     ],
 )
-def test_what_is_refused(config: Any, words: str) -> None:
+def test_bad_settings_raise(config: Any, words: str) -> None:
     with pytest.raises((ValueError, TypeError), match=words):
         make(config)
 
@@ -153,7 +153,7 @@ def test_warm_training_is_not(kind: str) -> None:
         make({"kind": kind} | needed.get(kind, {}))
 
 
-# --- the fingerprint -------------------------------------------------------------------------------------------------------------
+# --- temperature mismatch -------------------------------------------------------------------------------------------------------------
 
 
 def drawn(temperature: float, *, size: tuple[int, ...] = (6, 40), vocabulary: int = 97) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -183,7 +183,7 @@ def test_untempered_logprobs_are_named_as_such() -> None:
     assert "before the temperature is applied" in found.sentence(0.6)
 
 
-def test_what_no_temperature_explains_is_said() -> None:
+def test_a_gap_that_no_temperature_explains() -> None:
     logits, ids, _ = drawn(1.0)
     other = torch.randn_like(logits).mul(3).log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
     found = explain_mismatch(logits, other, ids, temperature=1.0)
@@ -194,7 +194,7 @@ def test_a_callable_and_a_mask() -> None:
     logits, ids, theirs = drawn(0.6)
     mask = torch.ones_like(ids)
     mask[:, 20:] = 0
-    theirs[:, 20:] = 123.0  # under the mask: must not be read
+    theirs[:, 20:] = 123.0  # masked, so these values must not be read
     theirs[0, 0] = -math.inf
 
     def ours(temperature: float) -> torch.Tensor:
@@ -205,7 +205,7 @@ def test_a_callable_and_a_mask() -> None:
         assert found.temperature == pytest.approx(0.6, rel=5e-3) and found.tokens == 119
 
 
-def test_fingerprint_refusals() -> None:
+def test_bad_arguments_of_explain_mismatch() -> None:
     logits, ids, theirs = drawn(1.0, size=(2, 3))
     with pytest.raises(ValueError, match="expected"):
         explain_mismatch(logits, theirs)

@@ -1,4 +1,4 @@
-"""The trainer's arithmetic: a step is what the formulas say, however it is split, packed or distributed."""
+"""The trainer's arithmetic: a step equals the formulas, however it is split, packed or distributed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def sgd(of: torch.nn.Module) -> tuple[Any, Any]:
 
 
 def one_step(tmp_path: Path, **settings: Any) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """Parameters after a step of SGD, whose difference to those before is the gradient, and what it logged."""
+    """The parameters after one step of SGD with learning rate 1, which changes them by the gradient, and what the step logged."""
     of = model()
     run = trainer(tmp_path, of=of, **({"sampler": Scripted(), "optimizers": sgd(of), "max_grad_norm": 0.0} | settings))
     run.train()
@@ -35,13 +35,13 @@ def one_step(tmp_path: Path, **settings: Any) -> tuple[dict[str, torch.Tensor], 
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 2e-6) -> None:
     before = parameters(model())
     moved = max((expected[name] - before[name]).abs().max().item() for name in before)
-    assert moved > 100 * tolerance  # there is something to see
+    assert moved > 100 * tolerance  # the gradient is large compared with the tolerance
     for name, value in expected.items():
         assert (found[name] - value).abs().max().item() <= tolerance, name
 
 
 def padded(rollout: Rollout) -> dict[str, torch.Tensor]:
-    """Prompts padded on the left, completions on the right: how everybody else lays out a batch."""
+    """Prompts padded on the left, completions on the right: the usual layout of a batch."""
     width, length = max(map(len, rollout.prompt_ids)), max(rollout.lengths)
     pad = TOKENIZER.pad_token_id
     ids, mask = [], []
@@ -118,7 +118,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_how_it_is_computed_does_not_matter(tmp_path: Path, variant: str) -> None:
-    flat = {"rewards": lambda completion_ids, **_: [float(len(ids) > 7) for ids in completion_ids]}  # some groups without signal
+    flat = {"rewards": lambda completion_ids, **_: [float(len(ids) > 7) for ids in completion_ids]}  # some groups have equal rewards
     expected, log = one_step(tmp_path, **flat)
     found, log_found = one_step(tmp_path, **flat, **VARIANTS[variant])
     assert log["frac_reward_zero_std"] > 0
@@ -128,11 +128,11 @@ def test_how_it_is_computed_does_not_matter(tmp_path: Path, variant: str) -> Non
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_packed_sequences_do_not_see_each_other(attention: str) -> None:
+def test_packed_sequences_do_not_attend_to_each_other(attention: str) -> None:
     of = model(attn_implementation=attention).eval()
     assert packing_leak(of, TOKENIZER.pad_token_id, torch.device("cpu")) < 1e-6
 
-    class Leaking(torch.nn.Module):  # what happens to who passes a mask of ones
+    class Leaking(torch.nn.Module):  # an attention mask of ones lets packed sequences attend to each other
         def __init__(self) -> None:
             super().__init__()
             self.inner, self.config = of, of.config
@@ -157,14 +157,14 @@ def test_layouts_score_each_token_by_the_one_before_it(how: str) -> None:
     assert ids[packed.scored_at].tolist() == [3, 4, 8, 9, 6, 11]
     assert positions[packed.scored_at].tolist() == [2, 0, 1, 2, 1, 2]
     assert packed.cu_seqlens.tolist() == [0, 1, 4, 6]
-    if how == "one_row":  # what flash attention wants said
+    if how == "one_row":  # the arguments of flash attention
         assert packed.inputs["cu_seq_lens_q"].tolist() == packed.inputs["cu_seq_lens_k"].tolist() == [0, 4, 8, 12]
         assert packed.inputs["max_length_q"] == packed.inputs["max_length_k"] == 4
     assert packed.inputs["input_ids"].shape == {"one_row": (1, 12), "rows": (3, 4), "padded": (3, 4)}[how]
 
 
 def test_several_updates_of_a_rollout(tmp_path: Path) -> None:
-    """Two minibatches, two passes: by hand, with the old log-probabilities of the policy that sampled."""
+    """Two minibatches and two passes, against a hand-written loop with the log-probabilities of the policy that sampled."""
     of = model()
     settings = {"steps_per_generation": 2, "num_iterations": 2, "per_device_train_batch_size": 8, "max_steps": 4}
     sampler = Scripted()
@@ -220,7 +220,7 @@ def test_prompts_of_an_epoch_come_once_each_and_in_an_order_of_the_seed(tmp_path
     assert asked(shuffle_dataset=False) == [row["prompt"] for row in ROWS]
 
 
-def test_the_trainer_is_still_to_be_read_from_top_to_bottom() -> None:
+def test_the_trainer_file_stays_short_enough_to_read() -> None:
     assert len(Path(trainer_module.__file__).read_text().splitlines()) < 600
 
 

@@ -1,4 +1,4 @@
-"""A script written for TRL moves by changing the import: TRL's own script for one, and what its documentation shows."""
+"""A script written for TRL runs after its import is changed: TRL's own script, and examples of its documentation."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def on_disk(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_script_of_the_library_itself(on_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trls_own_script(on_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = (Path(trl.__file__).parent / "scripts" / "grpo.py").read_text()
     for name in ("GRPOTrainer", "GRPOConfig"):
         source, count = re.subn(
@@ -60,7 +60,7 @@ def test_a_model_by_name_has_the_weights_and_the_attention_that_training_needs(o
         trainer(on_disk / "out", quantization_config=object())
 
 
-def test_what_a_reward_logs_stands_beside_its_completion(tmp_path: Path) -> None:
+def test_columns_that_a_reward_logs_belong_to_its_completion(tmp_path: Path) -> None:
     def reward(completion_ids: list[list[int]], log_extra: Any = None, log_metric: Any = None, **kwargs: Any) -> list[float]:
         log_extra("tokens", [len(ids) for ids in completion_ids])
         log_metric("answered", 0.25)
@@ -84,7 +84,7 @@ def test_async_rewards_and_none(tmp_path: Path) -> None:
 
 
 def test_pushed_to_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With TRL's argument for the model card; the hub is a stand-in that keeps what it gets."""
+    """With TRL's argument for the model card; the hub is replaced by a list of what was uploaded."""
     from huggingface_hub import HfApi, RepoUrl
 
     sent: list[dict[str, Any]] = []
@@ -99,7 +99,7 @@ def test_pushed_to_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(HfApi, "upload_folder", upload)
     run = trainer(tmp_path, push_to_hub=True, hub_model_id="mine", save_strategy="steps", save_steps=1, max_steps=2, sampler=Scripted())
     run.train()
-    assert any("model.safetensors" in call["files"] for call in sent)  # from the checkpoint, when it was complete
+    assert any("model.safetensors" in call["files"] for call in sent)  # from the completed checkpoint
     run.push_to_hub(dataset_name="trl-lib/tldr")
     assert "model.safetensors" in sent[-1]["files"] and sent[-1]["repo_id"] == "me/mine"
     assert "trl-lib/tldr" in (tmp_path / "README.md").read_text()

@@ -1,4 +1,4 @@
-"""A run that is killed for real, again and again, at whatever it is doing: SIGKILL asks nobody."""
+"""A run that is killed by SIGKILL at random moments and resumed ends as an undisturbed one."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
     while kills < 4:
         process = start("killed")
         reached = last_checkpoint(killed)
-        while last_checkpoint(killed) == reached and process.poll() is None:  # it goes on from there, and saves
+        while last_checkpoint(killed) == reached and process.poll() is None:  # until the resumed run has saved a checkpoint
             time.sleep(0.05)
         time.sleep(rng.uniform(0, 1))
         if process.poll() is not None:

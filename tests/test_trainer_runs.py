@@ -1,4 +1,4 @@
-"""Whole runs of the trainer: killed and resumed, with LoRA and references, stopped before they train on something wrong, evaluated."""
+"""Whole runs of the trainer: resuming, LoRA and reference policies, evaluation, and errors before wrong training."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ STEPS = 20
 
 
 def run_of(output: Path, steps: int = STEPS, **settings: Any) -> GRPOTrainer:
-    """A run that draws its own completions, saves every step, and has every kind of state there is."""
+    """A run that draws its own completions, saves every step, and has every kind of state."""
     settings = {
         "per_device_train_batch_size": 8,
         "temperature_schedule": {"kind": "entropy", "start": 1.0, "target": 0.1, "gain": 0.5},
@@ -42,24 +42,28 @@ def run_of(output: Path, steps: int = STEPS, **settings: Any) -> GRPOTrainer:
     return trainer(output, **settings)
 
 
-# A rollout feeds four optimiser steps (two minibatches, two passes), so most checkpoints lie within one; and the reference moves.
+# A rollout has four optimizer steps (two minibatches, two passes), so most checkpoints hold an unfinished one; and the reference changes.
 WITHIN = {"steps_per_generation": 2, "num_iterations": 2, "beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 3}
 
 
 @pytest.mark.parametrize("settings", [{}, WITHIN], ids=["one update a rollout", "four updates a rollout"])
-def test_killed_and_resumed_it_goes_on_as_if_nothing_had_been(
+def test_a_resumed_run_continues_as_the_uninterrupted_one(
     tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("grpo_fast.trainer.checkpoints._flush_to_disk", lambda folder: None)  # this computer stays on
+    monkeypatch.setattr(
+        "grpo_fast.trainer.checkpoints._flush_to_disk", lambda folder: None
+    )  # fsync only matters when the computer loses power
     undisturbed = run_of(tmp_path / "undisturbed", **settings)
     undisturbed.train()
     expected = {record["step"]: record for record in logs(undisturbed)}
-    assert len({record.get("temperature") for record in expected.values()}) > 2  # the temperature is adaptive, and its state matters
+    assert (
+        len({record.get("temperature") for record in expected.values()}) > 2
+    )  # the temperature changes, so that the schedule's state matters
     for step in random.Random(7).sample(range(1, STEPS), 10):
         output = tmp_path / f"killed-{step}"
         output.mkdir()
         shutil.copytree(tmp_path / "undisturbed" / f"checkpoint-{step}", output / f"checkpoint-{step}")
-        torch.manual_seed(step)  # another process's random numbers
+        torch.manual_seed(step)  # other random numbers, as in another process
         resumed = run_of(output, **settings, save_strategy="no")
         resumed.train(resume_from_checkpoint=True)
         found = {record["step"]: record for record in logs(resumed)}
@@ -84,7 +88,7 @@ def test_killed_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(KeyboardInterrupt):
         run.train()
     assert sorted(path.name for path in tmp_path.iterdir()) == [UNFINISHED, "checkpoint-1", "checkpoint-2", "metrics.jsonl"]
-    assert list((tmp_path / UNFINISHED).rglob("model.safetensors"))  # it was on its way
+    assert list((tmp_path / UNFINISHED).rglob("model.safetensors"))  # the checkpoint was partly written
     monkeypatch.undo()
     resumed = run_of(tmp_path, steps=3)
     resumed.train(resume_from_checkpoint=True)
@@ -93,7 +97,7 @@ def test_killed_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path: Path) -> None:
-    """As a job that is started again until it ends well: transformers' loop would make one more step each time."""
+    """transformers' loop would make one more step each time a finished run is resumed."""
     run = run_of(tmp_path, steps=3)
     run.train()
     resumed = run_of(tmp_path, steps=3)
@@ -104,7 +108,7 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path: Path) -> None:
         assert torch.equal(value, parameters(run.model)[name])
 
 
-def test_half_a_checkpoint_is_passed_over(tmp_path: Path) -> None:
+def test_an_incomplete_checkpoint_is_skipped(tmp_path: Path) -> None:
     run_of(tmp_path, steps=2).train()
     (tmp_path / "checkpoint-9").mkdir()
     (tmp_path / "checkpoint-9" / "trainer_state.json").write_text('{"global_step": 9, "lo')
@@ -129,7 +133,7 @@ def test_limits_and_the_best_checkpoint(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {f"checkpoint-{top}"} | ({"checkpoint-4"} if top == 4 else set())
 
 
-def test_lora_trains_the_adapter_and_holds_on_to_the_model_without_it(tmp_path: Path) -> None:
+def test_lora_trains_the_adapter_with_the_base_model_as_reference(tmp_path: Path) -> None:
     from peft import LoraConfig
 
     of = model()
@@ -154,7 +158,7 @@ def test_kl_to_a_frozen_copy(tmp_path: Path) -> None:
     assert all(torch.equal(p, value) for p, value in zip(run.reference.copy.parameters(), parameters(model()).values(), strict=True))
 
 
-def test_prompts_without_signal_are_replaced(tmp_path: Path) -> None:
+def test_prompts_whose_rewards_are_equal_are_replaced(tmp_path: Path) -> None:
     def rewards(prompts: list[str], completion_ids: list[list[int]], **columns: Any) -> list[float]:
         return [0.0 if int(p[5:9]) % 2 else len(ids) for p, ids in zip(prompts, completion_ids, strict=True)]
 
@@ -162,7 +166,7 @@ def test_prompts_without_signal_are_replaced(tmp_path: Path) -> None:
     run = trainer(tmp_path, rewards=rewards, sampler=sampler, dynamic_sampling_attempts=8)
     run.train()
     assert logs(run)[0]["frac_reward_zero_std"] == 0 and 1 <= logs(run)[0]["dynamic_sampling/attempts"] <= 8
-    assert all(len(prompts) < 16 for prompts, _ in sampler.calls[1:])  # only those are drawn again
+    assert all(len(prompts) < 16 for prompts, _ in sampler.calls[1:])  # only those groups are drawn again
     hopeless = trainer(tmp_path, rewards=lambda completions, **_: [1.0] * len(completions), sampler=Scripted(), dynamic_sampling_attempts=2)
     hopeless.train()
     assert logs(hopeless)[0]["dynamic_sampling/attempts"] == 2 and logs(hopeless)[0]["loss"] == 0
@@ -201,11 +205,11 @@ def test_evaluation_is_at_its_own_temperature_over_rounds(tmp_path: Path) -> Non
     assert {t for _, params in sampler.calls for t in params.temperatures} == {0.6}
     assert {params.top_p for _, params in sampler.calls} == {0.95} and len({params.seed for _, params in sampler.calls}) == 6
     assert metrics["eval_small_reward"] == metrics["eval_small_rewards/odd_tokens/mean"]
-    assert metrics["eval_small_reward_se"] == 0  # scripted: every round draws the same
+    assert metrics["eval_small_reward_se"] == 0  # the scripted sampler draws the same in every round
     drawn = trainer(tmp_path, eval_dataset=ROWS[:8], eval_rounds=4, eval_temperature=1.0, eval_top_p=1.0)
     first, again = drawn.evaluate(), drawn.evaluate()
     assert first["eval_reward_se"] > 0 and first["eval_reward"] == again["eval_reward"]  # the same random numbers each time
-    assert not drawn.metrics.read()  # nothing of it in the training's log
+    assert not drawn.metrics.read()  # an evaluation adds nothing to the metrics of training
 
 
 class Poison(torch.nn.Module):
@@ -261,7 +265,7 @@ def test_in_bfloat16_the_weights_stay_in_float32_and_sampler_and_loss_agree(tmp_
     run = trainer(tmp_path, of=of, bf16=True, max_steps=2, num_iterations=2, **settings)
     run.train()
     assert torch.bfloat16 in seen and {p.dtype for p in of.parameters()} == {torch.float32}
-    assert logs(run)[0]["sampling/sampling_logp_difference/mean"] < 0.02  # nats, of some 3
+    assert logs(run)[0]["sampling/sampling_logp_difference/mean"] < 0.02  # nats; the log-probabilities are about 3 nats below 0
     assert logs(run)[1]["loss"] != logs(run)[0]["loss"]
 
 
@@ -274,7 +278,7 @@ class _Remember(TrainerCallback):
 
 
 def at_temperature(factor: float) -> Any:
-    """Log-probabilities as a sampler reports them that draws at another temperature than it is told to."""
+    """Log-probabilities of a sampler that draws at another temperature than requested."""
     of = model().eval()
 
     def logprobs(prompts: Any, found: list[Completion], params: Any) -> list[Completion]:
@@ -290,7 +294,7 @@ def at_temperature(factor: float) -> Any:
     return logprobs
 
 
-def test_a_sampler_at_another_temperature_is_found_out_before_anything_is_trained(tmp_path: Path) -> None:
+def test_a_sampler_at_another_temperature_is_detected_before_training(tmp_path: Path) -> None:
     of = model()
     run = trainer(tmp_path, of=of, temperature=0.8, sampler=Scripted(logprobs=at_temperature(1 / 0.8)))
     with pytest.raises(RuntimeError, match=r"at T = 0.8 by .*; at T = 1 by .*before the temperature is applied"):
@@ -305,7 +309,7 @@ def test_a_sampler_at_another_temperature_is_found_out_before_anything_is_traine
 def test_truncation_does_not_hide_another_temperature(tmp_path: Path, cut: dict[str, Any]) -> None:
     with pytest.raises(RuntimeError, match=r"differ from ours at T = 1 by .* Nothing was trained"):
         trainer(tmp_path, sampler=Scripted(logprobs=at_temperature(2.0)), **cut).train()
-    trainer(tmp_path, **cut).train()  # what truncation itself changes is no mismatch
+    trainer(tmp_path, **cut).train()  # the change by truncation itself is not a mismatch
 
 
 def test_temperatures_that_differ_within_a_group_reach_the_loss(tmp_path: Path) -> None:
@@ -313,12 +317,14 @@ def test_temperatures_that_differ_within_a_group_reach_the_loss(tmp_path: Path) 
     run = trainer(tmp_path, sampler=Scripted(logprobs=at_temperature(1.0)), temperature_schedule=spread)
     run.train()
     assert run.rollout is not None and run.rollout.temperature.tolist() == pytest.approx([0.9, 0.9, 1.3, 1.3] * 4)
-    assert logs(run)[0]["sampling/sampling_logp_difference/max"] < 1e-4  # each scored at its own
+    assert logs(run)[0]["sampling/sampling_logp_difference/max"] < 1e-4  # each is scored at its own temperature
 
 
 def test_the_sampler_difference_becomes_weights(tmp_path: Path) -> None:
     settings = {"sampler_tolerance": 10.0, "metrics_on": "all", "vllm_importance_sampling_mode": "sequence_truncate"}
-    run = trainer(tmp_path, sampler=Scripted(logprobs=at_temperature(1.1)), **settings)  # it is not transformers': it is corrected
+    run = trainer(
+        tmp_path, sampler=Scripted(logprobs=at_temperature(1.1)), **settings
+    )  # not TransformersSampler, so the difference is corrected
     run.train()
     rollout = run.rollout
     assert rollout is not None
@@ -440,12 +446,12 @@ BAD = {
 
 
 @pytest.mark.parametrize("message", BAD)
-def test_bad_settings_are_refused_before_a_model_is_loaded(tmp_path: Path, message: str) -> None:
+def test_bad_settings_raise_before_a_model_is_loaded(tmp_path: Path, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         config(tmp_path, **BAD[message])
 
 
-def test_numbers_of_numpy_and_json_for_dictionaries_are_taken(tmp_path: Path) -> None:
+def test_numpy_numbers_and_json_dictionaries_are_accepted(tmp_path: Path) -> None:
     np = pytest.importorskip("numpy", reason="its numbers are what is passed")
     given = config(tmp_path, temperature=np.float32(0.75), num_generations=np.int64(4), reward_weights=(1, np.float32(0.5)), packing=False)
     assert (
@@ -473,11 +479,11 @@ def solved(completions: list[str], solution: list[str], **columns: Any) -> list[
     return [float(text == truth) for text, truth in zip(completions, solution, strict=True)]
 
 
-def test_other_refusals_and_a_warning(tmp_path: Path) -> None:
+def test_other_errors_and_a_warning(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"below 0.7") as warned:
         trainer(tmp_path, temperature=0.6)
     assert len([warning for warning in warned if "below 0.7" in str(warning.message)]) == 1
-    unloaded: dict[str, Any] = {"of": "there/is no such model"}  # so that these are refused before one is loaded
+    unloaded: dict[str, Any] = {"of": "there/is no such model"}  # loading it would fail, so these errors come before a model is loaded
     with pytest.raises(ValueError, match="train_dataset has 3 rows; expected at least 4"):
         trainer(tmp_path, rows=ROWS[:3], **unloaded)
     with pytest.raises(ValueError, match="train_dataset: there is no column 'prompt'"):
@@ -516,7 +522,7 @@ def test_settings_that_trl_has_too_mean_the_same_unless_the_page_says_so(tmp_pat
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1])
-def test_rewards_read_what_sampler_and_reference_think_of_the_tokens(tmp_path: Path, beta: float) -> None:
+def test_rewards_read_the_logprobs_of_sampler_and_reference(tmp_path: Path, beta: float) -> None:
     seen: list[dict[str, Any]] = []
 
     def watcher(
@@ -527,12 +533,12 @@ def test_rewards_read_what_sampler_and_reference_think_of_the_tokens(tmp_path: P
 
     run = trainer(tmp_path, rewards=watcher, beta=beta, max_steps=1, temperature=0.9)
     run.train()
-    for ids, sampler, reference in zip(*seen[0].values(), strict=True):  # before the first step they are the same model
+    for ids, sampler, reference in zip(*seen[0].values(), strict=True):  # before the first step, policy and reference are the same model
         assert len(ids) == len(sampler) == len(reference)
         torch.testing.assert_close(torch.tensor(sampler), torch.tensor(reference), rtol=1e-4, atol=1e-4)
 
 
-def test_progress_and_the_metrics_file_come_by_themselves(tmp_path: Path) -> None:
+def test_the_trainer_writes_the_metrics_file(tmp_path: Path) -> None:
     trainer(tmp_path, max_steps=2).train()
     lines = [json.loads(line) for line in next(tmp_path.rglob("metrics.jsonl")).read_text().splitlines()]
     assert [line["step"] for line in lines if "reward" in line] == [1, 2]
@@ -559,7 +565,7 @@ def test_a_reward_that_fails_ends_the_run_or_does_not_apply_as_configured(tmp_pa
     found = [row["rewards"] for row in run.last_completions]
     assert [row["odd_tokens"] for row in found] == pytest.approx(odd_tokens(0, 0, run.rollout.completion_ids))
     lengths = [None, *map(len, run.rollout.completion_ids[1:])] if wrong == "returns NaN" else [None] * 16
-    assert [row["broken"] for row in found] == lengths  # each beside the completion it was given for
+    assert [row["broken"] for row in found] == lengths  # each value belongs to its completion
 
 
 def test_rewards_may_run_in_processes_of_their_own(tmp_path: Path) -> None:
@@ -573,7 +579,7 @@ def test_nothing_in_a_checkpoint_can_run_code(tmp_path: Path) -> None:
     run_of(tmp_path, steps=2).train()
     checkpoint = tmp_path / "checkpoint-1"
     names = {path.name for path in checkpoint.iterdir() if path.suffix in (".pt", ".pth", ".bin", ".pkl")}
-    assert names == {"optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"}  # the last is written, and never read
+    assert names == {"optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"}  # the last is written but never read
     for name in sorted(names):
         kept = (checkpoint / name).read_bytes()
         (checkpoint / name).write_bytes(pickle.dumps(_Code(tmp_path / "it ran")))
@@ -590,7 +596,7 @@ def test_nothing_in_a_checkpoint_can_run_code(tmp_path: Path) -> None:
 
 
 class _Code:
-    """What unpickling it does is to write a file."""
+    """Unpickling it creates a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -599,7 +605,7 @@ class _Code:
         return Path.touch, (self.path,)
 
 
-def test_a_head_that_is_not_understood_goes_by_its_logits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unknown_head_is_computed_from_logits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def capped() -> Any:
         of = model()
         of.register_forward_hook(lambda module, inputs, output: output.__setitem__("logits", output.logits.tanh()))
@@ -618,7 +624,7 @@ def test_a_head_that_is_not_understood_goes_by_its_logits(tmp_path: Path, caplog
     assert logs(found)[0]["loss"] == logs(asked)[0]["loss"] and logs(found)[0]["grad_norm"] == logs(asked)[0]["grad_norm"] > 0
 
 
-def test_a_step_is_broken_down_into_its_times(tmp_path: Path) -> None:
+def test_the_seconds_of_each_part_of_a_step_are_logged(tmp_path: Path) -> None:
     run = trainer(tmp_path, max_steps=3, num_iterations=3, beta=0.1, rewards=lambda completions, **_: time.sleep(0.2) or [*range(16)])
     started = time.perf_counter()
     run.train()
@@ -626,10 +632,10 @@ def test_a_step_is_broken_down_into_its_times(tmp_path: Path) -> None:
     parts = ("generate", "reward", "logprobs", "loss", "backward", "optimizer")
     first, second, _ = ({part: log.get(f"step_time/{part}", 0.0) for part in parts} for log in logs(run))
     assert all(first[part] > 0 for part in parts) and first["reward"] > 0.2
-    assert second["generate"] == second["reward"] == second["logprobs"] == 0 < second["loss"]  # the rollout is used again
+    assert second["generate"] == second["reward"] == second["logprobs"] == 0 < second["loss"]  # the rollout is reused
     assert sum(first.values()) + sum(second.values()) < total
     assert ["tokens_per_second" in log for log in logs(run)] == [
         True,
         False,
         False,
-    ]  # of what was drawn
+    ]  # only steps that draw completions have a speed

@@ -1,4 +1,4 @@
-"""The vLLM sampler against a stand-in server on the loopback: what it draws, what it refuses, new weights, and every fault of the wire."""
+"""The vLLM sampler against a stand-in server on the loopback: its completions, its errors, new weights, and faults of the connection."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def connect(url: str, model: Any = None, **options: Any) -> VLLMSampler:
 
 
 class Wrapper(torch.nn.Module):
-    """As DistributedDataParallel has it: the model is an attribute, and its parameters have longer names."""
+    """Wraps a model as DistributedDataParallel does: the model is an attribute, and its parameters have longer names."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ def test_members_of_a_group_are_drawn_from_different_numbers(url: str) -> None:
     sampler.close()
 
 
-def test_every_setting_is_said_so_that_the_servers_defaults_play_no_part(stand_in: StandIn, url: str) -> None:
+def test_every_setting_is_sent_so_that_the_servers_defaults_are_not_used(stand_in: StandIn, url: str) -> None:
     sampler = connect(url)
     sampler.generate([[5]], params([0.8], top_p=0.9, top_k=7, min_p=0.01))
     sent = stand_in.requests[-1]
@@ -146,7 +146,7 @@ def test_untempered_logprobs_are_refused(mode: str, words: str) -> None:
         sampler.close()
 
 
-def test_a_flat_model_passes_for_now_and_is_asked_again() -> None:
+def test_a_flat_distribution_is_checked_again_later() -> None:
     with serving(StandIn(tiny(init=1e-4))) as address:
         sampler = connect(address)
         sampler.generate([[5]], params([1.0]))
@@ -155,7 +155,7 @@ def test_a_flat_model_passes_for_now_and_is_asked_again() -> None:
 
 
 @pytest.mark.parametrize("fault", ["500", "cut", "broken"])
-def test_what_passes_is_tried_again(stand_in: StandIn, url: str, fault: str) -> None:
+def test_temporary_faults_are_retried(stand_in: StandIn, url: str, fault: str) -> None:
     sampler = connect(url)
     expected = sampler.generate(PROMPTS, params(TEMPERATURES))
     stand_in.faults = [fault, fault]
@@ -171,12 +171,12 @@ def test_a_server_that_stays_broken_ends_in_an_error_with_url_and_fix(stand_in: 
     begin = time.monotonic()
     with pytest.raises(SamplerError, match=r"answers 500.*engine says no.*tries") as caught:
         sampler.generate([[5]], params([1.0]))
-    assert time.monotonic() - begin < 60  # and not until the thousand faults are over
+    assert time.monotonic() - begin < 60  # without waiting for all thousand faults
     assert url in str(caught.value)
     sampler.close()
 
 
-def test_a_silent_server_is_given_up(stand_in: StandIn, url: str) -> None:
+def test_a_server_that_does_not_answer_raises(stand_in: StandIn, url: str) -> None:
     sampler = connect(url, timeout=0.3, retry_seconds=0.1)
     sampler._logprobs_checked = True
     stand_in.faults = ["hang"] * 5
@@ -321,9 +321,9 @@ def test_new_weights_are_in_force_when_update_weights_returns(tmp_path: Path, ti
         assert_drawn_from(trained, new[0], not_from=tiny(0, tied=tied))
         assert stand_in.calls[-2:] == ["/collective_rpc", "/reset_prefix_cache?reset_running_requests=true"]
         sampler.update_weights(trained, 2)
-        assert [folder.name for folder in tmp_path.iterdir()] == ["step-2"]  # one checkpoint at a time
+        assert [folder.name for folder in tmp_path.iterdir()] == ["step-2"]  # older checkpoints are removed
         sampler.close()
-        assert tmp_path.is_dir()  # the caller's folder stays
+        assert tmp_path.is_dir()  # a folder that the caller gave is not removed
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
@@ -435,7 +435,7 @@ def test_merged_lora_equals_the_adapted_model_and_leaves_it_alone() -> None:
         ours, theirs = plain(input_ids=ids).logits, model(input_ids=ids).logits
         without = tiny(2, tied=True)(input_ids=ids).logits
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-    assert (theirs - without).abs().max() > 0.1  # the adapter does something
+    assert (theirs - without).abs().max() > 0.1  # the adapter changes the model
     after = {name.replace(".base_layer.", "."): value for name, value in model.get_base_model().state_dict().items()}
     for name, value in reference.items():
         if name in after:
@@ -444,7 +444,7 @@ def test_merged_lora_equals_the_adapted_model_and_leaves_it_alone() -> None:
 
 @pytest.mark.slow
 def test_a_training_run_draws_each_step_from_the_weights_of_that_step(tmp_path: Path) -> None:
-    """GRPOTrainer over the wire: whatever the sampler said about its tokens, the trainer's own log-probabilities agree, step after step."""
+    """GRPOTrainer with the server: in every step the sampler's log-probabilities agree with the trainer's own."""
     pytest.importorskip("datasets", reason="the trainer's rows are a dataset")
     from grpo_fast.data.tasks import sorting_task
     from grpo_fast.data.tasks.sorting import make_tokenizer
@@ -482,4 +482,4 @@ def test_a_training_run_draws_each_step_from_the_weights_of_that_step(tmp_path: 
     assert len(gaps) == 3 and max(gaps) < 1e-4
     assert stand_in.calls.count("/collective_rpc") == 3
     moved = max((now.detach().cpu() - was.cpu()).abs().max().item() for now, was in zip(model.parameters(), before, strict=True))
-    assert moved > 0.01  # else older weights would have done as well
+    assert moved > 0.01  # otherwise older weights would pass too

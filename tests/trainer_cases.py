@@ -1,4 +1,4 @@
-"""A model, a tokenizer, prompts, rewards and samplers as small as a test of the trainer can do with."""
+"""A small model, tokenizer, prompts, rewards and samplers for tests of the trainer."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def model(seed: int = 0, **settings: Any) -> Any:
 
 
 def odd_tokens(prompts: Any, completions: Any, completion_ids: list[list[int]], **columns: Any) -> list[float]:
-    """The share of odd tokens: varies within a group, and says the same wherever it is computed."""
+    """The share of odd tokens, which varies within a group and is the same in every process."""
     return [sum(token % 2 for token in ids) / max(len(ids), 1) for ids in completion_ids]
 
 
@@ -49,7 +49,7 @@ def short(prompts: Any, completions: Any, completion_ids: list[list[int]], **col
 
 
 class Scripted:
-    """Completions that depend on the prompt and on how often it was asked before in the same call, and on nothing else."""
+    """A sampler whose completions depend only on the prompt and on how often the same call has had it before."""
 
     def __init__(self, longest: int = 8, logprobs: Any = None) -> None:
         self.longest, self.logprobs = longest, logprobs
@@ -93,7 +93,7 @@ def config(output: Path | str, **settings: Any) -> GRPOConfig:
 
 
 def trainer(output: Path | str, *, of: Any = None, rewards: Any = odd_tokens, rows: Any = ROWS, **settings: Any) -> GRPOTrainer:
-    """``sampler``, ``eval_dataset`` and the like go to the trainer, the rest to its settings."""
+    """A trainer; ``sampler``, ``eval_dataset`` and other constructor arguments are passed to it, the rest to its settings."""
     names = ("sampler", "eval_dataset", "peft_config", "optimizers", "callbacks", "quantization_config")
     own = {name: settings.pop(name) for name in names if name in settings}
     return GRPOTrainer(
@@ -102,7 +102,7 @@ def trainer(output: Path | str, *, of: Any = None, rewards: Any = odd_tokens, ro
 
 
 def logs(run: GRPOTrainer) -> list[dict[str, float]]:
-    """What each step logged."""
+    """The logs of the steps."""
     return [record for record in run.state.log_history if "loss" in record]
 
 

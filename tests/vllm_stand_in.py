@@ -1,4 +1,4 @@
-"""A stand-in for ``vllm serve`` on the loopback: the addresses the client uses, a small transformers model behind, faults on demand."""
+"""A stand-in for ``vllm serve`` on the loopback interface, with the endpoints that the client uses, a small model, and faults on demand."""
 
 from __future__ import annotations
 
@@ -263,7 +263,7 @@ def serving(stand_in: StandIn) -> Iterator[str]:
         request_queue_size = 128
 
         def handle_error(self, *_: Any) -> None:
-            """A client that has given up is no news."""
+            """Do not print the errors of clients that have closed their connection."""
 
     with QuietServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})

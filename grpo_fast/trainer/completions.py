@@ -18,7 +18,7 @@ from grpo_fast.utils.seeds import derived_seed
 if TYPE_CHECKING:
     from grpo_fast.trainer.grpo_trainer import GRPOTrainer
 
-__all__ = ["CompletionGenerator", "GeneratedCompletion"]
+__all__ = ["CompletionRunner", "GeneratedCompletion"]
 
 
 class GeneratedCompletion(NamedTuple):
@@ -30,7 +30,7 @@ class GeneratedCompletion(NamedTuple):
     extra: dict[str, Any]  # values for the completions table, which rewards set with ``log_extra``
 
 
-class CompletionGenerator:
+class CompletionRunner:
     """Draws and scores completions for a trainer: with its sampler, tokenizer, rewards and reference policy, and into its metrics."""
 
     def __init__(self, trainer: GRPOTrainer) -> None:

@@ -31,7 +31,7 @@ from grpo_fast.rewards import RewardRunner, SoftOverlongPunishment
 from grpo_fast.rewards.common import Reward
 from grpo_fast.trainer.callbacks import add_default_callbacks
 from grpo_fast.trainer.checkpoints import AtomicCheckpointTrainer
-from grpo_fast.trainer.completions import CompletionGenerator
+from grpo_fast.trainer.completions import CompletionRunner
 from grpo_fast.trainer.config import GRPOConfig
 from grpo_fast.trainer.diagnostics import describe_nonfinite, full_norm, gradient_norm, measure_loss
 from grpo_fast.trainer.evaluation import evaluate_dataset
@@ -126,7 +126,7 @@ class GRPOTrainer(AtomicCheckpointTrainer):
         self.model_accepts_loss_kwargs = True  # compute_loss normalises over the whole step; Trainer must not divide by the micro-batches
         self.model_forward = ModelForward(self.accelerator, tokenizer.pad_token_id, **args.forward_options())
         self.sampler = make_sampler(args.sampler if sampler is None else sampler, self.model, tokenizer, **args.sampler_arguments)
-        self.completions = CompletionGenerator(self)
+        self.completions = CompletionRunner(self)
         self.rollouts = None if prompts is None else RolloutGenerator(self, prompts, self.completions)
         self.rollout: Rollout | None = None  # the current one
         self.last_completions: list[dict[str, Any]] = []  # records of the last rollout's completions in this process

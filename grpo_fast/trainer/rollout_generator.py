@@ -17,7 +17,7 @@ from torch import Tensor
 import grpo_fast as gf
 from grpo_fast.generation.transformers_sampler import TransformersSampler
 from grpo_fast.models.unwrap import is_sharded
-from grpo_fast.trainer.completions import CompletionGenerator, GeneratedCompletion
+from grpo_fast.trainer.completions import CompletionRunner, GeneratedCompletion
 from grpo_fast.trainer.diagnostics import completion_records, measure_rewards, measure_rollout
 from grpo_fast.trainer.prompt_source import PromptSource, Row
 from grpo_fast.trainer.rollout import Rollout
@@ -46,7 +46,7 @@ class RolloutGenerator:
         completions: draws and scores completions.
     """
 
-    def __init__(self, trainer: GRPOTrainer, prompts: PromptSource, completions: CompletionGenerator) -> None:
+    def __init__(self, trainer: GRPOTrainer, prompts: PromptSource, completions: CompletionRunner) -> None:
         self.trainer, self.prompts, self.completions = trainer, prompts, completions
         corrects = trainer.args.vllm_importance_sampling_correction
         # TransformersSampler runs the trainer's own model, so its distribution needs no correction unless it is asked for.
