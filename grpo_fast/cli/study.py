@@ -115,7 +115,7 @@ def _sampling(args: Sequence[str], name: str, console: Console) -> Path:
     _print_advice(result["advice"]["sentences"], console)
     try:
         if study.result is None:
-            write_result(path, result)
+            write_result(path, result, study.measurements)
         report.write_sampling_csv(result, path.with_suffix(".csv"))
         plot.write_sampling_figure(result, path.with_suffix(".png"))
     except OSError as error:

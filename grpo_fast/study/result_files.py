@@ -48,8 +48,10 @@ def write_measurements(path: Path, measurements: Mapping[str, Any]) -> None:
     _write(raw_path(path), measurements)
 
 
-def write_result(path: Path, result: Mapping[str, Any]) -> None:
-    """Write the published result."""
+def write_result(path: Path, result: Mapping[str, Any], measurements: Mapping[str, Any]) -> None:
+    """Write the published result; first the measurements, if they are not stored beside it: ``path`` may hold them, see `load_study`."""
+    if not raw_path(path).exists():
+        write_measurements(path, measurements)
     _write(path, result)
 
 

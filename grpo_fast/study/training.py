@@ -65,7 +65,7 @@ def run(study: TrainingStudy, on_step: OnStep = lambda seed, label, steps: None)
                 measurements["runs"].append(found | {"made_with": made_with, "load_average": [load, load_average()]})
                 write_measurements(study.path, measurements)
     result = published_result(study)
-    write_result(study.path, result)
+    write_result(study.path, result, measurements)
     return result
 
 
