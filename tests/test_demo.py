@@ -75,7 +75,7 @@ def test_the_teacher_has_the_habits_it_declares_and_no_others():
         assert share == pytest.approx(expected, abs=4 * math.sqrt(0.25 / thought))  # four standard errors
 
 
-def test_a_faultless_completion_earns_the_largest_reward(tokenizer):
+def test_a_correct_completion_earns_the_largest_reward(tokenizer):
     row = question("9770")
     text = f"<think>{solve('9770')}</think><answer>{row['answer']}</answer>"
     batch = {"prompts": [row["prompt"]], "completions": [text], "completion_ids": [tokenizer(text)["input_ids"]], "answer": [row["answer"]]}
@@ -138,7 +138,7 @@ def test_padding_on_the_left_changes_nothing(model, tokenizer):
         torch.testing.assert_close(logprobs[row][mask], expected[mask], atol=1e-5, rtol=1e-5)
 
 
-def test_another_sampling_temperature_is_found_out(model, tokenizer, monkeypatch):
+def test_another_sampling_temperature_is_detected(model, tokenizer, monkeypatch):
     def hotter(model, tokenizer, prompts, temperature, limit, **options):
         return sample(model, tokenizer, prompts, 1.5 * temperature, limit, **options)
 
@@ -147,7 +147,7 @@ def test_another_sampling_temperature_is_found_out(model, tokenizer, monkeypatch
         check_on_policy(model, tokenizer, MIXED, LoopSettings())
 
 
-def test_a_truncating_sampler_is_found_out(model, tokenizer):
+def test_a_truncating_sampler_is_detected(model, tokenizer):
     model.generation_config.min_p = 0.2  # as a checkpoint's own generation settings may bring along
     with pytest.raises(RuntimeError, match="truncates or penalises"):
         check_on_policy(model, tokenizer, MIXED, LoopSettings())
@@ -212,7 +212,7 @@ def test_a_missing_package_is_named_with_its_fix():
         require_packages("json", "no_such_package", extras=("demo",), needed_by="The demo")
 
 
-def test_the_command_writes_everything_and_owns_up_to_not_having_learnt(tmp_path):
+def test_the_command_writes_its_files_and_reports_unmet_criteria(tmp_path):
     result = CliRunner().invoke(app, [*SHORT, "--output", str(tmp_path / "run")])
     assert result.exit_code == 1, result.output
     assert re.search(r"did not learn: .*expected at least 0\.93", result.output)
@@ -249,7 +249,7 @@ def test_the_demonstration_learns(seed, tmp_path):
     assert time.process_time() - started < 90  # of CPU: the machine may be shared
 
 
-def test_a_warm_start_is_a_function_of_the_seed_and_tells_its_losses(monkeypatch):
+def test_a_warm_start_depends_on_the_seed_and_reports_its_losses(monkeypatch):
     losses = []
     first, again, other = (warm_start.warm_start(DemoOptions(seed=seed, warm_start_steps=3), losses.append) for seed in (1, 1, 2))
     weights = [next(start.model.parameters()) for start in (first, again, other)]
@@ -259,7 +259,7 @@ def test_a_warm_start_is_a_function_of_the_seed_and_tells_its_losses(monkeypatch
     asked = []
     monkeypatch.setattr(warm_start, "imitate", lambda *args, **how: asked.append(how["seed"]))
     warm_start.warm_start(DemoOptions(seed=7))
-    assert asked == [7], "not the weights alone: also what is imitated"
+    assert asked == [7], "the seed also determines the batches of imitation"
 
 
 def test_loop_and_trainer_are_compared_from_one_start(tmp_path):

@@ -1,4 +1,4 @@
-"""``grpo-fast study``: the measurement from end to end at toy size, and what it refuses. Training: test_study_training.py."""
+"""``grpo-fast study``: the measurement from end to end at toy size, and the settings that it refuses. Training: test_study_training.py."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from study_cases import ROWS, Counting, made, run, sampled
 from grpo_fast.data.tasks.sorting import make_tokenizer
 from grpo_fast.generation import Completion
 from grpo_fast.loss import reference
-from grpo_fast.study import generate_completions, sampling_setup
-from grpo_fast.study import sampling as study
+from grpo_fast.study import generate_completions, sampling, sampling_setup
+from grpo_fast.study.generate_completions import TemperatureSampler
 
 pytest_plugins = ["study_cases"]
 
 
 def probability_of_odd(model: Any, tokenizer: Any, temperature: float) -> float:
-    """Of an odd first token, over the prompts, in float64."""
+    """The probability of an odd first token, averaged over the prompts, in float64."""
     odd = torch.arange(len(tokenizer)) % 2 == 1
     ids = tokenizer([row["prompt"] for row in ROWS], return_tensors="pt")
     with torch.no_grad():
@@ -42,7 +42,7 @@ def probability_of_odd(model: Any, tokenizer: Any, temperature: float) -> float:
 
 
 def test_sampling_from_the_command_line(here: Path) -> None:
-    """pass@1 is what the model's own probabilities say it must be, at each temperature; every file holds the same."""
+    """pass@1 agrees with the model's own probabilities at each temperature, and JSON, CSV and output agree with each other."""
     from transformers import AutoModelForCausalLM
 
     rewards = ["--rewards", "study_rewards.py:odd_first", "format", "--correct", "study_rewards.py:odd_first"]
@@ -52,7 +52,7 @@ def test_sampling_from_the_command_line(here: Path) -> None:
     assert (found["prompts"], found["options"]["samples"], found["options"]["rounds"]) == (4, 8, 24)
     model, tokenizer = AutoModelForCausalLM.from_pretrained("model"), make_tokenizer()
     expected = {temperature: probability_of_odd(model, tokenizer, temperature) for temperature in (0.5, 1.6)}
-    assert abs(expected[0.5] - expected[1.6]) > 0.1, "or the temperature is not tested"
+    assert abs(expected[0.5] - expected[1.6]) > 0.1, "otherwise the temperature is not tested"
     greedy, *warm = found["rows"]
     for row in warm:
         at_1 = row["pass_at_1"]
@@ -87,15 +87,15 @@ def test_sampling_from_the_command_line(here: Path) -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0, 1.7])
 def test_entropies_against_the_reference_in_float64(here: Path, temperature: float) -> None:
-    prepared = made("--samples", "3")
-    model = sampling_setup.load_model(prepared)
-    call = generate_completions.CompletionGenerator(prepared, model).call_sampler(range(1, 4), temperature, 0)
+    study = made("--samples", "3")
+    model = sampling_setup.load_model(study)
+    call = TemperatureSampler(study, model).call_sampler(range(1, 4), temperature, 0)
     copies = call.completions[::3] if temperature == 0 else call.completions
     prompts = [row["prompt"] for row in (call.rows[::3] if temperature == 0 else call.rows)]
     at_t, at_1, tokens = 0.0, 0.0, 0
     exact = model.double()
     for prompt, completion in zip(prompts, copies, strict=True):
-        ids = prepared.tokenizer(prompt)["input_ids"]
+        ids = study.tokenizer(prompt)["input_ids"]
         with torch.no_grad():
             logits = exact(torch.tensor([ids + completion.token_ids])).logits[:, len(ids) - 1 : -1]
         answer = torch.tensor([completion.token_ids])
@@ -109,41 +109,35 @@ def test_entropies_against_the_reference_in_float64(here: Path, temperature: flo
 
 
 @pytest.mark.parametrize("width", ["1", "4", "5", "64"])
-def test_completions_stand_prompt_by_prompt_and_round_by_round(here: Path, monkeypatch: pytest.MonkeyPatch, width: str) -> None:
-    """However many prompts a call of the sampler has."""
+def test_completions_are_ordered_by_prompt_and_round(here: Path, monkeypatch: pytest.MonkeyPatch, width: str) -> None:
+    """Whatever the number of prompts in a call of the sampler."""
     sampler = Counting()
     monkeypatch.setattr(generate_completions, "make_sampler", lambda *args, **options: sampler)
-    prepared = made("--samples", "2", "--rounds", "3", width=width)
-    model = sampling_setup.load_model(prepared)
+    study = made("--samples", "2", "--rounds", "3", width=width)
+    model = sampling_setup.load_model(study)
     told: list[tuple[int, int]] = []
-    drawn = generate_completions.CompletionGenerator(prepared, model).generate(
-        0.7, lambda temperature, done, total: told.append((done, total))
-    )
+    drawn = TemperatureSampler(study, model).generate(0.7, lambda temperature, done, total: told.append((done, total)))
     last = [row["prompt"][-2] for row in ROWS]  # the digit before "="
-    numbers = [prepared.tokenizer.decode([7 + i]) for i in range(6)]
+    numbers = [study.tokenizer.decode([7 + i]) for i in range(6)]
     assert drawn.texts == [f"{digit}{number}" for digit in last for number in numbers]
     at_once = max(int(width) // 2, 1)
     assert [done for done, _ in told] == list(range(3 * math.ceil(4 / at_once) + 1)) and {total for _, total in told} == {told[-1][0]}
     sampler.asked.clear()
     told.clear()
-    greedy = generate_completions.CompletionGenerator(prepared, model).generate(
-        0.0, lambda temperature, done, total: told.append((done, total))
-    )
+    greedy = TemperatureSampler(study, model).generate(0.0, lambda temperature, done, total: told.append((done, total)))
     assert told[-1][1] == math.ceil(4 / int(width)), "one completion stands for a group, so that more prompts go at once"
     assert greedy.texts == [f"{digit}{numbers[0]}" for digit in last for _ in range(6)]
     assert set(sampler.asked.values()) == {1}, "greedy decoding is not done twice"
     sampler.asked.clear()
-    prepared.temperatures = [0.7]
-    study.run(prepared, model)
+    study.temperatures = [0.7]
+    sampling.run(study, model)
     assert sampler.closed
 
 
 def test_rounds_differ_and_the_seed_repeats_them(here: Path) -> None:
     def texts(seed: str) -> list[str]:
-        prepared = made("--samples", "2", "--rounds", "2", "--seed", seed)
-        drawn = generate_completions.CompletionGenerator(prepared, sampling_setup.load_model(prepared)).generate(
-            1.5, lambda temperature, done, total: None
-        )
+        study = made("--samples", "2", "--rounds", "2", "--seed", seed)
+        drawn = TemperatureSampler(study, sampling_setup.load_model(study)).generate(1.5, lambda temperature, done, total: None)
         return drawn.texts
 
     first = texts("5")
@@ -152,18 +146,18 @@ def test_rounds_differ_and_the_seed_repeats_them(here: Path) -> None:
     assert texts("5") == first != texts("6")
 
 
-def test_a_sampler_at_another_temperature_is_found_out(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sampler_at_another_temperature_is_detected(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Hotter(Counting):
         def generate(self, prompts: list[list[int]], params: Any) -> list[Completion]:
             return [Completion(c.token_ids, True, [-0.1] * 3) for c in super().generate(prompts, params)]
 
     monkeypatch.setattr(generate_completions, "make_sampler", lambda *args, **options: Hotter())
-    prepared = made("--samples", "2", "--rounds", "1", "--temperatures", "1.0")
-    sentences = study.run(prepared, sampling_setup.load_model(prepared))["advice"]["sentences"]
+    study = made("--samples", "2", "--rounds", "1", "--temperatures", "1.0")
+    sentences = sampling.run(study, sampling_setup.load_model(study))["advice"]["sentences"]
     assert any("The sampler's log-probabilities differ from the loss's by" in sentence for sentence in sentences)
 
 
-def test_the_file_of_a_training_is_taken_and_the_command_line_wins(here: Path) -> None:
+def test_a_settings_file_of_a_training_is_accepted_and_overridden_by_the_command_line(here: Path) -> None:
     Path("sums.yaml").write_text(
         "model: ./model\ndataset: rows.jsonl\nrewards: [accuracy, format]\noutput_dir: runs/sums\nlearning_rate: 1e-6\n"
         "per_device_train_batch_size: 8\nmax_completion_length: 5\nuse_cpu: true\ntop_p: 0.9\n"
@@ -182,7 +176,7 @@ def test_the_demonstrations_model_and_quick(here: Path) -> None:
     )
     assert "This was --quick: its figures mean nothing." in out
     found = json.loads(Path("runs/study/sampling_quick.json").read_text())
-    assert found["prompts"] == 8 and found["options"]["samples"] == 3, "what is said wins"
+    assert found["prompts"] == 8 and found["options"]["samples"] == 3, "an explicit setting has priority over --quick"
     assert len(found["rows"]) == 5 and found["options"]["ngram"] == 6 and found["rows"][0]["coherence"] is not None
 
 
@@ -208,7 +202,7 @@ WRONG = {
 
 @pytest.mark.parametrize("message", WRONG)
 def test_sampling_refuses_before_any_work(here: Path, monkeypatch: pytest.MonkeyPatch, message: str) -> None:
-    def load_model(prepared: Any) -> None:
+    def load_model(study: Any) -> None:
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr(sampling_setup, "load_model", load_model)
@@ -229,7 +223,7 @@ def test_missing_packages_and_missing_rewards_are_named(here: Path, monkeypatch:
     assert message.format("train,plot") in run("sampling", "--help", status=2)
 
 
-def test_where_no_prompt_can_be_scored_it_is_said(here: Path) -> None:
+def test_prompts_that_cannot_be_scored_are_reported(here: Path) -> None:
     rewards = ["--rewards", "study_rewards.py:blind", "--correct", "study_rewards.py:blind"]
     out = sampled(*rewards, "--temperatures", "1.0", "--samples", "2", "--rounds", "1")
     assert "No completion could be scored by blind" in out

@@ -44,7 +44,7 @@ def as_markdown(table: report.TextTable) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in (headings, ["---"] * len(headings), *cells)]
 
 
-def test_the_tables_say_what_was_measured() -> None:
+def test_the_tables_are_those_of_the_results() -> None:
     trained = result("training")
     tables = [*report.sampling_tables(result("sampling")), report.evaluation_table(trained), report.training_table(trained)]
     for table in tables:
@@ -53,18 +53,18 @@ def test_the_tables_say_what_was_measured() -> None:
 
 
 @pytest.mark.parametrize("name", ["sampling", "training"])
-def test_the_advice_is_quoted_as_it_was_given(name: str) -> None:
+def test_the_advice_is_quoted_from_the_results(name: str) -> None:
     for sentence in result(name)["advice"]["sentences"]:
         assert f"- {sentence}\n" in PAGE, sentence
 
 
-def test_the_results_hold_no_measurement_of_a_single_prompt_or_step_of_a_run() -> None:
+def test_the_results_hold_summaries_only() -> None:
     files = [ROOT / f"bench/results/temperature_{name}.json" for name in ("sampling", "training")]
     assert sum(file.stat().st_size for file in files) < 200_000
     assert not {"drawn", "per_prompt"} & set(result("sampling")) and "runs" not in result("training")
 
 
-def test_the_training_summary_is_that_of_its_seeds() -> None:
+def test_the_training_summary_follows_from_its_seeds() -> None:
     """Means and errors follow from the numbers of the seeds, the ends of the curves from the curves, and the advice from both."""
     found = result("training")
     labels, places = found["trained_at"][1:], [temperature_name(each) for each in found["options"]["eval_temperatures"]]
@@ -95,8 +95,8 @@ def gap_of(found: dict[str, Any], measure: str, colder: float, hotter: float) ->
     return Estimate(one["mean"] if colder < hotter else -one["mean"], one["error"], found["prompts"])
 
 
-def test_the_sampling_advice_is_that_of_its_means_and_comparisons() -> None:
-    """Regions and advice follow from what the file says of each temperature and of each pair."""
+def test_the_sampling_advice_follows_from_its_means_and_comparisons() -> None:
+    """Regions and advice follow from the numbers of each temperature and of each pair of temperatures."""
     found = result("sampling")
     rows = {row["temperature"]: row for row in found["rows"]}
     assert list(rows) == found["temperatures"] == [one["temperature"] for one in found["runs"]]
@@ -106,7 +106,7 @@ def test_the_sampling_advice_is_that_of_its_means_and_comparisons() -> None:
             for other in (each for each in rows if each > at):
                 gap, errors = gap_of(found, measure, at, other), (row[measure]["error"], rows[other][measure]["error"])
                 assert gap.mean == pytest.approx(row[measure]["mean"] - rows[other][measure]["mean"], abs=1e-12)
-                assert abs(errors[0] - errors[1]) - 1e-12 <= gap.error <= sum(errors) + 1e-12, "whatever the correlation"
+                assert abs(errors[0] - errors[1]) - 1e-12 <= gap.error <= sum(errors) + 1e-12, "possible errors of a paired difference"
     best = max(rows, key=lambda at: rows[at]["pass_at_1"]["mean"])
     advice, keep = found["advice"], found["options"]["keep"]
     assert advice["evaluate"] == best
@@ -119,7 +119,7 @@ def test_the_sampling_advice_is_that_of_its_means_and_comparisons() -> None:
     assert advice["train"] == min(exploring, key=lambda at: (rows[at]["zero_std"]["mean"], at))
 
 
-def test_what_the_page_concludes_is_so() -> None:
+def test_the_conclusions_of_the_page_follow_from_the_results() -> None:
     """Its numbers are those of the files, to the last digit that is given."""
     sampled, trained = result("sampling"), result("training")
     places, labels = trained["options"]["eval_temperatures"], trained["trained_at"][1:]
@@ -134,32 +134,32 @@ def test_what_the_page_concludes_is_so() -> None:
 
     ahead = [step for step, (cold, warm) in enumerate(zip(curve["0.2"], curve["0.6"], strict=True), start=1) if cold > warm]
     assert ahead[:9] == list(range(6, 15)) and 15 not in ahead, "from the sixth step to the fourteenth"
-    said = ["it is ahead of 0.6 from the sixth step to the fourteenth"]
-    said += [f"from the thirteenth on, {min(flat[12:]):.2f} to {max(flat[12:]):.2f} of its groups"]
+    quoted = ["it is ahead of 0.6 from the sixth step to the fourteenth"]
+    quoted += [f"from the thirteenth on, {min(flat[12:]):.2f} to {max(flat[12:]):.2f} of its groups"]
     for label, like, verb in (("0.6->1.4", "0.6", "differ"), ("1.4->0.6", "1.4", "differing")):
         gap = difference(begins(label), begins(like))
-        said += [f"{statistics.fmean(begins(label)):.3f} and {statistics.fmean(begins(like)):.3f}", f"{verb}"]
-        said += [f"by {abs(gap.mean):.3f} ± {gap.margin:.3f}"]
+        quoted += [f"{statistics.fmean(begins(label)):.3f} and {statistics.fmean(begins(like)):.3f}", f"{verb}"]
+        quoted += [f"by {abs(gap.mean):.3f} ± {gap.margin:.3f}"]
     colder = [difference(accuracy[label, at], accuracy[label, 0.6]) for label in labels if label != "0.2" for at in (0.0, 0.2)]
     told = sum(is_significant(gap) for gap in colder)
-    said += [f"gains {min(g.mean for g in colder):.3f} to {max(g.mean for g in colder):.3f} at T = 0 and 0.2 over 0.6"]
-    said += [f"{told} of {len(colder)} times by more than the margin"]
+    quoted += [f"gains {min(g.mean for g in colder):.3f} to {max(g.mean for g in colder):.3f} at T = 0 and 0.2 over 0.6"]
+    quoted += [f"{told} of {len(colder)} times by more than the margin"]
     margins = {label: difference(accuracy["0.6->1.4", 0.6], accuracy[label, 0.6]).margin for label in labels if label != "0.6->1.4"}
     others = [margin for label, margin in margins.items() if label != "1"]
-    said += [f"{min(others):.3f} to {max(others):.3f}", f"but {margins['1']:.3f} for T = 1", f"stays at {min(accuracy['1', 0.6]):.3f}"]
+    quoted += [f"{min(others):.3f} to {max(others):.3f}", f"but {margins['1']:.3f} for T = 1", f"stays at {min(accuracy['1', 0.6]):.3f}"]
     row = {row["temperature"]: row for row in sampled["rows"]}
     shares = [f"{row[at]['zero_std_correct']['mean']:.1%}".replace("%", " %") for at in (0.8, 1.0)]
-    said += [f"{shares[0]} of the groups at 0.8 and {shares[1]} at 1 have equal rewards"]
+    quoted += [f"{shares[0]} of the groups at 0.8 and {shares[1]} at 1 have equal rewards"]
     votes, ones = ({at: row[at][name]["mean"] for at in row} for name in ("cons_at_k", "pass_at_1"))
-    said += [f"{max(ones, key=ones.__getitem__):g} for pass@1, {max(votes, key=votes.__getitem__):g} for the majority of eight"]
+    quoted += [f"{max(ones, key=ones.__getitem__):g} for pass@1, {max(votes, key=votes.__getitem__):g} for the majority of eight"]
     gap = gap_of(sampled, "cons_at_k", 0.4, 0.6)
-    said += [f"the vote at 0.4 is ahead of that at 0.6 by {gap.mean:.3f} ± {gap.margin:.3f}"]
+    quoted += [f"the vote at 0.4 is ahead of that at 0.6 by {gap.mean:.3f} ± {gap.margin:.3f}"]
     page = " ".join(PAGE.split())
-    assert [words for words in said if words not in page] == []
+    assert [words for words in quoted if words not in page] == []
 
 
 @pytest.mark.parametrize("name", ["sampling", "training"])
-def test_results_name_their_machine_and_are_no_quick_look(name: str) -> None:
+def test_results_name_their_machine_and_were_not_made_with_quick(name: str) -> None:
     found = result(name)
     machine = found["machine"]
     assert machine["cpu"] and machine["torch"] and re.fullmatch(r"[0-9a-f]{7,}", machine["commit"])
@@ -204,7 +204,7 @@ def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert Path(f"{number}.json").is_file() and Path(f"{number}.csv").is_file() and Path(f"{number}.png").is_file()
 
 
-def test_links_lead_somewhere() -> None:
+def test_relative_links_point_to_existing_files() -> None:
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", PAGE):
         if "://" not in target:
             assert (ROOT / "docs" / target).exists(), target

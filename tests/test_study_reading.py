@@ -35,7 +35,7 @@ def test_examples(module: Any) -> None:
 
 
 def test_the_error_is_over_prompts_and_not_over_samples() -> None:
-    """Two prompts of which one is always right: a thousand samples of each tell no more than one."""
+    """Two prompts of which one is always correct: more samples per prompt do not reduce the error."""
     found = estimate([1.0, 0.0])
     assert (found.mean, found.error) == (0.5, 0.5)
     assert estimate([3.0]).mean == 3.0 and math.isnan(estimate([3.0]).error) and math.isinf(estimate([3.0]).margin)
@@ -50,13 +50,13 @@ def test_the_margin_is_students(units: int, quantile: float) -> None:
     assert found.margin == pytest.approx(quantile * found.error, rel=1e-4)
 
 
-def test_pairs_are_told_apart_where_two_means_would_not_be() -> None:
-    """Prompts differ by 0.9 from each other, and the second temperature loses a tenth on each but one: that is certain only in pairs."""
+def test_paired_differences_are_significant_where_unpaired_means_are_not() -> None:
+    """Prompts differ by up to 0.9, and the second temperature loses 0.1 on each but one: only the paired comparison detects it."""
     mine = [0.1 * i for i in range(1, 11)]
     theirs = [value - 0.1 for value in mine[:-1]] + [mine[-1] - 0.05]
     assert is_significant(difference(mine, theirs)) and not is_significant(difference(theirs, theirs))
     assert abs(estimate(mine).mean - estimate(theirs).mean) < estimate(mine).error
-    assert not is_significant(difference([1.0], [0.0])), "one pair tells nothing"
+    assert not is_significant(difference([1.0], [0.0])), "one pair is never significant"
     assert not is_significant(difference([1.0, 0.0, 1.0], [0.0, 0.0, 0.0])), "2/3 with an error of 1/3, and t is 4.3"
     with pytest.raises(ValueError, match="zip"):
         difference([1.0, 2.0], [1.0])
@@ -105,7 +105,7 @@ def test_a_row_of_the_table_worked_by_hand() -> None:
     found = summary(samples())
     (row,), (one,) = found["rows"], found["drawn"]
     per_prompt = one["per_prompt"]
-    assert per_prompt["right"] == [0.75, 0.0, None, 0.5], "half marks of B are not right, nor is what is undecided of D"
+    assert per_prompt["right"] == [0.75, 0.0, None, 0.5], "partial credit of B is not correct, nor is the undecided sample of D"
     assert (found["prompts"], found["prompts_without_answer"]) == (3, 1), "C is left out"
     at_1 = row["pass_at_1"]
     assert at_1["mean"] == pytest.approx(1.25 / 3)
@@ -116,19 +116,19 @@ def test_a_row_of_the_table_worked_by_hand() -> None:
         (0.75 + 0 + 0.75) / 3
     )  # A: 1, a tie; D: 1, a tie
     assert per_prompt["zero_std"] == [0.5, 1.0, 1.0, 0.0] and row["zero_std"]["mean"] == pytest.approx((0.5 + 1 + 0) / 3)
-    assert per_prompt["zero_std_correct"][:2] == [0.5, 0.0], "half marks are another reward than none"
+    assert per_prompt["zero_std_correct"][:2] == [0.5, 0.0], "partial credit and no credit are different rewards"
     assert row["zero_std_correct"]["mean"] == pytest.approx((0.5 + 0 + 0.5) / 3)  # D: 1 and 0; alone
     assert row["distinct"]["mean"] == pytest.approx((0.75 + 0.75 + 1) / 3)
     assert row["format"]["mean"] == pytest.approx((1 + 1 + 0.25) / 3) and row["coherence"] is None
     assert row["length"]["mean"] == pytest.approx((1.5 + 5.5 + 13.5) / 3) and row["truncated"]["mean"] == pytest.approx(0.25 / 3)
-    assert row["entropy"] == pytest.approx((0.1 * 1.5 + 0.2 * 5.5 + 0.4 * 13.5) / 20.5), "every token counts as much, and those of C not"
+    assert row["entropy"] == pytest.approx((0.1 * 1.5 + 0.2 * 5.5 + 0.4 * 13.5) / 20.5), "a mean over tokens, without those of C"
     assert row["entropy_at_1"] == pytest.approx(0.5) and row["sampler_gap"] is None
     assert row["rewards"]["accuracy_reward"] == pytest.approx((0.75 + 1.49 / 4 + 2 / 3) / 3)
-    assert row["rewards"]["format_reward"] == pytest.approx(2.25 / 3), "C is left out of these too"
+    assert row["rewards"]["format_reward"] == pytest.approx(2.25 / 3), "C is left out of the rewards too"
     assert one["examples"] == ["<answer>7</answer>", "no answer None"] and "Train at T = 0.6" in found["advice"]["sentences"][-2]
 
 
-def test_what_is_shown_is_of_prompts_with_an_answer() -> None:
+def test_examples_are_of_prompts_with_an_answer() -> None:
     rewards = samples().rewards.clone()
     rewards[:4, 0] = math.nan
     assert summary(samples(rewards=rewards))["drawn"][0]["examples"] == ["no answer None", "<answer>5</answer>"]
@@ -140,8 +140,8 @@ def test_without_answers_there_is_no_vote_and_without_format_reward_no_form() ->
     assert row["cons_at_k"] is None and row["format"] is None and row["distinct"]["mean"] == 0.5
 
 
-def test_a_prompt_counts_at_every_temperature_or_at_none() -> None:
-    """C could be scored at the second temperature: at the first its samples are then wrong, and the pairs stay pairs."""
+def test_a_prompt_counts_at_all_temperatures_or_at_none() -> None:
+    """C could be scored at the second temperature, so at the first its samples count as wrong, and comparisons stay paired."""
     rewards = samples().rewards.clone()
     rewards[8, 0] = 1.0
     found = summary(samples(), samples(temperature=1.0, rewards=rewards))
@@ -155,7 +155,7 @@ def test_nothing_to_score() -> None:
     assert found["advice"]["sentences"][0].startswith("No completion could be scored by accuracy_reward")
 
 
-def test_the_samplers_gap_is_told_where_nothing_else_explains_it() -> None:
+def test_a_gap_between_sampler_and_loss_is_reported_unless_truncation_explains_it() -> None:
     def told(gap: float, **options: Any) -> bool:
         sentences = summary(samples(sampler_gap=[gap] * 4), **options)["advice"]["sentences"]
         return any("The sampler's log-probabilities differ from the loss's by" in sentence for sentence in sentences)
@@ -164,14 +164,14 @@ def test_the_samplers_gap_is_told_where_nothing_else_explains_it() -> None:
     assert not told(0.03, sampler_tolerance=0.05) and told(0.01, sampler_tolerance=0.005)
     assert not told(0.03, bf16=True) and told(0.2, fp16=True)
     for truncation in ({"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}):
-        assert not told(3.0, **truncation), "what is truncated has larger probabilities at the sampler"
+        assert not told(3.0, **truncation), "a truncating sampler has larger probabilities"
 
 
 # ---- temperature regions
 
 
 def table(signal: dict[float, float] | None = None, **by_temperature: float) -> list[TemperaturePoint]:
-    """T0_6=0.7: pass@1 of 0.7 at T = 0.6, the same for each of 40 prompts, so that every difference is told."""
+    """T0_6=0.7: pass@1 of 0.7 at T = 0.6, the same for each of 40 prompts, so that every difference is significant."""
     points = []
     for name, right in by_temperature.items():
         temperature = float(name.removeprefix("T").replace("_", "."))
@@ -181,7 +181,7 @@ def table(signal: dict[float, float] | None = None, **by_temperature: float) -> 
 
 
 def noisy(temperature: float, right: float, *, spread: float, distinct: float = 0.5, truncated: float = 0.0) -> TemperaturePoint:
-    """Prompts around a mean; at each temperature others lie above it."""
+    """Prompts scattered around a mean, differently at each temperature."""
     values = [right + spread * math.sin(i * (1 + 7 * temperature)) for i in range(40)]
     return TemperaturePoint(temperature, values, [0.5] * 40, distinct, truncated, temperature)
 
@@ -190,7 +190,7 @@ def regions_of(points: list[TemperaturePoint], **more: Any) -> dict[float, str]:
     return {one.temperature: one.region for one in advise(points, **more).regions}
 
 
-def test_the_three_zones_and_the_cold_side() -> None:
+def test_the_three_regions_and_the_cold_side() -> None:
     points = table(T0=0.0, T0_2=0.3, T0_6=0.8, T1_0=0.6, T1_2=0.4, T1_4=0.39)
     expected = {0.0: COLD, 0.2: COLD, 0.6: ROBUST, 1.0: EXPLORATION, 1.2: EXPLORATION, 1.4: COLLAPSE}
     assert regions_of(points) == expected
@@ -202,12 +202,12 @@ def test_the_three_zones_and_the_cold_side() -> None:
     assert advice.sentences[0].startswith("Regions. too cold: 0 and 0.2 ")
 
 
-def test_collapse_stays_collapse() -> None:
-    """Hotter than the first that collapsed, a lucky one is no exploration."""
+def test_every_temperature_above_the_first_collapse_is_collapse() -> None:
+    """A hotter temperature with a higher accuracy by chance is not controlled exploration."""
     assert regions_of(table(T0_6=0.8, T1_0=0.3, T1_4=0.5)) == {0.6: ROBUST, 1.0: COLLAPSE, 1.4: COLLAPSE}
 
 
-def test_robust_are_the_neighbours_that_cannot_be_told_from_the_best() -> None:
+def test_robust_are_the_neighbours_that_do_not_differ_significantly_from_the_best() -> None:
     points = [noisy(0.2, 0.1, spread=0.05), noisy(0.6, 0.62, spread=0.2), noisy(0.8, 0.64, spread=0.2), noisy(1.0, 0.60, spread=0.2)]
     points += [noisy(1.4, 0.40, spread=0.05)]
     advice = advise(points)
@@ -228,7 +228,7 @@ def test_a_tie_with_the_best_beyond_a_gap_is_not_robust() -> None:
     assert not any("Of these" in sentence for sentence in advise(beside).sentences)
 
 
-def test_one_sample_is_no_group_and_gives_no_advice_on_training() -> None:
+def test_one_sample_per_prompt_gives_no_advice_on_training() -> None:
     flat = table(T0_6=0.8, T1_0=0.6, signal={0.6: 0.0, 1.0: 0.0})
     advice = advise(flat, samples=1)
     assert advice.train is None and advice.evaluate == 0.6
@@ -237,26 +237,26 @@ def test_one_sample_is_no_group_and_gives_no_advice_on_training() -> None:
     assert advise(flat, samples=2).train == 1.0
 
 
-def test_where_most_completions_are_cut_it_is_said() -> None:
+def test_advice_with_mostly_truncated_completions_is_qualified() -> None:
     def told(cut: dict[float, float]) -> list[str]:
         points = [replace(point, truncated=cut.get(point.temperature, 0.0)) for point in table(T0_6=0.8, T1_0=0.6, T1_4=0.1)]
         return [sentence for sentence in advise(points).sentences if "length limit" in sentence]
 
-    assert told({0.6: 0.5, 1.0: 0.5, 1.4: 1.0}) == [], "half is not most, and nobody is advised to take 1.4"
+    assert told({0.6: 0.5, 1.0: 0.5, 1.4: 1.0}) == [], "half is not most, and 1.4 is not advised"
     assert told({0.6: 0.51})[0].startswith("The length limit cuts 51% of the completions at T = 0.6: ")
     assert told({0.6: 0.9, 1.0: 0.8})[0].startswith("The length limit cuts 90% of the completions at T = 0.6 and 80% of the comple")
 
 
-def test_where_the_data_cannot_tell_it_is_said() -> None:
+def test_insufficient_data_is_reported() -> None:
     points = [noisy(0.2, 0.60, spread=0.3), noisy(0.6, 0.62, spread=0.3), noisy(1.0, 0.58, spread=0.3)]
     advice = advise(points)
     assert set(regions_of(points).values()) == {ROBUST}
     assert any(sentence.startswith("The data cannot tell these temperatures apart.") for sentence in advice.sentences)
-    assert advice.train == 1.0, "none explores: the hottest of the robust ones"
+    assert advice.train == 1.0, "no temperature of controlled exploration: the hottest of the robust ones"
     assert any("none of this grid lies in controlled exploration" in sentence for sentence in advice.sentences)
 
 
-def test_an_open_border_to_collapse_is_said() -> None:
+def test_an_uncertain_border_of_collapse_is_reported() -> None:
     points = [*table(T0_6=0.8), noisy(1.0, 0.41, spread=0.3), noisy(1.4, 0.1, spread=0.05)]
     advice = advise(points)
     assert regions_of(points) == {0.6: ROBUST, 1.0: EXPLORATION, 1.4: COLLAPSE}
@@ -274,7 +274,7 @@ def test_train_where_most_groups_have_a_gradient_in_controlled_exploration() -> 
     points = table(T0_6=0.8, T0_8=0.7, T1_0=0.6, T1_2=0.5, T1_4=0.1, signal={0.6: 0.1, 0.8: 0.3, 1.0: 0.8, 1.2: 0.7, 1.4: 0.9})
     assert advise(points).train == 1.0
     tie = table(T0_6=0.8, T0_8=0.7, T1_0=0.6, signal={0.8: 0.4, 1.0: 0.4})
-    assert advise(tie).train == 0.8, "of equal ones the colder"
+    assert advise(tie).train == 0.8, "the colder of two equal temperatures"
     decided = "T = 1 gives exactly as many; the colder temperature is taken."
     assert any(decided in sentence and "significantly" not in sentence for sentence in advise(tie).sentences)
     cold, warm, hot = table(T0_6=0.8, T0_8=0.7, T1_0=0.6)
@@ -288,14 +288,14 @@ def test_train_where_most_groups_have_a_gradient_in_controlled_exploration() -> 
     )
 
 
-def test_what_is_no_more_diverse_is_not_worth_its_accuracy() -> None:
+def test_a_training_temperature_without_more_diversity_is_qualified() -> None:
     warm, hot = table(T0_6=0.8, T1_0=0.6)
     flat = TemperaturePoint(1.0, hot.correct, hot.with_gradient, warm.distinct, 0.0, 0.5)
     assert any("no more diverse" in sentence for sentence in advise([warm, flat]).sentences)
     assert not any("no more diverse" in sentence for sentence in advise([warm, hot]).sentences)
 
 
-def test_greedy_is_never_trained_at_and_a_dead_choice_is_named() -> None:
+def test_greedy_decoding_is_never_advised_for_training_and_a_choice_without_gradient_is_reported() -> None:
     alone = advise(table(T0=0.8))
     assert alone.train is None and alone.evaluate == 0.0 and "no advice" in alone.sentences[-1]
     assert advise(table(T0=0.8, T0_6=0.1)).train is None
@@ -303,22 +303,22 @@ def test_greedy_is_never_trained_at_and_a_dead_choice_is_named() -> None:
     assert dead.train == 1.0 and any("No group at this temperature has a gradient" in sentence for sentence in dead.sentences)
 
 
-def test_the_edge_of_the_grid_is_named() -> None:
+def test_a_best_temperature_at_the_edge_of_the_grid_is_reported() -> None:
     assert any("at the coldest temperature of the grid" in sentence for sentence in advise(table(T0_6=0.8, T1_0=0.6)).sentences)
     assert any("at the hottest temperature of the grid" in sentence for sentence in advise(table(T0_6=0.5, T1_0=0.6)).sentences)
     inside = advise(table(T0_2=0.1, T0_6=0.8, T1_0=0.6)).sentences
     assert not any("temperature of the grid" in sentence for sentence in inside)
 
 
-def test_nothing_right_has_no_zones() -> None:
+def test_without_correct_completions_there_are_no_regions() -> None:
     advice = advise(table(T0=0.0, T1_0=0.0))
     assert advice.regions == [] and advice.evaluate is None and advice.train is None and "No completion was correct" in advice.sentences[0]
 
 
-def test_where_the_entropy_passes_its_target() -> None:
+def test_temperature_at_the_entropy_target() -> None:
     points = table(T0=0.5, T0_4=0.5, T0_8=0.5, T1_0=0.5)  # entropies 0, 0.2, 0.4, 0.5
     assert temperature_at_entropy(points) == pytest.approx(0.6)
-    assert temperature_at_entropy(points, 0.6) is None and temperature_at_entropy(points, 0.1) is None, "T = 0 is no neighbour"
+    assert temperature_at_entropy(points, 0.6) is None and temperature_at_entropy(points, 0.1) is None, "T = 0 is not interpolated from"
     assert any("here that is T = 0.60" in sentence for sentence in advise(points).sentences)
     assert any("do not reach it" in sentence for sentence in advise(table(T0_2=0.5, T0_4=0.4)).sentences)
 
@@ -326,7 +326,7 @@ def test_where_the_entropy_passes_its_target() -> None:
 # ---- options
 
 
-def test_temperatures_are_numbers_each_once_from_cold_to_hot() -> None:
+def test_temperatures_are_parsed_and_sorted() -> None:
     assert options.sampling_temperatures(["1.0", 0, "0.6"]) == [0.0, 0.6, 1.0]
     found = options.training_temperatures(["1.0", "0.6->1.4"], steps=5)
     assert found == {"1": {"kind": "constant", "value": 1.0}, "0.6->1.4": {"kind": "linear", "start": 0.6, "end": 1.4, "steps": 4}}

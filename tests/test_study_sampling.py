@@ -1,4 +1,4 @@
-"""``grpo-fast study sampling``: what the sampler and the rewards are asked, what is kept and gone on from, and what is refused for it."""
+"""``grpo-fast study sampling``: calls of sampler and rewards, stored measurements, continuation, and settings that are refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from study_cases import ROWS, Counting, made, run, sampled
 from grpo_fast.generation import SamplingParams
 from grpo_fast.rewards import FormatReward
 from grpo_fast.study import generate_completions, result_files, sampling, sampling_setup
-from grpo_fast.study.generate_completions import CompletionGenerator, SamplerCall, TemperatureSamples
+from grpo_fast.study.generate_completions import SamplerCall, TemperatureSampler, TemperatureSamples
 
 pytest_plugins = ["study_cases"]
 
@@ -31,7 +31,7 @@ Calls = list[tuple[int, SamplingParams]]
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
-    """What the sampler is asked: how many prompts, and how."""
+    """Records the calls of the sampler: the number of prompts, and the parameters."""
     asked: Calls = []
 
     class Listening(Counting):
@@ -43,25 +43,25 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     return asked
 
 
-def drawer(*arguments: str, **more: Any) -> CompletionGenerator:
-    prepared = made(*arguments, **more)
-    return CompletionGenerator(prepared, sampling_setup.load_model(prepared))
+def drawer(*arguments: str, **more: Any) -> TemperatureSampler:
+    study = made(*arguments, **more)
+    return TemperatureSampler(study, sampling_setup.load_model(study))
 
 
 def silent(temperature: float, done: int, total: int) -> None: ...
 
 
-# ---- what the sampler is asked
+# ---- calls of the sampler
 
 
-def test_the_sampler_is_asked_what_was_said(here: Path, calls: Calls) -> None:
+def test_the_sampler_gets_the_settings(here: Path, calls: Calls) -> None:
     drawer("--top_p", "0.9", "--top_k", "7", "--min_p", "0.05", "--samples", "2", "--rounds", "1").generate(0.7, silent)
     ((_, params),) = calls
     assert (params.top_p, params.top_k, params.min_p, params.max_new_tokens) == (0.9, 7, 0.05, 6)
     assert list(params.temperatures) == [0.7] * 8
 
 
-def test_random_numbers_are_those_of_round_and_prompts_and_the_same_at_every_temperature(here: Path, calls: Calls) -> None:
+def test_random_seeds_depend_on_round_and_prompts_and_not_on_the_temperature(here: Path, calls: Calls) -> None:
     def seeds(temperature: float) -> list[Any]:
         calls.clear()
         drawer("--samples", "2", "--rounds", "3", width="4").generate(temperature, silent)
@@ -73,25 +73,25 @@ def test_random_numbers_are_those_of_round_and_prompts_and_the_same_at_every_tem
 
 
 @pytest.mark.parametrize(("width", "expected"), [("1", [2] * 4), ("5", [4, 4]), ("6", [6, 2]), ("64", [8])])
-def test_whole_groups_are_drawn_at_once(here: Path, calls: Calls, width: str, expected: list[int]) -> None:
+def test_a_call_gets_whole_groups(here: Path, calls: Calls, width: str, expected: list[int]) -> None:
     """As many as fit, and at least one."""
     drawer("--samples", "2", "--rounds", "1", width=width).generate(0.7, silent)
     assert [prompts for prompts, _ in calls] == expected
 
 
-def test_sixty_four_at_once_unless_said_otherwise(here: Path) -> None:
+def test_a_call_gets_sixty_four_completions_by_default(here: Path) -> None:
     given = ["--model", "./model", "--dataset", "rows.jsonl", *FEW, "--use_cpu"]
     assert sampling_setup.prepare_sampling(given).config.per_device_eval_batch_size == 64
     assert next(line for line in run("sampling", "--help").splitlines() if line.startswith("--per_device_eval")).split()[1] == "64"
     Path("sums.yaml").write_text("model: ./model\ndataset: rows.jsonl\nper_device_eval_batch_size: 4\nnum_generations: 4\n")
-    prepared = sampling_setup.prepare_sampling(["sums.yaml", "--rewards", "accuracy", "--use_cpu"])
-    assert prepared.config.per_device_eval_batch_size == 4 and prepared.options.samples == 4, "a group is that of the training"
+    study = sampling_setup.prepare_sampling(["sums.yaml", "--rewards", "accuracy", "--use_cpu"])
+    assert study.config.per_device_eval_batch_size == 4 and study.options.samples == 4, "the group size of the training"
 
 
-# ---- what the rewards are asked
+# ---- calls of the rewards
 
 
-def test_rewards_are_given_the_policys_log_probabilities_and_no_others(here: Path, calls: Calls) -> None:
+def test_rewards_get_the_log_probabilities_of_the_policy(here: Path, calls: Calls) -> None:
     Path("given.py").write_text(
         "SEEN = []\n\n\ndef look(completion_ids, ref_logprobs, logprobs, answer, **columns):\n"
         "    SEEN.append((completion_ids, ref_logprobs, logprobs, answer))\n    return [float(i % 2) for i in range(len(answer))]\n"
@@ -107,12 +107,12 @@ def test_rewards_are_given_the_policys_log_probabilities_and_no_others(here: Pat
         torch.testing.assert_close(torch.tensor(ref), own, rtol=0, atol=1e-5)
 
 
-def _function_of(drawing: CompletionGenerator) -> Any:
+def _function_of(drawing: TemperatureSampler) -> Any:
     (reward,) = drawing.study.runner.reward_funcs
     return getattr(reward, "__wrapped__", reward)
 
 
-def _logprobs(drawing: CompletionGenerator, call: SamplerCall, temperature: float) -> torch.Tensor:
+def _logprobs(drawing: TemperatureSampler, call: SamplerCall, temperature: float) -> torch.Tensor:
     rows = []
     for row, completion in zip(call.rows, call.completions, strict=True):
         ids = drawing.study.tokenizer(row["prompt"])["input_ids"]
@@ -123,16 +123,16 @@ def _logprobs(drawing: CompletionGenerator, call: SamplerCall, temperature: floa
 
 
 @pytest.mark.parametrize(("weights", "flat"), [(["1", "0"], False), (["0", "1"], True), (["1", "1"], False)])
-def test_a_group_is_without_a_gradient_by_the_weighted_rewards(here: Path, calls: Calls, weights: list[str], flat: bool) -> None:
+def test_zero_std_depends_on_the_weighted_rewards(here: Path, calls: Calls, weights: list[str], flat: bool) -> None:
     """The first reward differs within each group, the second does not."""
     rewards = ("study_rewards.py:differs", "study_rewards.py:same")
     drawing = drawer("--samples", "2", "--rounds", "1", "--correct", rewards[0], "--reward_weights", *weights, rewards=rewards)
     drawn = drawing.generate(0.6, silent)
     assert drawn.zero_std == [flat] * 4
-    assert sampling.measure(drawn, drawing.study)["per_prompt"]["zero_std_correct"] == [0.0] * 4, "weights do not touch the judging one"
+    assert sampling.measure(drawn, drawing.study)["per_prompt"]["zero_std_correct"] == [0.0] * 4, "weights do not matter here"
 
 
-def test_coherence_knows_whether_the_prompt_opens_the_thinking(here: Path) -> None:
+def test_coherence_follows_think_opened_of_the_format_reward(here: Path) -> None:
     assert made(rewards=("accuracy", "format")).coherence is not None
     for opened in (True, False):
         coherence = sampling_setup._coherence_reward([FormatReward(think_opened=opened)])
@@ -140,7 +140,7 @@ def test_coherence_knows_whether_the_prompt_opens_the_thinking(here: Path) -> No
     assert made(rewards=("accuracy",)).coherence is None
 
 
-# ---- what is kept
+# ---- stored measurements
 
 
 def found() -> dict[str, Any]:
@@ -157,21 +157,21 @@ def without_times(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def dies_at(monkeypatch: pytest.MonkeyPatch, temperature: float, error: type[BaseException]) -> list[float]:
-    """Drawing fails there; what was begun is told."""
-    generate, begun = CompletionGenerator.generate, []
+    """Makes sampling fail at this temperature. Returns the temperatures that were begun."""
+    generate, begun = TemperatureSampler.generate, []
 
-    def dies(self: CompletionGenerator, asked: float, on_calls: Callable[[float, int, int], None]) -> TemperatureSamples:
+    def dies(self: TemperatureSampler, asked: float, on_calls: Callable[[float, int, int], None]) -> TemperatureSamples:
         begun.append(asked)
         if asked == temperature:
             raise error("not today")
         return generate(self, asked, on_calls)
 
-    monkeypatch.setattr(CompletionGenerator, "generate", dies)
+    monkeypatch.setattr(TemperatureSampler, "generate", dies)
     return begun
 
 
 @pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, 130), (FloatingPointError, 1)])
-def test_interrupted_it_goes_on(here: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException], status: int) -> None:
+def test_an_interrupted_study_continues(here: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException], status: int) -> None:
     given = [*FEW, "--temperatures", "0", "0.5", "1.5"]
     sampled(*given)
     whole, parts = found(), measured()
@@ -184,7 +184,7 @@ def test_interrupted_it_goes_on(here: Path, monkeypatch: pytest.MonkeyPatch, err
 
     begun = dies_at(monkeypatch, -1.0, error)
     sampled(*given)
-    assert begun == [1.5], "what is finished is not drawn again"
+    assert begun == [1.5], "finished temperatures are not sampled again"
     assert without_times(measured()) == without_times(parts)
     assert found() | {"runs": without_times(found()["runs"])} == whole | {"runs": without_times(whole["runs"])}
 
@@ -192,7 +192,7 @@ def test_interrupted_it_goes_on(here: Path, monkeypatch: pytest.MonkeyPatch, err
     sampled(*FEW, "--temperatures", "0.8", "0.5")
     assert begun == [1.5, 0.8] and [row["temperature"] for row in found()["rows"]] == [0.5, 0.8]
     assert [one["temperature"] for one in measured()] == [0.0, 0.5, 0.8, 1.5]
-    monkeypatch.setattr(sampling_setup, "load_model", lambda prepared: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(sampling_setup, "load_model", lambda study: pytest.fail("the model was loaded"))
     out = sampled(*given)
     assert begun == [1.5, 0.8] and found()["rows"] == whole["rows"] and found()["advice"] == whole["advice"]
     assert all(sentence in out for sentence in whole["advice"]["sentences"])
@@ -223,7 +223,7 @@ def test_a_result_without_its_measurements_is_shown_again_and_not_extended(here:
         (["--quick"], "and now "),
     ],
 )
-def test_other_settings_are_another_study(here: Path, more: list[str], message: str) -> None:
+def test_a_file_with_other_settings_is_refused(here: Path, more: list[str], message: str) -> None:
     sampled(*FEW, "--temperatures", "1.0")
     before = Path("found.json").read_bytes()
     assert message in sampled(*FEW, "--temperatures", "1.0", *more, status=2)
@@ -231,7 +231,7 @@ def test_other_settings_are_another_study(here: Path, more: list[str], message: 
 
 
 @pytest.mark.parametrize("rows", [ROWS[:2], [ROWS[0] | {"answer": "another"}, *ROWS[1:]]], ids=["prompts", "answers"])
-def test_other_rows_under_the_same_name_are_another_study(here: Path, rows: list[dict[str, str]]) -> None:
+def test_a_file_with_other_rows_is_refused(here: Path, rows: list[dict[str, str]]) -> None:
     shutil.copy("rows.jsonl", "mine.jsonl")
     sampled(*FEW, "--dataset", "mine.jsonl", "--temperatures", "1.0")
     Path("mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -239,21 +239,21 @@ def test_other_rows_under_the_same_name_are_another_study(here: Path, rows: list
 
 
 @pytest.mark.parametrize("text", ["{", '{"kind": "temperature_training", "runs": []}', "[]", '{"kind": "temperature_sampling"}'])
-def test_a_file_of_something_else_is_left_alone(here: Path, text: str) -> None:
+def test_a_file_with_other_content_is_refused_and_kept(here: Path, text: str) -> None:
     Path("found.json").write_text(text)
     out = sampled(*FEW, status=2)
     assert "which holds " in out and "expected a study of sampling to go on with. Fix: another --output, or remove the file." in out
     assert Path("found.json").read_text() == text
 
 
-def test_a_quick_look_replaces_a_quick_look(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quick_study_replaces_a_quick_study(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun = dies_at(monkeypatch, -1.0, KeyboardInterrupt)
     for samples in ("2", "3"):
         sampled("--rewards", "accuracy", "--quick", "--temperatures", "1.0", "--samples", samples)
     assert begun == [1.0, 1.0] and found()["options"]["samples"] == 3 and found()["quick"] is True
 
 
-def test_of_several_commits_it_is_said(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_different_versions_are_reported(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sampled(*FEW, "--temperatures", "1.0")
     here_made = result_files.versions()
     assert measured()[0]["made_with"] == found()["runs"][0]["made_with"] == here_made
@@ -263,12 +263,12 @@ def test_of_several_commits_it_is_said(here: Path, monkeypatch: pytest.MonkeyPat
     assert f"The temperatures were not all measured with the same: torch (9.9, {here_made['torch']})." in out
 
 
-def test_secrets_are_in_no_result(here: Path) -> None:
+def test_secrets_are_not_stored(here: Path) -> None:
     sampled(*FEW, "--temperatures", "1.0", "--model_init_kwargs", '{"token": "hf_abc", "dtype": "float32"}')
     assert found()["options"]["model_init_kwargs"] == {"dtype": "float32"} and "hf_abc" not in Path("found.json").read_text()
 
 
-def test_tables_are_shown_before_a_result_that_cannot_be_written_is_lost(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_are_printed_if_the_result_cannot_be_written(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: Path, text: str) -> None:
         raise OSError("no space left on device")
 
@@ -278,7 +278,7 @@ def test_tables_are_shown_before_a_result_that_cannot_be_written_is_lost(here: P
     assert "warning: finished measurements cannot be stored" in out
 
 
-# ---- what is refused or said before any work
+# ---- refused settings and warnings
 
 
 @pytest.mark.parametrize(
@@ -290,28 +290,28 @@ def test_tables_are_shown_before_a_result_that_cannot_be_written_is_lost(here: P
         ("--learning_rate", "leave it"),
     ],
 )
-def test_what_sampling_does_not_read_is_refused_on_the_command_line(here: Path, option: str, fix: str) -> None:
+def test_settings_that_sampling_does_not_read_are_refused_on_the_command_line(here: Path, option: str, fix: str) -> None:
     out = sampled(*FEW, option, "1", status=2)
     assert f"command line: {option} is not read by the sampling study; expected what --help shows. Fix: {fix}" in out
     assert "warning" not in out and not Path("found.json").exists()
 
 
-def test_a_place_that_only_seems_to_be_one_is_refused(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling_setup, "load_model", lambda prepared: pytest.fail("the model was loaded"))
+def test_an_output_that_cannot_be_written_is_refused(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling_setup, "load_model", lambda study: pytest.fail("the model was loaded"))
     for place in ("/proc/x/y.json", "/proc/y.json"):
         assert f"output is '{place}'; expected a place to write to" in sampled(*FEW, "--output", place, status=2)
     assert "is not read" in sampled(*FEW, "--output", "new/folder/found.json", "--temperature", "1", status=2) and not Path("new").exists()
     assert "correct is" in sampled(*FEW, "--output", "new/folder/found.json", "--correct", "no", status=2) and not Path("new").exists()
 
 
-def test_fewer_rows_than_asked_are_said(here: Path) -> None:
+def test_fewer_rows_than_requested_give_a_warning(here: Path) -> None:
     assert "warning: prompts is 9, and only 4 rows can be used." in sampled(*FEW, "--temperatures", "1.0", "--prompts", "9")
     Path("found.json").unlink()
     Path("found.raw.json").unlink()
-    assert "warning" not in sampled(*FEW, "--temperatures", "1.0"), "nobody asked for the hundred"
+    assert "warning" not in sampled(*FEW, "--temperatures", "1.0"), "the default number of prompts gives no warning"
 
 
-def test_a_log_file_hears_of_it_from_the_beginning(here: Path) -> None:
+def test_a_log_file_gets_progress_lines(here: Path) -> None:
     out = sampled(*FEW, "--temperatures", "0.5", "1.0", "--per_device_eval_batch_size", "4")
     lines = [line for line in out.splitlines() if "calls of the sampler" in line]
     assert [line[line.index("T = ") :].split(" calls")[0] for line in lines] == [
@@ -322,7 +322,7 @@ def test_a_log_file_hears_of_it_from_the_beginning(here: Path) -> None:
     ]
 
 
-def test_with_one_sample_nothing_is_said_of_groups(here: Path) -> None:
+def test_with_one_sample_groups_are_not_mentioned(here: Path) -> None:
     out = run(
         "sampling", "--model", "demo", "--dataset", "demo", "--rewards", "accuracy", "format", "--use_cpu", "--quick", "--samples", "1"
     )

@@ -1,4 +1,4 @@
-"""``grpo-fast study training``: from end to end at toy size, what it goes on with, what it says of it, and what it refuses."""
+"""``grpo-fast study training``: from end to end at toy size, continuation, summary, advice, and settings that are refused."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_training_from_the_command_line_interrupted_resumed_and_extended(here: P
     assert cold["curves"]["temperature"] == [0.5] * 3
     assert rising["curves"]["temperature"] == pytest.approx([0.6, 1.0, 1.4])
     assert all(len(curve) == 3 for curve in rising["curves"].values())
-    assert min(rising["curves"]["zero_std"]) < 1, "or nothing is trained, and no run could disturb the next"
+    assert min(rising["curves"]["zero_std"]) < 1, "otherwise nothing is trained, and no run could affect the next"
     assert cold["curves"]["entropy"][0] < rising["curves"]["entropy"][0], "the same weights are more certain at 0.5 than at 0.6"
     assert all(sentence in whole for sentence in found["advice"]["sentences"])
     told = [line for line in whole.splitlines() if line.startswith("seed ") and "━" not in line]
@@ -78,13 +78,13 @@ def test_training_from_the_command_line_interrupted_resumed_and_extended(here: P
     lines = list(csv.DictReader(Path("training.csv").read_text().splitlines()))
     assert len(lines) == 2 * 3 * 2 and {line["trained_at"] for line in lines} == set(labels)
 
-    # Killed after two of its runs, it goes on: what was there stays, what is made again is the same.
+    # Interrupted after two runs, it continues: finished runs are kept, and the others are the same as before.
     cell = training._train_and_evaluate
 
-    def dies(prepared: Any, start: Any, seed: int, label: str, on_step: Any) -> Any:
+    def dies(study: Any, start: Any, seed: int, label: str, on_step: Any) -> Any:
         if label == "0.6->1.4":
             raise KeyboardInterrupt
-        return cell(prepared, start, seed, label, on_step)
+        return cell(study, start, seed, label, on_step)
 
     Path("training.json").unlink()
     Path("training.raw.json").unlink()
@@ -102,7 +102,7 @@ def test_training_from_the_command_line_interrupted_resumed_and_extended(here: P
     assert [each["table"] for each in again["runs"]] == [each["table"] for each in found["runs"]]
     assert again["evaluation"] == found["evaluation"] and again["advice"] == found["advice"]
 
-    # Nothing is left to do; one more temperature is; and a narrower question is answered from the same file.
+    # Nothing is missing; then one more temperature with fewer seeds, from the same file.
     starts.clear()
     run(*given, "--seeds", "2")
     assert starts == []
@@ -111,7 +111,7 @@ def test_training_from_the_command_line_interrupted_resumed_and_extended(here: P
     assert starts == [0] and cells(wider) == [*cells(found), (0, "2")] and wider["trained_at"] == ["before", "0.5", "2"]
     assert wider["seeds"] == 1 and wider["evaluation"]["0.5"]["1"]["accuracy"]["error"] is None
 
-    # Other settings are another study, whichever they are.
+    # Any other setting is refused.
     others = {"steps": "4", "prompts": "2", "group_size": "3", "learning_rate": "0.01", "loss_type": "grpo", "warm_start_steps": "3"}
     others |= {"evaluation_prompts": "2", "eval_temperatures": "0.5"}
     assert set(others) == set(wider["options"])
@@ -119,12 +119,12 @@ def test_training_from_the_command_line_interrupted_resumed_and_extended(here: P
         changed = run("training", *TRAIN, f"--{name}", value, status=2)
         assert f"a study with {name} = {wider['options'][name]!r}, and now {name} is" in changed
         assert "expected the same, to go on with it. Fix: another --output" in changed
-    assert "now quick is True" in run("training", *TRAIN, "--quick", status=2), "a quick look does not take the place of a study"
+    assert "now quick is True" in run("training", *TRAIN, "--quick", status=2), "a quick study does not replace another study"
     assert stored() == wider
 
 
 def test_means_errors_and_advice_over_seeds_worked_by_hand(tmp_path: Path) -> None:
-    """Three seeds; at T = 1 the second training is better on each by 0.1 or so, at T = 0 nothing is told."""
+    """Three seeds; at T = 1 the second training is better on each by 0.1 or so, at T = 0 no difference is significant."""
     accuracy = {"before": [(0.0, 0.2)] * 3, "0.6": [(0.9, 0.5), (0.8, 0.6), (0.7, 0.4)], "1": [(0.8, 0.61), (0.9, 0.7), (0.7, 0.51)]}
     runs = []
     for label, of_seeds in accuracy.items():
@@ -136,8 +136,8 @@ def test_means_errors_and_advice_over_seeds_worked_by_hand(tmp_path: Path) -> No
     schedules = {"0.6": {}, "1": {}}
     told = {"eval_temperatures": [0.0, 1.0]}
     result = {"runs": runs, "options": told}
-    prepared = training_setup.TrainingStudy(DemoOptions(), schedules, [0.0, 1.0], 3, False, tmp_path / "x.json", result)
-    found = training_summary.summarize_training(prepared)
+    study = training_setup.TrainingStudy(DemoOptions(), schedules, [0.0, 1.0], 3, False, tmp_path / "x.json", result)
+    found = training_summary.summarize_training(study)
     cell = found["evaluation"]["0.6"]["1"]["accuracy"]
     assert cell["mean"] == pytest.approx(0.5) and cell["error"] == pytest.approx(0.1 / math.sqrt(3))
     assert found["training"]["1"]["entropy"]["first"]["mean"] == 0.0
@@ -157,18 +157,18 @@ def test_means_errors_and_advice_over_seeds_worked_by_hand(tmp_path: Path) -> No
     for one in runs:
         if one["trained_at"] == "0.6":
             one["table"][0]["accuracy"] += 0.5
-    certain = training_summary.summarize_training(prepared)["advice"]["sentences"][-1]
+    certain = training_summary.summarize_training(study)["advice"]["sentences"][-1]
     assert certain == "Train at 0.6 and evaluate at T = 0: the highest accuracy of the table, 1.300, significantly above all others."
 
     for one in runs:
         for quality in one["table"]:
             quality["accuracy"] = 0.0
-    nothing = training_summary.summarize_training(prepared)["advice"]
+    nothing = training_summary.summarize_training(study)["advice"]
     assert nothing["train"] is None and nothing["evaluate"] is None
     assert [sentence.split(",")[0] for sentence in nothing["sentences"]] == ["No answer was correct after any training"]
 
 
-def test_a_long_list_is_cut() -> None:
+def test_a_long_list_is_shortened() -> None:
     names = [str(i) for i in range(10)]
     assert (
         training_summary._shorten(names[:8]) == "0, 1, 2, 3, 4, 5, 6, 7" and training_summary._shorten(names, "; ", 2) == "0; 1; and 8 more"
@@ -213,7 +213,7 @@ def test_training_refuses_before_any_work(here: Path, monkeypatch: pytest.Monkey
     assert not Path("training.json").exists() and Path("other.json").read_text() == '{"kind": "cpu"}'
 
 
-def test_a_quick_look_begins_anew(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quick_study_starts_from_the_beginning(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     starts: list[int] = []
     monkeypatch.setattr(training, "warm_start", lambda demo: starts.append(demo.seed) or warm_start(demo))
     quick = ["training", "--quick", "--temperatures", "1.0", "--eval_temperatures", "1.0"]
@@ -222,7 +222,7 @@ def test_a_quick_look_begins_anew(here: Path, monkeypatch: pytest.MonkeyPatch) -
     found = stored("runs/study/training_quick.json")
     assert found["options"]["steps"] == 3 and len(found["runs"]) == 2
     assert "Train at 1 and evaluate at T = 1: the only accuracy of the table" in out or "No answer was correct" in out
-    assert run(*quick, "--steps", "2") and starts == [0, 0], "whatever the options of the look before"
+    assert run(*quick, "--steps", "2") and starts == [0, 0], "whatever the options of the previous quick study"
     again = stored("runs/study/training_quick.json")
     assert len(again["runs"]) == 2 and again["options"]["steps"] == 2
     whole = ["--seeds", "1", "--steps", "2", "--warm_start_steps", "10", "--prompts", "4", "--evaluation_prompts", "8"]
@@ -231,7 +231,7 @@ def test_a_quick_look_begins_anew(here: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_each_temperature_has_a_name_of_its_own(here: Path) -> None:
-    """Six digits would make one of two, and answer for one with what was measured at the other."""
+    """With six digits two temperatures would have the same name, and share their results."""
     assert [options.temperature_name(t) for t in (1.0, 0.6, 0.60000001, 1e-3, 0.1 + 0.2)] == [
         "1",
         "0.6",
@@ -263,13 +263,13 @@ def test_equal_temperatures_are_refused(twice: list[str]) -> None:
         options.training_temperatures(twice, 3)
 
 
-def test_the_ends_of_what_float32_can_do_are_taken() -> None:
+def test_the_smallest_and_the_largest_temperature_are_accepted() -> None:
     assert options.sampling_temperatures(["-0.0", "1000", "0.001"]) == [0.0, 0.001, 1000.0]
     assert math.copysign(1, options.sampling_temperatures(["-0.0"])[0]) == 1
     assert set(options.training_temperatures(["0.001->1000"], 3)) == {"0.001->1000"}
 
 
-def test_every_evaluation_is_drawn_with_the_seed_of_its_run(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_evaluation_has_the_seed_of_its_run(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seeds: list[int] = []
     evaluate = training.evaluate
 
@@ -282,7 +282,7 @@ def test_every_evaluation_is_drawn_with_the_seed_of_its_run(here: Path, monkeypa
     assert seeds == [0, 0, 1, 1]
 
 
-def test_what_was_made_elsewhere_is_said(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_of_different_versions_are_reported(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = ["training", *TRAIN, "--steps", "1", "--temperatures", "1.0"]
 
     def at(commit: str, *more: str) -> str:
@@ -294,7 +294,7 @@ def test_what_was_made_elsewhere_is_said(here: Path, monkeypatch: pytest.MonkeyP
     found = stored()
     assert [each["made_with"] for each in found["runs"]] == [{"torch": "2.13.0", "commit": "aaaaaaa"}] * 2
     assert all(len(each["load_average"]) == 2 for each in found["runs"])
-    assert "commit" not in at("bbbbbbb", "--seeds", "1"), "nothing is made, and what there is was made by one"
+    assert "commit" not in at("bbbbbbb", "--seeds", "1"), "no run is added, and all finished runs have one version"
     out = at("bbbbbbb", "--seeds", "2")
     assert "warning: the runs to be added to training.json differ from the finished ones in commit (aaaaaaa, bbbbbbb)" in out
     sentence = "The runs were not all made with the same commit (aaaaaaa, bbbbbbb)."
@@ -307,13 +307,13 @@ def test_what_was_made_elsewhere_is_said(here: Path, monkeypatch: pytest.MonkeyP
     del again["quick"]
     Path("training.json").write_text(json.dumps(again))
     Path("training.raw.json").unlink()
-    assert "not all made" not in at("bbbbbbb", "--seeds", "2"), "all of unknown"
+    assert "not all made" not in at("bbbbbbb", "--seeds", "2"), "all runs have unknown versions"
     out = at("bbbbbbb", "--seeds", "3")
     assert "the finished ones in torch (unknown, 2.13.0), commit (unknown, bbbbbbb)" in out
     assert "not all made with the same torch (unknown, 2.13.0), commit (unknown, bbbbbbb)." in out
 
 
-def test_what_a_run_is_made_with_is_what_is_installed() -> None:
+def test_recorded_versions_are_those_installed() -> None:
     import torch
     import transformers
 

@@ -22,7 +22,7 @@ from grpo_fast.utils.text_statistics import completion_statistics
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["CompletionGenerator", "OnCalls", "SamplerCall", "TemperatureSamples"]
+__all__ = ["TemperatureSampler", "OnCalls", "SamplerCall", "TemperatureSamples"]
 
 OnCalls = Callable[[float, int, int], None]
 
@@ -66,7 +66,7 @@ class TokenSums(NamedTuple):
     compared: torch.Tensor  # tokens with a logprob from the sampler
 
 
-class CompletionGenerator:
+class TemperatureSampler:
     """Generates and scores completions. Each call of the sampler gets whole groups, at most ``per_device_eval_batch_size`` completions.
 
     Args:
