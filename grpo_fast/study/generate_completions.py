@@ -22,7 +22,7 @@ from grpo_fast.utils.text_statistics import completion_statistics
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["TemperatureSampler", "OnCalls", "SamplerCall", "TemperatureSamples"]
+__all__ = ["OnCalls", "SamplerCall", "TemperatureSampler", "TemperatureSamples"]
 
 OnCalls = Callable[[float, int, int], None]
 

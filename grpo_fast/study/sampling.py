@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from grpo_fast.loss.statistics import zero_variance_share
 from grpo_fast.rewards import FormatReward, canonical_answer, extract_answer
 from grpo_fast.study.estimates import split_groups
-from grpo_fast.study.generate_completions import TemperatureSampler, OnCalls, TemperatureSamples
+from grpo_fast.study.generate_completions import OnCalls, TemperatureSampler, TemperatureSamples
 from grpo_fast.study.result_files import JSONObject, versions
 from grpo_fast.study.sampling_setup import SamplingStudy
 from grpo_fast.study.sampling_summary import mean_or_none, summarize_sampling
