@@ -42,7 +42,7 @@ def refused(error: type[Exception], *pieces: str, **settings: Any) -> None:
     assert re.search(".*".join(("LossConfig: ", *pieces)), str(caught.value), re.DOTALL), f"{pieces} not in: {caught.value}"
 
 
-def test_every_setting_is_spoken_of_here() -> None:
+def test_every_setting_is_tested_here() -> None:
     other = {"bias_corrected_kl", "max_completion_length"}
     assert {field.name for field in dataclasses.fields(LossConfig)} == {*NUMBERS, *OPTIONAL_NUMBERS, *NAMES, *other}
 
@@ -152,16 +152,16 @@ def test_a_name_cannot_be_left_out(name: str) -> None:
 @pytest.mark.parametrize("name", ["delta", "dual_clip"])
 def test_bounds_of_the_clip_belong_to_the_clip(loss_type: str, name: str) -> None:
     """Silently without effect otherwise."""
-    cure = f"drop {name}, or take a loss_type that clips"
-    refused(ValueError, f"{name} is 9.0; expected None with loss_type='{loss_type}'", cure, loss_type=loss_type, **{name: 9.0})
+    fix = f"drop {name}, or take a loss_type that clips"
+    refused(ValueError, f"{name} is 9.0; expected None with loss_type='{loss_type}'", fix, loss_type=loss_type, **{name: 9.0})
 
 
 @pytest.mark.parametrize("loss_type", ["vespo", "reinforce", "dppo_tv", "dppo_kl"])
 @pytest.mark.parametrize("level", ["sequence", "sequence_token"])
 def test_a_level_where_there_is_no_ratio(loss_type: str, level: str) -> None:
-    cure = f"leave importance_sampling_level unset with loss_type='{loss_type}'"
+    fix = f"leave importance_sampling_level unset with loss_type='{loss_type}'"
     refused(
-        ValueError, f"importance_sampling_level is '{level}'; expected 'token'", cure, loss_type=loss_type, importance_sampling_level=level
+        ValueError, f"importance_sampling_level is '{level}'; expected 'token'", fix, loss_type=loss_type, importance_sampling_level=level
     )
 
 

@@ -1,7 +1,7 @@
-"""Which member of the GRPO family is trained: one frozen dataclass, and the one table of loss types.
+"""The settings of the loss: the frozen dataclass LossConfig, and the table of loss types.
 
-Every loss type is a row ``(surrogate, ratio level, aggregation)``. The kernels never see the name: they see the surrogate, and one
-weight per token that the aggregation has made. To add a loss type, add a row.
+A loss type is a row ``(surrogate, ratio level, aggregation)`` of ``LOSS_TYPES``. The kernels get the number of the surrogate, the settings
+whose field says ``KERNEL``, and one weight per token, computed from the aggregation. CONTRIBUTING.md explains how to add a loss.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 __all__ = ["AGGREGATIONS", "KL_ESTIMATORS", "LEVELS", "LOSS_TYPES", "SURROGATES", "LossConfig", "LossRow"]
 
-# The kernels get a name as its position in its tuple. After a change: python tools/generate_loss_settings.py
+# The kernels get the position of a name. New names go to the end; then run python tools/generate_loss_settings.py.
 SURROGATES = ("clip", "cispo", "sapo", "reinforce", "vespo", "dppo_tv", "dppo_kl")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 LEVELS = ("token", "sequence", "sequence_token")
@@ -29,30 +29,30 @@ AGGREGATIONS = (
     "nonempty_sequence_sum",
 )
 ENTROPY_AGGREGATIONS = ("same", "token_mean")
-KERNEL = {"kernel": True}  # metadata of a field of LossConfig that the kernels take, in the order of the fields
-_REAL: tuple[type, ...] = (int, float, numbers.Real)  # NumPy's are among the last
+KERNEL = {"kernel": True}  # metadata of the fields of LossConfig that the kernels take
+_REAL: tuple[type, ...] = (int, float, numbers.Real)  # numbers.Real includes NumPy's scalars
 LARGEST_LOG_RATIO = 80  # exp(88.8) overflows float32
 
-_known_cispo_bounds: set[float] = set()  # below 1, and spoken of or meant
+_known_cispo_bounds: set[float] = set()  # bounds below 1 that were warned of
 
 
 class LossRow(NamedTuple):
-    """What a loss type is made of."""
+    """The three parts of a loss type."""
 
     surrogate: str  # per-token objective, one of SURROGATES
-    level: str  # over what the importance ratio is taken, one of LEVELS
-    aggregation: str  # how tokens are weighted into one number, one of AGGREGATIONS
+    level: str  # of the importance ratio, one of LEVELS
+    aggregation: str  # the weights of the tokens, one of AGGREGATIONS
 
 
 LOSS_TYPES: dict[str, LossRow] = {
     "grpo": LossRow("clip", "token", "sequence_mean"),  # DeepSeekMath, arXiv:2402.03300
-    "bnpo": LossRow("clip", "token", "token_mean"),  # TRL's name for the mean over the local batch's tokens
+    "bnpo": LossRow("clip", "token", "token_mean"),  # TRL's name for the mean over the tokens of the local batch
     "dr_grpo": LossRow("clip", "token", "fixed_length"),  # Dr. GRPO, arXiv:2503.20783
     "dapo": LossRow("clip", "token", "global_token_mean"),  # DAPO, arXiv:2503.14476
     "cispo": LossRow("cispo", "token", "global_token_mean"),  # MiniMax-M1, arXiv:2506.13585
     "sapo": LossRow("sapo", "token", "sequence_mean"),  # SAPO, arXiv:2511.20347
     "luspo": LossRow("clip", "sequence", "sequence_sum"),  # LUSPO, arXiv:2602.05261
-    "vespo": LossRow("vespo", "token", "global_token_mean"),  # VESPO, arXiv:2602.10693 (its weight is a sequence's, its gradient a token's)
+    "vespo": LossRow("vespo", "token", "global_token_mean"),  # VESPO, arXiv:2602.10693 (sequence-level weight, token-level gradient)
     "gspo": LossRow("clip", "sequence", "sequence_mean"),  # GSPO, arXiv:2507.18071
     "dppo_tv": LossRow("dppo_tv", "token", "global_token_mean"),  # DPPO with a binary total variation, arXiv:2602.04879
     "dppo_kl": LossRow("dppo_kl", "token", "global_token_mean"),  # DPPO with a binary KL divergence, arXiv:2602.04879
@@ -62,13 +62,13 @@ LOSS_TYPES: dict[str, LossRow] = {
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Settings of the loss. Immutable, hashable, checked on construction.
+    """Settings of the loss: immutable, hashable, checked on construction.
 
     Args:
         loss_type: a name of ``LOSS_TYPES``; it sets surrogate, ratio level and aggregation.
         epsilon_low: the ratio is clipped below ``1 - epsilon_low``.
         epsilon_high: the ratio is clipped above ``1 + epsilon_high``. With ``loss_type="cispo"`` it is the raw upper bound of the ratio
-            (as in TRL and MiniMax-M1), so 5.0 rather than 0.2: a bound below 1 makes every ratio smaller, and a warning says so.
+            (as in TRL and MiniMax-M1), so 5.0 rather than 0.2: a bound below 1 reduces every ratio, and is warned of.
         delta: upper bound of the unclipped ratio, ``> 1 + epsilon_high`` (two-sided clipping, INTELLECT-2, arXiv:2505.07291).
         dual_clip: bound ``c > 1`` of the loss of a negative advantage: at most ``-c * A`` (Dual-clip PPO, arXiv:1912.09729).
         beta: weight of the KL penalty against the reference policy; 0 needs no ``ref_logprobs``.
@@ -93,7 +93,8 @@ class LossConfig:
         max_completion_length: the fixed length of ``"fixed_length"`` (Dr. GRPO), in tokens; required there.
 
     Raises:
-        ValueError: names the setting, its value, what was expected and the cure.
+        ValueError: a setting is out of range or does not fit the loss type; the message names the setting, its value, what was expected
+            and the fix.
         TypeError: a setting has the wrong type.
 
     Example:
@@ -149,7 +150,7 @@ class LossConfig:
         is_number = isinstance(value, _REAL) and not isinstance(value, bool)
         if not is_number:
             raise TypeError(f"LossConfig: {name} is {value!r} ({type(value).__name__}); expected a number{' or None' if optional else ''}.")
-        if not isinstance(value, (int, float)):  # NumPy's
+        if not isinstance(value, (int, float)):  # a NumPy scalar
             value = float(value)
             object.__setattr__(self, name, value)
         _require(abs(value) < math.inf and abs(value) <= sys.float_info.max, name, value, "a finite number")
@@ -174,24 +175,24 @@ class LossConfig:
     def _check_combinations(self) -> None:
         if self.surrogate != "clip":
             for name in ("delta", "dual_clip"):
-                value, cure = getattr(self, name), f"drop {name}, or take a loss_type that clips (grpo, dapo, gspo ...)"
-                _require(value is None, name, value, f"None with loss_type={self.loss_type!r}, which has no ratio to bound so; {cure}")
+                value, fix = getattr(self, name), f"Fix: drop {name}, or take a loss_type that clips (grpo, dapo, gspo ...)"
+                _require(value is None, name, value, f"None with loss_type={self.loss_type!r}, which does not clip the ratio. {fix}")
         if self.delta is not None:
             _require(self.delta > 1 + self.epsilon_high, "delta", self.delta, f"more than 1 + epsilon_high = {1 + self.epsilon_high:g}")
         if self.dual_clip is not None:
             _require(self.dual_clip > 1, "dual_clip", self.dual_clip, "more than 1 (3.0 is usual)")
         if self.surrogate in ("vespo", "reinforce"):
-            cure = f"leave importance_sampling_level unset with loss_type={self.loss_type!r}: it uses no ratio of its own"
-            _require(self.level == "token", "importance_sampling_level", self.level, f"'token'; {cure}")
+            fix = f"Fix: leave importance_sampling_level unset with loss_type={self.loss_type!r}: it has no ratio with a level"
+            _require(self.level == "token", "importance_sampling_level", self.level, f"'token'. {fix}")
         if self.surrogate in ("dppo_tv", "dppo_kl"):
-            fix = f"leave importance_sampling_level unset with loss_type={self.loss_type!r}: it compares the probabilities of single tokens"
-            _require(self.level == "token", "importance_sampling_level", self.level, f"'token'; {fix}")
+            fix = f"Fix: leave importance_sampling_level unset with loss_type={self.loss_type!r}: it compares single probabilities"
+            _require(self.level == "token", "importance_sampling_level", self.level, f"'token'. {fix}")
         if self.resolved_aggregation == "fixed_length":
-            cure = "set max_completion_length to the generation limit of the run, so that the scale of the loss is the same in every batch"
-            _require(self.max_completion_length is not None, "max_completion_length", None, f"an int for a fixed-length mean; {cure}")
+            fix = "Fix: set max_completion_length to the generation limit of the run: the scale of the loss is then the same in every batch"
+            _require(self.max_completion_length is not None, "max_completion_length", None, f"an int for a fixed-length mean. {fix}")
 
     def _warn_of_cispo_bound(self) -> None:
-        """Once for each bound; a library's own (``like``) is meant."""
+        """Warn once per bound. LossConfig.like gives no warning."""
         if self.surrogate == "cispo" and self.epsilon_high < 1 and self.epsilon_high not in _known_cispo_bounds:
             _known_cispo_bounds.add(self.epsilon_high)
             warnings.warn(
@@ -203,18 +204,18 @@ class LossConfig:
 
     @classmethod
     def like(cls, library: str, **options: Any) -> LossConfig:
-        """The settings that mean what another library means by its own: its names, its defaults, its conventions.
+        """The settings that correspond to another library's options, with its names, defaults and conventions.
 
         Args:
             library: ``"trl"`` (1.15, 1.16), ``"liger"`` (0.8.1 to 0.8.5), ``"verl"`` (0.9.1), ``"openrlhf"`` (0.11.2) or ``"swift"``
                 (ms-swift 4.6.0). It need not be installed.
-            options: the library's own options of its loss; those that are not given have the library's own defaults.
-                grpo_fast/integrations/conventions.py lists them, and what each becomes. ``uncapped_kl=True`` leaves out the cap that
-                some of them put on the KL estimate and that LossConfig does not have (ms-swift's default asks for it).
+            options: the library's options of its loss, with the library's defaults. grpo_fast/integrations/conventions.py lists them and
+                what each becomes. ``uncapped_kl=True`` omits the cap that some libraries put on the KL estimate and that LossConfig does
+                not have (required for ms-swift's default).
 
         Raises:
-            ValueError: an option is unknown, is an argument of the call rather than a setting, or has no counterpart here: the message
-                names it and says what to do.
+            ValueError: an option is unknown, is an argument of the call rather than a setting, or has no counterpart here; the message
+                names it and the fix.
             ImportError: the library is installed in another version.
 
         Example:
@@ -232,7 +233,7 @@ class LossConfig:
 
     @property
     def level(self) -> str:
-        """Over what the importance ratio is taken, a name of ``LEVELS``."""
+        """The level of the importance ratio, a name of ``LEVELS``."""
         return self.importance_sampling_level or LOSS_TYPES[self.loss_type].level
 
     @property
