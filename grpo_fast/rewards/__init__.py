@@ -1,11 +1,11 @@
-"""Rewards by rule: correctness, format, coherence, fluency, repetition, length, language. No model judges, so there is none to be fooled.
+"""Rule-based rewards: correctness, format, coherence, fluency, repetition, length, language. No reward model is used.
 
 DeepSeek-R1 (arXiv:2501.12948, section 2.2) trains its reasoning on such rules alone, since a neural reward model invites reward hacking.
 
 Every reward is called as in TRL, ``reward(prompts, completions, completion_ids, **columns) -> list[float | None]``: one number per
-completion, None where the rule does not apply. A completion is a string, or a list of chat messages of which the last one counts. The
-columns are lists as long as ``prompts``. Rewards with settings are frozen dataclasses: they can be pickled for reward workers.
-`RewardRunner` calls them, and yours, and survives what they do; `load_reward` finds them by name.
+completion, None where the rule does not apply. A completion is a string, or a list of chat messages, whose last one is read. The columns
+are lists as long as ``prompts``. Rewards with settings are frozen dataclasses, so that they can be pickled for worker processes.
+`RewardRunner` calls them and your own, with time limits and error handling; `load_reward` loads them by name.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from decimal import Decimal
-from typing import Any
 
 from grpo_fast.rewards.common import Completion, check_same_length, text_of
 
@@ -19,8 +18,8 @@ def accuracy_reward(
     completions: Sequence[Completion],
     completion_ids: Sequence[Sequence[int]] | None = None,
     *,
-    answer: Sequence[Any],
-    **columns: Any,
+    answer: Sequence[object],
+    **columns: object,
 ) -> list[float | None]:
     """1 if the stated answer is the true one, else 0; None where the true answer is None (DeepSeek-R1's accuracy reward).
 
@@ -53,7 +52,7 @@ def extract_answer(text: str) -> str | None:
     return None
 
 
-def canonical_answer(answer: Any) -> str | Decimal:
+def canonical_answer(answer: object) -> str | Decimal:
     """A form in which equal answers are equal: a plain number is its value, any other text is itself but for white space.
 
     A number with leading zeros is no plain number: "0125" is a text, and not "125".

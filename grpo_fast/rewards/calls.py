@@ -33,7 +33,7 @@ class RewardCall:
     def __init__(self, reward: Reward) -> None:
         self.reward = reward
 
-    def __call__(self, keywords: dict[str, Any]) -> RewardValues:
+    def __call__(self, keywords: dict[str, object]) -> RewardValues:
         counters = getattr(self.reward, "counters", None)
         before = Counter(counters) if isinstance(counters, Counter) else Counter()
         begin = time.perf_counter()

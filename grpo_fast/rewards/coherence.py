@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from grpo_fast.rewards.common import Completion, check_same_length, text_of, with_opening
 from grpo_fast.utils.text_statistics import NUMBER_PATTERN, STEP_PATTERN, coherence
@@ -40,7 +39,7 @@ class CoherenceReward:
         prompts: Sequence[Completion],
         completions: Sequence[Completion],
         completion_ids: Sequence[Sequence[int]] | None = None,
-        **columns: Any,
+        **columns: object,
     ) -> list[float | None]:
         check_same_length(self.__name__, prompts=prompts, completions=completions)
         rules = {"key_pattern": self.key_pattern, "step_pattern": self.step_pattern}

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 from grpo_fast.rewards.calls import BackgroundCall, RewardCall, RewardValues, attempt, describe_error, is_async
 from grpo_fast.rewards.common import Reward
@@ -34,7 +34,7 @@ class ThreadExecution:
         self.reward_funcs, self.names, self.timeout = reward_funcs, names, timeout
         self.abandoned: list[list[threading.Thread]] = [[] for _ in reward_funcs]
 
-    def run(self, keywords: Sequence[dict[str, Any]]) -> list[CallResult]:
+    def run(self, keywords: Sequence[dict[str, object]]) -> list[CallResult]:
         """Call each function with its keyword arguments; one result per function, with `RewardValues` as its value.
 
         Raises:
@@ -93,7 +93,7 @@ class ThreadExecution:
                     "function that ends. Fix: mend it, or isolation='process' (GRPOConfig's reward_isolation), which kills what is late."
                 )
 
-    async def _gather(self, which: Sequence[int], keywords: Sequence[dict[str, Any]]) -> dict[int, CallResult]:
+    async def _gather(self, which: Sequence[int], keywords: Sequence[dict[str, object]]) -> dict[int, CallResult]:
         async def call(i: int) -> CallResult:
             begin = time.perf_counter()
             try:
@@ -123,7 +123,7 @@ class ProcessExecution:
         self.names, self.timeout = names, timeout
         self.pools = [WorkerPool(RewardCall(reward)) for reward in reward_funcs]
 
-    def run(self, keywords: Sequence[dict[str, Any]]) -> list[CallResult]:
+    def run(self, keywords: Sequence[dict[str, object]]) -> list[CallResult]:
         """Call each function with its keyword arguments; one result per function, with `RewardValues` as its value.
 
         Raises:
@@ -144,7 +144,7 @@ class ProcessExecution:
         for pool in self.pools:
             pool.close()
 
-    def _call(self, i: int, keywords: dict[str, Any]) -> CallResult:
+    def _call(self, i: int, keywords: dict[str, object]) -> CallResult:
         try:
             return self.pools[i].map([keywords], timeout=self.timeout)[0]
         except (pickle.PicklingError, AttributeError, TypeError) as error:

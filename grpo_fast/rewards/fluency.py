@@ -6,9 +6,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
-from grpo_fast.rewards.common import Completion, check_range, check_same_length, reasoning_of, rows_of, text_of
+from grpo_fast.rewards.common import Completion, TokenValues, check_range, check_same_length, reasoning_of, rows_of, text_of
 
 __all__ = ["ReferenceFluencyReward", "SentenceReward", "well_formed_sentence"]
 
@@ -50,7 +49,7 @@ class SentenceReward:
         prompts: Sequence[Completion],
         completions: Sequence[Completion],
         completion_ids: Sequence[Sequence[int]] | None = None,
-        **columns: Any,
+        **columns: object,
     ) -> list[float | None]:
         check_same_length(self.__name__, prompts=prompts, completions=completions)
         return [self._share(reasoning_of(text_of(completion))) for completion in completions]
@@ -120,8 +119,8 @@ class ReferenceFluencyReward:
         completions: Sequence[Completion],
         completion_ids: Sequence[Sequence[int]],
         *,
-        ref_logprobs: Sequence[Any] | None = None,
-        **columns: Any,
+        ref_logprobs: TokenValues | None = None,
+        **columns: object,
     ) -> list[float | None]:
         check_same_length(self.__name__, prompts=prompts, completions=completions, completion_ids=completion_ids)
         rows = rows_of(self.__name__, "ref_logprobs", ref_logprobs, completion_ids)

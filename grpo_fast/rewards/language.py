@@ -7,7 +7,6 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 from grpo_fast.rewards.common import Completion, check_same_length, reasoning_of, text_of
 
@@ -65,7 +64,7 @@ class LanguageConsistencyReward:
         prompts: Sequence[Completion],
         completions: Sequence[Completion],
         completion_ids: Sequence[Sequence[int]] | None = None,
-        **columns: Any,
+        **columns: object,
     ) -> list[float | None]:
         check_same_length(self.__name__, prompts=prompts, completions=completions)
         target = {self.script} if isinstance(self.script, str) else set(self.script)

@@ -37,7 +37,7 @@ class LengthReward:
     __name__ = "length_reward"
 
     def __call__(
-        self, prompts: Sequence[Completion], completions: Sequence[Completion], completion_ids: Sequence[Sequence[int]], **columns: Any
+        self, prompts: Sequence[Completion], completions: Sequence[Completion], completion_ids: Sequence[Sequence[int]], **columns: object
     ) -> list[float | None]:
         right = _judged(self.__name__, self.correct, prompts, completions, completion_ids, columns)
         lengths = defaultdict(list)
@@ -94,7 +94,7 @@ class CosineLengthReward:
         check_range("CosineLengthReward", "exceeded", self.exceeded, -math.inf)
 
     def __call__(
-        self, prompts: Sequence[Completion], completions: Sequence[Completion], completion_ids: Sequence[Sequence[int]], **columns: Any
+        self, prompts: Sequence[Completion], completions: Sequence[Completion], completion_ids: Sequence[Sequence[int]], **columns: object
     ) -> list[float | None]:
         right = _judged(self.__name__, self.correct, prompts, completions, completion_ids, columns)
         return [None if is_right is None else self._value(len(ids), is_right) for ids, is_right in zip(completion_ids, right, strict=True)]
@@ -130,7 +130,7 @@ class SoftOverlongPunishment:
         check_range("SoftOverlongPunishment", "margin", self.margin, 1, self.max_length, what="a part of max_length")
 
     def __call__(
-        self, prompts: Sequence[Completion], completions: Sequence[Completion], completion_ids: Sequence[Sequence[int]], **columns: Any
+        self, prompts: Sequence[Completion], completions: Sequence[Completion], completion_ids: Sequence[Sequence[int]], **columns: object
     ) -> list[float | None]:
         check_same_length(self.__name__, prompts=prompts, completions=completions, completion_ids=completion_ids)
         free = self.max_length - self.margin

@@ -1,4 +1,4 @@
-"""Reward functions by name, for the command line and settings files: the package's own, or anybody's by where it is defined."""
+"""Reward functions by name, for the command line and settings files: the package's own, or from a module or file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import inspect
 import re
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from grpo_fast.rewards.accuracy import accuracy_reward
@@ -23,7 +25,7 @@ from grpo_fast.rewards.structure import FormatReward, TagCountReward
 
 __all__ = ["BUILT_IN", "load_reward", "parse_call"]
 
-BUILT_IN: dict[str, Any] = {
+BUILT_IN: dict[str, Callable[..., Any]] = {
     "accuracy": accuracy_reward,
     "math": MathReward,
     "format": FormatReward,
@@ -43,14 +45,18 @@ _CALL = re.compile(r"(?P<what>[^()]+?)\s*(?P<settings>\(.*\))?", re.DOTALL)
 
 
 def load_reward(name: str) -> Reward:
-    """The reward function of this name.
+    """Load a reward function by name.
 
     - ``"accuracy"``: one of the package's own, see ``BUILT_IN``;
     - ``"package.module:function"`` or ``"package.module.function"``: imported;
-    - ``"path/to/file.py:function"``: the same, with the file's folder put on ``sys.path``.
+    - ``"path/to/file.py:function"``: imported after the file's folder is added to ``sys.path``.
 
-    Settings follow in parentheses, as keywords with plain values: ``"repetition(ngram_size=6)"``, ``"mine:Reward(weight=2)"``. A class is
-    made into a reward without any; a function is taken itself unless there are parentheses: then it is called, and makes the reward.
+    Settings may follow in parentheses, as keyword arguments with plain values: ``"repetition(ngram_size=6)"``, ``"mine:Reward(weight=2)"``.
+    A class is instantiated, with or without parentheses. A function is the reward itself; with parentheses it is called and returns it.
+
+    Raises:
+        ValueError: there is no such reward, or it does not take these settings.
+        TypeError: what the name refers to cannot be called.
 
     Example:
         >>> load_reward("repetition(ngram_size=6, max_penalty=0.5)")
@@ -71,10 +77,14 @@ def load_reward(name: str) -> Reward:
 
 
 def parse_call(text: str) -> tuple[str, dict[str, Any] | None]:
-    """``"name(setting=1)"`` as the name and its settings; None where there are no parentheses.
+    """Parse ``"name(setting=1)"`` into the name and its settings; the settings are None if there are no parentheses.
 
     Raises:
-        ValueError: what stands in the parentheses is no list of keywords with plain values.
+        ValueError: the parentheses contain something other than keyword arguments with plain values.
+
+    Example:
+        >>> parse_call("repetition(ngram_size=6)")
+        ('repetition', {'ngram_size': 6})
     """
     match = _CALL.fullmatch(text.strip())
     if match is None:
@@ -108,28 +118,28 @@ def _imported(what: str) -> Any:
     return found
 
 
-def _from_module(place: str, what: str) -> Any:
+def _from_module(place: str, what: str) -> ModuleType:
     try:
         return importlib.import_module(place)
     except ModuleNotFoundError as error:
         if error.name is not None and (place == error.name or place.startswith(f"{error.name}.")):
             fix = f"Fix: install it, add its folder to PYTHONPATH, or name the file: 'path/{place.rpartition('.')[2]}.py:...'."
             raise ValueError(f"load_reward: there is no module {place!r} for {what!r}. {fix}") from error
-        raise  # the module is there; something that it imports is not
+        raise  # the module exists; a module that it imports does not
 
 
-def _from_file(path: Path) -> Any:
+def _from_file(path: Path) -> ModuleType:
     path = path.resolve()
     if not path.is_file():
         raise ValueError(f"load_reward: there is no file {path}.")
     if str(path.parent) not in sys.path:
-        sys.path.insert(0, str(path.parent))  # as `python path/to/file.py` does; so worker processes can import it by name, too
+        sys.path.insert(0, str(path.parent))  # as `python path/to/file.py` does; worker processes can then import it by name
     importlib.invalidate_caches()
     try:
         module = importlib.import_module(path.stem)
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
-        line = "" if isinstance(error, SyntaxError) else f" ({where.filename}, line {where.lineno})"  # a syntax error has its own
+        line = "" if isinstance(error, SyntaxError) else f" ({where.filename}, line {where.lineno})"  # its message has the line
         raise ValueError(f"load_reward: {path} cannot be imported: {type(error).__name__}: {error}{line}.") from error
     if Path(module.__file__ or "").resolve() != path:
         raise ValueError(f"load_reward: the name of {path} is taken by the module {module.__file__}. Fix: rename the file.")

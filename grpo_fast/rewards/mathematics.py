@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from grpo_fast.rewards.accuracy import extract_answer
 from grpo_fast.rewards.common import Completion, check_range, check_same_length, text_of
@@ -67,8 +66,8 @@ class MathReward:
         completions: Sequence[Completion],
         completion_ids: Sequence[Sequence[int]] | None = None,
         *,
-        answer: Sequence[Any],
-        **columns: Any,
+        answer: Sequence[object],
+        **columns: object,
     ) -> list[float | None]:
         check_same_length(self.__name__, prompts=prompts, completions=completions, answer=answer)
         if importlib.util.find_spec("math_verify") is None:

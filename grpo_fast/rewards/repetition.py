@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from grpo_fast.rewards.common import Completion, check_range, check_same_length, rows_of
+from grpo_fast.rewards.common import Completion, TokenValues, check_range, check_same_length, rows_of
 from grpo_fast.utils.text_statistics import longest_certain_run, repeated_ngrams
 
 __all__ = ["CertainRunPenalty", "RepetitionPenalty"]
@@ -37,7 +36,7 @@ class RepetitionPenalty:
         check_range("RepetitionPenalty", "max_penalty", self.max_penalty, 0, what="since it is subtracted")
 
     def __call__(
-        self, prompts: Sequence[Completion], completions: Sequence[Completion], completion_ids: Sequence[Sequence[int]], **columns: Any
+        self, prompts: Sequence[Completion], completions: Sequence[Completion], completion_ids: Sequence[Sequence[int]], **columns: object
     ) -> list[float | None]:
         check_same_length(self.__name__, prompts=prompts, completions=completions, completion_ids=completion_ids)
         return [0.0 - self.max_penalty * repeated_ngrams(ids, self.ngram_size) for ids in completion_ids]
@@ -80,8 +79,8 @@ class CertainRunPenalty:
         completions: Sequence[Completion],
         completion_ids: Sequence[Sequence[int]],
         *,
-        logprobs: Sequence[Any] | None = None,
-        **columns: Any,
+        logprobs: TokenValues | None = None,
+        **columns: object,
     ) -> list[float | None]:
         check_same_length(self.__name__, prompts=prompts, completions=completions, completion_ids=completion_ids)
         rows = rows_of(self.__name__, "logprobs", logprobs, completion_ids)

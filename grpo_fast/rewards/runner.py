@@ -116,8 +116,8 @@ class RewardRunner:
         completions: Sequence[Completion],
         completion_ids: Sequence[Sequence[int]],
         *,
-        extras: Mapping[str, Any] | None = None,
-        **columns: Sequence[Any],
+        extras: Mapping[str, object] | None = None,
+        **columns: Sequence[object],
     ) -> RewardTable:
         """Score B completions.
 
@@ -178,10 +178,12 @@ class RewardRunner:
                 "default."
             )
 
-    def _keywords(self, i: int, given: dict[str, Any], extras: dict[str, Any]) -> dict[str, Any]:
+    def _keywords(self, i: int, given: dict[str, Sequence[Any]], extras: dict[str, object]) -> dict[str, object]:
         signature = self._signatures[i]
         self._check_given(i, {*given, *extras}, [name for name in given if name not in _BATCH_COLUMNS])
-        keywords = {name: list(values) for name, values in given.items() if signature.takes_any or name in signature.names}
+        keywords: dict[str, object] = {
+            name: list(values) for name, values in given.items() if signature.takes_any or name in signature.names
+        }
         in_processes = self.isolation == "process"
         passes_extras = signature.takes_any and not in_processes
         keywords |= {name: value for name, value in extras.items() if passes_extras or name in signature.names}
@@ -222,7 +224,7 @@ class RewardRunner:
         self._fail(name, counts, f"returned {_short(value)} for completion {i}; expected a finite number, or None where it does not apply")
         return math.nan
 
-    def _fail(self, name: str, counts: Counter[str], what: str, cause: Any = None) -> None:
+    def _fail(self, name: str, counts: Counter[str], what: str, cause: object = None) -> None:
         if self.on_error == "raise":
             self.counters[name] += counts
             raise RewardError(f"reward {name!r} {what}") from (cause if isinstance(cause, BaseException) else None)
@@ -233,7 +235,7 @@ def reward_matrix(
     prompts: Sequence[Completion],
     completions: Sequence[Completion],
     completion_ids: Sequence[Sequence[int]],
-    **columns: Sequence[Any],
+    **columns: Sequence[object],
 ) -> Tensor:
     """All rewards of all completions as float32 ``[B, R]`` for `grpo_fast.group_advantages`; NaN where a reward does not apply.
 
@@ -296,6 +298,6 @@ def _metrics(prefix: str, values: list[float], batch: int, counts: Counter[str])
     return result | {f"{prefix}/{name}": float(count) for name, count in counts.items() if count}
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = repr(value)
     return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from grpo_fast.rewards.common import Completion, check_same_length, with_opening
 from grpo_fast.utils.text_statistics import parse_sections
@@ -36,7 +35,7 @@ class FormatReward:
         prompts: Sequence[Completion],
         completions: Sequence[Completion],
         completion_ids: Sequence[Sequence[int]] | None = None,
-        **columns: Any,
+        **columns: object,
     ) -> list[float | None]:
         check_same_length(self.__name__, prompts=prompts, completions=completions)
         return [float(parse_sections(with_opening(completion, self.think_opened)) is not None) for completion in completions]
@@ -64,7 +63,7 @@ class TagCountReward:
         prompts: Sequence[Completion],
         completions: Sequence[Completion],
         completion_ids: Sequence[Sequence[int]] | None = None,
-        **columns: Any,
+        **columns: object,
     ) -> list[float | None]:
         check_same_length(self.__name__, prompts=prompts, completions=completions)
         texts = [with_opening(completion, self.think_opened) for completion in completions]

@@ -65,7 +65,7 @@ class ReasoningGymReward:
         completion_ids: Sequence[Sequence[int]] | None = None,
         *,
         entry: Sequence[str],
-        **columns: Any,
+        **columns: object,
     ) -> list[float | None]:
         check_same_length(self.__name__, prompts=prompts, completions=completions, entry=entry)
         return self.scores([extract_answer(text_of(completion)) for completion in completions], entry)
