@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Everything a GPU can say, on a machine without network: bench/gpu.sh [build|test|bench|head|tune|all]... See bench/README.md.
+# Builds, tests and measures on a GPU machine, which needs no network: bench/gpu.sh [build|test|bench|head|tune|all]... See bench/README.md.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3} out=${OUT:-bench/results} wheels=${WHEELS:-wheels} device=${DEVICE:-cuda} site=$PWD/build/gpu
 mkdir -p "$out" "$site"
-# What is built here is imported, and not the checkout, which lacks the package that the install maps into it: see setup.py.
+# Import what is built here and not the checkout, which lacks the package that the install maps into it: see setup.py.
 export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
 
 # Seconds of a part. With what preflight and a failed build may take besides, `all` ends within 20 minutes, and `build test` within 10.
@@ -30,7 +30,7 @@ sources() {
     sort -z | xargs -0 sha256sum | sha256sum
 }
 
-# Without the extension there are still the Triton kernels: what they have to say is not lost with it.
+# If the extension does not build, the Triton kernels are still installed, tested and measured.
 build() {
   local here code=0 of until=$((SECONDS + $(budget build)))
   of=$(sources)
@@ -46,7 +46,7 @@ build() {
   return 1
 }
 
-# What is there, in the log of every run: a test whose library is missing is skipped, a file that imports a missing one is an error.
+# Log the versions of the libraries: a test whose library is missing is skipped, a file that imports a missing one is an error.
 preflight() {
   timeout 30 "$python" - <<'END' | tee "$out/preflight.log"
 import importlib, importlib.metadata, platform

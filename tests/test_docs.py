@@ -15,7 +15,7 @@ from peers import peer_module
 from tiny_model import VOCABULARY, save_tiny_model
 
 import grpo_fast as gf
-from grpo_fast.benchmark.harness.result import load
+from grpo_fast.benchmark.harness.suite import load
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 GUIDES = sorted(path.name for path in DOCS.glob("*.md"))

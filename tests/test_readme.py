@@ -14,7 +14,7 @@ import torch
 from hang import HANG
 
 import grpo_fast as gf
-from grpo_fast.benchmark.harness.result import load
+from grpo_fast.benchmark.harness.suite import load
 from grpo_fast.benchmark.head.suite import markdown
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -15,9 +15,8 @@ from rich.console import Console
 
 from grpo_fast.benchmark.harness.comparison import Answer, compare
 from grpo_fast.benchmark.harness.gate import UnavailableError
-from grpo_fast.benchmark.harness.result import Result, mebibytes
 from grpo_fast.benchmark.harness.settings import BenchmarkSettings, setting
-from grpo_fast.benchmark.harness.suite import Progress, Suite
+from grpo_fast.benchmark.harness.suite import Progress, Result, Suite, mebibytes
 from grpo_fast.benchmark.head.cases import HeadCase, Step, make_cases, measure_gradients
 from grpo_fast.benchmark.head.implementations import make
 from grpo_fast.ops.environment import caption

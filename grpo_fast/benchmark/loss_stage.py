@@ -14,11 +14,11 @@ from rich.console import Console
 from torch import Tensor
 
 from grpo_fast.benchmark.eager import eager_logprobs
-from grpo_fast.benchmark.harness.result import Result, mebibytes, table
 from grpo_fast.benchmark.harness.settings import BenchmarkSettings, require, setting
+from grpo_fast.benchmark.harness.suite import Result, mebibytes, table
 from grpo_fast.ops.environment import caption
 
-__all__ = ["LossStageSettings", "make_batch", "make_model", "make_tokenizer", "print_loss_stage"]
+__all__ = ["LossStageSettings", "make_batch", "make_model", "make_tokenizer", "print_loss_stage", "trainer_arguments"]
 
 _NOISE = 0.2  # nats between the old log-probabilities and the model's: ratios on both sides of the clip band
 
@@ -36,12 +36,8 @@ class LossStageSettings(BenchmarkSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            self.sequences >= self.group and self.sequences % self.group == 0,
-            "sequences",
-            self.sequences,
-            f"a multiple of group, {self.group}",
-        )
+        whole = self.sequences >= self.group and self.sequences % self.group == 0
+        require(whole, "sequences", self.sequences, f"a multiple of group, {self.group}")
         groups = self.sequences // self.group
         for active in self.active:
             whole = 0 < active <= 1 and (active * groups) % 1 == 0
@@ -53,22 +49,18 @@ def make_model(settings: LossStageSettings) -> Any:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(settings.seed)
-    return Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=settings.vocabulary,
-            hidden_size=settings.width,
-            intermediate_size=2 * settings.width,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=settings.tokens + 1,
-            tie_word_embeddings=True,
-            initializer_range=1.5 / settings.width**0.5,
-            pad_token_id=0,
-            eos_token_id=1,
-            bos_token_id=1,
-        )
-    )
+    sizes = {"vocab_size": settings.vocabulary, "hidden_size": settings.width, "intermediate_size": 2 * settings.width}
+    layers = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True}
+    tokens = {"max_position_embeddings": settings.tokens + 1, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
+    return Qwen2ForCausalLM(Qwen2Config(**sizes, **layers, **tokens, initializer_range=1.5 / settings.width**0.5))
+
+
+def trainer_arguments(settings: LossStageSettings, folder: str) -> dict[str, Any]:
+    """The arguments that both libraries' GRPOConfig take; the rest are their defaults."""
+    sizes = {"num_generations": settings.group, "per_device_train_batch_size": settings.sequences}
+    quiet = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True}
+    options = {"use_cpu": True, "gradient_checkpointing": False, "max_completion_length": settings.tokens}
+    return {"output_dir": folder, **sizes, **quiet, **options}
 
 
 def make_tokenizer() -> Any:

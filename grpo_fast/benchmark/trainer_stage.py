@@ -18,7 +18,7 @@ from grpo_fast.benchmark.eager import eager_logprobs, eager_loss
 from grpo_fast.benchmark.harness.comparison import Answer, compare
 from grpo_fast.benchmark.harness.measure import measure
 from grpo_fast.benchmark.harness.suite import Progress, Result, Suite
-from grpo_fast.benchmark.loss_stage import LossStageSettings, make_batch, make_model, make_tokenizer, print_loss_stage
+from grpo_fast.benchmark.loss_stage import LossStageSettings, make_batch, make_model, make_tokenizer, print_loss_stage, trainer_arguments
 from grpo_fast.models.batch import ForwardBatch
 from grpo_fast.models.forward import ModelForward
 from grpo_fast.trainer.config import GRPOConfig
@@ -75,31 +75,15 @@ class EagerForward(ModelForward):
 
 def make_trainer(settings: LossStageSettings, folder: str) -> GRPOTrainer:
     """With its defaults, in float32, for a model and a batch of these sizes."""
-    args = GRPOConfig(
-        folder,
-        use_cpu=True,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        num_generations=settings.group,
-        per_device_train_batch_size=settings.sequences,
-        max_completion_length=settings.tokens,
-        gradient_checkpointing=False,
-    )
+    args = GRPOConfig(**trainer_arguments(settings, folder))
     return GRPOTrainer(make_model(settings), lambda completions, **_: [0.0] * len(completions), args, processing_class=make_tokenizer())
 
 
 def make_micro_batch(settings: LossStageSettings) -> MicroBatch:
     """A batch whose ratios lie on both sides of the clip band, in the trainer's own form."""
-    batch = make_batch(settings)
-    rows = Rollout(
-        batch["prompt_ids"].tolist(),
-        batch["completion_ids"].tolist(),
-        torch.ones(settings.sequences),
-        batch["advantages"],
-        torch.ones(settings.sequences, dtype=torch.bool),
-        {"old": batch["old_per_token_logps"].flatten()},
-    )
+    batch, every = make_batch(settings), torch.ones(settings.sequences)
+    ids = (batch["prompt_ids"].tolist(), batch["completion_ids"].tolist())
+    rows = Rollout(*ids, every, batch["advantages"], every.bool(), {"old": batch["old_per_token_logps"].flatten()})
     return MicroBatch(rows, settings.sequences * settings.tokens, settings.sequences, on_policy=True)
 
 

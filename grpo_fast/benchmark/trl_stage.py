@@ -20,7 +20,7 @@ from grpo_fast.benchmark.harness.comparison import Answer, compare
 from grpo_fast.benchmark.harness.measure import measure
 from grpo_fast.benchmark.harness.suite import Progress, Result, Suite
 from grpo_fast.benchmark.harness.worker import WorkerProcess
-from grpo_fast.benchmark.loss_stage import LossStageSettings, make_batch, make_model, make_tokenizer, print_loss_stage
+from grpo_fast.benchmark.loss_stage import LossStageSettings, make_batch, make_model, make_tokenizer, print_loss_stage, trainer_arguments
 from grpo_fast.integrations.versions import refuse_other_versions
 
 __all__ = ["LABELS", "SUITE", "TOLERANCE", "TrlWorker", "run"]
@@ -57,19 +57,7 @@ class TrlWorker:
         self.settings = LossStageSettings(**{**settings, "active": tuple(settings["active"])})
         self.batch: dict[str, Tensor] = torch.load(batch)
         self.folder = tempfile.TemporaryDirectory()
-        args = GRPOConfig(
-            output_dir=self.folder.name,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to="none",
-            save_strategy="no",
-            disable_tqdm=True,
-            log_level="error",
-            num_generations=self.settings.group,
-            per_device_train_batch_size=self.settings.sequences,
-            max_completion_length=self.settings.tokens,
-        )
+        args = GRPOConfig(**trainer_arguments(self.settings, self.folder.name), bf16=False, log_level="error")
         self.trainer: Any = (Stock if name == "stock" else GRPOTrainer)(
             make_model(self.settings),
             reward_funcs=lambda completions, **_: [0.0] * len(completions),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-import json
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -12,8 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from grpo_fast.benchmark.harness.result import load
-from grpo_fast.benchmark.harness.suite import Result, Suite, run_suite
+from grpo_fast.benchmark.harness.suite import Suite, load, run_suite
 from grpo_fast.utils.files import check_output, write_json
 from grpo_fast.utils.install_hints import install
 
@@ -37,8 +35,7 @@ def bench_app(suite: Suite[Any], output: str, help: str) -> typer.Typer:
                 return
             if files:
                 raise ValueError(f"FILES is {' '.join(map(str, files))}; expected none without --plot. Name the result with --output.")
-            given = {name: value for name, value in options.items() if _given(context, name)}
-            settings = suite.settings(**{**(suite.quick if options.get("quick") else {}), **_setting_values(suite, given)})
+            settings = suite.settings(**{**(suite.quick if options.get("quick") else {}), **_given_settings(suite, context, options)})
             check_output(target)
             suite.check(settings)
         except ValueError as error:
@@ -85,17 +82,14 @@ def _options(suite: Suite[Any]) -> list[tuple[Any, str]]:
     return [(field, text) for field, text in options if text and (suite.options is None or field.name in suite.options)]
 
 
-def _given(context: typer.Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
-
-
-def _setting_values(suite: Suite[Any], given: dict[str, Any]) -> dict[str, Any]:
+def _given_settings(suite: Suite[Any], context: typer.Context, options: dict[str, Any]) -> dict[str, Any]:
+    """The settings that the command line names."""
     values = {}
     for field, _ in _options(suite):
-        if field.name in given:
-            value, parse = given[field.name], field.metadata["parse"]
-            values[field.name] = tuple(map(parse, value) if parse else value) if isinstance(value, list) else value
+        source = context.get_parameter_source(field.name)
+        if source is not None and source.name == "COMMANDLINE":
+            value, parse = options[field.name], field.metadata["parse"] or (lambda text: text)
+            values[field.name] = tuple(map(parse, value)) if isinstance(value, list) else value
     return values
 
 
@@ -126,18 +120,8 @@ def _plot(suite: Suite[Any], files: list[Path]) -> None:
         raise ValueError(f"--plot needs matplotlib, which is not installed; expected it. Fix: {install('plot')}.")
     from grpo_fast.benchmark.harness.figure import write_gpu_figure
 
-    results = [(path, _gpu_result(path)) for path in files]
-    loaded = [(path, gpu, gpu or load(path, suite.name)) for path, gpu in results]  # all are read before anything is written
-    for path, gpu, result in loaded:
+    results = [(path, load(path, suite.name)) for path in files]  # all are read before anything is written
+    for path, result in results:
         assert suite.write_figure is not None
-        (write_gpu_figure if gpu else suite.write_figure)(result, path.with_suffix(".png"))
+        (write_gpu_figure if result.get("kind") == "gpu" else suite.write_figure)(result, path.with_suffix(".png"))
         typer.echo(f"Drawn: {path.with_suffix('.png')}")
-
-
-def _gpu_result(path: Path) -> Result | None:
-    """What bench/gpu_bench.py wrote; None where it is anything else, or cannot be read."""
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return result if isinstance(result, dict) and result.get("kind") == "gpu" else None

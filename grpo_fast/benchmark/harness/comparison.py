@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from grpo_fast.benchmark.harness.gate import relative_difference
-from grpo_fast.benchmark.harness.result import Result, summary
+from grpo_fast.benchmark.harness.suite import Result, summary
 
 __all__ = ["Answer", "compare"]
 

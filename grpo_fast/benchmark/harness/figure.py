@@ -1,4 +1,4 @@
-"""Figures of results: bars in groups, and the lines of a GPU's result."""
+"""Figures of results: bars in groups."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from grpo_fast.utils.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 __all__ = ["Panel", "Series", "write_bars", "write_gpu_figure"]
 
@@ -21,9 +20,14 @@ COLOURS = {
     "full": "#56B4E9",
     "eager": "#D55E00",
     "compile": "#E69F00",
-    "liger": "#E69F00",
+    "liger": "#F0E442",
     "trl": "#009E73",
     "cce": "#CC79A7",
+    "ours_cluster": "#004060",
+    "ours_cluster_inplace": "#7FA0B0",
+    "quack": "#999999",
+    "trl_entropy": "#66C2A5",
+    "verl": "#CC79A7",
 }
 _TICKS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
@@ -36,7 +40,7 @@ class Series:
     label: str  # of the legend
     values: list[float | None]
     outlines: list[float | None] = field(default_factory=list)  # a second value of each, drawn as an outline on top where it is larger
-    faded: bool = False
+    alpha: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -51,33 +55,25 @@ class Panel:
     number: str = ""  # format of the numbers; default: two digits
 
 
-def _figure(width: float, height: float, **options: Any) -> Figure:
+def write_bars(path: Path, title: str, panels: list[Panel], text: str) -> None:
+    """Write a PNG of panels below each other, with a legend above and ``text``, two lines, below."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure  # not pyplot, which keeps global state and may open a window
 
-    figure = Figure(figsize=(width, height), dpi=150, **options)
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure: Figure, path: Path) -> None:
-    write_atomically(path, lambda partial: figure.savefig(partial, format="png"))
-
-
-def write_bars(path: Path, title: str, panels: list[Panel], text: str) -> None:
-    """Write a PNG of panels below each other, with a legend above and ``text``, two lines, below."""
     inches = 3.5 * len(panels) + 1.5
-    figure = _figure(11, inches)
+    figure = Figure(figsize=(11, inches), dpi=150)
+    FigureCanvasAgg(figure)
     figure.set_layout_engine("constrained", rect=(0, 0.55 / inches, 1, 1 - 1.35 / inches), h_pad=0.12)
     handles: dict[str, Any] = {}
-    for axes, panel in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
+    drawn = zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True)
+    for axes, panel in sorted(drawn, key=lambda pair: -len(pair[1].series)):  # the fullest panel decides the order of the legend
         _draw_panel(axes, panel)
         handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.text(0.5, 1 - 0.25 / inches, title, ha="center", va="center", fontsize=13, fontweight="bold")
-    place: dict[str, Any] = {"loc": "center", "bbox_to_anchor": (0.5, 1 - 0.62 / inches), "ncols": min(len(handles), 5)}
+    place: dict[str, Any] = {"loc": "center", "bbox_to_anchor": (0.5, 1 - 0.62 / inches), "ncols": len(handles) if len(handles) <= 5 else 4}
     figure.legend(handles.values(), handles.keys(), frameon=False, fontsize=9, **place)
     figure.text(0.5, 0.28 / inches, text, ha="center", va="center", fontsize=8.5, color="#333333")
-    _save(figure, path)
+    write_atomically(path, lambda partial: figure.savefig(partial, format="png"))
 
 
 def _draw_panel(axes: Axes, panel: Panel) -> None:
@@ -90,15 +86,16 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
             if value is None:
                 continue
             x, top = group + (number - (len(panel.series) - 1) / 2) * width, max(value, outline or value)
-            axes.bar(x, value, width * 0.92, color=colour, alpha=0.6 if series.faded else 1, label=label, zorder=2)
+            axes.bar(x, value, width * 0.92, color=colour, alpha=series.alpha, label=label, zorder=2)
             label, highest = "_", max(highest, top)  # matplotlib leaves names that begin so out of the legend
             if top > value:
                 axes.bar(x, top - value, width * 0.88, bottom=value, fill=False, edgecolor=colour, linestyle=(0, (2, 1)), zorder=3)
-            axes.annotate(
-                _number(value, panel), (x, value), (0, 2 if top == value else -2), va="bottom" if top == value else "top", **style
-            )
+            above: dict[str, Any] = {"xytext": (0, 2), "va": "bottom"}
+            dark = series.name in ("ours", "eager", "trl")
+            inside: dict[str, Any] = {"xytext": (0, -2), "va": "top", "color": "white" if dark else "black"}
+            axes.annotate(_number(value, panel), (x, value), **style, **(above if top == value else inside))
             if top > value * 1.25:
-                axes.annotate(_number(top, panel), (x, top), (0, 2), va="bottom", color="#444444", **style)
+                axes.annotate(_number(top, panel), (x, top), **style, **above)
     if panel.line is not None:
         axes.axhline(panel.line, color="black", linewidth=1.2, zorder=1)
     if panel.log:
@@ -122,37 +119,23 @@ def _number(value: float, panel: Panel) -> str:
 
 
 def write_gpu_figure(result: dict[str, Any], path: Path) -> None:
-    """One PNG of a result of bench/gpu_bench.py: loss and gradient in multiples of a copy, over the rows, a panel for each vocabulary.
+    """One PNG of a result of bench/gpu_bench.py: loss and gradient in multiples of a copy, a panel for each vocabulary, a group of bars for
+    each number of rows; pale: less precise than the gate asks of grpo_fast.
 
     Raises:
         ValueError: there are no times in it.
     """
-    from matplotlib import colormaps
-
     together = result.get("bench", []) + [e for e in result.get("cluster", []) if e["name"].startswith("ours")]
     entries = [e for e in together if e["step"] == "loss" and e.get("times_copy") is not None]
     if not entries:
         raise ValueError("result has no times of loss and gradient; expected what `bench/gpu.sh bench` writes on a GPU.")
-    vocabularies = sorted({e["vocabulary"] for e in entries})
-    names = list(dict.fromkeys(e["name"] for e in entries))
-    figure = _figure(1.5 + 2.9 * len(vocabularies), 4.3, layout="constrained")
-    panels = figure.subplots(1, len(vocabularies), sharey=True, squeeze=False)[0]
-    lines: dict[str, Any] = {}
-    for panel, vocabulary in zip(panels, vocabularies, strict=True):
-        for name in names:
-            found = sorted((e["rows"], e["times_copy"]) for e in entries if (e["name"], e["vocabulary"]) == (name, vocabulary))
-            if not found:
-                continue
-            coarse = any(e.get("less_precise") for e in entries if e["name"] == name)
-            style = {"marker": "o", "markersize": 4, "fillstyle": "none" if coarse else "full"}
-            style |= {"linewidth": 2 if name.startswith("ours") else 1, "color": colormaps["tab20"](names.index(name))}
-            (lines[name],) = panel.plot(*zip(*found, strict=True), **style)
-        rows = sorted({e["rows"] for e in entries if e["vocabulary"] == vocabulary})
-        panel.axhline(1, color="black", linewidth=1)
-        panel.set(xscale="log", yscale="log", title=f"{vocabulary} logits", xlabel="rows")
-        panel.set_xticks(rows, [str(n) for n in rows], fontsize=7, rotation=45)
-        panel.minorticks_off()
-    panels[0].set_ylabel("multiples of a copy of the logits")
-    figure.suptitle(f"GRPO loss and gradient, {result['machine']['device']} (hollow: less precise than the gate asks of ours)", fontsize=10)
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", frameon=False, fontsize=8, ncols=6)
-    _save(figure, path)
+    times = {(e["name"], e["vocabulary"], e["rows"]): e["times_copy"] for e in entries}
+    rows, coarse = sorted({e["rows"] for e in entries}), {e["name"] for e in entries if e.get("less_precise")}
+    panels = []
+    for vocabulary in sorted({e["vocabulary"] for e in entries}):
+        names = dict.fromkeys(e["name"] for e in entries)
+        values = {name: [times.get((name, vocabulary, count)) for count in rows] for name in names}
+        series = [Series(name, name, values[name], alpha=0.5 if name in coarse else 1.0) for name in names]
+        panels.append(Panel(f"{vocabulary} logits. 1 = one copy of them", [f"{count} rows" for count in rows], series, log=True))
+    text = f"{result['machine']['device']}\nPale: less precise than the gate asks of grpo_fast."
+    write_bars(path, "GRPO loss and gradient on a GPU, in multiples of a copy of the logits", panels, text)

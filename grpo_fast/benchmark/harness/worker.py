@@ -41,7 +41,7 @@ class WorkerProcess:
     def __init__(self, target: str, threads: int, arguments: dict[str, Any], *, pass_fds: tuple[int, ...] = ()):
         # One compilation process: torch.compile would keep a pool of them beside what is being timed.
         environment = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by close())
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by __exit__)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "grpo_fast.benchmark.harness.worker", target, str(threads), json.dumps(arguments)],
             stdin=subprocess.PIPE,
@@ -55,24 +55,17 @@ class WorkerProcess:
     def __enter__(self) -> WorkerProcess:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def send(self, method: str, **arguments: Any) -> None:
-        """Send a command without waiting for its answer."""
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # receive() will find that the process ended
-            self._process.stdin.write(json.dumps([method, arguments]) + "\n")
-            self._process.stdin.flush()
-
-    def receive(self) -> dict[str, Any]:
-        """The answer to the oldest command.
+    def ask(self, method: str, **arguments: Any) -> dict[str, Any]:
+        """Call a method of the class and wait for its answer, JSON.
 
         Raises:
-            WorkerError: the command failed.
+            WorkerError: the call failed.
             WorkerDiedError: the process ended.
         """
-        assert self._process.stdout is not None
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # the process has ended: there will be no answer
+            self._process.stdin.write(json.dumps([method, arguments]) + "\n")
+            self._process.stdin.flush()
         line = self._process.stdout.readline()
         if not line:
             code = self._process.wait()
@@ -85,12 +78,7 @@ class WorkerProcess:
             raise WorkerError(answer["error"])
         return answer
 
-    def ask(self, method: str, **arguments: Any) -> dict[str, Any]:
-        """Send a command and wait for its answer."""
-        self.send(method, **arguments)
-        return self.receive()
-
-    def close(self) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._process.stdin is not None:
             with contextlib.suppress(BrokenPipeError):
                 self._process.stdin.close()

@@ -14,9 +14,8 @@ from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
 from grpo_fast.benchmark.harness.figure import Panel, Series, write_bars
-from grpo_fast.benchmark.harness.result import Result, mebibytes, summary, table
 from grpo_fast.benchmark.harness.settings import BenchmarkSettings, require, setting
-from grpo_fast.benchmark.harness.suite import Progress, Suite
+from grpo_fast.benchmark.harness.suite import Progress, Result, Suite, mebibytes, summary, table
 from grpo_fast.benchmark.harness.worker import WorkerError, WorkerProcess
 from grpo_fast.benchmark.head.cases import SEQUENCES, TEMPERATURE, HeadCase, compare_with_truth, make_cases, measure_gradients
 from grpo_fast.benchmark.head.implementations import COMPILED, IMPLEMENTATIONS, LABELS, make
@@ -204,7 +203,7 @@ def write_figure(result: Result, path: Path) -> None:
         of_label = [next((e for e in found if _label(e) == label), {}) for found in cases.values()]
         gibibytes = [e["peak_bytes"] / 2**30 if e.get("peak_bytes") is not None else None for e in of_label]
         for series, values in ((times, [e.get("times_roofline") for e in of_label]), (memory, gibibytes)):
-            series.append(Series(entry["implementation"], label, values, faded=entry["active"] != 1))
+            series.append(Series(entry["implementation"], label, values, alpha=entry["active"]))
     groups = [title.replace(", ", "\n", 1) for title in cases]
     panels = [
         Panel("Time in multiples of the bare matrix products", groups, times, number=".2f"),

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from grpo_fast.benchmark.harness.figure import Panel, Series, write_bars
-from grpo_fast.benchmark.harness.result import Result, table
+from grpo_fast.benchmark.harness.suite import Result, table
 from grpo_fast.benchmark.logits.cases import IMPLEMENTATIONS, MALLOC_MODES, PASSES
 from grpo_fast.benchmark.logits.implementations import LABELS
 from grpo_fast.ops.environment import caption
