@@ -23,7 +23,7 @@ import compare
 import test_grpo_loss
 import test_linear
 from cases import random_case
-from impossible_cases import *  # noqa: F403
+from extreme_cases import *  # noqa: F403
 from launches import small_blocks, splitter
 from row_cases import *  # noqa: F403
 from test_triton import check_truth, check_vocabulary

@@ -110,6 +110,16 @@ GF_INLINE void from_float(float x, Half* out) {
   out->bits = static_cast<uint16_t>(v | ((u >> 16) & 0x8000u));
 }
 
+// The derivative of tanh, c (2 - c) with c = 1 - |tanh x| = 2 e^-2|x| / (1 + e^-2|x|): it keeps its digits where 1 - tanh(x)^2 has none.
+GF_INLINE float tanh_derivative(float x) {
+  const float e = exp2_fast(at_least(kExponentFloor, std::fabs(x) * static_cast<float>(-2 * kLog2E))), c = (e + e) / (1.0f + e);
+  return c * (2.0f - c);
+}
+inline double tanh_derivative(double x) {
+  const double e = std::exp(-2 * std::fabs(x)), c = (e + e) / (1 + e);
+  return c * (2 - c);
+}
+
 // The values of f(z) of a block: the row itself, or with a soft cap its float32 values in the buffer.
 template <bool kCapped, typename T>
 GF_INLINE auto block_of(const T* row, int64_t n, const RowTransform& transform, float* buffer) {
@@ -229,18 +239,18 @@ GF_INLINE RowStatistics statistics_of(const T* row, int64_t vocabulary, int64_t 
 
 struct GradientTerms {  // d loss / d f = e * (constant + linear * t), e = 2^t, t = (f - pivot) * k
   float pivot, k, constant, linear;
-  float inverse_softcap2;  // a soft cap's derivative is 1 - (f / softcap)^2
+  float cap_scale;  // a soft cap's derivative is that of tanh at z * cap_scale
 };
 
 template <bool kCapped, bool kEntropy, typename E, typename T>
-GF_INLINE void gradient_block(const E* f, T* out, int64_t n, const GradientTerms& terms) {
+GF_INLINE void gradient_block(const E* f, const float* cap_slope, T* out, int64_t n, const GradientTerms& terms) {
   const GradientTerms c = terms;  // a copy, which stores to out cannot alias
   const float floor = exponent_floor();
 #pragma omp simd
   for (int64_t j = 0; j < n; j++) {
     const float x = to_float(f[j]), t = at_least(floor, (x - c.pivot) * c.k), e = exp2_fast(t);
     float d = kEntropy ? e * (c.constant + c.linear * t) : e * c.constant;
-    if (kCapped) d *= 1.0f - x * x * c.inverse_softcap2;
+    if (kCapped) d *= cap_slope[j];
     from_float(d, out + j);
   }
 }
@@ -248,26 +258,30 @@ GF_INLINE void gradient_block(const E* f, T* out, int64_t n, const GradientTerms
 template <typename T, bool kCapped, bool kEntropy>
 GF_INLINE void gradient_of(const T* row, T* gradient, int64_t vocabulary, int64_t target, const RowTransform& transform,
                            const RowStatistics& statistics, double g, double h) {
-  alignas(64) float buffer[kBlock];
-  const double f_target = target == kNoTarget ? 0 : column<T, kCapped>(row, target, transform);
+  alignas(64) float buffer[kBlock], cap_slope[kCapped ? kBlock : 1];
+  const double cap_slope_of_target =
+      kCapped && target != kNoTarget ? tanh_derivative(to_float(row[target]) * transform.logit_scale / transform.softcap) : 1.0;
   const double factor = std::exp(statistics.log_pivot) * transform.logit_scale / transform.temperature;
   GradientTerms terms;
   terms.pivot = static_cast<float>(statistics.pivot);
   terms.k = static_cast<float>(slope_of<kCapped>(transform) * kLog2E);
   terms.constant = static_cast<float>(factor * (-g - h * (statistics.entropy + statistics.log_pivot)));
   terms.linear = static_cast<float>(factor * -h * kLn2);
-  terms.inverse_softcap2 = kCapped ? static_cast<float>(1 / (transform.softcap * transform.softcap)) : 0.0f;
+  terms.cap_scale = kCapped ? static_cast<float>(transform.logit_scale / transform.softcap) : 0.0f;
 
   // The gradient of the target from 1 - p = -expm1(log p), accurate also for p near 1. Computed before the row is overwritten.
   const double p = std::exp(statistics.logprob);
   double d_target = g * -std::expm1(statistics.logprob);
   if (p != 0) d_target -= h * p * (statistics.logprob + statistics.entropy);  // 0 * -inf is NaN; p is NaN for a row without statistics
-  d_target *= transform.logit_scale / transform.temperature;
-  if (kCapped) d_target *= 1 - f_target * f_target / (transform.softcap * transform.softcap);
+  d_target *= transform.logit_scale / transform.temperature * cap_slope_of_target;
 
   for (int64_t begin = 0; begin < vocabulary; begin += kBlock) {
     const int64_t n = begin + kBlock < vocabulary ? kBlock : vocabulary - begin;
-    gradient_block<kCapped, kEntropy>(block_of<kCapped>(row + begin, n, transform, buffer), gradient + begin, n, terms);
+    if constexpr (kCapped) {  // before the row is written over
+#pragma omp simd
+      for (int64_t j = 0; j < n; j++) cap_slope[j] = tanh_derivative(to_float(row[begin + j]) * terms.cap_scale);
+    }
+    gradient_block<kCapped, kEntropy>(block_of<kCapped>(row + begin, n, transform, buffer), cap_slope, gradient + begin, n, terms);
   }
   if (target != kNoTarget) from_float(static_cast<float>(d_target), gradient + target);
 }

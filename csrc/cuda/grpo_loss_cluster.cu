@@ -70,6 +70,7 @@ struct RowSlot {  // the state of the row in a stage, shared by the roles
   bool direct;                  // logits and gradient have different 16-byte offsets: the gradient is stored element by element
   float k, slope;
   double f_target;  // double, because a soft cap multiplies its error by the cap
+  float cap_slope;  // the soft cap's derivative at the target
   char *out_row, *out_slice;
   int64_t token;  // in [B * T], or -1
   uint32_t flags;
@@ -110,17 +111,26 @@ struct Exchanges {  // slots for the rows that have sums: two, in alternation
   }
 };
 
+// f(z): z, or tanh(z * cap_scale) with a soft cap: Cephes' polynomial near 0 (S. Moshier), 1 - c elsewhere, c = 2 e^-2|x| / (1 + e^-2|x|).
+// cap_slope becomes its derivative c (2 - c), which keeps its digits where f is almost 1 and 1 - f^2 has none.
 template <bool kCapped>
-__device__ __forceinline__ float scored(float z, float cap_scale) {
+__device__ __forceinline__ float scored(float z, float cap_scale, float* cap_slope) {
   if (!kCapped) return z;
-  const float x = z * cap_scale, x2 = x * x, a = fabsf(x);  // tanh: Cephes' polynomial near 0 (S. Moshier)
+  const float x = z * cap_scale, x2 = x * x, a = fabsf(x);
   float p = fmaf(x2, -5.70498872745e-3f, 2.06390887954e-2f);
   p = fmaf(x2, p, -5.37397155531e-2f);
   p = fmaf(x2, p, 1.33314422036e-1f);
   p = fmaf(x2, p, -3.33332819422e-1f);
   const float e = exp2_approx(a * static_cast<float>(-2 * kLog2E));
-  const float large = copysignf(1.0f - divide_approx(e + e, 1.0f + e), x);
+  const float c = divide_approx(e + e, 1.0f + e), large = copysignf(1.0f - c, x);
+  *cap_slope = c * (2.0f - c);
   return a >= 0.625f ? large : fmaf(x * x2, p, x);  // NaN stays NaN
+}
+
+template <bool kCapped>
+__device__ __forceinline__ float scored(float z, float cap_scale) {
+  float cap_slope;
+  return scored<kCapped>(z, cap_scale, &cap_slope);
 }
 
 // A vector of 16 bytes as floats, and back.
@@ -226,7 +236,10 @@ __device__ void fetch(const ClusterLossArgs& args, int64_t row, int64_t slice_ve
     }
     if (lane < slot.edge_count) out.edge = to_float(logits[lane < slot.head ? lane : lane + vectors * kWidth]);
     slot.f_target = to_float(logits[id]);
-    if (kCapped) slot.f_target = tanh(slot.f_target * args.cap_scale);
+    if (kCapped) {
+      const double x = slot.f_target * args.cap_scale, e = exp(-2 * fabs(x)), c = (e + e) / (1 + e);
+      slot.f_target = tanh(x), slot.cap_slope = static_cast<float>(c * (2 - c));
+    }
     if (args.temperatures.given()) {
       const float temperature = args.temperatures.at(b, t);
       slot.k = args.k / temperature, slot.slope = args.slope / temperature;
@@ -324,9 +337,10 @@ __device__ float4 sums(const RowSlot& slot, uint4* slice, int thread, float cap_
 
 template <typename T, bool kCapped, bool kEntropy>
 __device__ __forceinline__ float derivative(float z, const RowSlot& slot, float cap_scale) {
-  const float f = scored<kCapped>(z, cap_scale), t = fmaf(f, slot.k, -slot.pivot), e = exp2_approx(t);
+  float cap_slope = 1.0f;
+  const float f = scored<kCapped>(z, cap_scale, &cap_slope), t = fmaf(f, slot.k, -slot.pivot), e = exp2_approx(t);
   float d = kEntropy ? e * fmaf(fmaxf(t, kExponentFloor), slot.linear, slot.constant) : e * slot.constant;
-  if (kCapped) d *= fmaf(-f, f, 1.0f);
+  if (kCapped) d *= cap_slope;
   return d;
 }
 
@@ -496,7 +510,7 @@ __device__ void finish_rows(const ClusterLossArgs& args, Shared& shared, int sta
       slot.linear = -h * static_cast<float>(kLn2) * slope;
       // From 1 - p = -expm1(log p), which is accurate also for p near 1.
       slot.at_target = (g * -expm1f(row.logprob) - (p > 0 ? h * p * (row.logprob + row.entropy) : 0.0f)) * slope;
-      if (kCapped) slot.at_target *= static_cast<float>(1 - slot.f_target * slot.f_target);
+      if (kCapped) slot.at_target *= slot.cap_slope;
       barrier_arrive(&shared.ready[schedule.stage]);
       if (rank == 0 && token >= 0) {
         args.logprobs[token] = row.logprob;

@@ -171,7 +171,7 @@ def token_statistics(
     """
     s = logits * logit_scale
     if softcap is not None:
-        s = softcap * torch.tanh(s / softcap)  # Gemma 2, arXiv:2408.00118
+        s = soft_cap(s, softcap)
     s = s / (temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature)
 
     is_target = torch.arange(s.shape[-1], device=s.device) == token_ids.unsqueeze(-1)  # [..., V]
@@ -187,6 +187,17 @@ def token_statistics(
     p = log_p.exp()
     entropy = -(p * log_p.masked_fill(p == 0, 0.0)).sum(-1)
     return logprob, entropy
+
+
+def soft_cap(s: Tensor, softcap: float) -> Tensor:
+    """softcap * tanh(s / softcap), Gemma 2, arXiv:2408.00118.
+
+    Away from 0 tanh x is written as 1 - c with c = 2 e^-2|x| / (1 + e^-2|x|), whose derivative keeps its digits where tanh x is almost 1.
+    There 1 - tanh(x)^2, the derivative that autograd takes of torch.tanh, has none.
+    """
+    x = s / softcap
+    e = torch.exp(-2 * x.abs())
+    return softcap * torch.where(x.abs() < 0.625, torch.tanh(x), x.sign() * (1 - 2 * e / (1 + e)))
 
 
 # 6 ------------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
-"""Tokens whose logit is -inf, so that their probability is 0: nothing may turn into NaN, and PyTorch in float64 gives what is expected.
+"""Extreme logits. A logit of -inf at the sampled token, a probability of 0: nothing may turn into NaN, and PyTorch in float64 gives what is
+expected. A saturated soft cap: its derivative is small, and correct.
 
-These tests are for the backend in force: test_impossible_tokens.py runs them for the reference and the C++ kernels, triton_interpreter.py
+These tests are for the backend in force: test_extreme_cases.py runs them for the reference and the C++ kernels, triton_interpreter.py
 for Triton.
 """
 
@@ -120,3 +121,23 @@ def test_log_probability_and_entropy_and_their_gradient() -> None:
     (entropy.sum() + torch.where(logprobs.isfinite(), logprobs, 0).sum()).backward()
     torch.testing.assert_close(out.entropy.detach().double(), entropy.detach(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 30.0])
+def test_the_derivative_of_a_saturated_soft_cap_keeps_its_digits(temperature: float) -> None:
+    """Each element of the gradient relative to itself: with 1 - tanh^2 those of saturated logits are wrong by any factor."""
+    generator, cap = torch.Generator().manual_seed(0), 30.0
+    z = torch.cat([torch.linspace(-600, 600, 64), torch.randn(30, generator=generator) * 50]).repeat(2, 3, 1)
+    ids = torch.randint(94, (2, 3), generator=generator)
+    x = z.double() / cap
+    p = (cap * torch.tanh(x) / temperature).softmax(-1)
+    c = 2 * torch.exp(-2 * x.abs()) / (1 + torch.exp(-2 * x.abs()))
+    truth = (torch.zeros_like(p).scatter(-1, ids.unsqueeze(-1), 1.0) - p) * c * (2 - c) / temperature
+    logits = z.requires_grad_()
+    gf.token_logprobs(logits, ids, softcap=cap, temperature=temperature).logprobs.sum().backward()
+    assert logits.grad is not None
+    large = truth.abs() > 1e-30  # the others are at the end of float32's range
+    saturated = large & (x.abs() > 9)  # where float32's 1 - tanh^2 is 0
+    assert saturated.sum() > 20
+    error = (logits.grad.double() - truth).abs()[large] / truth.abs()[large]
+    assert error.max() < 2e-5  # e^-2|x| in float32 at |x| = 20: 40 * 2^-24, and the roundings of p

@@ -1,11 +1,11 @@
-"""impossible_cases.py for the reference and the C++ kernels; Triton's interpreter runs it from triton_interpreter.py."""
+"""extreme_cases.py for the reference and the C++ kernels; Triton's interpreter runs it from triton_interpreter.py."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import pytest
-from impossible_cases import *  # noqa: F403
+from extreme_cases import *  # noqa: F403
 
 import grpo_fast as gf
 from grpo_fast.ops import extension
