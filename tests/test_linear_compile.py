@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import grpo_fast as gf
-from grpo_fast.head.operators import config_numbers, config_of
-from grpo_fast.head.products import DenseHead
+from grpo_fast.head.matrix_products import DenseHead
+from grpo_fast.loss.kernel_settings import config_from_numbers, config_numbers
 
 OPERATORS = torch.ops.grpo_fast
 B, T, D, V, R = 2, 3, 4, 19, 2
@@ -68,7 +68,7 @@ def test_opcheck_log_probabilities_of_a_frozen_head(adapted: bool, extra: int) -
 
 @pytest.mark.parametrize("of", ["logprobs", "entropy", "both"])
 def test_compiled_log_probabilities_of_a_frozen_head(of: str) -> None:
-    """By slopes, which NaN under the mask does not reach, or by the logits once more where the entropy has a gradient."""
+    """By d logprob / d hidden, which NaN under the mask does not reach, or by the logits computed again for a gradient of the entropy."""
 
     def total(hidden: Tensor, adapted: Tensor, weight: Tensor, adapter_weight: Tensor, ids: Tensor, mask: Tensor, g: Tensor) -> Tensor:
         lp = gf.linear_token_logprobs(hidden, weight, ids, mask=mask, temperature=0.7, adapter=(adapted, adapter_weight))
@@ -102,7 +102,7 @@ def test_products_of_compiled_log_probabilities(trainable: bool, of: str, monkey
 
         def counted(self: Any, first: Tensor, *rest: Any, original: Any = original, name: str = name, **options: Any) -> Any:
             out = original(self, first, *rest, **options)
-            products.append(1 if name == "logits" else sum(self.wants))
+            products.append(1 if name == "logits" else sum(self.needs_grad))
             return out
 
         monkeypatch.setattr(DenseHead, name, counted)
@@ -120,7 +120,7 @@ def test_products_of_compiled_log_probabilities(trainable: bool, of: str, monkey
     "config", [*CONFIGS, gf.LossConfig(loss_type="cispo", epsilon_high=2.0), gf.LossConfig(loss_type="sapo")], ids=ids_of
 )
 def test_a_config_comes_back_from_its_numbers(config: gf.LossConfig) -> None:
-    assert config_of(config_numbers(config)) == config
+    assert config_from_numbers(config_numbers(config)) == config
 
 
 def step(x: dict[str, Any], config: gf.LossConfig, temperature: float | Tensor, chunk_bytes: int | None) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import grpo_fast as gf
-from grpo_fast.head import chunks
+from grpo_fast.head import memory
 
 B, T, D, V = 4, 256, 256, 4003
 ROWS = 128  # tokens per chunk
@@ -93,20 +93,20 @@ def test_a_part_of_longer_sequences_is_not_copied_whole(of: str, generator: torc
 
 
 def test_the_limit_of_a_container_is_seen(tmp_path: Path) -> None:
-    assert chunks._free_of_container(tmp_path) == sys.maxsize
-    old = tmp_path / "memory"
-    old.mkdir()
-    for folder, names in ((old, ("limit_in_bytes", "usage_in_bytes")), (tmp_path, ("max", "current"))):
+    assert memory._free_of_container(tmp_path) == sys.maxsize
+    version_1 = tmp_path / "memory"
+    version_1.mkdir()
+    for folder, names in ((version_1, ("limit_in_bytes", "usage_in_bytes")), (tmp_path, ("max", "current"))):
         for name, value in zip(names, ("8000", "6000"), strict=True):
             (folder / f"memory.{name}").write_text(f"{value}\n")
-        (folder / "memory.stat").write_text("anon 5000\ninactive_file 700\n" + ("total_inactive_file 900\n" if folder == old else ""))
-        assert chunks._free_of_container(tmp_path) == (2900 if folder == old else 2700)
+        (folder / "memory.stat").write_text("anon 5000\ninactive_file 700\n" + ("total_inactive_file 900\n" if folder == version_1 else ""))
+        assert memory._free_of_container(tmp_path) == (2900 if folder == version_1 else 2700)
     (tmp_path / "memory.current").write_text("9000\n")
-    assert chunks._free_of_container(tmp_path) == 0
+    assert memory._free_of_container(tmp_path) == 0
     (tmp_path / "memory.max").write_text("max\n")
-    (old / "memory.limit_in_bytes").unlink()
-    assert chunks._free_of_container(tmp_path) == sys.maxsize
-    assert 0 < chunks.free_bytes(torch.device("cpu")) <= chunks._free_of_machine() < sys.maxsize
+    (version_1 / "memory.limit_in_bytes").unlink()
+    assert memory._free_of_container(tmp_path) == sys.maxsize
+    assert 0 < memory.free_bytes(torch.device("cpu")) <= memory._free_of_machine() < sys.maxsize
 
 
 def test_without_gradient_nothing_stays(generator: torch.Generator) -> None:

@@ -1,10 +1,10 @@
 """Log-probability and entropy from hidden states, both differentiable, for any loss on top.
 
-Nothing is known of that loss in the forward pass, so what backward will need is kept or made again:
+The forward pass knows nothing of that loss, so what backward needs is either kept or computed again:
 
-    frozen head      d logprob / d hidden is made at once, while the logits are there; backward scales its rows            4 N D V
+    frozen head      d logprob / d hidden is computed in the forward pass, while the logits exist; backward scales its rows  4 N D V
                      a gradient of the entropy computes the logits again                                                   8
-    trainable head   logits that fit into keep_bytes are kept, and become their gradient in place                          6
+    trainable head   logits that fit into keep_bytes are kept, and overwritten with their gradient                         6
                      the others are computed again                                                                         8
 """
 
@@ -16,70 +16,82 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_fast.head.chunking import Chunk, Plan, plan_of
-from grpo_fast.head.products import Head, HeadTensors
+from grpo_fast.head.chunking import Chunk, ChunkPlan, plan_chunks
+from grpo_fast.head.matrix_products import Head, HeadTensors
 from grpo_fast.loss.token_rows import RowStatistics, TokenRows
 
-__all__ = ["Forward", "linear_token_logprobs_bwd", "linear_token_logprobs_fwd"]
+__all__ = ["LogprobsState", "linear_token_logprobs_bwd", "linear_token_logprobs_fwd"]
 
 
-class Forward(NamedTuple):
+class LogprobsState(NamedTuple):
     """What the forward pass leaves for backward."""
 
     statistics: RowStatistics  # float32 [1, N]
-    order: Plan
-    slopes: HeadTensors | None  # d logprob / d of the hidden states, for a frozen head
-    kept: list[Tensor]  # logits of the first chunks
+    plan: ChunkPlan
+    dlogprob_dhidden: HeadTensors | None  # of a frozen head: the derivatives with respect to hidden and adapted
+    kept_logits: list[Tensor]  # of the first chunks
 
 
 def linear_token_logprobs_fwd(
-    make_head: Callable[[Plan], Head],
+    make_head: Callable[[ChunkPlan], Head],
     rows: TokenRows,
     *,
-    limit: int,  # tokens per chunk
-    keep: int,  # tokens whose logits may be kept
-    want_slopes: bool,
-) -> Forward:
-    """Log-probability, entropy and log-sum-exp, nothing recorded by autograd."""
-    order = plan_of(rows.mask[0], rows.mask[0], limit, None)
-    head = make_head(order)
+    rows_per_chunk: int,
+    max_kept_tokens: int,
+    with_derivative: bool,
+) -> LogprobsState:
+    """Compute log-probability, entropy and log-sum-exp; autograd records nothing.
+
+    Args:
+        make_head: makes the head for a plan's chunks.
+        max_kept_tokens: tokens whose logits may be kept.
+        with_derivative: compute d logprob / d hidden too.
+    """
+    plan = plan_chunks(rows.mask[0], rows.mask[0], rows_per_chunk, None)
+    head = make_head(plan)
     statistics = RowStatistics(*(torch.zeros_like(rows.mask, dtype=torch.float32) for _ in range(3)))
-    if want_slopes or order.kept_chunks(keep) < len(order.chunks):
-        head.reserve(order.largest)
+    kept_chunks = 0 if with_derivative else plan.chunks_within(max_kept_tokens)
+    if kept_chunks < len(plan.grad_chunks):
+        head.reserve(plan.max_rows)
     kept: list[Tensor] = []
-    for chunk in order.chunks:
-        tokens = order.tokens(chunk.begin, chunk.end)
-        some, keeps = rows.take(tokens), not want_slopes and len(kept) < order.kept_chunks(keep)
-        logits = head.logits(tokens, keep=keeps)
-        found = some.statistics(logits.unsqueeze(0))
+    for chunk in plan.grad_chunks:
+        tokens = plan.tokens(chunk.begin, chunk.end)
+        chunk_of_rows, keep = rows.take(tokens), len(kept) < kept_chunks
+        logits = head.logits(tokens, keep=keep)
+        found = chunk_of_rows.statistics(logits.unsqueeze(0))
         for into, part in zip(statistics, found, strict=True):
             into[:, tokens] = part
-        if keeps:
+        if keep:
             kept.append(logits)
-        elif want_slopes:
-            some.gradient_(logits.unsqueeze(0), found, torch.ones_like(found.logprobs), torch.zeros_like(found.logprobs))
+        elif with_derivative:
+            one, zero = torch.ones_like(found.logprobs), torch.zeros_like(found.logprobs)
+            chunk_of_rows.gradient_(logits.unsqueeze(0), found, one, zero)
             head.add_gradient(logits, tokens)
-    return Forward(statistics, order, head.gradients() if want_slopes else None, kept)
+    return LogprobsState(statistics, plan, head.gradients() if with_derivative else None, kept)
 
 
 def linear_token_logprobs_bwd(
-    make_head: Callable[[Plan], Head], rows: TokenRows, forward: Forward, g: Tensor, h: Tensor, *, keep_graph: bool
+    make_head: Callable[[ChunkPlan], Head], rows: TokenRows, state: LogprobsState, g: Tensor, h: Tensor, *, keep_graph: bool
 ) -> HeadTensors:
-    """The gradients of the head's tensors from those of log-probabilities and entropies, [1, N]."""
-    statistics, order, _, kept = forward
-    head = make_head(order)
-    if len(kept) < len(order.chunks) or keep_graph:
-        head.reserve(order.largest)
+    """Compute the gradients of the head's tensors from those of log-probabilities (g) and entropies (h), ``[1, N]`` each.
 
-    def gradient_of(i: int, chunk: Chunk) -> None:
-        tokens = order.tokens(chunk.begin, chunk.end)
-        logits = head.logits(tokens) if i >= len(kept) or keep_graph else kept[i]  # a graph that stays needs its logits again
-        piece = RowStatistics(*(x[:, tokens] for x in statistics))
-        rows.take(tokens).gradient_(logits.unsqueeze(0), piece, g[:, tokens], h[:, tokens])
+    Args:
+        keep_graph: whether a second backward pass may follow, so that kept logits may not be overwritten.
+    """
+    plan, kept = state.plan, state.kept_logits
+    head = make_head(plan)
+    if len(kept) < len(plan.grad_chunks) or keep_graph:
+        head.reserve(plan.max_rows)
+
+    def add_chunk(i: int, chunk: Chunk) -> None:
+        tokens = plan.tokens(chunk.begin, chunk.end)
+        logits = head.logits(tokens) if i >= len(kept) or keep_graph else kept[i]
+        statistics = RowStatistics(*(x[:, tokens] for x in state.statistics))
+        rows.take(tokens).gradient_(logits.unsqueeze(0), statistics, g[:, tokens], h[:, tokens])
         head.add_gradient(logits, tokens)
         if i < len(kept) and not keep_graph:
-            kept[i] = logits.new_empty(0)  # its memory is free for the next chunk's products
+            kept[i] = logits.new_empty(0)  # frees the memory for the products of the next chunk
 
-    for i, chunk in enumerate(order.chunks):
-        gradient_of(i, chunk)
+    for i, chunk in enumerate(plan.grad_chunks):
+        add_chunk(i, chunk)
     return head.gradients()

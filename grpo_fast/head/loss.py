@@ -1,7 +1,7 @@
-"""The GRPO loss from hidden states: logits of a chunk of tokens, their gradient in the same memory, the products with it, the next chunk.
+"""The GRPO loss from hidden states. For each chunk of tokens: compute the logits, overwrite them with their gradient, multiply it out.
 
-Every token's gradient coefficients are known as soon as its own log-probability is (or its sequence's: chunks then end where sequences
-do), so the logits are made once and forgotten: 6 N D V operations with a trainable head, 4 with a frozen one.
+A token's gradient coefficients are known with its own log-probability, or with those of its sequence (a chunk then holds whole sequences).
+So the logits are computed once: 6 N D V operations with a trainable head, 4 with a frozen one.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_fast.head.chunking import Chunk, Plan, plan_of
-from grpo_fast.head.products import Head, HeadTensors
+from grpo_fast.head.chunking import Chunk, ChunkPlan, plan_chunks
+from grpo_fast.head.matrix_products import Head, HeadTensors
 from grpo_fast.loss.inputs import LossInputs
 from grpo_fast.loss.logprob_loss import policy_loss
 from grpo_fast.loss.operator_arguments import loss_arguments
@@ -21,13 +21,13 @@ from grpo_fast.loss.token_rows import RowStatistics, TokenRows
 from grpo_fast.ops.grpo_loss import METRICS
 from grpo_fast.ops.library import call_below_autograd
 
-__all__ = ["LINEAR_METRICS", "LinearLoss", "linear_loss"]
+__all__ = ["LINEAR_METRICS", "LinearLossResult", "linear_loss"]
 
 LINEAR_METRICS = (*METRICS, "recomputed_fraction")
 
 
-class LinearLoss(NamedTuple):
-    """Of one call, and its gradients for an upstream gradient of 1."""
+class LinearLossResult(NamedTuple):
+    """The results of a call, and the gradients for an upstream gradient of 1."""
 
     loss: Tensor  # 0-d float32
     logprobs: Tensor  # float32 [1, N], 0 where not computed
@@ -37,75 +37,80 @@ class LinearLoss(NamedTuple):
 
 
 def linear_loss(
-    make_head: Callable[[Plan], Head],
+    make_head: Callable[[ChunkPlan], Head],
     rows: TokenRows,
-    policy: LossInputs,  # packed
+    inputs: LossInputs,  # packed
     *,
     only_active: bool,
-    want_gradient: bool,
-    limit: int,  # tokens per chunk
-) -> LinearLoss:
-    """Loss, metrics and gradients, nothing recorded by autograd."""
-    active = policy.active()
-    computed = active if only_active else policy.mask
-    rows, token_level = rows._replace(mask=computed), policy.token_level()
-    wanted = active if want_gradient else torch.zeros_like(active)
-    order = plan_of(computed[0], wanted[0], limit, policy.sequences if token_level is None else None)
-    head = make_head(order)
-    head.reserve(order.largest)
-    whole = RowStatistics(*(torch.zeros_like(computed, dtype=torch.float32) for _ in range(3)))
+    with_gradient: bool,
+    rows_per_chunk: int,
+) -> LinearLossResult:
+    """Compute loss, metrics and gradients; autograd records nothing.
 
-    def logits_and_statistics(begin: int, end: int) -> Tensor:
-        tokens = order.tokens(begin, end)
+    Args:
+        make_head: makes the head for a plan's chunks.
+        only_active: leave out unmasked tokens that cannot change the gradient.
+    """
+    active = inputs.active()
+    computed = active if only_active else inputs.mask
+    rows, token_level = rows._replace(mask=computed), inputs.token_level()
+    with_grad = active if with_gradient else torch.zeros_like(active)
+    plan = plan_chunks(computed[0], with_grad[0], rows_per_chunk, inputs.sequences if token_level is None else None)
+    head = make_head(plan)
+    head.reserve(plan.max_rows)
+    statistics = RowStatistics(*(torch.zeros_like(computed, dtype=torch.float32) for _ in range(3)))
+
+    def compute_statistics(begin: int, end: int) -> Tensor:  # returns the logits
+        tokens = plan.tokens(begin, end)
         logits = head.logits(tokens)
-        for into, part in zip(whole, rows.take(tokens).statistics(logits.unsqueeze(0)), strict=True):
+        for into, part in zip(statistics, rows.take(tokens).statistics(logits.unsqueeze(0)), strict=True):
             into[:, tokens] = part
         return logits
 
-    def in_one_pass(begin: int, end: int) -> None:
+    def one_pass(begin: int, end: int) -> None:
         assert token_level is not None
-        tokens = order.tokens(begin, end)
+        tokens = plan.tokens(begin, end)
         logits = head.logits(tokens)
         arguments = loss_arguments(rows.take(tokens), token_level.take(tokens))
-        _, whole.logprobs[:, tokens], whole.entropy[:, tokens], _ = call_below_autograd(
+        _, statistics.logprobs[:, tokens], statistics.entropy[:, tokens], _ = call_below_autograd(
             torch.ops.grpo_fast.grpo_loss_.default, logits.unsqueeze(0), *arguments
         )
         head.add_gradient(logits, tokens)
 
-    def in_two_passes(chunk: Chunk) -> None:
+    def two_passes(chunk: Chunk) -> None:
         for begin, end in chunk.pieces:
-            logits = logits_and_statistics(begin, end)
-        tokens = order.tokens(chunk.begin, chunk.end)
-        found = RowStatistics(*(x[:, tokens] for x in whole))
-        g, h = coefficients(found, (token_level or policy).take(tokens), computed[:, tokens])
-        for begin, end in reversed(chunk.pieces):  # the logits of the last piece are still there
-            tokens, within = order.tokens(begin, end), slice(begin - chunk.begin, end - chunk.begin)
+            logits = compute_statistics(begin, end)
+        tokens = plan.tokens(chunk.begin, chunk.end)
+        of_chunk = RowStatistics(*(x[:, tokens] for x in statistics))
+        g, h = _coefficients(of_chunk, (token_level or inputs).take(tokens), computed[:, tokens])
+        for begin, end in reversed(chunk.pieces):  # the logits of the last piece are still in memory
+            tokens, within = plan.tokens(begin, end), slice(begin - chunk.begin, end - chunk.begin)
             if end != chunk.end:
                 logits = head.logits(tokens)
-            piece = RowStatistics(*(x[:, within] for x in found))
-            rows.take(tokens).gradient_(logits.unsqueeze(0), piece, g[:, within], h[:, within])
+            of_piece = RowStatistics(*(x[:, within] for x in of_chunk))
+            rows.take(tokens).gradient_(logits.unsqueeze(0), of_piece, g[:, within], h[:, within])
             head.add_gradient(logits, tokens)
 
-    for chunk in order.rest:
-        logits_and_statistics(chunk.begin, chunk.end)
-    for chunk in order.chunks:
+    for chunk in plan.nograd_chunks:
+        compute_statistics(chunk.begin, chunk.end)
+    for chunk in plan.grad_chunks:
         if token_level is not None and rows.shard is None:
-            in_one_pass(chunk.begin, chunk.end)
+            one_pass(chunk.begin, chunk.end)
         else:
-            in_two_passes(chunk)
-    loss, metrics = policy_loss(whole.logprobs, whole.entropy, policy, computed)
-    recomputed = torch.full_like(loss, order.recomputed) / computed.sum().clamp(min=1)
-    return LinearLoss(
-        loss.float(), whole.logprobs, whole.entropy, torch.stack([*(metrics[name] for name in METRICS), recomputed]), head.gradients()
-    )
+            two_passes(chunk)
+    gradients = head.gradients()  # first, because it frees the memory of the logits
+    loss, metrics = policy_loss(statistics.logprobs, statistics.entropy, inputs, computed)
+    recomputed = torch.full_like(loss, plan.recomputed_tokens) / computed.sum().clamp(min=1)
+    values = torch.stack([*(metrics[name] for name in METRICS), recomputed])
+    return LinearLossResult(loss.float(), statistics.logprobs, statistics.entropy, values, gradients)
 
 
-def coefficients(statistics: RowStatistics, policy: LossInputs, computed: Tensor) -> tuple[Tensor, Tensor]:
-    """g = d loss / d logprob and h = d loss / d entropy of every token, by autograd through what stands behind the logits."""
+def _coefficients(statistics: RowStatistics, inputs: LossInputs, computed: Tensor) -> tuple[Tensor, Tensor]:
+    """Return g = d loss / d logprob and h = d loss / d entropy of every token, by autograd through the loss over log-probabilities."""
     below_autograd = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
-    with below_autograd, torch.enable_grad():  # an operator's own implementation runs with autograd switched off
+    with below_autograd, torch.enable_grad():  # autograd is off inside an operator's own implementation
         logprobs, entropy = (x.detach().requires_grad_() for x in statistics[:2])
-        loss, _ = policy_loss(logprobs, entropy, policy, computed)
+        loss, _ = policy_loss(logprobs, entropy, inputs, computed)
         if not loss.requires_grad:
             return torch.zeros_like(logprobs), torch.zeros_like(entropy)
         g, h = torch.autograd.grad(loss, (logprobs, entropy), allow_unused=True, materialize_grads=True)

@@ -14,14 +14,14 @@ __all__ = ["LinearGRPOLoss"]
 
 
 class LinearGRPOLoss(LossModule):
-    """gf.linear_grpo_loss as a module: the loss from hidden states and the weight of the LM head, which stays the model's.
+    """gf.linear_grpo_loss as a module: the loss from hidden states and the weight of the LM head, which remains a parameter of the model.
 
     Args:
         config: which member of the family; None = LossConfig().
         temperature, softcap, logit_scale, metrics_on: as in gf.linear_grpo_loss, which has the defaults.
 
     Raises:
-        TypeError, ValueError: names the argument, what it was, what was expected and the cure.
+        TypeError, ValueError: names the argument, what it was, what was expected and the fix.
 
     Example:
         >>> head, loss = torch.nn.Linear(4, 8, bias=False), LinearGRPOLoss(temperature=0.7)

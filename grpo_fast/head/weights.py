@@ -1,4 +1,4 @@
-"""Weights as sharded training leaves them, made whole for the head."""
+"""Weights of sharded training, gathered for the head."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ __all__ = ["gathered", "is_partitioned", "is_quantised", "unpartitioned"]
 
 
 def gathered(x: Tensor) -> Tensor:
-    """A DTensor (FSDP2, tensor parallelism) as one tensor. Its gradient goes back to the shards as the mean over the processes: what FSDP
-    does where each has other data, and the same number where all have the same.
+    """Gather a DTensor (FSDP2, tensor parallelism) into one tensor. The shards receive the mean of the processes' gradients, as FSDP does
+    it; where all processes have the same data, that is the gradient itself.
 
     Raises:
-        ValueError: a parameter that DeepSpeed's third stage has partitioned: its gradient would have nowhere to go.
+        ValueError: DeepSpeed's ZeRO-3 has partitioned the parameter, so that its gradient could not be assigned.
     """
     if is_partitioned(x):
         raise ValueError(
-            "weight is partitioned by DeepSpeed's third stage; expected it whole. Call linear_loss_from, which runs the model and finds "
-            "its weight, or keep it whole until backward is done: with deepspeed.zero.GatheredParameters([weight])."
+            "weight is partitioned by DeepSpeed's third stage; expected it whole. Fix: call linear_loss_from, which runs the model and "
+            "finds its weight, or gather it until backward is done: with deepspeed.zero.GatheredParameters([weight])."
         )
     if type(x) in (Tensor, torch.nn.Parameter):
         return x
-    from torch.distributed.tensor import DTensor, Partial  # here: a second of imports
+    from torch.distributed.tensor import DTensor, Partial  # imported here because it takes a second
 
     if not isinstance(x, DTensor):
         return x
@@ -37,21 +37,21 @@ def gathered(x: Tensor) -> Tensor:
 
 
 def is_partitioned(x: object) -> bool:
-    """Whether x is a parameter of which DeepSpeed's third stage has left this process a part."""
+    """Whether DeepSpeed's ZeRO-3 has partitioned the parameter, so that this process holds a part of it."""
     return hasattr(x, "ds_id") and isinstance(x, Tensor) and x.numel() == 0
 
 
 def is_quantised(x: object) -> bool:
-    """Whether x keeps its numbers in tensors of other types, as torchao's weights do: a matrix for its module's forward alone."""
+    """Whether x is a tensor subclass that wraps tensors of other dtypes (a weight of torchao), which only its module's forward can use."""
     return type(x) not in (Tensor, torch.nn.Parameter) and is_traceable_wrapper_subclass(x) and not hasattr(x, "device_mesh")
 
 
 def unpartitioned(x: Tensor) -> Tensor:
-    """Such a parameter whole, for a model that uses it itself in the same backward: then DeepSpeed has gathered it once more when its
-    gradient arrives, of which it takes the mean over the processes. Other tensors as they are."""
+    """Gather a parameter that ZeRO-3 has partitioned; return other tensors unchanged. The model must use the parameter in the same backward
+    pass too: then DeepSpeed has gathered it again when its gradient arrives, and takes the mean over the processes."""
     if not is_partitioned(x):
         return x
     import deepspeed
 
     with deepspeed.zero.GatheredParameters([x]):
-        return x.view_as(x)  # which keeps the memory for as long as somebody uses it
+        return x.view_as(x)  # the view keeps the gathered memory alive

@@ -102,7 +102,7 @@ class LossConfig:
         'sequence'
     """
 
-    loss_type: str = "dapo"
+    loss_type: str = field(default="dapo", metadata={"names": tuple(LOSS_TYPES)})
     epsilon_low: float = field(default=0.2, metadata=KERNEL)
     epsilon_high: float = field(default=0.2, metadata=KERNEL)
     delta: float | None = field(default=None, metadata=KERNEL)
@@ -111,9 +111,9 @@ class LossConfig:
     kl_estimator: str = field(default="k3", metadata={**KERNEL, "names": KL_ESTIMATORS})
     bias_corrected_kl: bool = field(default=False, metadata=KERNEL)
     entropy_coef: float = field(default=0.0, metadata=KERNEL)
-    entropy_aggregation: str = "same"
-    importance_sampling_level: str | None = None
-    aggregation: str | None = None
+    entropy_aggregation: str = field(default="same", metadata={"names": ENTROPY_AGGREGATIONS})
+    importance_sampling_level: str | None = field(default=None, metadata={"names": LEVELS})
+    aggregation: str | None = field(default=None, metadata={"names": AGGREGATIONS})
     log_ratio_clamp: float = field(default=20.0, metadata=KERNEL)
     sapo_temperature_pos: float = field(default=1.0, metadata=KERNEL)
     sapo_temperature_neg: float = field(default=1.05, metadata=KERNEL)

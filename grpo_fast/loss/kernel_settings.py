@@ -1,16 +1,21 @@
-"""The settings of a LossConfig as the numbers that the operators take."""
+"""The settings of a LossConfig as the numbers that operators take, from the declarations of its fields."""
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any
 
 from grpo_fast.loss.config import SURROGATES, LossConfig
 
-__all__ = ["KERNEL_FIELDS", "loss_settings"]
+__all__ = ["KERNEL_FIELDS", "config_from_numbers", "config_numbers", "loss_settings"]
 
-KERNEL_FIELDS = tuple(each for each in fields(LossConfig) if each.metadata.get("kernel"))
-_NAMES = tuple((each.name, each.metadata.get("names")) for each in KERNEL_FIELDS)
+_FIELDS = fields(LossConfig)
+_ALLOWED: dict[str, tuple[str, ...] | None] = {each.name: each.metadata.get("names") for each in _FIELDS}  # None: no name, but a number
+KERNEL_FIELDS = tuple(each for each in _FIELDS if each.metadata.get("kernel"))
+_KERNEL_NAMES = tuple(each.name for each in KERNEL_FIELDS)
 
 
 def loss_settings(config: LossConfig) -> list[float]:
@@ -24,11 +29,41 @@ def loss_settings(config: LossConfig) -> list[float]:
         >>> loss_settings(LossConfig(epsilon_high=0.28))[:4]
         [0.0, 0.2, 0.28, inf]
     """
-    numbers = [float(SURROGATES.index(config.surrogate))]
-    for name, allowed in _NAMES:
-        value = getattr(config, name)
+    return [float(SURROGATES.index(config.surrogate)), *(_number(config, name, none=math.inf) for name in _KERNEL_NAMES)]
+
+
+def config_numbers(config: LossConfig) -> list[float]:
+    """All fields of a LossConfig, for an operator that needs it whole. A name becomes its position, a switch 0 or 1, None NaN.
+
+    Example:
+        >>> from grpo_fast.loss.config import LossConfig
+        >>> config_from_numbers(config_numbers(LossConfig(loss_type="gspo"))).loss_type
+        'gspo'
+    """
+    return [_number(config, each.name, none=math.nan) for each in _FIELDS]
+
+
+def config_from_numbers(numbers: Sequence[float]) -> LossConfig:
+    """The LossConfig whose ``config_numbers`` are given."""
+    return _config_from_numbers(tuple(None if math.isnan(x) else x for x in numbers))
+
+
+def _number(config: LossConfig, name: str, *, none: float) -> float:
+    value, allowed = getattr(config, name), _ALLOWED[name]
+    if value is None:
+        return none
+    return float(value if allowed is None else allowed.index(value))
+
+
+@functools.cache
+def _config_from_numbers(numbers: tuple[float | None, ...]) -> LossConfig:
+    settings: dict[str, Any] = {}
+    for each, value in zip(_FIELDS, numbers, strict=True):
+        allowed = _ALLOWED[each.name]
         if value is None:
-            numbers.append(math.inf)
+            settings[each.name] = None
+        elif allowed is not None:
+            settings[each.name] = allowed[int(value)]
         else:
-            numbers.append(float(allowed.index(value) if allowed else value))
-    return numbers
+            settings[each.name] = bool(value) if each.type == "bool" else int(value) if each.type == "int | None" else value
+    return LossConfig(**settings)

@@ -1,8 +1,8 @@
-"""The matrix products of a head, by the vendor's library: logits of some tokens, and from their gradient those of hidden states and
+"""The matrix products of a head, by the vendor's library: logits of some tokens, and from their gradient the gradients of hidden states and
 weights.
 
-Tokens are numbered through: token n of [B, T] stands in row n of the hidden states or, where these have a position more than there are
-tokens ([B, T + 1, D], as a model returns them), n // T rows further on.
+Tokens have one index over the whole batch: token n of [B, T] is scored by row n of the hidden states or, where these have one position more
+than there are tokens ([B, T + 1, D], as a model returns them), by row n + n // T.
 """
 
 from __future__ import annotations
@@ -14,70 +14,77 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from grpo_fast.head.chunking import Plan
+from grpo_fast.head.chunking import ChunkPlan
 
-__all__ = ["DenseHead", "Head", "HeadTensors", "ModuleHead", "Wants", "per_row"]
+__all__ = ["DenseHead", "Head", "HeadTensors", "ModuleHead", "NeedsGrad", "per_row"]
 
-# Only NVIDIA's library gives the sum of a bfloat16 product in float32. For the others this part of the logits' columns at a time is
-# converted, or this many where that is less.
-CONVERTED_PART, LEAST_CONVERTED = 32, 256
-_LOGITS = (torch.float32, torch.bfloat16, torch.float16)
+# Only NVIDIA's library gives the sum of a bfloat16 product in float32. Elsewhere the operands are converted, a part of the logits' columns
+# at a time: 1 / CONVERTED_PARTS of them, but at least MIN_CONVERTED.
+CONVERTED_PARTS, MIN_CONVERTED = 32, 256
+_LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class HeadTensors(NamedTuple):
-    """``logits = hidden @ weight.T + bias + adapted @ adapter_weight.T``; or the gradients of these."""
+    """``logits = hidden @ weight.T + bias + adapted @ adapter_weight.T``; or the gradients of these tensors."""
 
-    hidden: Tensor | None  # [B, T or T + 1, D]
-    weight: Tensor | None  # [V, D]
+    hidden: Tensor | None = None  # [B, T or T + 1, D]
+    weight: Tensor | None = None  # [V, D]
     bias: Tensor | None = None  # [V]
     adapted: Tensor | None = None  # [B, T or T + 1, R]
     adapter_weight: Tensor | None = None  # [V, R]
 
 
-class Wants(NamedTuple):
-    """Whose gradients are wanted."""
+class NeedsGrad(NamedTuple):
+    """Which of the HeadTensors need a gradient."""
 
-    hidden: bool
+    hidden: bool = False
     weight: bool = False
     bias: bool = False
     adapted: bool = False
     adapter_weight: bool = False
 
     @property
-    def states_alone(self) -> bool:
-        """Of what differs from token to token, and not of the head."""
+    def frozen_head(self) -> bool:
+        """Whether only hidden and adapted need one, which differ from token to token, and not the head."""
         return (self.hidden or self.adapted) and not (self.weight or self.bias or self.adapter_weight)
 
 
 class Head(Protocol):
-    """What the loss over chunks knows of a head."""
+    """What the computation over chunks needs of a head."""
 
     vocabulary: int
-    wants: Wants
+    needs_grad: NeedsGrad
 
     def reserve(self, rows: int) -> None:
-        """Make room for the logits of so many tokens, once for all chunks."""
+        """Allocate memory for the logits of this number of tokens, once for all chunks."""
 
     def logits(self, tokens: Tensor | slice, *, keep: bool = False) -> Tensor:
-        """[n, V] in memory that may be written over: its own if it is to be kept, else that of the last ones."""
+        """Compute logits [n, V] that the caller may overwrite: in new memory if ``keep``, else in that of the previous logits."""
 
     def add_gradient(self, gradient: Tensor, tokens: Tensor | slice) -> None:
-        """From the gradient [n, V] of the logits made last, or kept, the gradients of what made them."""
+        """Take the gradient [n, V] of the latest logits, or of kept ones, and add its share in the gradients of the tensors."""
 
     def gradients(self) -> HeadTensors:
-        """Of everything that wants one, in its own type; 0 where no token reached it."""
+        """Return the gradients of the tensors that need one, in their dtypes; 0 where no token contributed."""
 
 
 class DenseHead:
-    """A head whose weight is a matrix. The gradients of weights are accumulated in float32, chunk after chunk; where one chunk is all,
-    its product is rounded once, as it comes."""
+    """A head whose weight is a matrix. The gradients of weights are accumulated in float32 over the chunks. With a single chunk the product
+    is written in the weight's own dtype."""
 
     def __init__(
-        self, tensors: HeadTensors, wants: Wants, dtype: torch.dtype, length: int, plan: Plan, *, group: ProcessGroup | None = None
+        self,
+        tensors: HeadTensors,
+        needs_grad: NeedsGrad,
+        dtype: torch.dtype,
+        length: int,
+        plan: ChunkPlan,
+        *,
+        group: ProcessGroup | None = None,
     ):
         hidden, weight = tensors.hidden, tensors.weight
         assert hidden is not None and weight is not None
-        self.tensors, self.wants, self.plan, self.group = tensors, wants, plan, group
+        self.tensors, self.needs_grad, self.plan, self.group = tensors, needs_grad, plan, group
         self.length, self.positions = length, hidden.shape[1]
         self.dtype = dtype
         self.weight = weight.to(dtype)
@@ -102,38 +109,38 @@ class DenseHead:
         return out
 
     def add_gradient(self, gradient: Tensor, tokens: Tensor | slice) -> None:
-        if self.wants.hidden:
+        if self.needs_grad.hidden:
             self._set_rows("hidden", gradient, self.weight, tokens)
-        if self.wants.weight:
+        if self.needs_grad.weight:
             self._accumulate("weight", gradient, self._rows("hidden", tokens))
-        if self.wants.bias:
+        if self.needs_grad.bias:
             total = gradient.sum(0, dtype=torch.float32)
             self._grads["bias"] = self._grads["bias"].add_(total) if "bias" in self._grads else total
         if self.adapter_weight is not None:
-            if self.wants.adapted:
+            if self.needs_grad.adapted:
                 self._set_rows("adapted", gradient, self.adapter_weight, tokens)
-            if self.wants.adapter_weight:
+            if self.needs_grad.adapter_weight:
                 self._accumulate("adapter_weight", gradient, self._rows("adapted", tokens))
 
     def gradients(self) -> HeadTensors:
         self._buffer = self._buffer.new_empty(0)
         out: list[Tensor | None] = []
-        for name, x, wanted in zip(HeadTensors._fields, self.tensors, self.wants, strict=True):
-            if not wanted or x is None:
+        for name, x, needed in zip(HeadTensors._fields, self.tensors, self.needs_grad, strict=True):
+            if not needed or x is None:
                 out.append(None)
                 continue
             gradient = self._grads.pop(name, None)
             if gradient is None:
                 gradient = torch.zeros_like(x, memory_format=torch.contiguous_format)
-            elif self.group is not None and name in ("hidden", "adapted"):  # each process has summed over its part of the vocabulary
+            elif self.group is not None and name in ("hidden", "adapted"):  # each process has the sum over its own shard of the vocabulary
                 torch.distributed.all_reduce(gradient, group=self.group)
             out.append(gradient.to(x.dtype))
         return HeadTensors(*out)
 
     def _rows(self, name: str, tokens: Tensor | slice) -> Tensor:
         rows = rows_of(getattr(self.tensors, name), tokens, self.length).to(self.dtype)
-        if self.plan.only is not None:  # what is under the mask may be NaN, and 0 * NaN would be the weight's gradient
-            rows = torch.where(self.plan.only[tokens].unsqueeze(-1), rows, 0)
+        if self.plan.valid_mask is not None:  # masked hidden states may be NaN, and 0 * NaN would reach the weight's gradient
+            rows = torch.where(self.plan.valid_mask[tokens].unsqueeze(-1), rows, 0)
         return rows
 
     def _set_rows(self, name: str, gradient: Tensor, weight: Tensor, tokens: Tensor | slice) -> None:
@@ -149,9 +156,9 @@ class DenseHead:
             rows[source] = torch.mm(gradient, weight).to(rows.dtype)
 
     def _accumulate(self, name: str, gradient: Tensor, rows: Tensor) -> None:
-        """Adds gradient.T @ rows."""
+        """Add gradient.T @ rows to the gradient of a weight."""
         x: Tensor = getattr(self.tensors, name)
-        if self.plan.one_piece and x.dtype == self.dtype:
+        if self.plan.is_single_piece and x.dtype == self.dtype:
             self._grads[name] = torch.mm(gradient.t(), rows)
             return
         beta = 1
@@ -163,65 +170,65 @@ class DenseHead:
         elif gradient.device.type == "cuda" and torch.version.hip is None:
             torch.addmm(total, gradient.t(), rows, beta=beta, out_dtype=torch.float32, out=total)
         else:
-            rows, width = rows.float(), max(gradient.shape[1] // CONVERTED_PART, LEAST_CONVERTED)
+            rows, width = rows.float(), max(gradient.shape[1] // CONVERTED_PARTS, MIN_CONVERTED)
             for part, into in zip(gradient.split(width, 1), total.split(width), strict=True):
                 into.addmm_(part.t().float(), rows, beta=beta)
 
 
 class ModuleHead:
-    """A frozen head that offers nothing but its forward (a quantised one): autograd goes through it, chunk by chunk."""
+    """A frozen head of which only the forward can be used (a quantised one): autograd runs through it, chunk by chunk."""
 
     def __init__(
         self,
         module: Callable[[Tensor], Tensor],
         hidden: Tensor,
-        wants: Wants,
+        needs_grad: NeedsGrad,
         vocabulary: int,
         length: int,
-        autocast: torch.dtype | None,  # the caller's: the chunks around it run without
+        autocast: torch.dtype | None,  # in force at the call; the computation over chunks runs without
     ):
-        self.module, self.hidden, self.wants, self.vocabulary, self.length = module, hidden, wants, vocabulary, length
+        self.module, self.hidden, self.needs_grad, self.vocabulary, self.length = module, hidden, needs_grad, vocabulary, length
         self.autocast = autocast
-        self._made: tuple[Tensor, Tensor] | None = None
+        self._latest: tuple[Tensor, Tensor] | None = None
         self._gradient: Tensor | None = None
 
     def reserve(self, rows: int) -> None:
-        """The module makes its own memory."""
+        """Nothing: the module allocates its own memory."""
 
     def logits(self, tokens: Tensor | slice, *, keep: bool = False) -> Tensor:
         with torch.enable_grad():
             rows = rows_of(self.hidden, tokens, self.length).detach()
-            rows.requires_grad_(self.wants.hidden)
+            rows.requires_grad_(self.needs_grad.hidden)
             with torch.autocast(rows.device.type, dtype=self.autocast, enabled=self.autocast is not None):
                 logits = self.module(rows)
-        if logits.shape != (rows.shape[0], self.vocabulary) or logits.dtype not in _LOGITS:
+        if logits.shape != (rows.shape[0], self.vocabulary) or logits.dtype not in _LOGITS_DTYPES:
             raise ValueError(
                 f"weight is a callable that made {logits.dtype} {list(logits.shape)} of hidden states {list(rows.shape)}; expected "
                 f"float32, bfloat16 or float16 logits [n, V] = {[rows.shape[0], self.vocabulary]}. Pass the forward of the model's head."
             )
-        self._made = (rows, logits)
-        return logits.detach().clone()  # the module's backward may need its own
+        self._latest = (rows, logits)
+        return logits.detach().clone()  # the caller overwrites them, and the module's backward may need its own
 
     def add_gradient(self, gradient: Tensor, tokens: Tensor | slice) -> None:
-        if not self.wants.hidden:
+        if not self.needs_grad.hidden:
             return
-        assert self._made is not None
-        rows, logits = self._made
+        assert self._latest is not None
+        rows, logits = self._latest
         if self._gradient is None:
             self._gradient = torch.zeros_like(self.hidden, memory_format=torch.contiguous_format)
         source = source_rows(tokens, self.length, self.hidden)
         (self._gradient.view(-1, self.hidden.shape[-1])[source],) = torch.autograd.grad(logits, rows, gradient.to(logits.dtype))
 
     def gradients(self) -> HeadTensors:
-        self._made = None
+        self._latest = None
         gradient = self._gradient
-        if self.wants.hidden and gradient is None:
+        if self.needs_grad.hidden and gradient is None:
             gradient = torch.zeros_like(self.hidden, memory_format=torch.contiguous_format)
-        return HeadTensors(gradient, None)
+        return HeadTensors(gradient)
 
 
 def source_rows(tokens: Tensor | slice, length: int, hidden: Tensor) -> Tensor | slice:
-    """Where the hidden states [B, T or T + 1, D] of these tokens stand in their first two dimensions flattened."""
+    """Rows of the flattened hidden states [B, T or T + 1, D] that score these tokens."""
     if hidden.shape[1] == length:
         return tokens
     if isinstance(tokens, slice):
@@ -230,7 +237,7 @@ def source_rows(tokens: Tensor | slice, length: int, hidden: Tensor) -> Tensor |
 
 
 def rows_of(x: Tensor, tokens: Tensor | slice, length: int) -> Tensor:  # [B, T or T + 1, D] -> [n, D]
-    """The hidden states of these tokens. Of a view into longer sequences, as models slice theirs, no other row is copied."""
+    """The hidden states of these tokens. If x is a view into longer sequences, only the rows of the tokens are copied."""
     source = source_rows(tokens, length, x)
     if x.shape[0] <= 1 or x.stride(0) == x.shape[1] * x.stride(1):
         return x.flatten(0, 1)[source]
@@ -241,6 +248,6 @@ def rows_of(x: Tensor, tokens: Tensor | slice, length: int) -> Tensor:  # [B, T 
 
 
 def per_row(g: Tensor, hidden: Tensor) -> Tensor:  # [1, B * T] for [B, T or T + 1, D] -> [B, T or T + 1, 1]
-    """A number of each token where its hidden states stand; 0 where there is no token."""
+    """One number per token, in the layout of the hidden states; 0 at positions without a token."""
     g = g.reshape(hidden.shape[0], g.numel() // max(hidden.shape[0], 1), 1)
     return torch.nn.functional.pad(g, (0, 0, 0, hidden.shape[1] - g.shape[1]))

@@ -1,0 +1,210 @@
+"""The arguments of the head's operators as named structures. The dispatcher takes flat lists of arguments: the schema, the flat list and
+the structure built from that list follow from the fields declared here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from grpo_fast.head.chunking import ChunkPlan
+from grpo_fast.head.matrix_products import DenseHead, HeadTensors, NeedsGrad
+from grpo_fast.head.memory import chunk_rows
+from grpo_fast.loss.inputs import LossInputs
+from grpo_fast.loss.kernel_settings import config_from_numbers, config_numbers
+from grpo_fast.loss.sequences import Sequences
+from grpo_fast.loss.token_rows import RowStatistics, TokenRows
+
+__all__ = ["BackwardArguments", "Flat", "HeadOptions", "LogprobsArguments", "LossArguments", "LossTensors", "RowArguments"]
+
+Argument = Tensor | float | int | bool | list[float] | list[bool] | torch.dtype | None  # of an operator
+Flat = Sequence[Argument]
+Part = TypeVar("Part", bound=tuple[object, ...])
+
+_SCHEMA_TYPES = {
+    "Tensor": "Tensor",
+    "Tensor | None": "Tensor?",
+    "float": "float",
+    "int": "SymInt",
+    "bool": "bool",
+    "list[float]": "float[]",
+    "list[bool]": "bool[]",
+    "torch.dtype": "ScalarType",
+}
+
+
+class RowArguments(NamedTuple):
+    """TokenRows without a shard; tensors ``[1, N]``."""
+
+    token_ids: Tensor
+    mask: Tensor
+    temperatures: Tensor | None
+    temperature: float
+    softcap: float
+    logit_scale: float
+
+    @classmethod
+    def of(cls, rows: TokenRows) -> RowArguments:
+        return cls(rows.token_ids, rows.mask, *rows.scoring)
+
+    def rows(self) -> TokenRows:
+        return TokenRows(*self)
+
+
+class LossTensors(NamedTuple):
+    """LossInputs without their mask, which is that of the rows; tensors ``[1, N]``."""
+
+    advantages: Tensor
+    weights: Tensor
+    entropy_weights: Tensor
+    old_logprobs: Tensor | None
+    ref_logprobs: Tensor | None
+    rollout_weights: Tensor | None
+    segment: Tensor  # int64 [N]
+    num_sequences: int
+    rollout_per_sequence: bool
+    loss_scale: float
+    config: list[float]
+    only_active: bool
+
+    @classmethod
+    def of(cls, inputs: LossInputs, only_active: bool) -> LossTensors:
+        assert inputs.sequences.segment is not None
+        return cls(
+            inputs.advantages,
+            inputs.weights.expand(inputs.mask.shape),
+            inputs.entropy_weights.expand(inputs.mask.shape),
+            inputs.old_logprobs,
+            inputs.ref_logprobs,
+            inputs.rollout_weights,
+            inputs.sequences.segment,
+            inputs.sequences.count,
+            inputs.rollout_per_sequence,
+            inputs.loss_scale,
+            config_numbers(inputs.config),
+            only_active,
+        )
+
+    def inputs(self, mask: Tensor) -> LossInputs:
+        return LossInputs(
+            config=config_from_numbers(self.config),
+            mask=mask,
+            sequences=Sequences.from_segments(self.segment, self.num_sequences),
+            advantages=self.advantages,
+            weights=self.weights,
+            entropy_weights=self.entropy_weights,
+            old_logprobs=self.old_logprobs,
+            ref_logprobs=self.ref_logprobs,
+            rollout_weights=self.rollout_weights,
+            rollout_per_sequence=self.rollout_per_sequence,
+            loss_scale=self.loss_scale,
+        )
+
+
+class HeadOptions(NamedTuple):
+    """How the head computes."""
+
+    dtype: torch.dtype  # of the products
+    length: int  # T: tokens per row of the hidden states
+    chunk_bytes: int  # 0: chosen by the free memory
+    needs_grad: list[bool]  # of the HeadTensors, in their order
+
+    def rows_per_chunk(self, tensors: HeadTensors) -> int:
+        assert tensors.hidden is not None and tensors.weight is not None
+        return chunk_rows(self.chunk_bytes or None, tensors.weight.shape[0] * self.dtype.itemsize, tensors.hidden.device)
+
+    def head(self, tensors: HeadTensors, plan: ChunkPlan, needs_grad: NeedsGrad | None = None) -> DenseHead:
+        return DenseHead(tensors, NeedsGrad(*self.needs_grad) if needs_grad is None else needs_grad, self.dtype, self.length, plan)
+
+
+class LossArguments(NamedTuple):
+    """Of linear_grpo_loss."""
+
+    tensors: HeadTensors
+    rows: RowArguments
+    loss: LossTensors
+    options: HeadOptions
+
+    @classmethod
+    def from_flat(cls, flat: Flat) -> LossArguments:
+        values = iter(flat)
+        return cls(_take(HeadTensors, values), _take(RowArguments, values), _take(LossTensors, values), _take(HeadOptions, values))
+
+    def flat(self) -> tuple[Argument, ...]:
+        return *self.tensors, *self.rows, *self.loss, *self.options
+
+    @classmethod
+    def schema(cls) -> str:
+        return ", ".join(map(_schema_of, (HeadTensors, RowArguments, LossTensors, HeadOptions)))
+
+    @staticmethod
+    def gradients(tensors: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """What autograd expects of the operator's backward: the tensors' gradients, and None for every other argument."""
+        return *tensors, *_no_gradients(RowArguments, LossTensors, HeadOptions)
+
+
+class LogprobsArguments(NamedTuple):
+    """Of linear_token_logprobs."""
+
+    tensors: HeadTensors
+    rows: RowArguments
+    options: HeadOptions
+
+    @classmethod
+    def from_flat(cls, flat: Flat) -> LogprobsArguments:
+        values = iter(flat)
+        return cls(_take(HeadTensors, values), _take(RowArguments, values), _take(HeadOptions, values))
+
+    def flat(self) -> tuple[Argument, ...]:
+        return *self.tensors, *self.rows, *self.options
+
+    @classmethod
+    def schema(cls) -> str:
+        return ", ".join(map(_schema_of, (HeadTensors, RowArguments, HeadOptions)))
+
+    @staticmethod
+    def gradients(tensors: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """What autograd expects of the operator's backward: the tensors' gradients, and None for every other argument."""
+        return *tensors, *_no_gradients(RowArguments, HeadOptions)
+
+
+class BackwardArguments(NamedTuple):
+    """Of linear_token_logprobs_backward, after the gradients of log-probabilities and entropies."""
+
+    forward: LogprobsArguments
+    statistics: RowStatistics
+
+    @classmethod
+    def from_flat(cls, flat: Flat) -> BackwardArguments:
+        statistics = len(RowStatistics._fields)
+        return cls(LogprobsArguments.from_flat(flat[:-statistics]), _take(RowStatistics, iter(flat[-statistics:])))
+
+    def flat(self) -> tuple[Argument, ...]:
+        return *self.forward.flat(), *self.statistics
+
+    @classmethod
+    def schema(cls) -> str:
+        return f"{LogprobsArguments.schema()}, {_schema_of(RowStatistics)}"
+
+
+def _take(part: type[Part], values: Iterable[Argument]) -> Part:
+    """Build a structure from the next of the values."""
+    return part(*islice(values, len(_fields(part))))  # type: ignore[arg-type]  # mypy takes it for tuple(iterable)
+
+
+def _fields(part: type[tuple[object, ...]]) -> tuple[str, ...]:
+    return part._fields  # type: ignore[attr-defined]  # every part is a NamedTuple
+
+
+def _no_gradients(*parts: type[tuple[object, ...]]) -> tuple[None, ...]:
+    return (None,) * sum(len(_fields(part)) for part in parts)
+
+
+def _schema_of(part: type[tuple[object, ...]]) -> str:
+    """The fields as arguments of an operator's schema."""
+    annotations = {name: str(getattr(kind, "__forward_arg__", kind)) for name, kind in part.__annotations__.items()}
+    return ", ".join(f"{_SCHEMA_TYPES[annotations[name]]} {name}" for name in _fields(part))
