@@ -1,4 +1,4 @@
-"""How the tests launch the Triton kernels: with blocks so small that small vocabularies have plain ones, and rows in parts."""
+"""How the tests launch the Triton kernels: with small blocks, so that small vocabularies have plain blocks, and with rows in parts."""
 
 from __future__ import annotations
 

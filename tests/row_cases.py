@@ -1,7 +1,7 @@
-"""Single rows by the Triton kernels, on any device: where a row begins and ends, where its target is, who computes which part, and rows
-on which the guess of a sum's reference is wrong. And what test_grpo_loss.py asks of the loss on the CPU.
+"""Tests of single rows with the Triton kernels, on any device: offsets and targets, rows in parts, rows on which the estimated reference is
+wrong, and some of the tests of test_grpo_loss.py.
 
-A module that collects these tests (``from row_cases import *``) has a fixture ``device`` and sees to the backend and to small blocks:
+A module that collects these tests (``from row_cases import *``) defines a fixture ``device`` and selects the backend and small blocks:
 triton_interpreter.py on the CPU, test_triton_rows.py on a GPU.
 """
 
@@ -36,7 +36,7 @@ def normal(*shape: int, seed: int, device: str) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
-# ---- one row: where it begins and ends, where the target is, who computes which part
+# ---- one row: its offset, its target, its parts
 
 
 def truth_of(rows: LogitRows, scoring: Scoring, g: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,7 +52,7 @@ def check_rows(rows: LogitRows, scoring: Scoring, *, parts: int = 1, gradient: T
     g, h = normal(2, *rows.token_ids.shape, seed=1, device=rows.logits.device.type)
     true_logprobs, true_entropy, true_gradient = truth_of(rows, scoring, g, h)
     logprobs, entropy, lse = token_logprobs_fwd(rows, scoring, parts=parts)
-    # A change of the temperature's last digit, and of a sum's: what float32 can know of log-probabilities of this size.
+    # The rounding of the temperature and of a sum: the accuracy of float32 for log-probabilities of this size.
     size = 1 + true_logprobs.abs().max().item()
     assert (logprobs - true_logprobs).abs().max().item() <= 16 * EPSILON * size
     assert (entropy - true_entropy).abs().max().item() <= 64 * EPSILON * size
@@ -159,11 +159,11 @@ def test_the_largest_vocabularies(monkeypatch: pytest.MonkeyPatch, device: str) 
         check_rows(rows_with_targets(vocabulary, [7, vocabulary - 1], torch.bfloat16, device), Scoring(None, 0.7, 0.0, 1.0), parts=3)
 
 
-# ---- the reference of the sums is a guess: rows on which it is wrong
+# ---- rows on which the estimated reference of the sums is wrong
 
 
 def far_ahead(logits: Tensor) -> None:
-    logits[..., 1500] += 500.0  # nothing that the guess looks at is near it
+    logits[..., 1500] += 500.0  # far above all columns that the estimate uses
 
 
 def far_behind(logits: Tensor) -> None:
@@ -186,12 +186,12 @@ def offset(logits: Tensor) -> None:
 
 @pytest.mark.parametrize("parts", [1, 4])
 @pytest.mark.parametrize("change", [far_ahead, far_behind, masked_start, alone, offset], ids=lambda change: change.__name__)
-def test_rows_on_which_the_guess_is_wrong(change: Any, parts: int, device: str) -> None:
+def test_rows_on_which_the_estimated_reference_is_wrong(change: Any, parts: int, device: str) -> None:
     logits = normal(1, 1, 1600, seed=3, device=device)
     change(logits)
     rows = LogitRows(logits, torch.tensor([[1450]], device=device), torch.ones(1, 1, dtype=torch.bool, device=device))
     scoring, g, h = Scoring(None, 1.0, 0.0, 1.0), torch.tensor([[0.7]], device=device), torch.tensor([[0.2]], device=device)
-    finite = torch.where(logits == float("-inf"), -1e30, logits)  # the reference's gradient knows no -inf
+    finite = torch.where(logits == float("-inf"), -1e30, logits)  # the gradient of the reference does not allow -inf
     true_logprobs, true_entropy, true_gradient = truth_of(LogitRows(finite, *rows[1:]), scoring, g, h)
     logprobs, entropy, lse = token_logprobs_fwd(rows, scoring, parts=parts)
     assert logprobs.item() == pytest.approx(true_logprobs.item(), rel=1e-5, abs=1e-30)
@@ -255,8 +255,8 @@ def test_scaling_of_rows_that_lie_apart(shape: tuple[int, int, int], device: str
     assert torch.equal(wide, expected)
 
 
-def test_what_is_scaled_by_one_is_not_walked_over(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    """Also where it lies apart: no product by torch, which would read and write it all."""
+def test_scaling_by_one_reads_and_writes_nothing(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """Also for rows that are not contiguous: no multiplication by torch, which would read and write all of it."""
     monkeypatch.setattr(Tensor, "mul_", lambda *_: pytest.fail("a product by torch"))
     x = torch.randn(2, 4, 33, device=device)[:, :-1]
     before = x.clone()
@@ -269,7 +269,7 @@ def test_what_is_scaled_by_one_is_not_walked_over(monkeypatch: pytest.MonkeyPatc
 
 
 def test_more_tokens_than_one_program_takes(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    """Several programs leave totals, and these are more than one block of the kernel that adds them up."""
+    """Several programs write totals, more than one block of the kernel that adds them."""
     for module in (kernels, grpo_loss_module):
         monkeypatch.setattr(module, "TOKENS_BLOCK", 16)
     tokens = 5 * 16 + 3
@@ -295,7 +295,7 @@ def test_ids_out_of_range_turn_the_loss_and_their_gradient_into_nan(device: str)
     assert gradient[0, 0].isfinite().all() and gradient[0, 1:].isnan().all()
 
 
-@pytest.mark.parametrize("loss_type", ["dapo", "cispo", "sapo", "gspo", "reinforce"])
+@pytest.mark.parametrize("loss_type", ["dapo", "cispo", "sapo", "gspo", "dppo_tv", "dppo_kl", "reinforce"])
 def test_huge_log_ratios_stay_finite(loss_type: str, device: str) -> None:
     with torch.device(device):
         for log_ratio in (200.0, -200.0):
@@ -328,7 +328,7 @@ def test_an_upstream_gradient_other_than_one(device: str) -> None:
     assert torch.equal(half, 0.5 * kept) and torch.equal(once, kept)
     fourfold = torch.autograd.grad(loss.expand(4).sum(), call["logits"])[0]
     assert torch.equal(fourfold, 4 * kept)
-    view = (call["logits"] * 1).view(4, 5, 5000)[:, :-1]  # written over where it lies, in rows apart
+    view = (call["logits"] * 1).view(4, 5, 5000)[:, :-1]  # overwritten in place, with gaps between the rows
     rest = (call["token_ids"].view(4, 5)[:, :-1], call["advantages"].view(4, 5)[:, :-1])
     expected = torch.autograd.grad(gf.grpo_loss(view, *rest).loss, call["logits"], retain_graph=True)[0]
     found = torch.autograd.grad(0.5 * gf.grpo_loss(view, *rest, inplace=True).loss, call["logits"])[0]

@@ -272,7 +272,7 @@ def test_the_same_bits_in_every_order(cluster: Callable[..., None]) -> None:
 @pytest.mark.parametrize("vocabulary", [1024, 1999])
 @pytest.mark.parametrize("inplace", [False, True])
 def test_what_is_copied_out_was_fenced(inplace: bool, vocabulary: int, cluster: Callable[..., None]) -> None:
-    """The copy engine is not ordered with ordinary stores to shared memory; whoever wrote must say so. No order of threads shows that."""
+    """The copy engine is not ordered with ordinary stores to shared memory: the writer must fence, which no order of threads tests."""
     rows = torch.tensor([[True, False, True, True, True, True]])
     given = call(6, vocabulary, torch.bfloat16, mask=rows)
     for seed in (0, 12):
@@ -610,8 +610,8 @@ def test_gpu_racecheck_is_heard(gpu: None) -> None:
     themselves, nor between a bulk copy and who waits for it there, and so may call each row's hand-over a race."""
     from test_triton import sanitizer
 
-    _, said = sanitizer("racecheck", SANITIZED, *BARRIERS)
-    print(said)
+    _, output = sanitizer("racecheck", SANITIZED, *BARRIERS)
+    print(output)
     if folder := os.environ.get("OUT"):
-        (Path(folder) / "racecheck_cluster.log").write_text(said)
-    assert "computed" in said
+        (Path(folder) / "racecheck_cluster.log").write_text(output)
+    assert "computed" in output

@@ -1,4 +1,4 @@
-"""The arithmetic inside the C++ row kernels, seen through rows made so that one number decides: the stated bounds of exp and tanh, and the
+"""The arithmetic of the C++ row kernels, tested with rows in which one number decides the result: the error bounds of exp and tanh, and the
 conversions of the half types."""
 
 from __future__ import annotations

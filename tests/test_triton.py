@@ -82,7 +82,7 @@ def far_apart(logits: Tensor) -> Tensor:
     return memory.view(logits.dtype).as_strided(logits.shape, (1, 2**31, 1)).copy_(logits)
 
 
-# ---- nobody waits for the device
+# ---- no synchronization with the device
 
 
 class ValuesAskedFor(TorchDispatchMode):
@@ -102,7 +102,7 @@ class ValuesAskedFor(TorchDispatchMode):
 
 @pytest.fixture
 def no_values(monkeypatch: pytest.MonkeyPatch) -> str:
-    """A device whose tensors have no values: whoever asks for one gets an error. The kernels' operators compute there, by their fakes."""
+    """A device whose tensors have no values, so that reading one is an error. The operators run their fake implementations there."""
     monkeypatch.setattr(importlib.import_module("grpo_fast.ops.backends"), "_default", lambda device_type: "triton")
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # knows no such device
     for name in ("tensor", "as_tensor"):
@@ -116,7 +116,7 @@ def no_values(monkeypatch: pytest.MonkeyPatch) -> str:
     return "meta"
 
 
-def test_what_would_wait_is_seen(no_values: str) -> None:
+def test_a_synchronization_is_detected(no_values: str) -> None:
     with ValuesAskedFor() as asked:
         torch.ones(3).sum().item()
         torch.ones(3).to(no_values)
@@ -131,7 +131,7 @@ def test_what_would_wait_is_seen(no_values: str) -> None:
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("loss_type", list(gf.LOSS_TYPES))
 def test_no_value_is_asked_for(loss_type: str, inplace: bool, no_values: str) -> None:
-    """Forward and backward, padded and packed, with everything that there is: no .item(), no bool(), no nonzero()."""
+    """Forward and backward, padded and packed, with every option: no .item(), no bool(), no nonzero()."""
     logits = torch.randn(2, 4, 100, device=no_values, requires_grad=True)
     ids, per_token = torch.randint(100, (2, 3), device=no_values), torch.randn(2, 3, device=no_values)
     constants: dict[str, Any] = {"old_logprobs": per_token, "ref_logprobs": per_token, "rollout_weights": per_token}
@@ -350,7 +350,7 @@ SANITIZER_SECONDS = HANG
 
 
 def sanitizer(tool: str, code: str, *options: str) -> tuple[int, str]:
-    """(exit code, all that was said) of Python code under a tool of compute-sanitizer: 9 where that finds something. Skips where there is
+    """(exit code, output) of Python code under a tool of compute-sanitizer: 9 where that finds something. Skips where there is
     none, or none for this GPU."""
     program = shutil.which("compute-sanitizer")
     if program is None:
@@ -365,22 +365,22 @@ def sanitizer(tool: str, code: str, *options: str) -> tuple[int, str]:
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
     ) as process:
         try:
-            said, _ = process.communicate(timeout=SANITIZER_SECONDS)
+            output, _ = process.communicate(timeout=SANITIZER_SECONDS)
         except BaseException as error:
             os.killpg(process.pid, signal.SIGKILL)  # its child too, which may hold the GPU
-            said, _ = process.communicate()
+            output, _ = process.communicate()
             if isinstance(error, subprocess.TimeoutExpired):
-                pytest.fail(f"{tool} was not through after {SANITIZER_SECONDS} s: {said[-3000:]}", pytrace=False)
+                pytest.fail(f"{tool} did not finish within {SANITIZER_SECONDS} s: {output[-3000:]}", pytrace=False)
             raise
-    if "Device not supported" in said:
-        pytest.skip(f"compute-sanitizer does not know this GPU: {said[-1000:]}")
-    return process.returncode, said
+    if "Device not supported" in output:
+        pytest.skip(f"compute-sanitizer does not know this GPU: {output[-1000:]}")
+    return process.returncode, output
 
 
 def sanitized(tool: str, code: str, *options: str) -> None:
     """Nothing is to be found."""
-    status, said = sanitizer(tool, code, *options)
-    assert status == 0 and "computed" in said, said[-4000:]
+    status, output = sanitizer(tool, code, *options)
+    assert status == 0 and "computed" in output, output[-4000:]
 
 
 SANITIZED = """

@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 
 if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs TRITON_INTERPRET=1 before Python starts; tests/test_triton.py sees to it", allow_module_level=True)
+    pytest.skip("needs TRITON_INTERPRET=1 before Python starts; tests/test_triton.py sets it", allow_module_level=True)
 
 import compare
 import test_grpo_loss
@@ -129,7 +129,7 @@ def test_the_implementations_of_the_benchmark(tmp_path: Path, monkeypatch: pytes
 
 
 def test_what_tuning_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every launch past the gate, really by the kernels as they are launched then, and the fastest told."""
+    """Every launch passes the gate, runs the kernels with its own shape, and the fastest is reported."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
     import gpu_bench
     import gpu_tune
@@ -153,8 +153,8 @@ def test_what_tuning_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert all(entries[step, launch]["error_of_allowed"] <= 1 for launch in launches), entries
     assert {(kernels.BLOCK, kernels.WARPS, 2), (64, 1, 3), (128, 2, 3)} <= set(launched)  # parts of as many blocks each
     assert "expected an NVIDIA GPU" in entries["loss", "2x3 clusters"]["error"]
-    told = gpu_tune.fastest(results.whole["tune"]).splitlines()
-    assert [line.split(",")[0] for line in told] == ["logprobs", "logprobs+entropy", "gradient"]
+    report = gpu_tune.fastest(results.whole["tune"]).splitlines()
+    assert [line.split(",")[0] for line in report] == ["logprobs", "logprobs+entropy", "gradient"]
 
 
 # ---- as operators

@@ -1,10 +1,10 @@
-"""Compile every Triton kernel for real GPUs on any machine, and say what came out: registers, spills, instructions per logit.
+"""Compile every Triton kernel for real GPUs, on any machine, and print registers, spills and instructions per logit.
 
     python tools/compile_triton.py                      # every variant for every target: a few minutes
     python tools/compile_triton.py --target sm_90 --only gradient --dtype bf16
 
-Needs neither a GPU nor a driver: Triton brings its assembler and disassembler. The instruction counts are read off the machine code
-of the loop over plain blocks, where all but two of a row's blocks pass. Exits with 1 where a kernel spills or is over its bound.
+Needs neither a GPU nor a driver: Triton contains an assembler and a disassembler. Instructions are counted in the machine code of the loop
+over plain blocks, which processes all but two blocks of a row. The exit status is 1 if a kernel spills or exceeds its bound.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-os.environ["TRITON_INTERPRET"] = "0"  # a kernel is interpreted or compiled from its decoration on
+os.environ["TRITON_INTERPRET"] = "0"  # read when a kernel is decorated
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import sass
@@ -46,17 +46,17 @@ BOUNDS |= {"sums+softcap": 24.0, "sums+entropy+softcap": 24.0, "gradient+softcap
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel with its compile-time arguments."""
+    """A kernel with its compile-time arguments."""
 
     name: str
     kernel: Any
     dtype: str  # of the logits
     constants: dict[str, Any]
     warps: int = 4
-    absent: tuple[str, ...] = ()  # optional tensors that are not given
+    absent: tuple[str, ...] = ()  # optional tensors that are None
 
     def source(self) -> ASTSource:
-        """The kernel with the types that a launch gives it: those of its annotations, and of the tensors."""
+        """The kernel with the types of its arguments: those of the annotations and of the tensors."""
         signature: dict[str, Any] = {}
         constants: dict[tuple[int, ...], Any] = {}
         for index, parameter in enumerate(self.kernel.params):
@@ -78,7 +78,7 @@ class Variant:
 
 @dataclass
 class Result:
-    """What the assembler made of a variant."""
+    """Properties of a compiled variant."""
 
     variant: str
     dtype: str
@@ -86,7 +86,7 @@ class Result:
     block: int
     warps: int
     registers: int
-    spills: int  # bytes, or instructions where the assembler counts those
+    spills: int  # bytes, or instructions if the assembler reports those
     shared: int
     per_logit: float | None = None  # instructions in the loop over plain blocks
     vector_loads: bool | None = None  # whether that loop loads 16 bytes at a time
@@ -95,7 +95,7 @@ class Result:
 
 
 def variants() -> list[Variant]:
-    """Every kernel in every form that changes its machine code."""
+    """Every kernel with every combination of compile-time arguments that changes its machine code."""
     found = []
     for dtype in BYTES:
         for entropy in (False, True):
@@ -182,7 +182,7 @@ def _plain_loop(code: str, lanes: int, element: int) -> tuple[float, bool] | Non
 
 
 def table(results: list[Result]) -> str:
-    """The results for a reader."""
+    """The results as a text table."""
     rows: list[tuple[str, ...]] = [("kernel", "logits", "target", "block", "warps", "registers", "spills", "shared", "instr/logit", "")]
     for r in results:
         per_logit = "" if r.per_logit is None else f"{r.per_logit:.2f}" + (f" <= {r.bound:g}" if r.bound else "")

@@ -1,8 +1,8 @@
-"""Compiles every CUDA file for the GPUs we support, without a GPU and without torch, and prints registers and spills of each kernel.
+"""Compile every CUDA file for the supported GPUs, without a GPU and without torch, and print registers and spills of each kernel.
 
     python tools/nvcc_check.py [--json FILE]
 
-Skipped, with the reason printed, where there is no nvcc. A report is kept under build/nvcc and printed again while the sources stand still.
+Without nvcc it prints why it was skipped. The report is kept under build/nvcc and printed again until the sources change.
 """
 
 from __future__ import annotations

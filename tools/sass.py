@@ -1,8 +1,8 @@
-"""Reads the machine code that nvdisasm prints: the innermost loops of each kernel, and what they load and compute.
+"""Analyse the machine code that nvdisasm prints: the innermost loops of each kernel, and their loads and instructions.
 
     python tools/sass.py csrc/cuda/grpo_loss_cluster.cu     # instructions per logit of the cluster kernel's loops, sm_90
 
-Needs nvcc for that; the disassembler is the one that Triton brings.
+Compiling a .cu file needs nvcc; the disassembler is the one in Triton.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Loop:
         return sum(re.search(pattern, i) is not None for i in self.instructions)
 
     def bytes(self, opcode: str) -> int:
-        """What a thread moves in one turn by instructions of this name: LDG, LDS, STS."""
+        """Bytes that a thread moves in one iteration by instructions of this name: LDG, LDS, STS."""
         moves = [found.group() for i in self.instructions if (found := re.search(rf"\b{opcode}\S*", i))]  # an address may hold .64 too
         return sum(next((width for name, width in WIDTHS.items() if name in move), 4) for move in moves)
 
@@ -53,7 +53,7 @@ def kernels(code: str) -> dict[str, str]:
 
 
 def loops(code: str) -> list[Loop]:
-    """Those that hold no other, in the order of the code."""
+    """The innermost loops, in the order of the code."""
     instructions: list[str] = []
     labels: dict[str, int] = {}
     for line in code.splitlines():
@@ -71,9 +71,9 @@ def loops(code: str) -> list[Loop]:
 
 
 def cluster_passes(code: str, element: int) -> dict[str, float]:
-    """Instructions per logit of a kernel's passes over its slice: maximum, sums, gradient without and with entropy, by bulk copy.
+    """Instructions per logit of a kernel's loops over its slice: maximum, sums, gradient without and with entropy, stored by bulk copy.
 
-    And anywhere in the code its "fences" that wait for the whole GPU and its "invalidations" of L1.
+    Also the number of "fences" of the whole GPU and of "invalidations" of L1 in the code of the kernel.
     """
     found: dict[str, list[float]] = {"maximum": [], "sums": [], "gradients": []}
     for loop in loops(code):
@@ -84,7 +84,7 @@ def cluster_passes(code: str, element: int) -> dict[str, float]:
             found["gradients" if loop.bytes("STS") / element == logits else "sums"].append(len(loop.instructions) / logits)
         elif exponentials == 0 and loop.bytes("STS") == 0:
             found["maximum"].append(len(loop.instructions) / logits)
-    assert all(found.values()) and len(found["gradients"]) == 2, f"the loops are not what they were: {found}"
+    assert all(found.values()) and len(found["gradients"]) == 2, f"the loops have changed: {found}"
     plain, entropy = sorted(found["gradients"])
     whole = {"fences": len(re.findall(r"\bMEMBAR\.\S*\.GPU\b", code)), "invalidations": len(re.findall(r"\bCCTL\.IVALL\b", code))}
     return {"maximum": max(found["maximum"]), "sums": max(found["sums"]), "gradient": plain, "gradient+entropy": entropy, **whole}
