@@ -1,8 +1,8 @@
-"""grpo_fast: the GRPO core, fused."""
+"""grpo_fast: the loss of Group Relative Policy Optimization (arXiv:2402.03300) in fused kernels, and a trainer on top of it."""
 
 from importlib.util import find_spec
 
-if find_spec("grpo_fast.kernels") is None:  # the Triton package lies in kernels/fused and is mapped by the install
+if find_spec("grpo_fast.kernels") is None:  # the folder kernels/fused, which the installation maps to this name
     raise ImportError(
         f"grpo_fast was imported from a source checkout that is not installed ({__path__[0]}). "
         "Run `pip install --no-build-isolation -e .` in it, or start Python elsewhere."
@@ -22,7 +22,7 @@ from grpo_fast.ops import extension
 from grpo_fast.ops.backends import BackendStatus, backends, use_backend
 from grpo_fast.version import __version__ as __version__
 
-extension.load_prebuilt()  # milliseconds; a missing or broken extension is a status (see backends()), never an error here
+extension.load_prebuilt()  # takes milliseconds; a missing or broken extension is reported by backends() and is not an error here
 
 __all__ = [
     "LOSS_TYPES",

@@ -1,4 +1,4 @@
-"""Which implementation computes: the choice, how to force it, and what is usable on this machine, with reason and fix."""
+"""The choice of the backend that computes, how to force one, and which ones are usable on this machine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["BACKENDS", "BackendStatus", "backends", "forced", "select", "use_bac
 BACKENDS = ("reference", "cpu", "triton")
 _ISA_NAMES = {0: "portable C++", 1: "AVX2", 2: "AVX-512"}
 
-# A plain global, process-wide on purpose: torch.compile guards on it, so that a compiled function follows use_backend.
+# A module global and not a context variable: torch.compile guards on it, so that a compiled function follows use_backend.
 _forced: str | None = None
 _warned: set[str] = set()
 
@@ -45,14 +45,14 @@ class BackendStatus:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Force one backend for everything computed inside the ``with``, in every thread of the process. Nests.
+    """Force one backend inside the ``with``, for all threads of the process. Can be nested.
 
     Args:
         name: ``"reference"`` (plain PyTorch, any device), ``"cpu"`` (C++) or ``"triton"`` (GPUs; on CPU tensors Triton's interpreter).
 
     Raises:
         ValueError: no backend of that name.
-        RuntimeError: it is not usable here; says why and what to do.
+        RuntimeError: the backend is not usable on this machine; the message has the reason and the fix.
 
     Example:
         >>> with use_backend("reference"):
@@ -76,23 +76,27 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def forced() -> str | None:
-    """The backend that use_backend has put in force; None outside of it."""
+    """Return the backend that use_backend forces; None outside of it."""
     return _forced
 
 
 def backends() -> dict[str, BackendStatus]:
-    """What is usable on this machine, what is not, why, and the fix.
+    """Return the status of every backend on this machine: whether it is usable, and if not, the reason and the fix.
 
-    Asking settles the question: where the C++ extension is compiled at first use, this is a use.
+    Where the C++ extension is compiled at first use, this call compiles it.
 
     Returns:
-        a status for each name of ``BACKENDS``.
+        ``{name: BackendStatus}`` for the names ``"reference"``, ``"cpu"`` and ``"triton"``.
+
+    Example:
+        >>> backends()["reference"].usable
+        True
     """
     return {name: _status(name) for name in BACKENDS}
 
 
 def select(device: torch.device) -> str:
-    """The backend that computes on tensors of ``device``: the forced one, else the fastest usable one.
+    """Return the backend that computes on tensors of ``device``: the forced one, else the fastest usable one.
 
     May be called inside ``torch.compile(fullgraph=True)``.
 
@@ -115,7 +119,7 @@ def select(device: torch.device) -> str:
 
 
 def _default(device_type: str) -> str:
-    """The unforced choice; constant for the life of the process, so torch.compile may evaluate it while it traces."""
+    """Return the backend where none is forced. It never changes within a process, so torch.compile may evaluate it while tracing."""
     preferred = {"cpu": "cpu", "cuda": "triton", "xpu": "triton"}.get(device_type, "reference")
     if preferred == "reference":
         return "reference"
@@ -125,17 +129,17 @@ def _default(device_type: str) -> str:
     _warn_once(
         preferred,
         f"the {preferred!r} backend is not usable: {why}. {fix} Tensors on {device_type!r} are computed by the reference backend "
-        "(plain PyTorch), which is right but slow and takes more memory.",
+        "(plain PyTorch), which is correct but slow and takes more memory.",
     )
     return "reference"
 
 
-# What torch.compiler.assume_constant_result does, without the four seconds that it takes to import torch._dynamo for it.
+# The effect of torch.compiler.assume_constant_result, without importing torch._dynamo, which takes seconds.
 _default._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _usable(name: str) -> tuple[bool, str, str]:
-    """(usable, why not, fix) of one backend. Makes no tensor and calls no operator: it may run while torch.compile traces."""
+    """Return ``(usable, why not, fix)`` of one backend. It runs while torch.compile traces, so it must not call an operator."""
     if name == "cpu" and not extension.load():
         status = extension.status()
         return False, status.why, status.fix
@@ -146,7 +150,7 @@ def _usable(name: str) -> tuple[bool, str, str]:
 
 @functools.cache
 def _triton_usable() -> tuple[bool, str, str]:
-    """The same for Triton; where it is usable, its kernels are registered afterwards."""
+    """Return ``(usable, why not, fix)`` of Triton, and register its kernels if it is usable."""
     if importlib.util.find_spec("triton") is None:
         return False, "triton is not installed", "Install it: pip install triton (PyTorch's own builds for GPUs bring it)."
     if not _interpreted() and not torch.cuda.is_available() and not torch.xpu.is_available():
@@ -154,7 +158,7 @@ def _triton_usable() -> tuple[bool, str, str]:
         return False, "there is no GPU that PyTorch can use", fix
     try:
         importlib.import_module("grpo_fast.ops.triton_registration")
-    except Exception as error:  # a triton that does not fit this torch fails in many ways
+    except Exception as error:  # a Triton that is incompatible with this PyTorch raises errors of many types
         return False, f"its kernels could not be loaded: {type(error).__name__}: {error}", "Install the triton that this torch asks for."
     return True, "", ""
 
@@ -174,7 +178,7 @@ def _status(name: str) -> BackendStatus:
 
 
 def cpu_isa() -> str:
-    """The instruction set that the C++ kernels run with, in words."""
+    """Return the name of the instruction set that the C++ kernels use."""
     if not extension.status().loaded:
         return "none: the extension is not loaded"
     try:
@@ -185,7 +189,7 @@ def cpu_isa() -> str:
 
 
 def installed_version(package: str) -> str | None:
-    """The version of an installed distribution, without importing it; None if it is not there."""
+    """Return the version of an installed distribution without importing it; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

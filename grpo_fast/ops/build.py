@@ -1,6 +1,6 @@
-"""How the C++ and CUDA extension is compiled. Stands once, for setup.py (ahead of time) and for extension.py (at first use).
+"""How the C++ and CUDA extension is compiled, for setup.py (ahead of time) and for extension.py (at first use).
 
-setup.py loads this file by its path, before anything is installed: it may import nothing but the standard library at module level.
+setup.py loads this file by its path before anything is installed: at module level it may import only the standard library.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 MODES = ("auto", "cpu", "cuda", "none")
 
-# LibTorch's stable ABI as of torch 2.11: what is compiled against a newer torch loads on every torch from 2.11 on.
+# LibTorch's stable ABI as of PyTorch 2.11: an extension compiled against a newer PyTorch loads on every PyTorch from 2.11 on.
 TARGET_TORCH = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 
 # No -ffast-math: it would break masks of -inf and the rounding tricks of the kernels. -fopenmp-simd reads `#pragma omp simd`, which lets
@@ -61,26 +61,26 @@ def link_flags(cuda_home: str | None) -> list[str]:
     """Flags of the link, after torch's own library folders."""
     if sys.platform == "darwin":
         return ["-undefined", "dynamic_lookup"]
-    # libtorch must stay a needed library although nothing refers to it: through it the weak CUDA symbols are found where torch has CUDA.
+    # Keep libtorch as a needed library although no symbol refers to it: the weak CUDA symbols are resolved through it.
     flags = ["-Wl,--no-as-needed", "-lc10", "-ltorch", "-ltorch_cpu"]
-    if cuda_home:  # the static runtime: the same file then loads beside any CUDA runtime of torch's, or none
+    if cuda_home:  # the static runtime: the file then loads with any CUDA runtime of PyTorch, or with none
         flags += [f"-L{cuda_home}/lib64", f"-L{cuda_home}/lib", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
     return flags
 
 
 def cxx_compiler() -> str | None:
-    """The C++ compiler that torch will call, or None."""
+    """Return the C++ compiler that PyTorch will call, or None."""
     return shutil.which(shlex.split(os.environ.get("CXX", "c++"))[0])
 
 
 def nvcc() -> str | None:
-    """The CUDA compiler: of the toolkit found, else of the PATH, else None."""
+    """Return the CUDA compiler of the toolkit found, else the one on PATH, else None."""
     home = find_cuda_home()
     return str(Path(home, "bin", "nvcc")) if home else shutil.which("nvcc")
 
 
 def find_cuda_home() -> str | None:
-    """The first CUDA toolkit with nvcc and the static runtime: $CUDA_HOME, $CUDA_PATH, nvcc of the PATH, /usr/local/cuda*."""
+    """Return the first CUDA toolkit with nvcc and the static runtime: $CUDA_HOME, $CUDA_PATH, that of nvcc on PATH, /usr/local/cuda*."""
     found = shutil.which("nvcc")
     on_path = str(Path(found).resolve().parents[1]) if found else None
     usual = ["/usr/local/cuda", *sorted(glob.glob("/usr/local/cuda-*"), reverse=True)]
@@ -91,7 +91,7 @@ def find_cuda_home() -> str | None:
 
 
 def choose_cuda(build_mode: str, torch_cuda: str | None) -> tuple[str | None, str]:
-    """Whether the CUDA half is built.
+    """Decide whether the CUDA sources are compiled.
 
     Args:
         build_mode: a value of ``mode()``.
@@ -131,10 +131,10 @@ def _nvcc_version(home: str) -> str | None:
 
 @contextlib.contextmanager
 def build_environment(*, native_archs: bool) -> Iterator[None]:
-    """What torch.utils.cpp_extension reads from the environment, for the time of a build.
+    """Set what torch.utils.cpp_extension reads from the environment for the time of a build.
 
-    - ninja on PATH: pip puts it beside python, which is not on PATH unless the environment was activated;
-    - TORCH_CUDA_ARCH_LIST: ``CUDA_ARCHS`` unless set, or unless ``native_archs`` lets torch ask the GPUs that it sees.
+    - PATH includes ninja: pip installs it beside python, which is not on PATH unless the environment was activated;
+    - TORCH_CUDA_ARCH_LIST: ``CUDA_ARCHS`` unless set, or unless ``native_archs`` lets PyTorch query the visible GPUs.
     """
     before = dict(os.environ)
     folders = [os.path.dirname(sys.executable)]

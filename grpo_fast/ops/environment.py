@@ -1,4 +1,4 @@
-"""On what it was measured: written into every result, and under every figure."""
+"""The description of this machine that every result file and figure carries."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ ASSUMED_CACHE = 64 << 20
 
 
 def describe() -> dict[str, Any]:
-    """Everything about this machine that a time depends on."""
-    backends()  # settles whether the extension is loaded
+    """Return everything about this machine that a measured time depends on."""
+    backends()  # loads the extension, if it can be loaded
     return {
         "cpu": _cpu_model(),
         "logical_cpus": _usable_cpus(),
@@ -40,7 +40,7 @@ def describe() -> dict[str, Any]:
 
 
 def caption(machine: dict[str, Any], threads: int) -> str:
-    """One line for a figure or a table."""
+    """Return one line that describes the machine, for a figure or a table."""
     memory = machine["memory_bytes"]
     size = f", {memory / 2**30:.0f} GiB" if memory else ""
     plural = "" if threads == 1 else "s"
@@ -51,7 +51,7 @@ def caption(machine: dict[str, Any], threads: int) -> str:
 
 
 def cache_bytes() -> int:
-    """The largest cache of this machine; ASSUMED_CACHE where the system does not say."""
+    """Return the size of the largest cache in bytes; ASSUMED_CACHE where the system does not report it."""
     sizes = []
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = path.read_text().strip()
@@ -61,24 +61,24 @@ def cache_bytes() -> int:
 
 
 def available_memory() -> int | None:
-    """Bytes that can be had without swapping; None where the system does not say."""
+    """Return the bytes that can be allocated without swapping; None where the system does not report them."""
     return _meminfo("MemAvailable")
 
 
 def load_average() -> float | None:
-    """Of the last minute: what else was running."""
+    """Return the load average of the last minute: what else was running."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def _commit() -> str | None:
-    """Of the checkout that this is, with "-dirty" where its files are others; None for an installed package."""
+    """Return the commit of this checkout, with "-dirty" if files were changed; None for an installed package."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     try:
         command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # no git, or a folder of somebody else's
+    except (OSError, subprocess.CalledProcessError):  # no git, or a checkout owned by another user
         return None
 
 

@@ -1,6 +1,6 @@
 """Loading of the C++ and CUDA extension: the prebuilt one at import, else one compiled at first use into a cache folder.
 
-The extension is a library of operators, not of Python functions: loading it attaches kernels to the schemas of ops.py. A missing or
+The extension is a library of operators and not of Python functions: loading it attaches kernels to the schemas of this folder. A missing or
 broken extension is a status with a reason and a fix, never an error at import.
 """
 
@@ -28,7 +28,7 @@ _INSTALL = "Run `pip install --no-build-isolation --force-reinstall --no-deps .`
 
 @dataclass(frozen=True)
 class ExtensionStatus:
-    """What became of the extension."""
+    """Whether the extension is loaded, and if not, why."""
 
     loaded: bool
     path: str = ""  # of the loaded library
@@ -36,13 +36,13 @@ class ExtensionStatus:
     fix: str = ""
 
 
-_status: ExtensionStatus | None = None  # None until it is loaded or has failed for good; a failure is not tried again in this process
+_status: ExtensionStatus | None = None  # None until loading succeeded or failed; a failure is not retried in this process
 _prebuilt_failure = ""
 _lock = threading.Lock()
 
 
 def load_prebuilt() -> bool:
-    """Load ``grpo_fast._C`` if the install holds one. Milliseconds; compiles nothing; never raises.
+    """Load ``grpo_fast._C`` if the installation has one. Takes milliseconds, compiles nothing and never raises.
 
     Returns:
         True if the extension is loaded.
@@ -50,10 +50,10 @@ def load_prebuilt() -> bool:
     global _status, _prebuilt_failure
     if _status is not None:
         return _status.loaded
-    # Beside this file alone: an editable install elsewhere on the path would offer its own.
+    # Only in this package: the path may hold an editable installation with an extension of its own.
     spec = PathFinder.find_spec("grpo_fast._C", [str(_PACKAGE)])
     if spec is None or spec.origin is None:
-        _prebuilt_failure = "this install of grpo_fast holds no compiled extension"
+        _prebuilt_failure = "this installation of grpo_fast has no compiled extension"
         return False
     try:
         torch.ops.load_library(spec.origin)
@@ -65,9 +65,9 @@ def load_prebuilt() -> bool:
 
 
 def load() -> bool:
-    """Load the extension, compiling it first where the install holds none. Idempotent; never raises.
+    """Load the extension, and compile it first if the installation has none. Idempotent; never raises.
 
-    The compilation happens once per version, torch and machine, under a lock, and says so on stderr. It is skipped with
+    The compilation happens once per version, PyTorch and machine, under a lock, and is reported on stderr. It is skipped with
     GRPO_FAST_BUILD=none. A failure is remembered for the life of the process: see ``status()``.
 
     Returns:
@@ -80,13 +80,13 @@ def load() -> bool:
         if _status is None and not load_prebuilt():
             try:
                 _status = _load_compiled()
-            except Exception as error:  # whatever it is, the reference backend still works
+            except Exception as error:  # the reference backend works without the extension
                 _status = _failed(f"the compilation at first use failed: {_first_line(error)}", _INSTALL)
     return _status is not None and _status.loaded
 
 
 def status() -> ExtensionStatus:
-    """The state of the extension, without loading or compiling anything."""
+    """Return the state of the extension without loading or compiling it."""
     if _status is not None:
         return _status
     return ExtensionStatus(loaded=False, why=f"{_prebuilt_failure or 'not loaded yet'}; it will be compiled when it is first needed")
@@ -113,25 +113,25 @@ def _load_compiled() -> ExtensionStatus:
             return _failed("no C++ compiler was found, and it is compiled at first use", fix)
         library.parent.mkdir(parents=True, exist_ok=True)
         with _locked(library.parent / "lock"):
-            if not library.is_file():  # else another process has made it meanwhile
+            if not library.is_file():  # another process may have compiled it while this one waited for the lock
                 return _compile(csrc, cuda_home, library)
     torch.ops.load_library(str(library))
     return ExtensionStatus(loaded=True, path=str(library))
 
 
 def _compile(csrc: Path, cuda_home: str | None, library: Path) -> ExtensionStatus:
-    """Compile, load, and move the finished file to ``library`` in one step: a killed process leaves no half file. Called under the lock."""
+    """Compile, load, and rename the finished file to ``library``, so that a killed process leaves no partial file. Needs the lock."""
     from torch.utils import cpp_extension
 
     _log(f"compiling the {'C++ and CUDA' if cuda_home else 'C++'} extension for torch {torch.__version__}, once, into {library.parent} ...")
     begin = time.perf_counter()
     work = library.parent / "build"
-    shutil.rmtree(work, ignore_errors=True)  # of a process that was killed, with torch's lock file in it
+    shutil.rmtree(work, ignore_errors=True)  # left by a killed process, with PyTorch's lock file, which would block the build
     work.mkdir()
     log = library.with_suffix(".log")
     torchs_cuda_home = cpp_extension.CUDA_HOME
     try:
-        cpp_extension.CUDA_HOME = cuda_home or torchs_cuda_home  # the toolkit chosen, where torch would take another
+        cpp_extension.CUDA_HOME = cuda_home or torchs_cuda_home  # PyTorch might choose another toolkit
         with build.build_environment(native_archs=cuda_home is not None and torch.cuda.is_available()):
             cpp_extension.load(
                 name="_C",
@@ -147,7 +147,7 @@ def _compile(csrc: Path, cuda_home: str | None, library: Path) -> ExtensionStatu
         os.replace(work / "_C.so", library)
     except Exception as error:
         log.write_text(str(error))
-        _log(f"the compilation failed after {time.perf_counter() - begin:.0f} s, the compiler's words are in {log}")
+        _log(f"the compilation failed after {time.perf_counter() - begin:.0f} s, the compiler's output is in {log}")
         return _failed(f"the compilation at first use failed: {_first_line(error)}", f"Read {log}; a C++17 compiler and ninja are needed.")
     finally:
         cpp_extension.CUDA_HOME = torchs_cuda_home
@@ -158,7 +158,7 @@ def _compile(csrc: Path, cuda_home: str | None, library: Path) -> ExtensionStatu
 
 
 def _source_folder() -> Path | None:
-    """csrc of the wheel, or of the checkout that this file stands in."""
+    """Return the folder of the C++ sources, in the wheel or in the checkout; None if there are none."""
     for folder in (_PACKAGE / "_csrc", _PACKAGE.parent / "csrc"):
         if (folder / "ops.cpp").is_file():
             return folder
@@ -166,7 +166,7 @@ def _source_folder() -> Path | None:
 
 
 def _cache_folder(csrc: Path, cuda_home: str | None) -> Path:
-    """Under $TORCH_EXTENSIONS_DIR, as for every extension that torch compiles, else under the user's cache; named after what goes in."""
+    """Return a folder under $TORCH_EXTENSIONS_DIR or the user's cache, named by a hash of all that the compiled file depends on."""
     key = hashlib.sha256()
     files = sorted(path for path in csrc.rglob("*") if path.suffix in (".cpp", ".h", ".cu", ".cuh"))
     for path in [*files, Path(build.__file__)]:
@@ -178,7 +178,7 @@ def _cache_folder(csrc: Path, cuda_home: str | None) -> Path:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """An exclusive lock between processes. The kernel releases it when its holder dies, unlike torch's own lock file."""
+    """Hold an exclusive lock between processes. Unlike PyTorch's lock file, the kernel releases it when its holder dies."""
     import fcntl
 
     with path.open("w") as file:

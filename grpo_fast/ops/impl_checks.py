@@ -1,4 +1,4 @@
-"""Whether the caller's choice of kernels (``impl``) can be honoured: above all, whether there are thread-block clusters."""
+"""Checks of the argument ``impl``: whether the named GPU kernels can compute a call on this machine."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ IMPLS = ("triton", "cluster")
 
 
 def check_impl(impl: str, logits: Tensor, backend: str, *, one_pass: bool) -> None:
-    """Refuses an ``impl`` that cannot compute this call.
+    """Raise unless the kernels named by ``impl`` can compute this call.
 
     Args:
-        backend: what computes unasked.
-        one_pass: the gradient needs no more than one pass over the logits.
+        impl: ``"triton"`` or ``"cluster"``.
+        backend: the backend that computes on these logits by default.
+        one_pass: whether the gradient needs only one pass over the logits.
 
     Raises:
-        ValueError: no such name, or not for these arguments.
-        RuntimeError: not on this machine or for these logits; says why, and the fix.
+        ValueError: there are no kernels of this name, or they cannot compute a call with these arguments.
+        RuntimeError: they cannot compute on this machine or for these logits; the message has the reason and the fix.
     """
     if impl not in IMPLS:
         raise ValueError(f"impl is {impl!r}; expected None or one of {', '.join(map(repr, IMPLS))}.")
@@ -39,14 +40,14 @@ def check_impl(impl: str, logits: Tensor, backend: str, *, one_pass: bool) -> No
             "impl is 'cluster' with a loss whose gradient needs the whole sequence or other processes' vocabulary first; expected ratios "
             "of single tokens and no process_group. Leave impl at None."
         )
-    if torch.compiler.is_compiling():  # the operator itself says so when it runs
+    if torch.compiler.is_compiling():  # the operator raises the error when it runs
         return
     if why := why_no_clusters(logits):
         raise RuntimeError(f"impl is 'cluster', but {why} Or leave impl at None.")
 
 
 def why_no_clusters(logits: Tensor) -> str:
-    """Why these logits cannot be computed by clusters, and the fix, as a clause; "" if they can."""
+    """Return why the cluster kernels cannot compute these logits, and the fix, as a clause; "" if they can."""
     device = logits.device
     if device.type != "cuda" or torch.version.hip is not None:
         return f"the logits are on {device}; expected an NVIDIA GPU of compute capability 9.0 or newer. Move them there."
