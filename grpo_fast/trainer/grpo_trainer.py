@@ -144,8 +144,8 @@ class GRPOTrainer(AtomicCheckpointTrainer):
         """A loader of as many empty items as there are micro-batches; `get_batch_samples` decides what a micro-batch contains."""
         if self.rollouts is None:
             raise ValueError("train_dataset is None; expected one, to train on.")
-        ticks = self.rollouts.prompts.rollouts_per_epoch * self.args.steps_per_generation * self.args.num_iterations
-        return DataLoader(range(ticks), batch_size=1)  # type: ignore[arg-type]
+        micro_batches = self.rollouts.prompts.rollouts_per_epoch * self.args.steps_per_generation * self.args.num_iterations
+        return DataLoader(range(micro_batches), batch_size=1)  # type: ignore[arg-type]
 
     def get_batch_samples(self, epoch_iterator: Iterator[Tensor], num_batches: int, device: torch.device) -> tuple[list[MicroBatch], int]:
         """The micro-batches of the next optimizer step, from the current rollout or a new one, and the tokens in the loss of the step."""

@@ -52,13 +52,9 @@ def completions_table(
     lengths |= {name: len(values) for name, values in shown.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"completions_table: {lengths}; expected as many of each, one for each completion.")
-    count = len(prompts)
-    rows = list(range(count))
-    if limit is not None and limit < count:
-        by_advantage = sorted(rows, key=lambda row: -advantages[row])
-        rows = [by_advantage[round(i * (count - 1) / max(limit - 1, 1))] for i in range(limit)]
-    of = "" if len(rows) == count else f", {len(rows)} of {count} completions, from the best to the worst"
-    table = Table(title=None if step is None else f"Step {step}{of}", show_lines=True, expand=True)
+    rows = _spread_rows(advantages, limit)
+    subset = "" if len(rows) == len(prompts) else f", {len(rows)} of {len(prompts)} completions, from the best to the worst"
+    table = Table(title=None if step is None else f"Step {step}{subset}", show_lines=True, expand=True)
     table.add_column("prompt", ratio=2, overflow="fold")
     table.add_column("completion", ratio=3, overflow="fold")
     own_columns = len(shown) <= MAX_REWARD_COLUMNS
@@ -66,20 +62,24 @@ def completions_table(
         table.add_column(name, justify="right", overflow="fold")
     table.add_column("advantage", justify="right")
     for row in rows:
-        advantage = float(advantages[row])
-        colour = "green" if advantage > 0 else "red" if advantage < 0 else "dim"
-        values = (
-            [column[row] for column in shown.values()]
-            if own_columns
-            else ["\n".join(f"{name} {column[row]}" for name, column in shown.items())]
-        )
-        table.add_row(
-            Text(_shorten(_text(prompts[row]), max_characters)),
-            Text(_shorten(_text(completions[row]), max_characters)),
-            *map(Text, values),
-            Text(f"{advantage:+.2f}", style=colour),
-        )
+        values = {name: column[row] for name, column in shown.items()}
+        cells = list(values.values()) if own_columns else ["\n".join(f"{name} {value}" for name, value in values.items())]
+        texts = (_shorten(_text(prompts[row]), max_characters), _shorten(_text(completions[row]), max_characters))
+        table.add_row(*map(Text, (*texts, *cells)), _advantage_cell(float(advantages[row])))
     return table
+
+
+def _spread_rows(advantages: Sequence[float], limit: int | None) -> list[int]:
+    """All rows in order; or if they are more than ``limit``, that many, spread evenly from the highest advantage to the lowest."""
+    count = len(advantages)
+    if limit is None or limit >= count:
+        return list(range(count))
+    by_advantage = sorted(range(count), key=lambda row: -advantages[row])
+    return [by_advantage[round(i * (count - 1) / max(limit - 1, 1))] for i in range(limit)]
+
+
+def _advantage_cell(advantage: float) -> Text:
+    return Text(f"{advantage:+.2f}", style="green" if advantage > 0 else "red" if advantage < 0 else "dim")
 
 
 def print_completions(*columns: Any, console: Console | None = None, **options: Any) -> bool:
