@@ -1,4 +1,4 @@
-"""What a worker of `mathematics` runs: one comparison by math-verify. Loaded by its path, so that no worker imports torch."""
+"""The function that a worker process of `mathematics` calls. It is loaded by its path, so that the process does not import torch."""
 
 from __future__ import annotations
 
@@ -9,16 +9,20 @@ from typing import Any
 
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
-logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of what is wanted here: no time limit of its own
+logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time limit is off, which is intended: the pool has one
 
 _TARGETS = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
-_MARKED = re.compile(r"\$|\\\(|\\\[|\\boxed")  # says itself where its mathematics is
+_MARKED = re.compile(r"\$|\\\(|\\\[|\\boxed")  # the text marks where its mathematics is
 _PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
 _WORDS = re.compile(r"[A-Za-z][A-Za-z .,'-]*")
 
 
 def check(item: tuple[str, str | None, bool]) -> bool | None:
-    """Is what was ``stated`` equal to ``truth``? None if the truth is no mathematics. ``whole``: look for it in a whole text."""
+    """Whether the stated answer equals the true one; None if the true answer cannot be parsed.
+
+    Args:
+        item: the true answer, the stated answer (None = none), and whether to search a whole text for the stated answer.
+    """
     truth, stated, whole = item
     if _WORDS.fullmatch(truth) and _PROSE.search(truth):  # "Paris" would be the product p a r i s, and equal to "pairs"
         return stated is not None and stated.split() == truth.split()

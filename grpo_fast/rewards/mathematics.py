@@ -1,4 +1,4 @@
-r"""Is the stated answer equal to the true one, as mathematics? ``\frac{2}{4}``, ``0.5`` and ``\frac12`` are. By the math-verify package."""
+r"""Mathematical equality of the stated and the true answer, by math-verify: ``\frac{2}{4}``, ``0.5`` and ``\frac12`` are equal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from grpo_fast.utils.install_hints import install
 __all__ = ["MathReward", "math_reward"]
 
 _CHECK = (str(Path(__file__).with_name("math_check.py")), "check")
-_pools: dict[tuple[int, int | None], WorkerPool] = {}  # shared by equal settings: a reward can be pickled, a pool cannot
+_pools: dict[tuple[int, int | None], WorkerPool] = {}  # shared by rewards of equal settings; not in the reward, which must be picklable
 _pools_lock = threading.Lock()
 
 
@@ -25,21 +25,21 @@ _pools_lock = threading.Lock()
 class MathReward:
     r"""1 if the stated answer equals the true one as mathematics, else 0: DeepSeek-R1's accuracy reward (arXiv:2501.12948), for LaTeX.
 
-    The stated answer is what `extract_answer` finds, and nothing stated is wrong. None where the true answer is None, or is nothing that
-    math-verify can read (other packages give 1 there): such a question teaches nothing. A true answer in words is compared as a text.
+    The stated answer is what `extract_answer` finds; without one the reward is 0. None where the true answer is None or cannot be parsed
+    by math-verify (other packages give 1 there), because such a question gives no signal. A true answer in words is compared as a text.
 
-    Needs the math-verify package: ``pip install '.[math]'`` in the checkout. It compares with sympy, which can think forever about an
-    answer like ``9^{9^{9^{9}}}``, and limits its time by SIGALRM, which works in no thread. So it runs in worker processes, which any
-    thread may use: an item that takes longer than ``timeout`` has its worker killed and replaced, is counted in ``counters["timeouts"]``,
-    and gets ``undecided``. What crashes its worker is counted in ``counters["errors"]``, and is undecided too.
+    Needs the math-verify package: ``pip install '.[math]'`` in the checkout. It compares with sympy, which does not finish for an answer
+    like ``9^{9^{9^{9}}}``, and its time limit uses SIGALRM, which does not work in threads. Therefore it runs in worker processes. If an
+    item takes longer than ``timeout``, its worker is killed and replaced, ``counters["timeouts"]`` counts it, and its reward is
+    ``undecided``; the same holds for an item that crashes its worker, with ``counters["errors"]``.
 
     Args:
         timeout: seconds for one item, above 0.
         workers: processes; each imports sympy once, at the first call.
-        undecided: the reward of what could not be compared: None = does not apply, or a number.
-        whole_text: let math-verify look for the answer anywhere in the completion where there is no ``<answer>`` and no ``\boxed``. A
-            model can learn to list many numbers, of which one will be found.
-        memory_limit: bytes per worker, None = no limit. An answer that takes more to compare is wrong.
+        undecided: the reward of an item that could not be compared: a number, or None = does not apply.
+        whole_text: search the whole completion for an answer if it has neither ``<answer>`` nor ``\boxed``. A model can exploit this by
+            listing many numbers.
+        memory_limit: bytes per worker, None = no limit. An answer that needs more memory to compare counts as wrong.
 
     Example:
         >>> math_reward(["1/3 + 1/6?"] * 3, [r"\boxed{\frac{2}{4}}", "<answer>0.5</answer>", "0.5"], answer=[r"$\frac12$"] * 3)
@@ -51,7 +51,7 @@ class MathReward:
     undecided: float | None = None
     whole_text: bool = False
     memory_limit: int | None = 2 << 30
-    counters: Counter[str] = field(default_factory=Counter, init=False, repr=False, compare=False)  # of this object's life
+    counters: Counter[str] = field(default_factory=Counter, init=False, repr=False, compare=False)  # over the life of this object
     __name__ = "math_reward"
 
     def __post_init__(self) -> None:

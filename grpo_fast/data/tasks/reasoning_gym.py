@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grpo_fast.data.tasks.common import INSTRUCTION, Task, check_instruction
 from grpo_fast.rewards.accuracy import canonical_answer, extract_answer
@@ -18,28 +18,30 @@ from grpo_fast.rewards.common import Completion, check_range, check_same_length,
 from grpo_fast.rewards.pool import CallResult, WorkerPool
 from grpo_fast.utils.install_hints import install
 
+if TYPE_CHECKING:
+    from reasoning_gym.dataset import ProceduralDataset
+
 __all__ = ["ReasoningGymReward", "reasoning_gym_task"]
 
-
-_JUNK = ("", "junk", "qwxz vbn", "-987654321", "(((", "None", "[]", "{}", "0.1234567", "yes")
-_PROBED = 6  # entries that junk is tried on
+_WRONG_ANSWERS = ("", "junk", "qwxz vbn", "-987654321", "(((", "None", "[]", "{}", "0.1234567", "yes")
+_PROBED = 6  # entries on which a score function is tested
 
 
 @dataclass(frozen=True)
 class ReasoningGymReward:
-    """From 0 to 1: what the reasoning-gym generator ``name`` gives for the stated answer (`extract_answer`), clamped; 0 if none is stated.
+    """The score, from 0 to 1, that a reasoning-gym generator gives to the stated answer (`extract_answer`); 0 if no answer is stated.
 
-    What these scores would do to training is undone. Credit below ``floor`` is 0: many generators give 0.01 to any wrong answer, and
-    divided by the group's standard deviation that is a full-sized advantage in a group where all are wrong. Some score functions raise on
-    junk: that means 0, and is counted in ``counters["scorer_raised"]``. Some can be made to work for minutes or to fill the memory
-    ("rubiks_cube" by a large number): they run in a worker process of limited memory, which is killed after ``timeout``. That is counted
-    in ``counters["timeouts"]``, and the reward does not apply (None).
+    Scores are corrected for training. A score below ``floor`` counts as 0: many generators give 0.01 to any wrong answer, which after
+    division by the group's standard deviation becomes a full-sized advantage in a group whose answers are all wrong. A score function that
+    raises an error gives 0; ``counters["scorer_raised"]`` counts it. Some answers make a score function run for minutes or fill the memory
+    (a large number for "rubiks_cube"), so scores are computed in a worker process of limited memory, which is killed after ``timeout``;
+    the reward then does not apply (None), and ``counters["timeouts"]`` counts it.
 
     Args:
         name: of the generator.
         settings: its configuration, as JSON.
-        exact: compare with the stored answer instead of asking the generator: 1 or 0.
-        floor: the least credit that counts, above 0 and at most 1.
+        exact: compare with the stored answer (1 or 0) instead of asking the generator.
+        floor: the smallest score that counts, above 0 and at most 1.
         timeout: seconds for one score, above 0.
     """
 
@@ -71,15 +73,20 @@ class ReasoningGymReward:
         return self.scores([extract_answer(text_of(completion)) for completion in completions], entry)
 
     def scores(self, stated: Sequence[str | None], entries: Sequence[str]) -> list[float | None]:
-        """The credit of each stated answer to the question of its entry."""
+        """Score each stated answer to the question of its entry; None where the reward does not apply.
+
+        Args:
+            stated: answers, None for a completion without one.
+            entries: the entries of the questions, as JSON.
+        """
         pairs = list(zip(stated, entries, strict=True))
         if self.exact:
             return [float(text is not None and canonical_answer(text) == canonical_answer(json.loads(e)["answer"])) for text, e in pairs]
         different = list(dict.fromkeys((self.name, self.settings, text, entry) for text, entry in pairs if text is not None))
         results = dict(zip(different, _scorer().map(different, timeout=self.timeout), strict=True))
-        return [0.0 if text is None else self._credit(results[self.name, self.settings, text, entry]) for text, entry in pairs]
+        return [0.0 if text is None else self._score_of(results[self.name, self.settings, text, entry]) for text, entry in pairs]
 
-    def _credit(self, result: CallResult) -> float | None:
+    def _score_of(self, result: CallResult) -> float | None:
         if result.timed_out:
             self.counters["timeouts"] += 1
             return None
@@ -98,26 +105,26 @@ def _scorer() -> WorkerPool:
 def reasoning_gym_task(
     name: str, *, size: int = 500, seed: int = 0, floor: float = 0.1, instruction: str = INSTRUCTION, **config: Any
 ) -> Task:
-    """A task of the reasoning-gym package (arXiv:2505.24760): over a hundred generators of questions with a score function each.
+    """A task of the reasoning-gym package (arXiv:2505.24760), which has over a hundred generators of questions with a score function each.
 
-    The rows have ``prompt``, ``answer`` (None where a question has many) and ``entry``, what the score function needs, as JSON. They are a
-    `datasets.Dataset` if that package is there, else a list.
+    The rows have ``prompt``, ``answer`` (None where a question has several) and ``entry``, the input of the score function, as JSON. They
+    are a `datasets.Dataset` if that package is installed, else a list.
 
-    Before training the score function is tried on junk and on the true answers. If junk earns ``floor`` or more ("game_of_life_halting"
-    gives it 1.0), or a true answer no longer earns 1 after its way through JSON, answers are compared with the stored one instead, and a
-    warning says so. Where there is no stored answer the task is refused.
+    The score function is first tested on wrong answers and on the true answers. If a wrong answer earns ``floor`` or more
+    ("game_of_life_halting" gives it 1.0), or a true answer earns less than 1 after conversion to JSON, answers are compared with the
+    stored one instead, with a warning. Without a stored answer such a task is refused.
 
     Args:
         name: of the generator, "chain_sum" for instance.
-        size: rows.
-        seed: of the generator; take another one for the evaluation.
-        floor: the least credit that counts, see `ReasoningGymReward`; 1.0 for all or nothing.
-        instruction: the prompt, with the question in place of ``{question}``.
-        config: the generator's own settings, ``min_terms=2`` for instance; plain values, since they are kept as JSON.
+        size: number of rows.
+        seed: of the generator; use another one for the evaluation.
+        floor: the smallest score that counts, see `ReasoningGymReward`; 1.0 gives rewards of 0 or 1 only.
+        instruction: the prompt; ``{question}`` is replaced by the question.
+        config: the generator's own settings, ``min_terms=2`` for example; plain values, because they are stored as JSON.
 
     Raises:
         ImportError: the package is missing: ``pip install '.[tasks]'`` in the checkout.
-        ValueError: no such generator, a setting that it does not take, or scores that cannot be trusted.
+        ValueError: there is no such generator, it does not take a setting, or its scores are unusable and it stores no answers.
     """
     check_range("reasoning_gym_task", "size", size, 1)
     check_instruction("reasoning_gym_task", instruction)
@@ -128,14 +135,14 @@ def reasoning_gym_task(
     source = _generator(name, settings, size=size, seed=seed)
     entries = [source[i] for i in range(size)]
     reward = ReasoningGymReward(name, settings, floor=floor)
-    probes = _generator(name, settings, size=_PROBED)  # not this task's entries: another seed must not be scored another way
-    doubt = _doubt(reward, [probes[i] for i in range(_PROBED)])
-    if doubt is not None:
+    probes = _generator(name, settings, size=_PROBED)  # of a fixed seed: how a task is scored must not depend on its seed
+    problem = _scoring_problem(reward, [probes[i] for i in range(_PROBED)])
+    if problem is not None:
         if any(entry["answer"] is None for entry in entries):
             raise ValueError(
-                f"reasoning_gym_task: name is {name!r}, whose {doubt}, and it stores no answers to compare with. Take another one."
+                f"reasoning_gym_task: name is {name!r}, whose {problem}, and it stores no answers to compare with. Take another one."
             )
-        warnings.warn(f"reasoning_gym_task: {name}'s {doubt}; answers are compared with the stored one instead.", stacklevel=2)
+        warnings.warn(f"reasoning_gym_task: {name}'s {problem}; answers are compared with the stored one instead.", stacklevel=2)
         reward = ReasoningGymReward(name, settings, exact=True, floor=floor)
     rows = [
         {
@@ -152,21 +159,21 @@ def reasoning_gym_task(
     return Task(Dataset.from_list(rows), reward)
 
 
-def _doubt(reward: ReasoningGymReward, entries: Sequence[dict[str, Any]]) -> str | None:
-    """Why the generator's scores cannot be trusted, in words; None if they can."""
+def _scoring_problem(reward: ReasoningGymReward, entries: Sequence[dict[str, Any]]) -> str | None:
+    """Why the scores of a generator are unusable for training; None if they are usable."""
     stored = [_as_json(entry) for entry in entries]
     truths = [json.loads(entry)["answer"] for entry in stored]
-    known = [(str(truth), entry) for truth, entry in zip(truths, stored, strict=True) if truth is not None]
-    for credit in reward.scores(*_columns(known)):
+    true_answers = [(str(truth), entry) for truth, entry in zip(truths, stored, strict=True) if truth is not None]
+    for credit in reward.scores(*_columns(true_answers)):
         if credit != 1:
             return "score function does not give 1 to the true answer of a stored entry"
-    tries = [
+    wrong_answers = [
         (junk, entry)
         for truth, entry in zip(truths, stored, strict=True)
-        for junk in _JUNK
+        for junk in _WRONG_ANSWERS
         if truth is None or canonical_answer(truth) != canonical_answer(junk)
     ]
-    for (junk, _), credit in zip(tries, reward.scores(*_columns(tries)), strict=True):
+    for (junk, _), credit in zip(wrong_answers, reward.scores(*_columns(wrong_answers)), strict=True):
         if credit:
             return f"score function gives {credit:.2g} to {junk!r}"
     reward.counters.clear()
@@ -182,7 +189,7 @@ def _as_json(entry: dict[str, Any]) -> str:
 
 
 @lru_cache(maxsize=64)
-def _generator(name: str, settings: str, *, size: int = 1, seed: int = 0) -> Any:
+def _generator(name: str, settings: str, *, size: int = 1, seed: int = 0) -> ProceduralDataset:
     try:
         import reasoning_gym
         from reasoning_gym.factory import DATASETS

@@ -1,4 +1,4 @@
-"""What the worker of `ReasoningGymReward` runs: one score by reasoning-gym. Loaded by its path, so that it does not import torch."""
+"""The function that a worker process of `ReasoningGymReward` calls. It is loaded by its path, so that the process does not import torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ import reasoning_gym
 
 
 def score(item: tuple[str, str, str, str]) -> float:
-    """The generator's own score of an answer; ``item`` is its name, its settings, the answer and the entry, as JSON."""
+    """Score an answer with its generator.
+
+    Args:
+        item: name of the generator, its settings as JSON, the answer, and the entry as JSON.
+    """
     name, settings, stated, entry = item
     return float(_generator(name, settings).score_answer(stated, json.loads(entry)))
 
