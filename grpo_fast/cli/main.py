@@ -10,15 +10,15 @@ import typer
 from grpo_fast.utils.install_hints import install
 from grpo_fast.version import __version__
 
-# Errors that nobody foresaw are shown as Python shows them: in the log of a run a traceback in a frame is hard to read and to search.
+# Unexpected errors get Python's plain traceback: a traceback in a frame is hard to read and to search in the log of a run.
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 class Mounted(NamedTuple):
-    """A command with optional dependencies."""
+    """A subcommand that is imported only when it runs."""
 
-    module: str  # with ``app(args=..., prog_name=...)``, imported when the command runs
-    extra: str  # that installs what it needs
+    module: str  # has ``app(args=..., prog_name=...)``
+    extra: str  # of pyproject.toml, that installs the packages it needs
     help: str
 
 
@@ -34,8 +34,8 @@ MOUNTED = {
     "bench-drop-ins": Mounted("grpo_fast.cli.bench_drop_ins", "bench", "Time what the guides' drop-ins replace."),
 }
 
-# What a mounted command gets is handed through untouched, --help too: importing it for the list of commands would import transformers.
-_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+# All arguments are passed on unchanged, --help included: importing the subcommands for their help would import transformers.
+_PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 
 def _show_version(wanted: bool) -> None:
@@ -68,7 +68,7 @@ def _run_mounted(command: str, args: list[str]) -> None:
         if module_name == missing or module_name.startswith(f"{missing}."):
             problem = f"this install has no {module_name}. Fix: install the whole package again"
         elif missing.startswith("grpo_fast."):
-            raise  # a mistake of ours, not a missing dependency
+            raise  # an error in this package, not a missing dependency
         else:
             problem = f"it needs the package {missing!r}, which is not installed. Fix: {install(extra)}"
         typer.echo(f"grpo-fast {command}: {problem}", err=True)
@@ -77,7 +77,7 @@ def _run_mounted(command: str, args: list[str]) -> None:
 
 
 def _mount(command: str, description: str) -> None:
-    @app.command(command, help=description, context_settings=_PASS_ON)
+    @app.command(command, help=description, context_settings=_PASS_THROUGH)
     def run(context: typer.Context) -> None:
         _run_mounted(command, context.args)
 

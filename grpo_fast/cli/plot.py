@@ -1,4 +1,4 @@
-"""``grpo-fast plot``: the command."""
+"""The command ``grpo-fast plot``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Is the stated answer the true one? By comparing texts and plain numbers, without any dependency; for LaTeX see `mathematics`."""
+"""Accuracy: compares the stated and the true answer as texts or plain numbers, without optional packages; `mathematics` compares LaTeX."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def accuracy_reward(
 ) -> list[float | None]:
     """1 if the stated answer is the true one, else 0; None where the true answer is None (DeepSeek-R1's accuracy reward).
 
-    The stated answer is what `extract_answer` finds; two answers are the same if `canonical_answer` makes them equal.
+    The stated answer is what `extract_answer` finds; two answers are the same if `canonical_answer` maps them to the same value.
 
     Example:
         >>> accuracy_reward(["1 + 1?"] * 3, ["<answer>2.0</answer>", "2", r"\\boxed{2}"], answer=["2", "2", None])
@@ -39,7 +39,7 @@ def accuracy_reward(
 
 def extract_answer(text: str) -> str | None:
     r"""The content of the last ``<answer>…</answer>``, else of the last ``\boxed{…}`` (braces may nest), else None."""
-    # By searching from the end: a regular expression takes quadratic time on a model that repeats "<answer>" to the length limit.
+    # Search from the end: a regular expression takes quadratic time on a completion that repeats "<answer>" up to the length limit.
     start = text.rfind("<answer>", 0, max(text.rfind("</answer>"), 0))
     if start >= 0:
         return text[start + len("<answer>") : text.index("</answer>", start)].strip()
@@ -53,9 +53,9 @@ def extract_answer(text: str) -> str | None:
 
 
 def canonical_answer(answer: object) -> str | Decimal:
-    """A form in which equal answers are equal: a plain number is its value, any other text is itself but for white space.
+    """A form in which equal answers compare equal: the value of a plain number, else the text with normalised white space.
 
-    A number with leading zeros is no plain number: "0125" is a text, and not "125".
+    A number with leading zeros is a text: "0125" does not equal "125".
 
     Example:
         >>> canonical_answer("1,000") == canonical_answer("+1000.0"), canonical_answer("0125") == canonical_answer("125")

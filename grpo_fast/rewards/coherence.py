@@ -1,4 +1,4 @@
-"""Does a completion hang together: answer with reasoning, reasoning with question?"""
+"""Coherence: agreement of the answer with the reasoning, and of the reasoning with the question."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ __all__ = ["CoherenceReward"]
 
 @dataclass(frozen=True)
 class CoherenceReward:
-    """From 0 to 1: does the completion hang together? The mean of three rules, see `grpo_fast.utils.text_statistics.coherence`.
+    """How coherent a completion is, from 0 to 1: the mean of three rules, see `grpo_fast.utils.text_statistics.coherence`.
 
-    Tags well formed; the answer agrees with the reasoning (it stands in its last step); the reasoning agrees with the question (it
-    takes up the question's keys, by default its numbers). Coherent is not correct: pair it with `accuracy_reward`. The rules are this
-    package's own; that rules, and no model, should judge is DeepSeek-R1's reason (arXiv:2501.12948, section 2.2).
+    The tags are well formed; the answer agrees with the reasoning (it occurs in the last step); the reasoning agrees with the question (it
+    mentions the question's keys, by default its numbers). A coherent completion may be wrong: combine this with `accuracy_reward`. The
+    rules are this package's own; like DeepSeek-R1 (arXiv:2501.12948, section 2.2) it uses rules instead of a reward model.
 
     Args:
-        key_pattern: regular expression of what the reasoning must take up from the question.
+        key_pattern: regular expression of the parts of the question that the reasoning must mention.
         step_pattern: regular expression of what separates two steps of the reasoning.
-        think_opened: as of `FormatReward`: the prompt ends with ``<think>``.
+        think_opened: the prompt ends with ``<think>``, see `FormatReward`.
 
     Example:
         >>> CoherenceReward()(["What is 3 + 4?"], ["<think>3 + 4; so 7</think><answer>7</answer>"])

@@ -1,4 +1,4 @@
-"""Is it language? By the form of the sentences, and by how a reference model likes the tokens."""
+"""Fluency: the form of the sentences, and the log-probability of the tokens under a reference model."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _PAIRS = {"(": ")", "[": "]", "{": "}", "“": "”", "«": "»"}
 class SentenceReward:
     """From 0 to 1: the share of the reasoning's sentences that are complete and well formed (`well_formed_sentence`).
 
-    The text is the content of ``<think>`` (without that tag: all but the answer), split after ``. ! ? …`` and at line ends. A piece with
-    fewer than ``min_words`` words is a formula, a heading or a label: no sentence, and not judged. None where there is none to judge; 0
-    for an empty text. "Fluency" among DeepSeek-R1's aims (arXiv:2501.12948) as a rule; the rule is this package's own. One short sentence
-    earns all of it: give it a small weight, beside a reward that needs the work done.
+    The text is the content of ``<think>`` (without that tag, everything but the answer), split after ``. ! ? …`` and at line ends. A piece
+    with fewer than ``min_words`` words is a formula, a heading or a label and is skipped. None if no sentence remains; 0 for an empty
+    text. The rule is this package's own; it measures what DeepSeek-R1 (arXiv:2501.12948) calls fluency. A single short sentence earns the
+    whole reward, so give it a small weight beside a reward for correct answers.
 
     Args:
-        min_words: words (runs of letters) from which on a piece is a sentence, at least 1.
+        min_words: minimum number of words (runs of letters) of a sentence, at least 1.
 
     Example:
         >>> SentenceReward()(["?"] * 3, ["We add three and four. that makes seven the the the", "3 + 4 = 7", ""])
@@ -62,12 +62,12 @@ class SentenceReward:
 
 
 def well_formed_sentence(sentence: str) -> bool:
-    """Four rules that all must hold; a list mark ("- ", "2. ") in front is passed over.
+    """Whether a sentence satisfies four rules. A list mark ("- ", "2. ") at its beginning is skipped.
 
-    1. It does not begin with a small letter: a capital, a digit, a quote, a bracket, a script without capitals will do.
-    2. It ends with one of ``. ! ? … :``, with nothing behind but closing quotes or brackets: it does not break off.
-    3. Its brackets and directed quotes are closed, in order.
-    4. No word stands three times in a row.
+    1. It does not begin with a lower-case letter.
+    2. It ends with one of ``. ! ? … :``, followed by closing quotes or brackets only.
+    3. Its brackets and directed quotes are closed in the right order.
+    4. No word occurs three times in a row.
 
     Example:
         >>> well_formed_sentence("So (as shown) it is seven."), well_formed_sentence("So (as shown it is seven.")
@@ -87,18 +87,18 @@ def well_formed_sentence(sentence: str) -> bool:
 
 @dataclass(frozen=True)
 class ReferenceFluencyReward:
-    """From 0 to 1: does the reference model find the text likely? By the mean of ``-ref_logprobs`` over its tokens, its surprise in nats.
+    """Fluency under the reference model, from 0 to 1, by the mean of ``-ref_logprobs`` over the tokens (the surprise, in nats).
 
-    1 up to a surprise of ``expected``, then falling in a straight line to 0 at ``limit``. Perplexity, exp of the surprise, under another
-    language model is the usual measure of fluency (arXiv:1912.02164, for one). It is no goal of its own: an endless loop is the likeliest
-    text of all (arXiv:2506.13585), so there is nothing to gain below ``expected``.
+    1 up to a surprise of ``expected``, then linear to 0 at ``limit``. Perplexity, the exponential of the surprise, under another language
+    model is a usual measure of fluency (arXiv:1912.02164). A surprise below ``expected`` earns nothing more, because an endless loop is
+    more likely than any good text (arXiv:2506.13585).
 
-    Reads ``ref_logprobs``, the reference model's log-probability of each token, which a trainer has when it computes a KL term. None
-    where there are none, and for an empty completion.
+    Reads ``ref_logprobs``, the reference model's log-probability of each token, which a trainer has if it computes a KL term. None without
+    them, and for an empty completion.
 
     Args:
-        expected: nats per token, at least 0: the surprise of good text. Measure it on samples of the reference model.
-        limit: nats per token, above ``expected``.
+        expected: the surprise of good text in nats per token, at least 0. Measure it on samples of the reference model.
+        limit: the surprise at which the reward is 0, in nats per token; above ``expected``.
 
     Example:
         >>> ReferenceFluencyReward(1.0, 5.0)(["?"] * 3, ["", "", ""], [[1, 2]] * 3, ref_logprobs=[[-0.1, -0.3], [-2.0, -4.0], None])

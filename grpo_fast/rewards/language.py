@@ -1,4 +1,4 @@
-"""Does the reasoning keep to one language? By its script: no model, no dictionary, and so no telling of French from English."""
+"""Language consistency by script, without a model or a dictionary; it cannot distinguish languages of one script."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SCRIPTS = {"CJK": "Han"} | {
     )
 }
 _UNSPACED = {"Han", "Hiragana", "Katakana", "Bopomofo", "Thai", "Lao", "Khmer", "Myanmar", "Tibetan"}  # no white space between words
-# No language: what stands between dollar signs or \( \), \[ \], LaTeX commands, code between backticks, links, tags.
+# Not language: what is between dollar signs or \( \), \[ \], LaTeX commands, code between backticks, links, tags.
 _NEUTRAL = re.compile(
     r"\$\$.*?\$\$|\$[^$\n]*\$|\\\((?:(?!\\\().)*?\\\)|\\\[(?:(?!\\\[).)*?\\\]|```.*?(?:```|\Z)|`[^`\n]*`|\\[A-Za-z]+|https?://\S+|</?\w+>",
     re.DOTALL,
@@ -31,10 +31,10 @@ _NEUTRAL = re.compile(
 
 @dataclass(frozen=True)
 class LanguageConsistencyReward:
-    """From 0 to 1: the share of the reasoning's words that are in the target script (DeepSeek-R1, arXiv:2501.12948, equation 7).
+    """The share, from 0 to 1, of the reasoning's words in the target script (DeepSeek-R1, arXiv:2501.12948, equation 7).
 
-    The paper counts the words of the target language; a script is what can be told by rule. Formulas, code and links are left out (see
-    `words_by_script`). None where no word is left. R1 reports that this costs a little accuracy and makes the reasoning readable.
+    The paper counts the words of the target language; a rule can only detect the script. Formulas, code and links are not counted (see
+    `words_by_script`). None if no word remains. R1 reports a small loss of accuracy and more readable reasoning.
 
     Args:
         script: the name of a Unicode script ("Latin", "Han", "Cyrillic", ...), or a tuple of names: ``("Han", "Hiragana", "Katakana")``
@@ -77,10 +77,10 @@ class LanguageConsistencyReward:
 
 
 def words_by_script(text: str) -> dict[str, int]:
-    """How many words of each script a text has. A word is a run of letters of one script; where a script has no spaces, every letter is.
+    """The number of words of each script in a text. A word is a run of letters of one script, or one letter of a script without spaces.
 
-    Not counted: digits, signs, letters of no known script, and what is no language: ``$…$``, ``\\(…\\)``, ``\\[…\\]``, LaTeX commands, code
-    between backticks, links and tags.
+    Not counted: digits, symbols, letters of unknown scripts, and parts that are not language: ``$…$``, ``\\(…\\)``, ``\\[…\\]``,
+    LaTeX commands, code between backticks, links and tags.
 
     Example:
         >>> words_by_script("the sum 是七 $x$")

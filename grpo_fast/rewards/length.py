@@ -1,4 +1,4 @@
-"""Rewards of length: all in tokens, and none of them says that long is good."""
+"""Rewards of the completion length, in tokens. None of them rewards length for its own sake."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["CosineLengthReward", "LengthReward", "SoftOverlongPunishment"]
 
 @dataclass(frozen=True)
 class LengthReward:
-    """From -0.5 to 0.5: shorter is better among right answers to the same question (Kimi k1.5, arXiv:2501.12599, "length penalty")::
+    """From -0.5 to 0.5, higher for shorter correct answers to the same question (Kimi k1.5, arXiv:2501.12599, "length penalty")::
 
         x = 0.5 - (length - shortest) / (longest - shortest)        reward = x if right, min(0, x) if wrong
 

@@ -1,4 +1,4 @@
-"""Penalties for going round in circles: repeated n-grams, and runs of tokens the model is certain of."""
+"""Penalties for repetition: repeated n-grams, and long runs of tokens with a probability near 1."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ __all__ = ["CertainRunPenalty", "RepetitionPenalty"]
 class RepetitionPenalty:
     """From ``-max_penalty`` to 0: minus the share of token n-grams that occurred before (arXiv:2502.03373, appendix C.2).
 
-    The paper charges the repeating tokens; here the charge is one number per completion, as a group advantage needs it.
+    The paper penalises the repeating tokens; here the penalty is one number per completion, as group advantages need it.
 
     Args:
-        ngram_size: length of the n-grams, in tokens. Longer than what an honest answer repeats, shorter than a loop.
-        max_penalty: the penalty of a completion that is nothing but repetition, at least 0.
+        ngram_size: length of the n-grams in tokens; longer than the repetitions of a good answer, shorter than a loop.
+        max_penalty: the penalty of a completion that consists of repetition only, at least 0.
 
     Example:
         >>> RepetitionPenalty(ngram_size=2)(["?"] * 2, ["", ""], [[5, 6, 5, 6, 5], [1, 2, 3, 4, 5]])
@@ -48,7 +48,7 @@ class CertainRunPenalty:
 
     "Once a model enters a repetitive cycle, the probability for each token soars": MiniMax-M1 (arXiv:2506.13585) stops a sample after
     3,000 such tokens, since loops of changing wording escape n-grams. Reads ``logprobs``, the sampler's log-probability of each token;
-    None where there are none. A short ``run`` would charge honest text: copying a formula is certain too.
+    None without them. A short ``run`` would penalise good text, because a copied formula has high probabilities as well.
 
     Args:
         run: tokens, at least 1; the paper's 3,000 fits its completions of up to 80,000 tokens.

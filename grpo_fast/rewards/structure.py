@@ -1,4 +1,4 @@
-"""Does a completion have the form ``<think>…</think><answer>…</answer>``? All of it, or tag by tag."""
+"""The format ``<think>…</think><answer>…</answer>`` of a completion: as a whole, or counted tag by tag."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ class FormatReward:
 
 @dataclass(frozen=True)
 class TagCountReward:
-    """A quarter for each of the four tags that occurs exactly once: a way up to `FormatReward` for a model that never earns it yet.
+    """A quarter for each of the four tags that occurs exactly once, for a model that does not yet earn `FormatReward`.
 
-    Known from open-r1. Order does not count, so weigh it lightly, beside `FormatReward`.
+    As in open-r1. The order of the tags is ignored, so give it a small weight beside `FormatReward`.
 
     Args:
-        think_opened: as of `FormatReward`.
+        think_opened: see `FormatReward`.
 
     Example:
         >>> tag_count_reward(["1 + 1?"] * 2, ["<think>1, 2</think><answer>2", "<answer>2</answer><answer>2</answer>"])
