@@ -396,7 +396,7 @@ def test_off_policy_mask_by_the_samplers_logprobs(model_path: Path, tmp_path: Pa
 
 
 def test_a_model_that_sees(tmp_path: Path) -> None:
-    """Images go to the model with the tokens that stand for them."""
+    """Images are passed to the model together with their placeholder tokens."""
     from transformers import AutoConfig, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
     model_path, image_token = save_tiny_model(tmp_path / "model"), 3

@@ -42,7 +42,7 @@ def ours(batch: dict[str, Tensor], config: LossConfig, **call: Any) -> tuple[Ten
 
 TRL_CASES: list[dict[str, Any]] = [
     {},
-    {"loss_type": "luspo"},  # at the token's level unless told otherwise
+    {"loss_type": "luspo"},  # with ratios of tokens by default
     {"loss_type": "luspo", "importance_sampling_level": "sequence", "epsilon": 0.1},
     {"loss_type": "cispo", "epsilon_high": 1.2, "delta": 1.5},  # delta is not looked at
     {"loss_type": "grpo", "beta": 0.3},  # the KL is corrected by the ratio

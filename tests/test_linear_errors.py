@@ -1,4 +1,4 @@
-"""Bad arguments of the fused head: the error names the argument, what it was, what was expected and the cure, and nothing is written."""
+"""Bad arguments of the fused head: the error names the argument, what it was, what was expected and the fix, and nothing is written."""
 
 from __future__ import annotations
 

@@ -180,7 +180,7 @@ def test_a_retained_graph_gives_the_same_gradient_again(trainable: bool, keep_by
     for a, b, c in zip(first, second, last, strict=True):
         assert torch.equal(a, b) and torch.equal(a, c) and a.abs().max() > 0
     with torch.no_grad():
-        hidden += 0  # the graph is gone, so nobody minds
+        hidden += 0  # the graph is freed, so this is no error
     fresh = torch.autograd.grad(call(hidden, weight).entropy.sum(), inputs)
     for a, b in zip(of_entropy, fresh, strict=True):
         torch.testing.assert_close(a, b)

@@ -116,7 +116,7 @@ def measured(name: str, of: dict[str, Any], part: slice, group: Any, dtype: torc
 
 
 def messages(part: slice, group: Any) -> dict[str, str]:
-    """What is said to bad calls, the same in every process."""
+    """The errors of bad calls, the same in every process."""
     hidden, weight = torch.randn(B, T, D), torch.randn(V, D)[part]
     ids = torch.zeros(B, T, dtype=torch.int64)
     found = {}

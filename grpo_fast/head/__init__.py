@@ -1,1 +1,1 @@
-"""The language-model head by chunks of tokens: loss and log-probabilities from hidden states, with no more logits alive than a chunk's."""
+"""The fused LM head: loss and log-probabilities from hidden states, with the logits of one chunk of tokens in memory at a time."""

@@ -15,10 +15,11 @@ from grpo_fast.head.matrix_products import Head, HeadTensors, NeedsGrad, per_row
 from grpo_fast.loss.token_rows import TokenRows
 from grpo_fast.ops.scale import scaled
 
-__all__ = ["LinearLogprobsFunction", "LinearLossFunction"]
+__all__ = ["AutogradContext", "LinearLogprobsFunction", "LinearLossFunction"]
 
 SCALED_ROWS = 512
 
+AutogradContext = Any  # has the attributes that forward sets, besides its own
 MakeHead = Callable[[HeadTensors, NeedsGrad, ChunkPlan], Head]
 
 
@@ -26,7 +27,9 @@ class LinearLossFunction(torch.autograd.Function):
     """Loss, log-probabilities, entropy and metrics. Backward returns the gradients of the forward pass times its upstream gradient."""
 
     @staticmethod
-    def forward(ctx: Any, run: Callable[[HeadTensors, NeedsGrad], LinearLossResult], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: AutogradContext, run: Callable[[HeadTensors, NeedsGrad], LinearLossResult], *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
         loss, logprobs, entropy, metrics, gradients = run(HeadTensors(*tensors), NeedsGrad(*ctx.needs_input_grad[1:]))
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(logprobs, entropy, metrics)
@@ -35,7 +38,7 @@ class LinearLossFunction(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: AutogradContext, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
             return None, *HeadTensors()
         inplace = not torch._C._autograd._get_current_graph_task_keep_graph()
@@ -47,7 +50,7 @@ class LinearLogprobsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, make_head: MakeHead, rows: TokenRows, rows_per_chunk: int, max_kept_tokens: int, *given: Tensor | None
+        ctx: AutogradContext, make_head: MakeHead, rows: TokenRows, rows_per_chunk: int, max_kept_tokens: int, *given: Tensor | None
     ) -> tuple[Tensor, ...]:
         tensors, needs_grad = HeadTensors(*given), NeedsGrad(*ctx.needs_input_grad[4:])
         with torch.autocast(rows.mask.device.type, enabled=False):
@@ -65,7 +68,7 @@ class LinearLogprobsFunction(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, g: Tensor | None, h: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: AutogradContext, g: Tensor | None, h: Tensor | None) -> tuple[Tensor | None, ...]:
         not_tensors = (None,) * 4  # the arguments of forward before the tensors have no gradient
         given, state, keep_graph = ctx.saved_tensors, ctx.state, torch._C._autograd._get_current_graph_task_keep_graph()
         if not keep_graph:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from grpo_fast.head.autograd import AutogradContext
 from grpo_fast.head.chunking import plan_chunks
 from grpo_fast.head.logprobs import LogprobsState, linear_token_logprobs_bwd, linear_token_logprobs_fwd
 from grpo_fast.head.loss import LINEAR_METRICS, linear_loss
@@ -112,14 +111,14 @@ def _linear_grpo_loss_fake(*flat: Argument) -> tuple[Tensor | None, ...]:
     return loss, logprobs, torch.empty_like(logprobs), metrics, *_fake_gradients(tensors, NeedsGrad(*options.needs_grad))
 
 
-def _linear_grpo_loss_setup_context(ctx: Any, inputs: tuple[Argument, ...], output: tuple[Tensor, ...]) -> None:
+def _linear_grpo_loss_setup_context(ctx: AutogradContext, inputs: tuple[Argument, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.needs_grad = LossArguments.from_flat(inputs).options.needs_grad
     ctx.save_for_backward(*output[4:])
 
 
-def _linear_grpo_loss_backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _linear_grpo_loss_backward(ctx: AutogradContext, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     gradients = zip(ctx.saved_tensors, ctx.needs_grad, strict=True)
     return LossArguments.gradients(
         scaled(x, grad_loss, inplace=False) if needed and grad_loss is not None else None for x, needed in gradients
@@ -178,7 +177,7 @@ def _linear_token_logprobs_backward_fake(g: Tensor, h: Tensor, *flat: Argument) 
     return tuple(_fake_gradients(tensors, NeedsGrad(*options.needs_grad)))
 
 
-def _logprobs_setup_context(ctx: Any, inputs: tuple[Argument, ...], output: tuple[Tensor, ...]) -> None:
+def _logprobs_setup_context(ctx: AutogradContext, inputs: tuple[Argument, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[2:])
     tensors, rows, ctx.options = LogprobsArguments.from_flat(inputs)
@@ -186,7 +185,7 @@ def _logprobs_setup_context(ctx: Any, inputs: tuple[Argument, ...], output: tupl
     ctx.save_for_backward(*tensors, token_ids, mask, temperatures, *output)
 
 
-def _logprobs_backward(ctx: Any, g: Tensor | None, h: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _logprobs_backward(ctx: AutogradContext, g: Tensor | None, h: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     *given, token_ids, mask, temperatures, logprobs, entropy, lse, dlogprob_dhidden, dlogprob_dadapted = ctx.saved_tensors
     needs_grad = NeedsGrad(*ctx.options.needs_grad)
     if needs_grad.frozen_head and h is None and g is not None:

@@ -1,1 +1,1 @@
-"""The same loss inside other libraries, one file per library. Nothing is imported or patched before it is asked for."""
+"""The loss in other libraries, one module per library. A library is imported, and TRL patched, only when its module is used."""

@@ -33,6 +33,8 @@ from grpo_fast.loss.config import LossConfig
 
 __all__ = ["LIBRARIES", "advantage_settings", "loss_config", "rollout_settings"]
 
+Settings = dict[str, str | float | None]  # keyword arguments of a function
+
 _LOSS_CONFIGS: dict[str, Callable[[LibraryOptions], LossConfig]] = {
     "trl": trl_loss_config,
     "liger": liger_loss_config,
@@ -62,7 +64,7 @@ def loss_config(library: str, options: Mapping[str, Any]) -> LossConfig:
     return config
 
 
-def rollout_settings(library: str, mode: str, *, high: float | None = None, low: float | None = None) -> dict[str, Any]:
+def rollout_settings(library: str, mode: str, *, high: float | None = None, low: float | None = None) -> Settings:
     """A library's correction for the mismatch of sampler and trainer, as arguments of gf.rollout_weights.
 
     Args:
@@ -97,7 +99,7 @@ def rollout_settings(library: str, mode: str, *, high: float | None = None, low:
     }
 
 
-def advantage_settings(library: str, estimator: str = "group") -> dict[str, Any]:
+def advantage_settings(library: str, estimator: str = "group") -> Settings:
     """A library's group-relative advantages, as arguments of gf.group_advantages: baseline, scale, and the epsilon of its std.
 
     All libraries divide by the unbiased standard deviation. Equal rewards give exactly 0 here, and a rounding error over epsilon there. A
@@ -116,14 +118,15 @@ def advantage_settings(library: str, estimator: str = "group") -> dict[str, Any]
         >>> advantage_settings("verl", "grpo")
         {'scale': 'group', 'baseline': 'mean', 'eps': 1e-06}
     """
-    trl: dict[str, dict[str, Any]] = {
+    trl: dict[str, Settings] = {
         "group": {"scale": "group", "baseline": "mean", "eps": 1e-4},
         "batch": {"scale": "batch", "baseline": "mean", "eps": 1e-4},
         "none": {"scale": "none", "baseline": "mean"},
         "gdpo": {"scale": "group", "normalize": "normalize_then_sum", "eps": 1e-4},
     }
-    rloo, centred = {"scale": "none", "baseline": "leave_one_out"}, {"scale": "none", "baseline": "mean"}
-    tables: dict[str, dict[str, dict[str, Any]]] = {
+    rloo: Settings = {"scale": "none", "baseline": "leave_one_out"}
+    centred: Settings = {"scale": "none", "baseline": "mean"}
+    tables: dict[str, dict[str, Settings]] = {
         "trl": trl,
         "swift": {name: settings for name, settings in trl.items() if name != "gdpo"},  # its GDPO has an epsilon of 1e-8
         "verl": {"grpo": {"scale": "group", "baseline": "mean", "eps": 1e-6}, "rloo": rloo, "dr_grpo": centred},

@@ -3,18 +3,16 @@
     from grpo_fast.integrations.liger import LigerFusedLinearGRPOLoss   # was: from liger_kernel.chunked_loss import ...
     from grpo_fast.integrations.liger import triton_grpo_loss           # was: from liger_kernel.transformers.grpo_loss import ...
 
-Where Liger departs from the formula, the formula is followed:
+Where Liger departs from the formula, this module follows the formula:
     loss_type="luspo"         the mean over sequences of the sum over a sequence's tokens. Liger's Triton path multiplies each token by its
                               sequence's length and averages over the padded length, and so does its chunked loss where a ratio, weight or
                               KL is per token.
     masked tokens             have no effect. In Liger's chunked loss a log-ratio beyond 88 under the mask makes the gradient NaN.
     a ratio beyond exp(20)    is clamped, and has no gradient there.
-What Liger does not have is not refused: sequences of any length, advantages per token, a temperature per sequence or token.
+It also accepts what Liger does not: sequences of any length, advantages per token, a temperature per sequence or token.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,11 +53,11 @@ def triton_grpo_loss(
     vespo_lambda_pos: float = 3.0,
     vespo_k_neg: float = 3.0,
     vespo_lambda_neg: float = 2.0,
-) -> tuple[Any, ...]:
+) -> tuple[Tensor, list[Tensor]] | tuple[Tensor, Tensor | None, Tensor]:
     """Liger's ``triton_grpo_loss``, on every device.
 
     Args:
-        inplace: the gradient may be written over the logits. A wish: logits that are a leaf keep their values.
+        inplace: the gradient may overwrite the logits. Ignored for logits that are a leaf.
         num_items_in_batch: tokens of the whole batch, over all processes; None = those of this call, averaged over the processes.
 
     Returns:
@@ -67,7 +65,7 @@ def triton_grpo_loss(
         [B, T]) of each token, 0 where masked.
 
     Raises:
-        TypeError, ValueError: names the argument, what it was, what was expected and the cure.
+        TypeError, ValueError: names the argument, what it was, what was expected and the fix.
     """
     mask = torch.ones_like(completion_ids) if completion_mask is None else completion_mask
     config = LossConfig.like(
@@ -115,7 +113,7 @@ def triton_grpo_loss(
 class LigerFusedLinearGRPOLoss(nn.Module):
     """Liger's loss from hidden states and the weight of the LM head; constructor, arguments and results as there.
 
-    ``compiled`` and ``chunk_size`` are accepted and mean nothing here: nothing is compiled, and chunks are cut by memory.
+    ``compiled`` and ``chunk_size`` are accepted and have no effect: nothing is compiled, and memory decides the size of chunks.
     """
 
     def __init__(
@@ -180,7 +178,7 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         """The loss and its metrics: kl (where beta is not 0) and the clip ratio.
 
         Raises:
-            TypeError, ValueError: names the argument, what it was, what was expected and the cure.
+            TypeError, ValueError: names the argument, what it was, what was expected and the fix.
         """
         reference = ref_per_token_logps if self.use_ref_model else None
         if self.config.beta != 0 and reference is None:
@@ -215,7 +213,7 @@ def _per_token_or_column(weights: Tensor | None) -> Tensor | None:
 
 
 def _num_items(mask: Tensor, num_items_in_batch: int | float | Tensor | None) -> int | float | Tensor | None:
-    """Tokens of the batch per process, as Liger counts them."""
+    """Tokens of the whole batch divided by the number of processes, as Liger counts them."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     processes = torch.distributed.get_world_size() if distributed else 1
     if num_items_in_batch is not None:
@@ -232,7 +230,7 @@ def _metrics(out: GRPOOutput, beta: float, config: LossConfig, old: Tensor | Non
     clipped = out.metrics["clip_region"]
     if beta == 0:
         return [clipped]
-    if reference is None:  # Liger takes the policy for its own reference then
+    if reference is None:  # Liger then uses the policy itself as the reference
         return [torch.zeros_like(clipped), clipped]
     if not config.bias_corrected_kl:
         return [out.metrics["kl"], clipped]

@@ -2,8 +2,8 @@
 
     from grpo_fast.integrations.openrlhf import PolicyLoss        # was: from openrlhf.models import PolicyLoss
 
-What differs from theirs: with policy_loss_type="gspo" the log-ratio is clamped as everywhere here, and a masked token cannot make the
-gradient NaN. KL and entropy are added by OpenRLHF's actor, as to its own.
+Differences: with policy_loss_type="gspo" the log-ratio is clamped as in all losses of this package, and a masked token cannot make the
+gradient NaN. OpenRLHF's actor adds KL and entropy, as it does to its own loss.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class PolicyLoss(nn.Module):
                 weights, filtered = self._correction(old_log_probs, rollout_log_probs, mask)
                 vllm_kl = mean_over_tokens(rollout_log_probs - old_log_probs, mask)
             else:
-                old = rollout_log_probs  # their GSPO then takes its ratio to the sampler
+                old = rollout_log_probs  # OpenRLHF's GSPO then takes its ratio to the sampler
         loss_scale, num_items, aggregation = 1.0, None, config.aggregation
         if self.token_level_loss:
             num_items = None if batch_num_tokens is None else batch_num_tokens / dp_size
@@ -119,7 +119,7 @@ class PolicyLoss(nn.Module):
 
     @torch.no_grad()
     def _correction(self, old: Tensor, rollout: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """The weight of each token for a sampler that is not the trainer, and the share of what was filtered."""
+        """The weight that corrects each token for the mismatch of sampler and trainer, and the share of filtered tokens or sequences."""
         low, high = self.is_correction_threshold
         by_sequence = self.is_correction_level == "seq"
         log_weight = torch.where(mask, old - rollout, 0)

@@ -1,4 +1,4 @@
-"""prime-rl: a custom loss, every member of this package's family. Written for commit 6deea6385bf07cd86017a34ae1729e49902ddef1 (2026)::
+"""prime-rl: a custom loss with every loss type of this package. Written for commit 6deea6385bf07cd86017a34ae1729e49902ddef1 (2026)::
 
 [trainer.loss]
 type = "custom"
@@ -20,7 +20,7 @@ _USED = {"trainer_logprobs", "inference_logprobs", "advantages", "loss_mask", "r
 
 
 def policy_loss(inputs: Any, **options: Any) -> Any:
-    """What prime-rl calls for each sequence: the sum over its tokens, which prime-rl adds up and divides by its own scale.
+    """The loss that prime-rl calls for each sequence: the sum over its tokens, which prime-rl adds up and divides by its own scale.
 
     The ratio is to the sampler's log-probabilities, the only ones prime-rl has.
 
@@ -33,7 +33,7 @@ def policy_loss(inputs: Any, **options: Any) -> Any:
 
     Raises:
         ValueError: names the option, what it was and what was expected.
-        ImportError: inputs hold something that is not known here, as of a teacher or of another version.
+        ImportError: inputs have a field that is not known here, of a teacher or of another version.
     """
     from prime_rl.trainer.rl.loss import LossOutputs
 
@@ -41,13 +41,13 @@ def policy_loss(inputs: Any, **options: Any) -> Any:
     if not given <= _USED:
         raise ImportError(
             f"grpo_fast.integrations.prime_rl: LossInputs has {', '.join(sorted(given - _USED))}; expected nothing but "
-            f"{', '.join(sorted(_USED))}, as at the commit this was written for: it would be without effect."
+            f"{', '.join(sorted(_USED))}, as at the commit this was written for: it would have no effect."
         )
     config = LossConfig(**{"aggregation": "global_token_mean", **options})
     weights = getattr(inputs, "loss_weights", None)
     reference = getattr(inputs, "ref_logprobs", None)
     if config.entropy_coef != 0:
-        raise ValueError(f"entropy_coef is {config.entropy_coef:g}; expected 0: prime-rl hands over no entropies with a gradient.")
+        raise ValueError(f"entropy_coef is {config.entropy_coef:g}; expected 0: prime-rl passes no entropies with a gradient.")
     if weights is not None and (config.beta != 0 or config.surrogate == "vespo"):
         raise ValueError(
             f"beta is {config.beta:g} and loss_type {config.loss_type!r} with loss_weights; expected 0 and another than 'vespo': the "

@@ -10,7 +10,7 @@ Register them in your entry point, before SkyRL checks its configuration, and na
 
     grpo_fast_regular, grpo_fast_dual_clip, grpo_fast_gspo, grpo_fast_cispo, grpo_fast_sapo     as SkyRL's own
 
-KL and entropy are added by SkyRL, as to its own losses; its loss reductions are in the advantages that it hands over.
+SkyRL adds KL and entropy, as it does to its own losses; its loss reductions are part of the advantages that it passes.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ def register() -> None:
     from skyrl.backends.skyrl_train.utils import ppo_utils
 
     found = list(inspect.signature(ppo_utils.reduce_loss).parameters)
-    if found != ["loss", "loss_mask"]:  # before, a loss function had to divide; it would be scaled wrongly and nobody would notice
+    if found != ["loss", "loss_mask"]:  # earlier versions expect the loss to be divided: it would have the wrong scale without an error
         raise ImportError(
             f"grpo_fast.integrations.skyrl: SkyRL's reduce_loss takes {', '.join(found)}; expected loss, loss_mask, that is a SkyRL that "
-            "scales advantages and sums losses. Cure: a newer SkyRL, or logprob_loss in a policy loss of your own."
+            "scales advantages and sums losses. Fix: a newer SkyRL, or logprob_loss in a policy loss of your own."
         )
     for name in POLICY_LOSSES:
         ppo_utils.PolicyLossRegistry.register(f"grpo_fast_{name}", functools.partial(policy_loss, policy_loss_type=name))
@@ -74,7 +74,7 @@ def policy_loss(
     if rollout_logprobs is not None:
         from skyrl.backends.skyrl_train.utils.off_policy_correction_utils import apply_off_policy_correction
 
-        ones = torch.ones_like(log_probs)  # so that what comes back are the factors of the loss
+        ones = torch.ones_like(log_probs)  # in place of a loss, so that the factors of the loss are returned
         weights, kept, more = apply_off_policy_correction(ones, old, rollout_logprobs, mask, config.off_policy_correction)
         weights = (weights * kept).detach()
     if policy_loss_type == "cispo":
@@ -106,7 +106,7 @@ def _settings(policy_loss_type: str, config: Any) -> LossConfig:
 
 def _rollout_anchor(rollout_logprobs: Tensor | None, config: Any) -> Tensor:
     if rollout_logprobs is None:
-        raise ValueError("rollout_logprobs is None; expected [B, T], since cispo_anchor is 'rollout'. Let the sampler return its own.")
+        raise ValueError("rollout_logprobs is None; expected [B, T], since cispo_anchor is 'rollout'. Let the sampler return them.")
     if config.off_policy_correction.tis_ratio_type is not None:
         raise ValueError(
             f"tis_ratio_type is {config.off_policy_correction.tis_ratio_type!r}; expected None with cispo_anchor='rollout', whose ratio "

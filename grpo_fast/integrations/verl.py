@@ -8,18 +8,19 @@ Name one of them in verl's configuration. An installed grpo_fast is in verl's pl
     grpo_fast_vanilla, grpo_fast_gspo, grpo_fast_sapo, grpo_fast_cispo, grpo_fast_gpg     as verl's own, from the same options
     grpo_fast_vespo                                                                       which verl does not have
 
-KL and entropy are added by verl, as to its own losses. ``algorithm.adv_estimator=grpo_fast`` is verl's ``grpo`` by gf.group_advantages.
+verl adds KL and entropy, as it does to its own losses. ``algorithm.adv_estimator=grpo_fast`` is verl's ``grpo`` by gf.group_advantages.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from grpo_fast.head.api import linear_token_logprobs
 from grpo_fast.integrations.logprobs import cispo_lower_bound_weights, importance_ratio, logprob_loss, mean_over_tokens
@@ -36,8 +37,8 @@ _OPTIONS = ("clip_ratio", "clip_ratio_low", "clip_ratio_high", "clip_ratio_c", "
 def register() -> None:
     """Put the losses and the advantages into verl's registries, as ``grpo_fast_<mode>`` and ``grpo_fast``.
 
-    With another version of verl they are registered too, and refuse when they are called: verl passes over a plugin that cannot be
-    imported in silence, and says no more than that it does not know their names.
+    With another version of verl they are registered too, and raise when they are called: verl ignores a plugin that cannot be imported, and
+    would report unknown names only.
 
     Raises:
         ImportError: verl is not installed, or has no such registries.
@@ -60,15 +61,15 @@ def policy_loss(
     *,
     loss_mode: str = "vanilla",
 ) -> tuple[Tensor, dict[str, float]]:
-    """What verl's registry calls: the loss of a micro-batch, scaled as verl's ``agg_loss`` scales it, and verl's metrics, read at once.
+    """The function in verl's registry: the loss of a micro-batch, scaled as verl's ``agg_loss`` scales it, and verl's metrics.
 
     Args:
         config: verl's ActorConfig, of which the options of the loss and ``global_batch_info`` are read.
         loss_mode: one of LOSS_MODES.
 
     Raises:
-        ValueError: an option has no counterpart: names it and says what to do.
-        ImportError: verl is of a version that was not compared with.
+        ValueError: an option has no counterpart; the message names it and the fix.
+        ImportError: the version of verl was not compared with.
     """
     _refuse_other_versions()
     options = {name: getattr(config, name) for name in _OPTIONS if getattr(config, name, None) is not None}
@@ -96,8 +97,8 @@ def _refuse_other_versions() -> None:
     refuse_other_versions("verl", "grpo_fast.integrations.verl", "With another version, take verl's own loss_mode and adv_estimator.")
 
 
-def _scaling(mode: str, mask: Tensor, info: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """verl's aggregation as one of ours and arguments of the call, from the numbers of the whole batch where verl knows them."""
+def _scaling(mode: str, mask: Tensor, info: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """verl's aggregation as one of LossConfig and arguments of the call, from the counts of the whole batch if verl passes them."""
     dp_size, tokens, sequences = info.get("dp_size") or 1, info.get("batch_num_tokens"), info.get("global_batch_size")
     if mode == "token-mean":
         _known("batch_num_tokens", tokens, dp_size)
@@ -120,12 +121,12 @@ def _scaling(mode: str, mask: Tensor, info: dict[str, Any]) -> tuple[str, dict[s
     return "global_token_mean", {"num_items": 1, "loss_scale": dp_size / (float(sequences) * norm)}
 
 
-def _known(name: str, value: Any, dp_size: int) -> None:
+def _known(name: str, value: float | None, dp_size: int) -> None:
     if value is None and dp_size > 1:
         raise ValueError(f"global_batch_info[{name!r}] is None; expected a number with dp_size = {dp_size}.")
 
 
-def _low(options: dict[str, Any]) -> float:
+def _low(options: dict[str, float]) -> float:
     return float(options.get("clip_ratio_low", options.get("clip_ratio", 0.2)))
 
 
@@ -137,7 +138,7 @@ def _metrics(
     old_log_prob: Tensor,
     advantages: Tensor,
     mask: Tensor,
-    options: dict[str, Any],
+    options: dict[str, float],
 ) -> dict[str, float]:
     ratio = importance_ratio(log_prob, old_log_prob, mask)
     lower = torch.zeros_like(clip_region)
@@ -154,23 +155,23 @@ def _metrics(
 def group_relative_advantages(
     token_level_rewards: Tensor,  # [B, T]
     response_mask: Tensor,  # [B, T]
-    index: Sequence[Any],  # [B], what the responses to one prompt have in common
+    index: Sequence[Hashable],  # [B], the same for the responses to one prompt
     epsilon: float = 1e-6,
     config: Any = None,
-    **_: Any,
+    **_: object,
 ) -> tuple[Tensor, Tensor]:  # [B, T], [B, T]
-    """What verl's registry of advantages calls: its ``grpo``, and Dr. GRPO by ``norm_adv_by_std_in_grpo=False``.
+    """The function in verl's registry of advantages: its ``grpo``, and Dr. GRPO by ``norm_adv_by_std_in_grpo=False``.
 
     Equal rewards give exactly 0, where verl's give a rounding error over epsilon. A prompt with one response gives 0, and in verl the
     reward.
 
     Raises:
-        ImportError: verl is of a version that was not compared with.
+        ImportError: the version of verl was not compared with.
     """
     _refuse_other_versions()
-    groups: dict[Any, int] = {}
+    groups: dict[Hashable, int] = {}
     group = torch.tensor([groups.setdefault(name, len(groups)) for name in index], device=token_level_rewards.device)
-    order = group.argsort(stable=True)  # a group's responses need not be side by side
+    order = group.argsort(stable=True)  # the responses of a group need not be adjacent
     offsets = torch.nn.functional.pad(group.bincount(minlength=len(groups)).cumsum(0), (1, 0))
     scale = "group" if config is None or getattr(config, "norm_adv_by_std_in_grpo", True) else "none"
     sorted_rewards = token_level_rewards.sum(-1)[order]
@@ -185,21 +186,21 @@ def linear_cross_entropy(
     labels: Tensor,  # int64 [B, T] or [N]
     temperature: float | Tensor = 1.0,  # number, [B], [B, T] or [N]
     reduction: str = "none",
-    dist_process_group: Any = None,
+    dist_process_group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
     """verl's ``verl.utils.kernel.linear_cross_entropy.linear_cross_entropy``: log-probability of each label, and the entropy; flat.
 
     The temperature may differ from sample to sample or token to token, and hidden may have any width and lie on any device.
 
     Args:
-        reduction: ``"none"``; verl's own callers know no other.
-        dist_process_group: over which the vocabulary is split, weight being this rank's part; None = not split.
+        reduction: ``"none"``; verl's own callers use no other.
+        dist_process_group: the processes that share the vocabulary, each with its shard of the weight; None = not split.
 
     Returns:
         logprobs and entropy, float32 [N], differentiable.
 
     Raises:
-        ValueError: reduction is another.
+        ValueError: reduction is not "none".
     """
     if reduction.lower() != "none":
         raise ValueError(f"reduction is {reduction!r}; expected 'none'. Sum or average the result.")

@@ -1,4 +1,4 @@
-"""What verl's plugin group names: importing it puts the losses of grpo_fast.integrations.verl into verl's registry."""
+"""The module that verl's plugin group names. Its import registers the losses of grpo_fast.integrations.verl."""
 
 from grpo_fast.integrations.verl import register
 

@@ -22,7 +22,7 @@ _READ_FROM_MODEL = ("softcap", "logit_scale", "bias", "adapter")
 
 def linear_loss_from(
     model: nn.Module,
-    model_inputs: Mapping[str, Any],
+    model_inputs: ModelInputs,
     token_ids: Tensor,  # int64 [B, T] or [L]
     advantages: Tensor,  # [B], [B, T] or [L]
     **options: Any,
@@ -54,7 +54,7 @@ def linear_loss_from(
 
 def linear_logprobs_from(
     model: nn.Module,
-    model_inputs: Mapping[str, Any],
+    model_inputs: ModelInputs,
     token_ids: Tensor,  # int64 [B, T] or [L]
     **options: Any,
 ) -> TokenLogprobs:
@@ -77,9 +77,7 @@ def linear_logprobs_from(
     return linear_token_logprobs(hidden, token_ids=token_ids, **head, **options)
 
 
-def _head_call(
-    model: nn.Module, model_inputs: Mapping[str, Any], token_ids: Tensor, options: dict[str, Any]
-) -> tuple[Tensor, HeadArguments]:
+def _head_call(model: nn.Module, model_inputs: ModelInputs, token_ids: Tensor, options: dict[str, Any]) -> tuple[Tensor, HeadArguments]:
     """The hidden states of the scored tokens, [B, T + 1, D] or [L, D], and the head's arguments."""
     checks.tensor("token_ids", token_ids, like=None, floating=False)
     if token_ids.dim() not in (1, 2):
@@ -115,7 +113,7 @@ def _head_call(
     return hidden, head.arguments(hidden)
 
 
-def _with_defaults(model: nn.Module, model_inputs: Mapping[str, Any], logits_to_keep: int | None) -> ModelInputs:
+def _with_defaults(model: nn.Module, model_inputs: ModelInputs, logits_to_keep: int | None) -> ModelInputs:
     """The inputs without a cache, with positions by the attention mask, and with no more hidden states than are scored."""
     base = unwrap(model)
     parameters = inspect.signature(base.forward).parameters

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ForwardBatch", "ModelInputs"]
 
-ModelInputs = dict[str, Any]  # the keyword arguments of a model's forward, which differ from model to model
+ModelInputs = Mapping[str, Any]  # the keyword arguments of a model's forward, which differ from model to model
 
 
 @dataclass

@@ -8,15 +8,20 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
 
+from grpo_fast.head.autograd import AutogradContext
 from grpo_fast.head.weights import gathered, is_partitioned, is_quantised, unpartitioned
 from grpo_fast.models.batch import ModelInputs
 from grpo_fast.models.head_check import check_head, probe_values
 from grpo_fast.models.unwrap import is_fsdp2, unwrap
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+    from transformers.utils import ModelOutput
 
 __all__ = ["HeadArguments", "HiddenStates", "LoraAdapter", "ModelHead", "head_of", "hidden_states_of"]
 
@@ -133,10 +138,10 @@ class HiddenStates(NamedTuple):
 
     hidden: Tensor  # [B, L, D]
     head: ModelHead
-    output: Any  # of the model, with the logits of the last position only
+    output: ModelOutput  # of the model, with the logits of the last position only
 
 
-def hidden_states_of(model: nn.Module, model_inputs: ModelInputs, *, forward: Callable[..., Any] | None = None) -> HiddenStates:
+def hidden_states_of(model: nn.Module, model_inputs: ModelInputs, *, forward: Callable[..., ModelOutput] | None = None) -> HiddenStates:
     """Run the model, and return the hidden states that it passes to its head, and the head. The head inside computes logits of the last
     position only.
 
@@ -178,7 +183,7 @@ def _captured_calls(module: nn.Module, *, probe: bool) -> Iterator[list[tuple[Te
     calls: list[tuple[Tensor, Tensor]] = []
     forward, of_instance = module.forward, vars(module).get("forward")  # accelerate's hooks are an attribute of the instance
 
-    def capture(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def capture(hidden: Tensor, *args: object, **kwargs: object) -> Tensor:
         if hidden.dim() != 3:
             raise ValueError(f"the head was called with a tensor of shape {list(hidden.shape)}; expected hidden states [B, L, D].")
         last = forward(hidden[:, -1:], *args, **kwargs)
@@ -199,12 +204,12 @@ class _BackwardByOutput(torch.autograd.Function):
     learn that backward begins, and gather the parameters that they freed after forward."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, output: Tensor) -> Tensor:
+    def forward(ctx: AutogradContext, hidden: Tensor, output: Tensor) -> Tensor:
         ctx.output = output.shape, output.dtype, output.device
         return hidden.view_as(hidden)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: AutogradContext, gradient: Tensor) -> tuple[Tensor, Tensor]:
         shape, dtype, device = ctx.output
         return gradient, torch.zeros(shape, dtype=dtype, device=device)
 
@@ -217,7 +222,7 @@ def _is_matrix(weight: Tensor) -> bool:
     return is_partitioned(weight) or (weight.is_floating_point() and weight.dim() == 2 and not is_quantised(weight))
 
 
-def _softcap_and_scale(config: Any) -> tuple[float | None, float]:
+def _softcap_and_scale(config: PretrainedConfig) -> tuple[float | None, float]:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     softcap = next((value for name in _SOFTCAPS if (value := getattr(text, name, None)) is not None), None)
     for name, divided in () if text.model_type in _SCALE_NOT_OF_LOGITS else _SCALES:

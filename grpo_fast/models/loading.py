@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -12,21 +12,26 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from grpo_fast.models.packing import choose_attention
 from grpo_fast.models.unwrap import is_peft
 
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
 __all__ = ["load_policy", "without_dropout"]
 
 
 def load_policy(
-    model: Any,
-    tokenizer: Any = None,
+    model: str | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     *,
-    peft_config: Any = None,
-    quantization_config: Any = None,
+    peft_config: PeftConfig | None = None,
+    quantization_config: QuantizationConfigMixin | None = None,
     model_init_kwargs: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
     half_precision: bool = False,
     gradient_checkpointing: bool = False,
     disable_dropout: bool = True,
-) -> tuple[Any, Any]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the model and its tokenizer where they are given by name, and prepare both for training.
 
     Args:
@@ -72,7 +77,7 @@ def load_policy(
 
 
 def _from_pretrained_options(
-    given: Mapping[str, Any], quantization_config: Any, trust_remote_code: bool, half_precision: bool
+    given: Mapping[str, Any], quantization_config: QuantizationConfigMixin | None, trust_remote_code: bool, half_precision: bool
 ) -> dict[str, Any]:
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "dtype": "float32", **given}
     if quantization_config is not None:

@@ -66,7 +66,7 @@ def pack(batch: ForwardBatch, *, layout: Layout, pad_token_id: int, device: torc
     if not layout.startswith("padded"):
         for row, end in enumerate(filled):
             position_ids[row, end:] = torch.arange(width - end)  # the padding is a sequence of its own
-    inputs: ModelInputs = {"input_ids": input_ids.to(device), "use_cache": False}
+    inputs: dict[str, Tensor | int | bool] = {"input_ids": input_ids.to(device), "use_cache": False}
     if layout != "padded_without_positions":
         inputs["position_ids"] = position_ids.to(device)
     if layout == "one_row":  # without these, flash attention reads them from the positions, with a synchronisation in every layer

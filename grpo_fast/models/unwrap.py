@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
     "end_tokens_of",
@@ -34,13 +37,13 @@ def without_wrappers(model: Any) -> Any:
         model = inner
 
 
-def unwrap(model: Any) -> Any:
+def unwrap(model: nn.Module) -> PreTrainedModel:
     """The transformers model without any wrapper. LoRA layers are part of it and stay in force."""
     model = without_wrappers(model)
-    return without_wrappers(model.get_base_model()) if is_peft(model) else model
+    return without_wrappers(model.get_base_model()) if is_peft(model) else model  # type: ignore[operator]
 
 
-def inner_model(model: Any) -> Any:
+def inner_model(model: nn.Module) -> PreTrainedModel:
     """`unwrap`, for callers that run the inner model itself.
 
     Raises:
@@ -55,7 +58,7 @@ def inner_model(model: Any) -> Any:
     return unwrap(model)
 
 
-def end_tokens_of(model: Any, tokenizer: Any) -> list[int]:
+def end_tokens_of(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end a completion: the tokenizer's, and those of the model's generation_config."""
     known = getattr(getattr(inner_model(model), "generation_config", None), "eos_token_id", None)
     more = known if isinstance(known, list) else [known]

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 import trl
@@ -22,6 +22,17 @@ from grpo_fast.models.lm_head import head_of
 from grpo_fast.models.unwrap import unwrap
 
 __all__ = ["GRPOTrainer"]
+
+Batch = dict[str, Any]  # of TRL: tensors, and strings for its log
+
+
+class LossScaling(TypedDict):
+    """The arguments of the loss that decide what its sum over tokens is divided by."""
+
+    config: LossConfig
+    num_items: Tensor | None
+    loss_scale: float
+
 
 _MODEL_INPUTS = (  # the entries of TRL's batches that are passed on to the model
     "pixel_values",
@@ -60,7 +71,7 @@ class GRPOTrainer(trl.GRPOTrainer):
     entropy_coef: float  # TRL's own attributes
     _entropy_window_stats: Tensor | None
 
-    def __init__(self, *args: Any, metrics_on: str = "all", **kwargs: Any):
+    def __init__(self, *args: Any, metrics_on: str = "all", **kwargs: Any) -> None:
         if metrics_on not in ("all", "active"):
             raise ValueError(f"GRPOTrainer: metrics_on is {metrics_on!r}; expected 'all' or 'active'.")
         with _allow_lora_on_head():
@@ -90,7 +101,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         if hasattr(self, "generation_kwargs"):  # these take precedence over the model's own generation_config
             self.generation_kwargs["temperature"] = self._temperature
 
-    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+    def _generate_and_score_completions(self, inputs: list[Batch]) -> Batch:
         sampled_at = torch.tensor(self.temperature, dtype=torch.float64)  # on the CPU, where reading it needs no synchronisation
         return {**super()._generate_and_score_completions(inputs), "temperature": sampled_at}
 
@@ -124,7 +135,7 @@ class GRPOTrainer(trl.GRPOTrainer):
             **{name: getattr(self.args, name) for name in names},
         )
 
-    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    def _compute_loss(self, model: nn.Module, inputs: Batch) -> Tensor:
         mode = "train" if self.model.training else "eval"
         token_ids = inputs["completion_ids"]
         mask = inputs["completion_mask"] if "tool_mask" not in inputs else inputs["completion_mask"] * inputs["tool_mask"]
@@ -168,17 +179,17 @@ class GRPOTrainer(trl.GRPOTrainer):
         self._unlogged[mode].append(metrics.batch())
         return loss
 
-    def _scaling(self, num_items: Tensor, mode: str, accumulation_steps: int) -> dict[str, Any]:
+    def _scaling(self, num_items: Tensor, mode: str, accumulation_steps: int) -> LossScaling:
         """The arguments of the loss that normalise it: config, num_items (tokens of all micro-batches of all processes) and loss_scale."""
         coefficient = self._entropy_coef_now()
         config = self._loss_config(coefficient)
         if config.resolved_aggregation != "global_token_mean":
-            return {"config": config, "loss_scale": 1 / accumulation_steps}
+            return {"config": config, "num_items": None, "loss_scale": 1 / accumulation_steps}
         micro_batches = self.accelerator.num_processes * (self.args.steps_per_generation if mode == "train" else 1)
         config = dataclasses.replace(config, entropy_coef=coefficient / micro_batches)  # the bonus is already a mean over tokens
         return {"config": config, "num_items": num_items, "loss_scale": micro_batches / accumulation_steps}
 
-    def _advantages(self, head: HeadCall, inputs: dict[str, Any], mask: Tensor) -> Tensor:
+    def _advantages(self, head: HeadCall, inputs: Batch, mask: Tensor) -> Tensor:
         """The advantages, with 0 for the tokens that the off-policy or top-entropy mask leaves out: the head skips tokens without a
         gradient."""
         advantages = inputs["advantages"]
