@@ -17,7 +17,9 @@ from policy_batch import assert_same, poisoned, policy_batch, value_and_gradient
 from ranks import Start, run_together
 from torch import Tensor
 
+import grpo_fast as gf
 from grpo_fast.integrations import verl as adapter
+from grpo_fast.loss.config import LossConfig
 
 AGGREGATIONS = ("token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 GLOBAL: dict[str, Any] = {"dp_size": 2, "batch_num_tokens": 67, "global_batch_size": 24, "loss_scale_factor": 11}
@@ -79,6 +81,39 @@ def test_as_verls_own(
     ours = run(lambda **inputs: adapter.policy_loss(**inputs, loss_mode=mode), poisoned(batch), "ours")
     assert_same(ours, theirs, batch["mask"], 1e-6)
     assert metrics["ours"] == {name: pytest.approx(value, rel=1e-5, abs=1e-6) for name, value in metrics["theirs"].items()}
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.003, 0.01), (0.01, 0.02)])
+@pytest.mark.parametrize("loss_type", ["dppo_tv", "dppo_kl"])
+def test_dppo_has_the_gradient_of_verls_own(loss_type: str, low: float, high: float, core: Any, generator: torch.Generator) -> None:
+    """In float64. The values differ: verl's is -sg(r) A log p, and ours is the paper's -r A."""
+    logits = 1.5 * torch.randn(4, 6, 9, generator=generator, dtype=torch.float64)
+    ids = torch.randint(9, (4, 6), generator=generator)
+    advantages = torch.randn(4, generator=generator, dtype=torch.float64)
+    noise = torch.randn(4, 6, generator=generator, dtype=torch.float64)
+    logprobs = logits.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    old = (logprobs + 0.5 * noise).clamp(max=-0.01)
+    options = {"clip_ratio_low": low, "clip_ratio_high": high, "clip_ratio_c": 1e4}
+    metrics: dict[str, float] = {}
+
+    def theirs(z: Tensor) -> Tensor:
+        of_tokens = z.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+        arguments = (old, of_tokens, advantages.unsqueeze(1).expand(4, 6), torch.ones(4, 6, dtype=torch.float64))
+        value, found = core.get_policy_loss_fn(loss_type)(*arguments, "token-mean", actor_config(core, {}, **options), None)
+        metrics.update(found)
+        return value
+
+    config = LossConfig(loss_type, dppo_mask_low=low, dppo_mask_high=high)
+    outputs = []
+
+    def ours(z: Tensor) -> Tensor:
+        outputs.append(gf.grpo_loss(z, ids, advantages, config=config, old_logprobs=old))
+        return outputs[-1].loss
+
+    (gradient,), (expected,) = (torch.autograd.grad(loss(z), z) for loss in (ours, theirs) for z in [logits.clone().requires_grad_()])
+    torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-14)
+    dropped = outputs[0].metrics["clip_region"].item()
+    assert 0 < dropped < 1 and dropped == pytest.approx(metrics["actor/pg_clipfrac"], abs=1e-6)
 
 
 def test_registered_by_the_plugin_that_verl_finds(core: Any) -> None:
