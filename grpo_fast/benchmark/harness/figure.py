@@ -70,7 +70,8 @@ def write_bars(path: Path, title: str, panels: list[Panel], text: str) -> None:
         _draw_panel(axes, panel)
         handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.text(0.5, 1 - 0.25 / inches, title, ha="center", va="center", fontsize=13, fontweight="bold")
-    place: dict[str, Any] = {"loc": "center", "bbox_to_anchor": (0.5, 1 - 0.62 / inches), "ncols": len(handles) if len(handles) <= 5 else 4}
+    columns = len(handles) if sum(map(len, handles)) < 80 else 4  # one line, unless the labels are too long for it
+    place: dict[str, Any] = {"loc": "center", "bbox_to_anchor": (0.5, 1 - 0.62 / inches), "ncols": columns}
     figure.legend(handles.values(), handles.keys(), frameon=False, fontsize=9, **place)
     figure.text(0.5, 0.28 / inches, text, ha="center", va="center", fontsize=8.5, color="#333333")
     write_atomically(path, lambda partial: figure.savefig(partial, format="png"))
