@@ -123,7 +123,7 @@ def test_what_hangs_under_a_sanitizer_is_killed_with_its_child(
     monkeypatch.setattr("test_triton.SANITIZER_SECONDS", 5)
     tool("sys.exit(subprocess.call(program))")
     child = tmp_path / "child"
-    with pytest.raises(pytest.fail.Exception, match="memcheck was not through after 5 s"):
+    with pytest.raises(pytest.fail.Exception, match="memcheck did not finish within 5 s"):
         sanitized("memcheck", f"import os, time; open({str(child)!r}, 'w').write(str(os.getpid())); time.sleep(60)")
     with pytest.raises(ProcessLookupError):
         for _ in range(50):  # the child of a killed parent is reaped by another process, in its own time
