@@ -15,7 +15,7 @@ __all__ = ["KERNEL_FIELDS", "config_from_numbers", "config_numbers", "loss_setti
 _FIELDS = fields(LossConfig)
 _ALLOWED: dict[str, tuple[str, ...] | None] = {each.name: each.metadata.get("names") for each in _FIELDS}  # None: no name, but a number
 KERNEL_FIELDS = tuple(each for each in _FIELDS if each.metadata.get("kernel"))
-_KERNEL_NAMES = tuple(each.name for each in KERNEL_FIELDS)
+_KERNEL_NAMES = tuple((each.name, _ALLOWED[each.name]) for each in KERNEL_FIELDS)
 
 
 def loss_settings(config: LossConfig) -> list[float]:
@@ -29,7 +29,7 @@ def loss_settings(config: LossConfig) -> list[float]:
         >>> loss_settings(LossConfig(epsilon_high=0.28))[:4]
         [0.0, 0.2, 0.28, inf]
     """
-    return [float(SURROGATES.index(config.surrogate)), *(_number(config, name, none=math.inf) for name in _KERNEL_NAMES)]
+    return [float(SURROGATES.index(config.surrogate)), *_numbers(config, _KERNEL_NAMES, none=math.inf)]
 
 
 def config_numbers(config: LossConfig) -> list[float]:
@@ -40,7 +40,7 @@ def config_numbers(config: LossConfig) -> list[float]:
         >>> config_from_numbers(config_numbers(LossConfig(loss_type="gspo"))).loss_type
         'gspo'
     """
-    return [_number(config, each.name, none=math.nan) for each in _FIELDS]
+    return _numbers(config, tuple(_ALLOWED.items()), none=math.nan)
 
 
 def config_from_numbers(numbers: Sequence[float]) -> LossConfig:
@@ -48,11 +48,16 @@ def config_from_numbers(numbers: Sequence[float]) -> LossConfig:
     return _config_from_numbers(tuple(None if math.isnan(x) else x for x in numbers))
 
 
-def _number(config: LossConfig, name: str, *, none: float) -> float:
-    value, allowed = getattr(config, name), _ALLOWED[name]
-    if value is None:
-        return none
-    return float(value if allowed is None else allowed.index(value))
+def _numbers(config: LossConfig, names: tuple[tuple[str, tuple[str, ...] | None], ...], *, none: float) -> list[float]:
+    """One loop without calls of its own: it runs in every call of grpo_loss."""
+    numbers = []
+    for name, allowed in names:
+        value = getattr(config, name)
+        if value is None:
+            numbers.append(none)
+        else:
+            numbers.append(float(value if allowed is None else allowed.index(value)))
+    return numbers
 
 
 @functools.cache
