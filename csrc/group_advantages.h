@@ -129,6 +129,10 @@ GF_HOST_DEVICE Moments moments(const Team& team, int64_t begin, int64_t end, con
   return m;
 }
 
+// Rewards that cancel: a sum of normalised rewards that is smaller than this, relative to its terms, is what their roundings leave of 0.
+// The division by the batch's std, which is as small where all of them cancel, would make advantages of it.
+constexpr double kCancelled = 0x1p-36;
+
 // First stage, for one group: writes its statistics and its rows of y or of the advantages.
 template <typename Team>
 GF_HOST_DEVICE void normalize_group(const Team& team, const GroupAdvantagesArgs& args, int64_t g) {
@@ -155,19 +159,23 @@ GF_HOST_DEVICE void normalize_group(const Team& team, const GroupAdvantagesArgs&
     }
   } else {
     degenerate = true;
-    double squares = 0;
+    double size = 0;  // of a row's terms, typically
     for (int64_t k = 0; k < args.num_rewards; ++k) {
       const OneReward reward{args, k};
       const double weight = args.weight(k);
       const Moments mk = moments(team, begin, end, reward);
       const double gain = mk.gain(args.leave_one_out, true, args.eps) * weight;
       if (!mk.equal && weight != 0) degenerate = false;
+      size += mk.std() * std::fabs(gain);
       for (int64_t row = begin + team.rank(); row < end; row += team.size()) {  // the same thread handles y[row] for every k
         const double r = reward(row);
-        const double sum = (k == 0 ? 0.0 : args.y[row]) + (r != r ? 0.0 : (r - mk.mean) * gain);
-        args.y[row] = sum;
-        if (k == args.num_rewards - 1) squares += sum * sum;
+        args.y[row] = (k == 0 ? 0.0 : args.y[row]) + (r != r ? 0.0 : (r - mk.mean) * gain);
       }
+    }
+    double squares = 0;
+    for (int64_t row = begin + team.rank(); row < end; row += team.size()) {
+      if (std::fabs(args.y[row]) <= kCancelled * size) args.y[row] = 0;
+      squares += args.y[row] * args.y[row];
     }
     // The y of each reward add up to 0 in every group, so the mean of the batch is 0. Subtracting its rounding error would change the exact
     // 0 of a degenerate group.

@@ -10,8 +10,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 LARGEST = sys.float_info.max
+SMALLEST_FLOAT32, LARGEST_FLOAT32 = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 REAL = (int, float, torch.SymFloat, numbers.Real)  # the usual types first: isinstance of the abstract class (NumPy's numbers) is slow
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -59,7 +61,10 @@ def tensor(name: str, x: object, *, like: Tensor | None, like_name: str = "logit
     """
     if not isinstance(x, Tensor):
         device = "" if like is None else f", device={like_name}.device"
-        raise TypeError(f"{name} is a {type(x).__name__}; expected a torch.Tensor. Wrap it: torch.as_tensor({name}{device}).")
+        fix = f"Wrap it: torch.as_tensor({name}{device})."
+        if isinstance(getattr(x, name, None), Tensor):  # the whole result of a function in place of one of its fields
+            fix = f"Pass its field .{name}."
+        raise TypeError(f"{name} is a {type(x).__name__}; expected a torch.Tensor. {fix}")
     if floating and x.dtype not in FLOATING:
         raise TypeError(f"{name} has dtype {x.dtype}; expected float32, bfloat16, float16 or float64. Convert it: {name}.float().")
     if x.layout != torch.strided or x.is_nested:
@@ -68,6 +73,11 @@ def tensor(name: str, x: object, *, like: Tensor | None, like_name: str = "logit
     if like is not None and x.device != like.device:
         there = f"{like_name} {'are' if like_name == 'logits' else 'is'} on {like.device}"
         raise ValueError(f"{name} is on {x.device}, {there}; expected one device. Move it: {name}.to({like_name}.device).")
+
+
+def has_forward_tangent(x: Tensor) -> bool:
+    """Return whether x is a dual tensor of forward-mode differentiation, whose tangent an operator of ours would drop silently."""
+    return forward_ad._current_level >= 0 and not torch.compiler.is_compiling() and forward_ad.unpack_dual(x).tangent is not None
 
 
 def shape(name: str, x: Tensor, *allowed: tuple[tuple[int, ...], str], source: str) -> None:
@@ -93,6 +103,14 @@ def positive(name: str, x: object, fix: str) -> float:
     return value
 
 
+def float32_positive(name: str, x: object, fix: str) -> float:
+    """Return x as a number > 0 that float32, in which the kernels compute, can hold; arguments and errors as in ``positive``."""
+    value = positive(name, x, fix)
+    if not SMALLEST_FLOAT32 <= value <= LARGEST_FLOAT32:
+        raise ValueError(f"{name} is {x!r}; expected a number from {SMALLEST_FLOAT32:.3g} to {LARGEST_FLOAT32:.3g} (float32). {fix}")
+    return value
+
+
 def not_negative(name: str, x: object, fix: str, *, expected: str = "a number >= 0") -> float:
     """Return x as a finite number >= 0; arguments and errors as in ``positive``."""
     value = number(name, x, expected, fix)
@@ -101,11 +119,12 @@ def not_negative(name: str, x: object, fix: str, *, expected: str = "a number >=
     return value
 
 
-def finite(name: str, x: object, fix: str) -> float:
-    """Return x as a finite number; arguments and errors as in ``positive``."""
+def finite(name: str, x: object, fix: str, *, most: float = LARGEST) -> float:
+    """Return x as a finite number of at most ``most`` in magnitude; arguments and errors as in ``positive``."""
     value = number(name, x, "a number", fix)
-    if not abs(value) <= LARGEST:
-        raise ValueError(f"{name} is {x!r}; expected a finite number. {fix}")
+    if not abs(value) <= most:
+        limit = "" if most == LARGEST else f" of at most {most:.3g} (float32)"
+        raise ValueError(f"{name} is {x!r}; expected a finite number{limit}. {fix}")
     return value
 
 

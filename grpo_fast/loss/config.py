@@ -6,6 +6,7 @@ whose field says ``KERNEL``, and one weight per token, computed from the aggrega
 
 from __future__ import annotations
 
+import difflib
 import math
 import numbers
 import sys
@@ -31,6 +32,25 @@ AGGREGATIONS = (
 ENTROPY_AGGREGATIONS = ("same", "token_mean")
 KERNEL = {"kernel": True}  # metadata of the fields of LossConfig that the kernels take
 _REAL: tuple[type, ...] = (int, float, numbers.Real)  # numbers.Real includes NumPy's scalars
+# What other libraries, or other places here, call a setting or something close to it.
+_MEANT = {
+    "epsilon": "epsilon_low and epsilon_high",
+    "eps": "epsilon_low and epsilon_high",
+    "clip_range": "epsilon_low and epsilon_high",
+    "clip_ratio": "epsilon_low and epsilon_high (settings of verl: LossConfig.like('verl', clip_ratio=...))",
+    "clip_ratio_low": "epsilon_low",
+    "clip_ratio_high": "epsilon_high",
+    "kl_coef": "beta",
+    "kl_beta": "beta",
+    "kl_type": "kl_estimator",
+    "entropy_coeff": "entropy_coef",
+    "loss_agg_mode": "aggregation",
+    "loss_mode": "loss_type",
+    "temperature": "the argument temperature of grpo_loss: it is no setting of the loss, and may differ from call to call",
+    "num_items": "the argument num_items of grpo_loss",
+    "num_generations": "the argument group_size of group_advantages",
+    "scale_rewards": "the argument scale of group_advantages",
+}
 LARGEST_LOG_RATIO = 80  # exp(88.8) overflows float32
 
 _known_cispo_bounds: set[float] = set()  # bounds below 1 that were warned of
@@ -124,6 +144,15 @@ class LossConfig:
     dppo_mask_low: float = field(default=0.2, metadata=KERNEL)
     dppo_mask_high: float = field(default=0.2, metadata=KERNEL)
     max_completion_length: int | None = None
+
+    def __new__(cls, *settings: object, **named: object) -> LossConfig:
+        """Name the setting that was meant, where Python's own message has only the one that does not exist."""
+        for name in named:
+            if name not in cls.__dataclass_fields__:
+                near = _MEANT.get(name) or ", ".join(difflib.get_close_matches(name, cls.__dataclass_fields__, n=2, cutoff=0.6))
+                hint = f"Did you mean {near}?" if near else f"The settings are {', '.join(cls.__dataclass_fields__)}."
+                raise TypeError(f"LossConfig has no setting {name!r}. {hint}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         _one_of("loss_type", self.loss_type, tuple(LOSS_TYPES))

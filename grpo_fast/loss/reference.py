@@ -143,6 +143,12 @@ def group_advantages(
         per_reward = group_moments(r, group, num_groups)
         z = normalized(r, per_reward, group, baseline=baseline, divide_by_std=True, eps=eps)
         y = (weights * z).sum(1)
+        # Rewards that cancel leave roundings of 0, which a division by their own std would blow up. Their terms are as large as their std.
+        std = torch.where(per_reward.equal, 0.0, per_reward.std / (per_reward.std + eps))[group]
+        size = (weights * std).abs().sum(1)
+        if baseline == "leave_one_out":
+            size = size * (moments.count / (moments.count - 1).clamp(min=1))[group]
+        y = torch.where(y.abs() <= 2.0**-36 * size, 0.0, y)
         degenerate = (per_reward.equal | (weights == 0)).all(1)
         # Each reward's z sum to 0 within a group, so the batch mean of y is 0. Subtracting what roundings leave of it would only disturb
         # the exact 0 of degenerate groups.

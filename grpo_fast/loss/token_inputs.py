@@ -153,6 +153,11 @@ def _check_scored(name: str, x: Tensor, token_ids: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is a {type(x).__name__}; expected a floating-point torch.Tensor. {fix}")
     checks.tensor(name, x, like=None)
+    if checks.has_forward_tangent(x) and x.dtype != torch.float64 and select(x.device) != "reference":
+        raise NotImplementedError(
+            f"{name} has a forward-mode tangent (torch.func.jvp, torch.autograd.forward_ad); expected a tensor without one, since the "
+            "kernels have no forward-mode derivative. Use backward(), or gf.use_backend('reference')."
+        )
     if x.is_meta and select(x.device) == "reference":  # torch.compile's fake tensors report the device they represent
         are = "are" if name == "logits" else "is"
         raise ValueError(f"{name} {are} on meta, which holds no values; expected tensors of a CPU or a GPU. {fix}")
@@ -176,9 +181,15 @@ def _check_scored(name: str, x: Tensor, token_ids: Tensor) -> None:
 def checked_scoring(temperature: float | Tensor, softcap: float | None, logit_scale: float) -> tuple[float, float | None, float]:
     """Validate temperature, soft cap and logit scale, and return them as numbers; 1.0 for a temperature that is a tensor."""
     if softcap is not None:
-        softcap = float(checks.positive("softcap", softcap, "Pass None for a model without a soft cap."))
-    logit_scale = float(checks.positive("logit_scale", logit_scale, "Pass 1.0 for a model that does not scale its logits."))
-    number = 1.0 if isinstance(temperature, Tensor) else checks.positive("temperature", temperature, TEMPERATURE_FIX)
+        softcap = float(checks.float32_positive("softcap", softcap, "Pass None for a model without a soft cap."))
+    logit_scale = float(checks.float32_positive("logit_scale", logit_scale, "Pass 1.0 for a model that does not scale its logits."))
+    number = 1.0 if isinstance(temperature, Tensor) else checks.float32_positive("temperature", temperature, TEMPERATURE_FIX)
+    for name, divisor in (("temperature", number), ("softcap", softcap)):
+        if divisor is not None and not checks.SMALLEST_FLOAT32 <= logit_scale / divisor <= checks.LARGEST_FLOAT32:
+            raise ValueError(
+                f"logit_scale / {name} is {logit_scale:g} / {divisor:g}; expected a quotient that float32 can hold. Choose a {name} nearer "
+                "to the logit_scale."
+            )
     return number, softcap, logit_scale
 
 

@@ -41,7 +41,7 @@ def validated_loss_inputs(
             f"ref_logprobs is None; expected a tensor like the mask, since config.beta = {config.beta:g}. Pass them, or set beta=0."
         )
     check_metrics_on(metrics_on)
-    loss_scale = checks.finite("loss_scale", loss_scale, "Multiply the loss by a tensor afterwards.")
+    loss_scale = checks.finite("loss_scale", loss_scale, "Multiply the loss by a tensor afterwards.", most=checks.LARGEST_FLOAT32)
     _check_cu_seqlens(cu_seqlens, tokens, config)
     sequences = Sequences(tokens.mask, cu_seqlens)
     weights, entropy_weights = _weights(tokens, sequences, config, num_items)

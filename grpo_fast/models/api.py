@@ -12,7 +12,7 @@ from grpo_fast.head.api import linear_grpo_loss, linear_token_logprobs
 from grpo_fast.loss import checks
 from grpo_fast.loss.api import GRPOOutput, TokenLogprobs
 from grpo_fast.models.batch import ModelInputs
-from grpo_fast.models.lm_head import HeadArguments, hidden_states_of
+from grpo_fast.models.lm_head import HeadArguments, check_model, hidden_states_of
 from grpo_fast.models.unwrap import unwrap
 
 __all__ = ["linear_logprobs_from", "linear_loss_from"]
@@ -79,6 +79,7 @@ def linear_logprobs_from(
 
 def _head_call(model: nn.Module, model_inputs: ModelInputs, token_ids: Tensor, options: dict[str, Any]) -> tuple[Tensor, HeadArguments]:
     """The hidden states of the scored tokens, [B, T + 1, D] or [L, D], and the head's arguments."""
+    check_model(model)
     checks.tensor("token_ids", token_ids, like=None, floating=False)
     if token_ids.dim() not in (1, 2):
         raise ValueError(f"token_ids has shape {list(token_ids.shape)}; expected [B, T], or [L] with packed input_ids [1, L].")

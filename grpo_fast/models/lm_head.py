@@ -98,6 +98,14 @@ class ModelHead:
         return out
 
 
+def check_model(model: object) -> None:
+    """Raise a TypeError for what is no model, such as the name of one."""
+    if not isinstance(model, nn.Module):
+        fix = f"Load it: AutoModelForCausalLM.from_pretrained({model!r})." if isinstance(model, str) else "Pass the model itself."
+        shown = repr(model) if isinstance(model, str) else f"a {type(model).__name__}"
+        raise TypeError(f"model is {shown}; expected a causal language model of transformers (an nn.Module). {fix}")
+
+
 def head_of(model: nn.Module) -> ModelHead:
     """Find the head of a causal language model of transformers, bare or wrapped by PEFT, data parallelism or torch.compile.
 
@@ -112,6 +120,7 @@ def head_of(model: nn.Module) -> ModelHead:
         >>> head.softcap, head.logit_scale, tuple(head.weight.shape)  # doctest: +SKIP
         (30.0, 1.0, (256000, 2304))
     """
+    check_model(model)
     base = unwrap(model)
     get = getattr(base, "get_output_embeddings", None)
     module = get() if callable(get) else None

@@ -10,8 +10,9 @@ import os
 import platform
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -43,36 +44,52 @@ class BackendStatus:
         return self.fix
 
 
-@contextlib.contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Force one backend inside the ``with``, for all threads of the process. Can be nested.
+class use_backend(contextlib.ContextDecorator):  # noqa: N801  (a function to its callers, like torch.set_grad_enabled)
+    """Force one backend for everything that is computed afterwards, in every thread of the process.
+
+    The call acts at once: as a statement until another call, in a ``with`` until its end. Nests.
 
     Args:
-        name: ``"reference"`` (plain PyTorch, any device), ``"cpu"`` (C++) or ``"triton"`` (GPUs; on CPU tensors Triton's interpreter).
+        name: ``"reference"`` (plain PyTorch, any device), ``"cpu"`` (C++) or ``"triton"`` (GPUs; on CPU tensors Triton's interpreter), or
+            None for the default, chosen by device.
 
     Raises:
         ValueError: no backend of that name.
-        RuntimeError: the backend is not usable on this machine; the message has the reason and the fix.
+        RuntimeError: the backend is not usable here; the message says why and how to fix it.
 
     Example:
         >>> with use_backend("reference"):
         ...     select(torch.device("cpu"))
         'reference'
     """
+
+    def __init__(self, name: str | None) -> None:
+        if name is not None and name not in BACKENDS:
+            raise ValueError(f"use_backend: name is {name!r}; expected one of {', '.join(BACKENDS)}, or None for the default.")
+        if name is not None and not (status := _status(name)).usable:
+            raise RuntimeError(f"use_backend: the backend {name!r} is not usable here: {status.why}. {status.fix}")
+        self.name, self._before = name, _forced
+        _force(name)
+
+    def __enter__(self) -> None:
+        if _forced != self.name:  # a decorator enters at each call of its function, not where it was made
+            self._before = _forced
+            _force(self.name)
+
+    def __exit__(self, *_: object) -> None:
+        _force(self._before)
+
+    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        _force(self._before)  # used as a decorator: not in force until the function is called
+        return super().__call__(function)
+
+
+def _force(name: str | None) -> None:
+    """Make ``name`` the forced backend, and let Triton's interpreter compute CPU tensors if it is "triton"."""
     global _forced
-    if name not in BACKENDS:
-        raise ValueError(f"use_backend: name is {name!r}; expected one of {', '.join(BACKENDS)}.")
-    status = _status(name)
-    if not status.usable:
-        raise RuntimeError(f"use_backend: the backend {name!r} is not usable here: {status.why}. {status.fix}")
-    triton_ops = sys.modules.get("grpo_fast.ops.triton_registration")
-    before = _forced
     _forced = name
-    try:
-        with triton_ops.interpreted_on_cpu(name == "triton") if triton_ops else contextlib.nullcontext():
-            yield
-    finally:
-        _forced = before
+    if triton_ops := sys.modules.get("grpo_fast.ops.triton_registration"):
+        triton_ops.interpret_on_cpu(name == "triton")
 
 
 def forced() -> str | None:

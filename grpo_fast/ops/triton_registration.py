@@ -24,7 +24,7 @@ from grpo_fast.ops.grpo_loss import GrpoLossArguments
 from grpo_fast.ops.library import LIBRARY
 from grpo_fast.ops.token_logprobs import TokenLogprobsArguments
 
-__all__ = ["INTERPRETED", "interpreted_on_cpu"]
+__all__ = ["INTERPRETED", "interpret_on_cpu", "interpreted_on_cpu"]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads the variable when the kernels are defined, by the imports above
 
@@ -127,14 +127,16 @@ _on_cpu: torch.library.Library | None = None
 def interpreted_on_cpu(wanted: bool) -> Iterator[None]:
     """Compute on CPU tensors by these kernels in the interpreter inside the ``with``, in every thread of the process. Can be nested."""
     before = _on_cpu is not None
-    _place_on_cpu(wanted and INTERPRETED)
+    interpret_on_cpu(wanted)
     try:
         yield
     finally:
-        _place_on_cpu(before)
+        interpret_on_cpu(before)
 
 
-def _place_on_cpu(wanted: bool) -> None:
+def interpret_on_cpu(wanted: bool) -> None:
+    """Register the interpreted kernels for CPU tensors in place of the C++ kernels, or remove them; does nothing without interpreter."""
+    wanted = wanted and INTERPRETED
     global _on_cpu
     if wanted == (_on_cpu is not None):
         return
