@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -21,6 +21,7 @@ from grpo_fast.ops import extension
 __all__ = ["BACKENDS", "BackendStatus", "backends", "forced", "select", "use_backend"]
 
 BACKENDS = ("reference", "cpu", "triton")
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 _ISA_NAMES = {0: "portable C++", 1: "AVX2", 2: "AVX-512"}
 
 # A module global and not a context variable: torch.compile guards on it, so that a compiled function follows use_backend.
@@ -79,7 +80,7 @@ class use_backend(contextlib.ContextDecorator):  # noqa: N801  (a function to it
     def __exit__(self, *_: object) -> None:
         _force(self._before)
 
-    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def __call__(self, function: _Function) -> _Function:
         _force(self._before)  # used as a decorator: not in force until the function is called
         return super().__call__(function)
 
