@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from hang import HANG
 
 pytest.importorskip("transformers", reason="the stand-in server is backed by a transformers model")
 
-from vllm_stand_in import TRANSFER, StandIn, serving, vllm_installed
+from vllm_stand_in import SHUTDOWN, TRANSFER, StandIn, serving, vllm_installed
 
 from grpo_fast.generation import SamplerError, SamplingParams, make_sampler, vllm_http
 from grpo_fast.generation.merged_weights import merged_state_dict
@@ -342,6 +343,7 @@ def test_weights_by_vllms_own_transfer(wrapped: bool) -> None:
             with torch.no_grad():
                 trained.lm_head.weight.mul_(1.3)
         sampler.close()
+    assert stand_in.left and stand_in.calls.pop() == SHUTDOWN and stand_in.phase == ""  # both sides have left the group
     # two workers and this process
     assert stand_in.init_info == {"master_address": "10.0.0.1", "master_port": 4321, "world_size": 3, "rank": 0, "packed": True}
     update = [*TRANSFER[1:], "/reset_prefix_cache?reset_running_requests=true"]
@@ -369,6 +371,44 @@ def test_a_folder_of_its_own_is_removed(url: str) -> None:
     assert folder is not None and folder.is_dir()
     sampler.close()
     assert not folder.exists()
+
+
+def test_weights_are_in_memory_only_until_the_server_has_read_them(
+    stand_in: StandIn, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.mkdtemp", lambda prefix, dir: str(tmp_path))
+    sampler = connect(url)
+    sampler.update_weights(tiny(1), 1)
+    assert torch.equal(stand_in.model.lm_head.weight, tiny(1).lm_head.weight)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(stand_in, "reload", lambda body: 1 / 0)
+    with pytest.raises(SamplerError, match="answers 500"):
+        sampler.update_weights(tiny(2), 2)
+    assert list(tmp_path.iterdir()) == []  # also after an error
+    sampler.close()
+
+
+def test_a_sampler_that_nobody_closes_removes_its_folder(url: str) -> None:
+    sampler = connect(url)
+    sampler.update_weights(tiny(1), 1)
+    folder = sampler._sync._directory  # type: ignore[union-attr]
+    assert folder is not None and folder.is_dir()
+    remove = sampler._sync._remove  # type: ignore[union-attr]
+    assert remove is not None and remove.atexit  # when the interpreter ends
+    del sampler
+    gc.collect()  # and when the sampler is collected
+    assert not folder.exists()
+
+
+def test_a_closed_sampler_opens_again(stand_in: StandIn, url: str) -> None:
+    sampler = connect(url)
+    before = sampler.generate(PROMPTS, params(TEMPERATURES))
+    sampler.update_weights(tiny(0), 1)
+    sampler.close()
+    assert sampler.generate(PROMPTS, params(TEMPERATURES)) == before
+    sampler.update_weights(tiny(1), 2)
+    assert sampler.generate(PROMPTS, params(TEMPERATURES)) != before
+    sampler.close()
 
 
 def test_without_the_development_addresses_the_error_says_so() -> None:
@@ -477,9 +517,48 @@ def test_a_training_run_draws_each_step_from_the_weights_of_that_step(tmp_path: 
         rewards = lambda completions, **_: [float(sum(map(ord, text)) % 7) for text in completions]  # noqa: E731  (all different: a gradient)
         trainer = GRPOTrainer(model, rewards, config, train_dataset=sorting_task(8).rows, processing_class=tokenizer)
         trainer.train()
-        trainer.sampler.close()
+        assert trainer.sampler._sync._directory is None  # the trainer has closed the sampler
     gaps = [record["sampling/sampling_logp_difference/max"] for record in trainer.state.log_history if "reward" in record]
     assert len(gaps) == 3 and max(gaps) < 1e-4
     assert stand_in.calls.count("/collective_rpc") == 3
     moved = max((now.detach().cpu() - was.cpu()).abs().max().item() for now, was in zip(model.parameters(), before, strict=True))
     assert moved > 0.01  # otherwise older weights would pass too
+
+
+class Closable:
+    """A sampler that counts its calls."""
+
+    def __init__(self) -> None:
+        from trainer_cases import Scripted
+
+        self.inner = Scripted()
+        self.updates, self.closed = 0, 0
+
+    def generate(self, prompts: Any, params: Any) -> Any:
+        return self.inner.generate(prompts, params)
+
+    def update_weights(self, model: Any, step: int) -> None:
+        self.updates += 1
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_trainer_closes_the_sampler_that_it_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    pytest.importorskip("datasets", reason="the trainer's rows are a dataset")
+    from trainer_cases import ROWS, odd_tokens, trainer
+
+    from grpo_fast.rewards import RewardError
+
+    sampler = Closable()
+    monkeypatch.setattr("grpo_fast.trainer.grpo_trainer.make_sampler", lambda *_, **__: sampler)
+    run = trainer(tmp_path, rewards=(lambda completions, **_: 1 / 0) if fails else odd_tokens, eval_dataset=ROWS[:2], eval_rounds=1)
+    with pytest.raises(RewardError) if fails else nullcontext():
+        run.train()
+    assert sampler.closed == 1
+    if not fails:
+        run.evaluate()
+        assert sampler.updates == 2  # a sampler that was closed gets the weights again
+        trainer(tmp_path, sampler=sampler).train()
+        assert sampler.closed == 1  # a sampler that the caller made is the caller's to close

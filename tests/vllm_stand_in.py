@@ -22,6 +22,7 @@ from grpo_fast.generation.transformers_sampler import TransformersSampler
 
 IDLE_SECONDS = 0.2
 TRANSFER = ("/init_weight_transfer_engine", "/start_weight_update", "/update_weights", "/finish_weight_update")
+SHUTDOWN = "/shutdown_weight_transfer_engine"
 
 
 class StandIn:
@@ -38,6 +39,7 @@ class StandIn:
         self.calls: list[str] = []  # paths of everything else
         self.wire: dict[str, torch.Tensor] = {}  # in place of NCCL: what the trainer's side has broadcast
         self.phase, self.init_info = "", {}  # of the weight transfer
+        self.left = False  # whether the trainer's side has left the transfer's group
         self.release = threading.Event()
         self.lock = threading.Lock()
 
@@ -153,6 +155,9 @@ def vllm_installed(stand_in: StandIn) -> Iterator[None]:
         def __init__(self, client: HTTPVLLMWeightSyncClient, source: ModuleSource) -> None:
             self.client, self.source = client, source
 
+        def shutdown(self) -> None:
+            stand_in.left = True
+
         def send_weights(self) -> None:
             stand_in.wire = {name: value.detach().clone() for name, value in self.source.module.named_parameters()}
             shapes = [list(value.shape) for value in stand_in.wire.values()]
@@ -229,6 +234,9 @@ def serving(stand_in: StandIn) -> Iterator[str]:
                     self.answer(200, stand_in.transfer(self.path.lstrip("/"), body))
                 except Exception as error:
                     self.answer(500, {"error": str(error)})
+            elif self.path == SHUTDOWN:
+                stand_in.phase = ""
+                self.answer(200, {"message": "Weight transfer shut down"})
             else:
                 self.answer(404, {"detail": "Not Found"})
 

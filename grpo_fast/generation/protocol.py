@@ -107,7 +107,7 @@ class Sampler(Protocol):
         """
 
     def close(self) -> None:
-        """Release resources. It may be called twice."""
+        """Release resources. It may be called twice, and `update_weights` and `generate` after it open what they need."""
 
 
 def end_tokens(params: SamplingParams) -> list[int]:

@@ -78,7 +78,8 @@ class VLLMSampler:
         self._sync: WeightSync = make_weight_sync(
             weight_sync, self.server, model, weights_dir=weights_dir, nccl_address=nccl_address, nccl_port=nccl_port
         )
-        self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="grpo_fast-vllm")
+        self._concurrency = concurrency
+        self._pool: ThreadPoolExecutor | None = None
         self._logprobs_checked = False
         try:
             self.served_model = served_model or self._listed_model()
@@ -104,7 +105,8 @@ class VLLMSampler:
             return []
         if not self._logprobs_checked:
             self._check_logprobs(prompts[0])
-        futures = [self._pool.submit(self._complete, index, list(prompt), params) for index, prompt in enumerate(prompts)]
+        pool = self._pool = self._pool or ThreadPoolExecutor(self._concurrency, thread_name_prefix="grpo_fast-vllm")
+        futures = [pool.submit(self._complete, index, list(prompt), params) for index, prompt in enumerate(prompts)]
         wait(futures, return_when=FIRST_EXCEPTION)
         for future in futures:
             future.cancel()  # has no effect unless a request has failed
@@ -122,8 +124,14 @@ class VLLMSampler:
         self._sync.send(model, step)
 
     def close(self) -> None:
-        """Close connections and threads, and remove the folder of the weights. The server keeps running."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        """Close connections and threads, and remove the folder of the weights. The server keeps running, and keeps its weights.
+
+        The sampler may be used again, which opens what it needs. The folder is removed and the NCCL group left also if nobody calls this:
+        when the sampler is collected, or the interpreter ends.
+        """
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool = None
         self._sync.close()
         self.server.close()
 

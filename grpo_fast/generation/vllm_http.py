@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from typing import Any
 from urllib.parse import urlsplit
@@ -50,40 +51,52 @@ class ServerClient:
         key = api_key if api_key is not None else os.environ.get("VLLM_API_KEY")
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}  # an answer's size is then what is received
         headers |= {"Authorization": f"Bearer {key}"} if key else {}
-        # Before httpx reuses a connection it checks that the server has not closed it. The server may still close it between the check and
-        # the request, and a request that must not be repeated would be lost; so each such request opens a new connection.
-        self._persistent = _client(headers, timeout, keep_alive=True)
-        self._single_use = _client(headers, timeout, keep_alive=False)
+        self._headers = headers
+        self._connections: _Connections | None = None
+        self._lock = threading.Lock()
 
     def get(self, path: str) -> Any:
         """Send a GET request and return the decoded JSON of the answer; see `post`."""
-        return self._request("GET", path, None, repeatable=True)
+        return self._request("GET", path, None, repeatable=True, retry_seconds=self.retry_seconds)
 
-    def post(self, path: str, body: dict[str, Any], *, repeatable: bool = True) -> Any:
+    def post(self, path: str, body: dict[str, Any], *, repeatable: bool = True, retry_seconds: float | None = None) -> Any:
         """Send a POST request and return the decoded JSON of the answer; None if it is empty.
 
         Args:
             path: path below the server's address, such as "/v1/completions".
             body: sent as JSON.
             repeatable: False for a request that must not be carried out twice: it is repeated only if no connection could be made.
+            retry_seconds: in place of the client's.
 
         Raises:
             SamplerError: no answer within ``retry_seconds``, or an answer that refuses the request. The message has the URL and the fix.
         """
-        return self._request("POST", path, json.dumps(body).encode(), repeatable=repeatable)
+        seconds = self.retry_seconds if retry_seconds is None else retry_seconds
+        return self._request("POST", path, json.dumps(body).encode(), repeatable=repeatable, retry_seconds=seconds)
 
     def close(self) -> None:
-        """Close all connections."""
-        self._persistent.close()
-        self._single_use.close()
+        """Close all connections. Requests under way fail; a later request opens new connections."""
+        with self._lock:
+            connections, self._connections = self._connections, None
+        if connections is not None:
+            connections.close()
 
-    def _request(self, method: str, path: str, payload: bytes | None, *, repeatable: bool) -> Any:
-        deadline = time.monotonic() + self.retry_seconds
+    def _open(self) -> _Connections:
+        with self._lock:
+            if self._connections is None:
+                self._connections = _Connections(self._headers, self.timeout)
+            return self._connections
+
+    def _request(self, method: str, path: str, payload: bytes | None, *, repeatable: bool, retry_seconds: float) -> Any:
+        deadline = time.monotonic() + retry_seconds
         pause, tries = 0.1, 0
+        connections = self._open()
         while True:
             tries += 1
+            if connections.closed:
+                raise SamplerError(f"{method} {self.url}{path}: the client was closed while the request was under way.")
             try:
-                return self._attempt(method, path, payload, repeatable=repeatable)
+                return self._attempt(connections.for_request(repeatable=repeatable), method, path, payload)
             except _RetryableError as failure:
                 may_repeat = repeatable or not failure.sent
                 if not may_repeat or time.monotonic() + pause > deadline:
@@ -93,8 +106,7 @@ class ServerClient:
             time.sleep(pause)
             pause = min(2 * pause, 5.0)
 
-    def _attempt(self, method: str, path: str, payload: bytes | None, *, repeatable: bool) -> Any:
-        client = self._persistent if repeatable else self._single_use
+    def _attempt(self, client: httpx.Client, method: str, path: str, payload: bytes | None) -> Any:
         late = _RetryableError(
             f"no answer within {self.timeout:g} s", "Fix: a larger timeout, or fewer tokens; or the server hangs: see its log."
         )
@@ -143,6 +155,29 @@ class _RetryableError(Exception):
     def __init__(self, reason: str, fix: str, *, sent: bool = True) -> None:
         super().__init__(reason)
         self.reason, self.fix, self.sent = reason, fix, sent  # sent: the server may have received the request
+
+
+class _Connections:
+    """The connections of a client.
+
+    Before httpx reuses a connection it checks that the server has not closed it. The server may still close it between the check and the
+    request, and a request that must not be repeated would be lost; so each such request opens a new connection.
+    """
+
+    def __init__(self, headers: dict[str, str], timeout: float) -> None:
+        self.closed = False
+        self._persistent = _client(headers, timeout, keep_alive=True)
+        self._single_use = _client(headers, timeout, keep_alive=False)
+
+    def for_request(self, *, repeatable: bool) -> httpx.Client:
+        """The connections for a request that may be repeated, or for one that must not."""
+        return self._persistent if repeatable else self._single_use
+
+    def close(self) -> None:
+        """Close them."""
+        self.closed = True
+        self._persistent.close()
+        self._single_use.close()
 
 
 def _client(headers: dict[str, str], timeout: float, *, keep_alive: bool) -> httpx.Client:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
+import weakref
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["WEIGHT_SYNCS", "DiskSync", "NCCLSync", "NoSync", "WeightSync", "make_weight_sync"]
 
+logger = logging.getLogger("grpo_fast")
 WEIGHT_SYNCS = ("auto", "nccl", "disk", "none")
 
 
@@ -69,12 +72,13 @@ class NoSync:
 class DiskSync:
     """Writes a checkpoint to a folder and lets vLLM's workers read it (``reload_weights`` through /collective_rpc).
 
-    The server must see the folder under the same path. In memory (/dev/shm, the default) this costs two copies of the weights. The folder
-    of the previous step is removed once the server has the new weights.
+    The server must see the folder under the same path. A temporary folder holds the weights only until the server has read them, because
+    it is in memory (/dev/shm) where that exists. In a folder that the caller gave, those of the last step remain until `close`.
 
     Args:
         server: the server.
-        directory: where to make the folders; None = a new temporary folder, which `close` removes.
+        directory: where to make the folders; None = a new temporary folder, which is removed by `close`, or when this object is collected,
+            or when the interpreter ends.
     """
 
     def __init__(self, server: ServerClient, directory: str | None) -> None:
@@ -82,6 +86,7 @@ class DiskSync:
         self._temporary = directory is None
         self._directory = None if directory is None else Path(directory)
         self._last: Path | None = None
+        self._remove: weakref.finalize[..., DiskSync] | None = None  # of the temporary folder
 
     def send(self, model: PreTrainedModel | nn.Module, step: int) -> None:
         """Write the weights, and let the server read them."""
@@ -90,32 +95,38 @@ class DiskSync:
         _run_on_all(lambda: self._send(model, state, step) if first else None)
 
     def _send(self, model: PreTrainedModel | nn.Module, state: dict[str, Tensor], step: int) -> None:
-        folder = self._folder() / f"step-{step}"
+        folder, loaded = self._folder() / f"step-{step}", False
         try:
             inner_model(model).save_pretrained(folder, state_dict=state, safe_serialization=True)
+            body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+            self.server.post("/collective_rpc", body, repeatable=False)
+            loaded = True
         except OSError as error:
             raise SamplerError(
                 f"weights_dir {folder.parent}: the weights cannot be written ({error}). Fix: another weights_dir."
             ) from error
-        body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
-        self.server.post("/collective_rpc", body, repeatable=False)
-        self.server.post(
-            "/reset_prefix_cache?reset_running_requests=true", {}, repeatable=False
-        )  # it holds keys and values of the older weights
+        finally:
+            if self._temporary or not loaded:
+                shutil.rmtree(folder, ignore_errors=True)
+        _reset_prefix_cache(self.server)
         if self._last is not None and self._last != folder:
             shutil.rmtree(self._last, ignore_errors=True)
         self._last = folder
 
     def close(self) -> None:
-        """Remove the folder, unless the caller has given it."""
-        if self._temporary and self._directory is not None:
-            shutil.rmtree(self._directory, ignore_errors=True)
-            self._directory = None
+        """Remove the weights; a folder that the caller has given is emptied of them, but not removed."""
+        if self._remove is not None:
+            self._remove()
+            self._remove = self._directory = None
+        elif self._last is not None:
+            shutil.rmtree(self._last, ignore_errors=True)
+        self._last = None
 
     def _folder(self) -> Path:
         if self._directory is None:
             memory = Path("/dev/shm")
             self._directory = Path(tempfile.mkdtemp(prefix="grpo_fast-weights-", dir=memory if memory.is_dir() else None))
+            self._remove = weakref.finalize(self, shutil.rmtree, self._directory, ignore_errors=True)
         return self._directory
 
 
@@ -144,18 +155,22 @@ class NCCLSync:
             raise SamplerError("weight_sync 'nccl' needs the package vllm here as well. Fix: pip install vllm, or weight_sync 'disk'.")
         self.server, self.address, self.port = server, address, port
         self._engine: Any = None  # of vllm, which is optional
+        self._disconnect: weakref.finalize[..., NCCLSync] | None = None
 
     def send(self, model: PreTrainedModel | nn.Module, step: int) -> None:
         """Send the weights; the first call connects to the server's workers."""
         if self._engine is None:
             self._engine = self._connect(inner_model(model))
+            self._disconnect = weakref.finalize(self, _shut_down, self._engine, self.server if _rank() == 0 else None)
         self._engine.send_weights()
         first = _rank() == 0
-        _run_on_all(lambda: self.server.post("/reset_prefix_cache?reset_running_requests=true", {}, repeatable=False) if first else None)
+        _run_on_all(lambda: _reset_prefix_cache(self.server) if first else None)
 
     def close(self) -> None:
-        """Drop the connection to the server's workers."""
-        self._engine = None
+        """Leave the NCCL group, here and in the server's workers. It also happens when this object is collected or the interpreter ends."""
+        if self._disconnect is not None:
+            self._disconnect()
+        self._engine = self._disconnect = None
 
     def _connect(self, model: PreTrainedModel) -> Any:
         try:
@@ -170,6 +185,22 @@ class NCCLSync:
         info = NCCLTrainerInitInfo(master_address=self.address, master_port=self.port, world_size=workers + 1, rank=_rank(), packed=True)
         client = HTTPVLLMWeightSyncClient(self.server.url)
         return WeightTransferTrainerFactory.trainer_init(init_info=info, client=client, source=ModuleSource(model))
+
+
+def _reset_prefix_cache(server: ServerClient) -> None:
+    """Let the server forget keys and values, which belong to the older weights."""
+    server.post("/reset_prefix_cache?reset_running_requests=true", {}, repeatable=False)
+
+
+def _shut_down(engine: Any, server: ServerClient | None) -> None:
+    """Shut a weight transfer engine down on both sides. A server that is gone already has left the group by that."""
+    if server is not None:
+        try:
+            server.post("/shutdown_weight_transfer_engine", {}, repeatable=False, retry_seconds=0.0)
+        except SamplerError as error:
+            logger.warning("The server did not shut its weight transfer engine down: %s", error)
+    if hasattr(engine, "shutdown"):
+        engine.shutdown()
 
 
 def _distributed() -> bool:

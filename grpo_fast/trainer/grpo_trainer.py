@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerControl
+    from transformers.trainer_utils import TrainOutput
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
 __all__ = ["GRPOConfig", "GRPOTrainer"]
@@ -69,7 +70,8 @@ class GRPOTrainer(AtomicCheckpointTrainer):
         peft_config: train this adapter in place of the model's weights. The reference policy is then the model without adapter, which
             needs no memory.
         quantization_config: passed to ``from_pretrained`` if the model is given by name.
-        sampler: an object that draws completions (grpo_fast.generation.Sampler), in place of the sampler that ``args`` name.
+        sampler: an object that draws completions (grpo_fast.generation.Sampler), in place of the sampler that ``args`` name. The caller
+            closes it; the trainer closes the sampler that it made itself at the end of `train`, and opens it again for an evaluation.
 
     Raises:
         ValueError, TypeError: an argument is wrong, or does not fit the others; as far as possible before a model is loaded.
@@ -126,6 +128,7 @@ class GRPOTrainer(AtomicCheckpointTrainer):
         self.model_accepts_loss_kwargs = True  # compute_loss normalises over the whole step; Trainer must not divide by the micro-batches
         self.model_forward = ModelForward(self.accelerator, tokenizer.pad_token_id, **args.forward_options())
         self.sampler = make_sampler(args.sampler if sampler is None else sampler, self.model, tokenizer, **args.sampler_arguments)
+        self._owns_sampler = sampler is None
         self.completions = CompletionRunner(self)
         self.rollouts = None if prompts is None else RolloutGenerator(self, prompts, self.completions)
         self.rollout: Rollout | None = None  # the current one
@@ -137,6 +140,15 @@ class GRPOTrainer(AtomicCheckpointTrainer):
         self._grad_norm: float | Tensor | None = None
         self._sampler_checked = False
         add_default_callbacks(self)
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train, as transformers' ``Trainer.train``, and close the sampler at the end, also after an error."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self._owns_sampler:
+                self.sampler.close()
+                self.completions.forget_weights()
 
     # Rollouts ------------------------------------------------------------------------------------------------------------------
 
