@@ -448,3 +448,48 @@ def test_the_settings_and_commands_of_the_page_are_taken(here: Path) -> None:
         trainer = train(*command_line, "--model", "model", "--use_cpu", "--report_to", "none")
     assert trainer.done[0] == ("train", None) and trainer.args.learning_rate == 2e-6 and len(trainer.arguments["reward_funcs"]) == 4
     assert trainer.args.temperature_schedule == {"kind": "entropy", "target": 0.3} and len(trainer.arguments["eval_dataset"]) == 100
+
+
+def test_secrets_are_not_stored_with_the_settings(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    secret = "sesame-4711-open"
+    given = ("--hub_token", secret, "--model_init_kwargs", f'{{"token": "{secret}"}}', "--resume_from_checkpoint", "auto")
+    trainer = train("config.yaml", *given)
+    assert trainer.args.hub_token == trainer.args.model_init_kwargs["token"] == secret
+    assert not [path for path in here.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
+    message = refused(capsys, "run/settings.json", "--resume_from_checkpoint", "auto")
+    assert "hub_token, model_init_kwargs.token: the value is a secret, which was not stored" in message
+    assert train("run/settings.json", *given).args.hub_token == secret
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12)),
+            "aliases",
+        ),
+        ("a: &a {b: x, c: y}\nd: &d {<<: *a, e: *a}\n" + "".join(f"f{i}: *d\n" for i in range(4000)), "more than 20000 names and values"),
+        ("sampler_options: " + "[" * 20_000, "nested more than 32 deep"),
+        ("- " * 20_000 + "x", "nested more than 32 deep"),
+        ('{"sampler_options": ' + '{"a": ' * 5_000 + "1" + "}" * 5_001, "nested more than 32 deep"),
+        ("a: &a [*a]", "a contains itself"),
+        ("seed: 1" + "#" * (1 << 20), "expected a settings file, of at most 1048576"),
+        ("a: 2020-99-99", "is no YAML"),
+        ("? [1, 2]\n: 3", "unhashable key"),
+    ],
+)
+def test_a_hostile_settings_file_is_refused(here: Path, capsys: pytest.CaptureFixture[str], text: str, words: str) -> None:
+    Path("bad.yaml").write_text(text)
+    assert words in refused(capsys, "bad.yaml")
+
+
+def test_nested_json_on_the_command_line_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nested = '{"a": ' * 40_000 + "1" + "}" * 40_000
+    assert "nested more than 32 deep" in refused(capsys, "config.yaml", "--sampler_options", nested)
+    assert train("config.yaml", "--sampler_options", '{"batch_size": 3}').args.sampler_options == {"batch_size": 3}
+
+
+def test_aliases_and_merges_are_read(here: Path) -> None:
+    text = Path("config.yaml").read_text().replace("        ", "")
+    Path("with.yaml").write_text("num_iterations: &n 2\n" + text.replace("num_generations: 4", "num_generations: *n"))
+    assert train("with.yaml").args.num_generations == 2

@@ -15,6 +15,7 @@ from rich.table import Table
 from grpo_fast.ops import build, extension
 from grpo_fast.ops.backends import BACKENDS, BackendStatus, backends, cpu_isa, installed_version
 from grpo_fast.utils.install_hints import install
+from grpo_fast.utils.redaction import redact_text
 from grpo_fast.version import __version__
 
 _PACKAGES = ("triton", "trl", "liger-kernel", "numpy")
@@ -48,7 +49,7 @@ def run(console: Console | None = None) -> int:
     if extras:
         fixes.append(f"packages: {install(*extras)}")
     for fix in fixes:
-        console.print(fix, highlight=False, markup=False)
+        console.print(redact_text(fix), highlight=False, markup=False)
     return 0 if _reference_works() else 1
 
 
@@ -59,7 +60,9 @@ def _backend_table(found: dict[str, BackendStatus]) -> Table:
     for name in BACKENDS:
         status = found[name]
         details = "\n".join(f"{key}: {value}" for key, value in status.details.items())
-        table.add_row(name, "[green]yes[/green]" if status.usable else "[yellow]no[/yellow]", status.why or "-", details)
+        table.add_row(
+            name, "[green]yes[/green]" if status.usable else "[yellow]no[/yellow]", redact_text(status.why or "-"), redact_text(details)
+        )
     return table
 
 
@@ -95,7 +98,7 @@ def _machine_table() -> Table:
         "GRPO_FAST_BUILD": os.environ.get("GRPO_FAST_BUILD", "unset: auto"),
     }
     for what, here in rows.items():
-        table.add_row(what, here)
+        table.add_row(what, redact_text(here))
     return table
 
 

@@ -8,13 +8,18 @@ from contextlib import contextmanager
 
 from rich.console import Console
 
+from grpo_fast.utils.redaction import redact_text
+
 __all__ = ["exit_on_wrong_settings", "print_error"]
 
 
 def print_error(message: str) -> None:
-    """Print a message to standard error; long lines are wrapped on a terminal only, so that a log can be searched."""
+    """Print a message to standard error; long lines are wrapped on a terminal only, so that a log can be searched.
+
+    Secrets in it are redacted.
+    """
     console = Console(stderr=True)
-    console.print(message, highlight=False, markup=False, soft_wrap=not console.is_terminal)
+    console.print(redact_text(message), highlight=False, markup=False, soft_wrap=not console.is_terminal)
 
 
 @contextmanager

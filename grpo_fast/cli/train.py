@@ -22,6 +22,7 @@ from grpo_fast.trainer.run_settings import TrainOptions, parse
 from grpo_fast.trainer.run_settings_help import help_tables
 from grpo_fast.utils.errors import SettingsError
 from grpo_fast.utils.files import write_text
+from grpo_fast.utils.redaction import redact
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -138,7 +139,7 @@ def run(prepared: PreparedTraining, trainer_class: type[GRPOTrainer] | None = No
     output = Path(trainer.args.output_dir)
     if trainer.is_world_process_zero():
         settings = {name: value for name, value in prepared.overrides.items() if name != "resume_from_checkpoint"}
-        write_text(output / SETTINGS_FILE, json.dumps(settings, indent=1, default=str) + "\n")
+        write_text(output / SETTINGS_FILE, json.dumps(redact(settings), indent=1, default=str) + "\n")
     try:
         trainer.train(resume_from_checkpoint=prepared.resume_from)
     except (KeyboardInterrupt, RewardError, SamplerError, FloatingPointError) as error:

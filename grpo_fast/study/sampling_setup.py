@@ -23,6 +23,7 @@ from grpo_fast.trainer.config import GRPOConfig
 from grpo_fast.trainer.run_settings import TrainOptions, parse, parse_overrides
 from grpo_fast.utils.errors import SettingsError
 from grpo_fast.utils.files import check_output
+from grpo_fast.utils.redaction import is_secret_name, redact
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -46,7 +47,6 @@ NOT_READ = tuple(each.name for each in fields(TrainOptions) if each.name.startsw
 SHARED = tuple(each.name for each in fields(TrainOptions) if each.name not in NOT_READ)
 ALTERNATIVES = {"temperature": "temperatures", "eval_temperature": "temperatures", "num_generations": "samples", "eval_rounds": "rounds"}
 PART_KEYS = ("temperature", "per_prompt", "rewards", "examples", "seconds")  # of every finished temperature
-SECRETS = ("api_key", "token")  # in sampler_options and model_init_kwargs; never stored
 BATCH_SIZE = {"per_device_eval_batch_size": 64}  # nothing is trained, so that more fits than transformers' default of 8
 DEMO_SETTINGS = {"max_completion_length": 32, "ngram": 6, "per_device_eval_batch_size": 512}  # as in grpo-fast demo
 QUICK = {"prompts": 8, "samples": 2, "rounds": 1, "max_completion_length": 32, "warm_start_steps": 20}
@@ -203,9 +203,10 @@ def _recorded_options(options: SamplingOptions, config: GRPOConfig, rows: Sequen
     own = [each.name for each in fields(options) if each.name not in (*NOT_READ, "temperatures", "output", "quick")]
     recorded: JSONObject = {name: getattr(options, name) for name in own}
     recorded |= {name: getattr(config, name) for name in CONFIG_SETTINGS if name != "data_seed"}
-    for name in ("sampler_options", "model_init_kwargs"):
+    for name in ("sampler_options", "model_init_kwargs"):  # left out, so that a study can be continued with another key
         if isinstance(recorded[name], dict):
-            recorded[name] = {key: value for key, value in recorded[name].items() if key not in SECRETS}
+            recorded[name] = {key: value for key, value in recorded[name].items() if not is_secret_name(key)}
+    recorded = redact(recorded)
     digest = hashlib.sha256(json.dumps([dict(row) for row in rows], sort_keys=True, default=str).encode()).hexdigest()[:16]
     return recorded | {"prompt_seed": config.prompt_seed, "digest_of_rows": digest}
 

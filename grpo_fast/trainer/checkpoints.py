@@ -13,9 +13,11 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
+
+from grpo_fast.utils.redaction import redacted_copy
 
 if TYPE_CHECKING:
     from optuna import Trial
@@ -108,6 +110,14 @@ class AtomicCheckpointTrainer(Trainer):
 
     def _get_output_dir(self, trial: Trial | None) -> str:
         return str(self._staging or super()._get_output_dir(trial))
+
+    def _save(self, *args: Any, **kwargs: Any) -> None:
+        given: TrainingArguments = self.args  # type: ignore[has-type]
+        self.args = redacted_copy(given)  # for training_args.bin: no secret may reach the disk, not even for a moment
+        try:
+            super()._save(*args, **kwargs)
+        finally:
+            self.args = given
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._staging is None:  # otherwise _save_checkpoint pushes after the rename

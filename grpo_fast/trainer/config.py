@@ -13,6 +13,7 @@ from grpo_fast.loss.config import LossConfig
 from grpo_fast.trainer import config_checks as checks
 from grpo_fast.trainer.loss_fields import add_loss_fields, make_loss_config
 from grpo_fast.trainer.temperature import TemperatureSchedule
+from grpo_fast.utils.redaction import redact
 
 __all__ = ["GRPOConfig"]
 
@@ -201,6 +202,17 @@ class GRPOConfig(TrainingArguments):
         checks.check_rewards(self)
         checks.check_training(self)
         self.loss_config()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings for trackers, model cards and logs, as in TrainingArguments, with every secret redacted, nested ones too."""
+        settings: dict[str, Any] = redact(super().to_dict())
+        return settings
+
+    def __str__(self) -> str:
+        lines = "".join(f"{name}={value!r},\n" for name, value in sorted(self.to_dict().items()))
+        return f"{type(self).__name__}(\n{lines})"
+
+    __repr__ = __str__
 
     @property
     def device(self) -> torch.device:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 from grpo_fast.generation import check_options
+from grpo_fast.utils.redaction import redact
 
 if TYPE_CHECKING:
     from grpo_fast.trainer.config import GRPOConfig
@@ -31,7 +32,7 @@ IMPORTANCE_SAMPLING_MODES = ("token_truncate", "token_mask", "sequence_truncate"
 
 def bad_setting(name: str, value: object, expected: str) -> ValueError:
     """The error for a setting."""
-    return ValueError(f"GRPOConfig: {name} is {value!r}; expected {expected}.")
+    return ValueError(f"GRPOConfig: {name} is {redact(value, name=name)!r}; expected {expected}.")
 
 
 # Types -------------------------------------------------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ from grpo_fast.trainer.rollout_generator import RolloutGenerator
 from grpo_fast.trainer.run_state import RunState, batch_geometry
 from grpo_fast.trainer.sampler_check import check_sampler
 from grpo_fast.utils.files import write_text
+from grpo_fast.utils.redaction import redact
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -311,7 +312,8 @@ class GRPOTrainer(AtomicCheckpointTrainer):
             if rate is not None:
                 logs["tokens_per_second"] = rate
             if self.args.log_completions and self.accelerator.is_main_process:
-                lines = [json.dumps(row, default=str) for row in self.last_completions[: self.args.num_completions_to_print]]
+                rows = redact(self.last_completions[: self.args.num_completions_to_print], known_only=True)
+                lines = [json.dumps(row, default=str) for row in rows]
                 folder = Path(self.args.output_dir) / "completions"
                 write_text(folder / f"step-{self.state.global_step:06d}.jsonl", "\n".join(lines) + "\n")
         super().log(logs, start_time)

@@ -6,13 +6,11 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from grpo_fast.utils.dataclass_options import Option, convert_value, parse_words, read_options, suggest
 from grpo_fast.utils.errors import SettingsError
-
-if TYPE_CHECKING:
-    import yaml
+from grpo_fast.utils.redaction import redacted_paths, remember_secrets
 
 __all__ = ["TrainOptions", "parse", "parse_overrides", "read_settings"]
 
@@ -110,7 +108,15 @@ def parse_overrides(args: Sequence[str], config_class: type | None, options_clas
     file = args[0] if args and not args[0].startswith("-") else None
     options = read_options([options_class] if config_class is None else [options_class, config_class])
     overrides = {} if file is None else read_settings(file, options)
-    return overrides | parse_words(args if file is None else args[1:], options)
+    overrides |= parse_words(args if file is None else args[1:], options)
+    remember_secrets(overrides)
+    if missing := redacted_paths(overrides):
+        name = missing[0].partition(".")[0]
+        raise SettingsError(
+            f"{', '.join(missing)}: the value is a secret, which was not stored with the settings. Fix: set it again, with --{name} or in "
+            f"{file or 'a settings file'}."
+        )
+    return overrides
 
 
 def read_settings(file: str, options: dict[str, Option]) -> dict[str, Any]:
@@ -124,11 +130,14 @@ def read_settings(file: str, options: dict[str, Option]) -> dict[str, Any]:
         raise SettingsError(f"there is no settings file {file}; expected a .yaml or .json file, or options that begin with --.")
     import yaml
 
+    from grpo_fast.trainer.settings_yaml import SettingsLoader, check_size
+
+    check_size(path)
     try:
-        found = yaml.load(path.read_text(encoding="utf-8"), _unique_key_loader())  # JSON is YAML
+        found = yaml.load(path.read_text(encoding="utf-8"), SettingsLoader)  # JSON is YAML
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"{file} cannot be read: {error}.") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError: a date or a number that does not exist
         raise SettingsError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict):
         what = "is empty" if found is None else f"holds a {type(found).__name__}"
@@ -140,18 +149,3 @@ def read_settings(file: str, options: dict[str, Option]) -> dict[str, Any]:
             raise SettingsError(f"{file}: there is no setting {key!r}.{suggest(name, options)}")
         settings[name] = convert_value(f"{file}: {key}", value, options[name])
     return settings
-
-
-def _unique_key_loader() -> type[yaml.SafeLoader]:
-    """YAML's safe loader, but an error where a name is set twice; the plain one takes the last value."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-            names = [key.value for key, _ in node.value]
-            for name in names:
-                if names.count(name) > 1:
-                    raise yaml.constructor.ConstructorError(problem=f"{name} is set twice", problem_mark=node.start_mark)
-            return super().construct_mapping(node, deep)
-
-    return Loader

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import enum
 import json
+import re
 import types
 import typing
 from collections.abc import Callable, Collection, Sequence
@@ -18,9 +19,11 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from grpo_fast.utils.errors import SettingsError
+from grpo_fast.utils.redaction import redact
 
 __all__ = ["Option", "convert_value", "parse_words", "read_options", "suggest"]
 
+MAX_DEPTH = 32  # of JSON
 _BOOLEANS = {"true": True, "yes": True, "t": True, "y": True, "1": True, "false": False, "no": False, "f": False, "n": False, "0": False}
 _EXPECTED: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
@@ -78,7 +81,7 @@ def parse_words(words: Sequence[str], options: dict[str, Option]) -> dict[str, A
             raise SettingsError(
                 f"command line: {unknown[0]!r} is no option's value; expected a settings file in the first place, or options."
             )
-        raise SettingsError(f"command line: there is no {wrong}.{suggest(wrong.lstrip('-').partition('=')[0], options)}")
+        raise SettingsError(f"command line: there is no {wrong.partition('=')[0]}.{suggest(wrong.lstrip('-').partition('=')[0], options)}")
     return {name: _from_words(value, options[name]) for name, value in vars(namespace).items()}
 
 
@@ -97,7 +100,7 @@ def convert_value(where: str, value: Any, option: Option) -> Any:
         return value
     if isinstance(value, list):
         if not option.takes_list:
-            raise SettingsError(f"{where} is {value!r}; expected one value, not a list.")
+            raise SettingsError(f"{where} is {redact(value, name=option.name)!r}; expected one value, not a list.")
         return [_convert_one(where, each, option) for each in value]
     converted = _convert_one(where, value, option)
     return converted if option.takes_single or converted is None else [converted]
@@ -154,10 +157,21 @@ def _from_words(value: Any, option: Option) -> Any:
     where = f"command line: {option.name}"
     if option.takes_mapping and value.lstrip().startswith("{"):
         try:
-            return json.loads(value)
+            return _load_json(value)
         except ValueError as error:
-            raise SettingsError(f"{option.name} is {value!r}; expected JSON, such as '{{\"key\": 1}}' ({error}).") from error
+            raise SettingsError(
+                f"{option.name} is {redact(value, name=option.name)!r}; expected JSON, such as '{{\"key\": 1}}' ({error})."
+            ) from error
     return convert_value(where, value[0] if option.takes_list and len(value) == 1 else value, option)
+
+
+def _load_json(text: str) -> Any:
+    depth = 0
+    for bracket in re.findall(r"[\[{}\]]", re.sub(r'"(?:\\.|[^"\\])*"', "", text)):
+        depth += 1 if bracket in "[{" else -1
+        if depth > MAX_DEPTH:
+            raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+    return json.loads(text)
 
 
 def _convert_one(where: str, value: Any, option: Option) -> Any:
@@ -169,7 +183,7 @@ def _convert_one(where: str, value: Any, option: Option) -> Any:
         else:
             if not option.choices or found in option.choices:
                 return found
-    raise SettingsError(f"{where} is {value!r}; expected {option.expected}.")
+    raise SettingsError(f"{where} is {redact(value, name=option.name)!r}; expected {option.expected}.")
 
 
 def _boolean(text: str) -> bool:
