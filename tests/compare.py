@@ -6,6 +6,8 @@ allowance tied to the type of what is compared: rounding of the result, and a fe
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,11 @@ def of_two_ulps(logprobs: Tensor) -> float:
     """How far, relatively, two ulps of the largest log-probability move a ratio. The slack for what ratios are in: where a token has
     log p = -24, 32 ulps of the ratio are less than one of log p."""
     return 2.0**-22 * logprobs.abs().max().item() if logprobs.numel() else 0.0
+
+
+def labelled(name: str) -> Callable[[str], str]:
+    """For the argument ``msg`` of torch.testing.assert_close: its message, with the name of the value in front."""
+    return lambda message: f"{name}: {message}"
 
 
 def assert_close(actual: Tensor, truth: Tensor, naive: Tensor, what: str, scale: float | None = None, slack: float = 0.0) -> None:

@@ -7,6 +7,7 @@ import os
 import random
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -75,9 +76,10 @@ def uninitialised_memory_is_nan() -> Iterator[None]:
     torch fills fresh tensors so in deterministic mode; ``warn_only``, since no test wants that mode's refusals.
     """
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill_before = torch.utils.deterministic.fill_uninitialized_memory
+    deterministic: Any = torch.utils.deterministic  # a module with a property, which its type does not have
+    fill_before = deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-    torch.utils.deterministic.fill_uninitialized_memory = fill_before
+    deterministic.fill_uninitialized_memory = fill_before

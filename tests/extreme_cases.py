@@ -60,6 +60,7 @@ def test_the_clipped_loss_is_that_of_pytorch(dtype: torch.dtype, beta: float, en
     torch.testing.assert_close(out.logprobs, logprobs.float(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(out.entropy, entropy.float(), rtol=1e-5, atol=1e-5)
     assert truth_logits.grad is not None and truth_logits.grad.abs().max() > 1e-3 and truth_logits.grad.isfinite().all()
+    assert logits.grad is not None and truth_logits.grad is not None
     rounding = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8}[dtype]
     torch.testing.assert_close(logits.grad.double(), truth_logits.grad, rtol=0, atol=rounding * truth_logits.grad.abs().max().item())
 
@@ -68,7 +69,7 @@ def test_the_clipped_loss_is_that_of_pytorch(dtype: torch.dtype, beta: float, en
 @pytest.mark.parametrize("loss_type", [name for name in gf.LOSS_TYPES if name not in ("cispo", "reinforce", "vespo")])
 def test_no_ratio_makes_a_nan(loss_type: str, on_policy: bool) -> None:
     """On-policy, and where the old log-probability is -inf too, the ratio is 1: not exp(inf - inf)."""
-    length = {"max_completion_length": 8} if loss_type == "dr_grpo" else {}
+    length: dict[str, Any] = {"max_completion_length": 8} if loss_type == "dr_grpo" else {}
     config = gf.LossConfig(loss_type=loss_type, **length)
     old = None if on_policy else torch.tensor([[-math.inf, -2.0, -3.0], [-2.0, -3.0, -4.0]])
     results = []

@@ -36,7 +36,7 @@ class LinearCase:
         options = {**self.options, **changed}
         for name in options.pop("frozen", ()):
             leaves[name].requires_grad_(False)
-        given = dict(leaves)
+        given: dict[str, Any] = dict(leaves)
         if "adapted" in given:
             options["adapter"] = (given.pop("adapted"), given.pop("adapter_weight"))
         out = gf.linear_grpo_loss(given.pop("hidden"), given.pop("weight"), self.token_ids, self.advantages, **given, **options)

@@ -52,6 +52,12 @@ LOGS = {
 }
 
 
+def written_to(console: Console) -> str:
+    """What was printed on a console that writes to a StringIO."""
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
 def state(step: int = 0, steps: int = 10, *, first: bool = True) -> TrainerState:
     found = TrainerState()
     found.global_step, found.max_steps, found.is_world_process_zero = step, steps, first
@@ -176,7 +182,7 @@ def play(console: Console, folder: Path, **more: Any) -> None:
 def test_every_metric_is_visible_at_any_terminal_width(tmp_path: Path, width: int) -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=width)
     play(console, tmp_path)
-    shown = console.file.getvalue()
+    shown = written_to(console)
     assert "2/10" in shown and "\x1b[" in shown
     last = shown.rpartition("GRPO")[2].split("\n")
     assert [word for line in last[1:] for word in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line).strip().split("  ")][: len(WORDS)] == WORDS
@@ -192,7 +198,7 @@ def test_each_evaluation_prints_a_line(tmp_path: Path) -> None:
         log(bar, tmp_path, 1, {"eval_reward": 0.75, "eval_reward_se": 0.0126, "eval_rewards/accuracy/mean": 0.5})
         log(bar, tmp_path, 2, {"eval_hard_reward": 0.5, "eval_hard_reward_se": 0.0, "eval_easy_reward": math.nan})
         bar.stop()
-        shown = console.file.getvalue()
+        shown = written_to(console)
         assert "step 1/10  eval 0.750 ±0.013" in shown
         assert "step 2/10  eval_hard 0.500 ±0.000\n" in shown.replace(" \n", "\n") and "easy" not in shown
         assert not terminal or "reward 0.512" in shown.rpartition("eval_hard")[2]  # the metrics of training remain visible
@@ -205,7 +211,7 @@ def test_metrics_that_a_step_does_not_log_remain_visible(tmp_path: Path) -> None
     log(bar, tmp_path, 1, LOGS)
     log(bar, tmp_path, 2, {"entropy": 0.25})
     bar.stop()
-    assert "reward 0.512 ±0.31  entropy 0.250" in console.file.getvalue()
+    assert "reward 0.512 ±0.31  entropy 0.250" in written_to(console)
 
 
 def test_the_bar_shows_that_an_evaluation_runs(tmp_path: Path) -> None:
@@ -227,9 +233,9 @@ def test_transformers_bars_are_disabled_and_the_cursor_is_restored_after_an_erro
     console = Console(file=io.StringIO(), force_terminal=True, width=80)
     bar = ProgressBarCallback(console)
     begin(bar, tmp_path)
-    assert not logging.is_progress_bar_enabled() and console.file.getvalue().rpartition("\x1b[?25")[2].startswith("l")
+    assert not logging.is_progress_bar_enabled() and written_to(console).rpartition("\x1b[?25")[2].startswith("l")
     bar.stop()
-    assert logging.is_progress_bar_enabled() and console.file.getvalue().rpartition("\x1b[?25")[2].startswith("h")
+    assert logging.is_progress_bar_enabled() and written_to(console).rpartition("\x1b[?25")[2].startswith("h")
 
     program = (
         f"import pathlib, sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_callbacks as t\n"
@@ -243,11 +249,11 @@ def test_transformers_bars_are_disabled_and_the_cursor_is_restored_after_an_erro
 def test_without_a_terminal_plain_lines_are_printed(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), force_terminal=False, width=40)
     play(console, tmp_path)
-    lines = console.file.getvalue().splitlines()
+    lines = written_to(console).splitlines()
     assert len(lines) == 2 and lines[0].startswith("step 1/10  reward 0.512 ±0.31") and "\x1b" not in lines[0]
     silent = Console(file=io.StringIO(), force_terminal=True)
     play(silent, tmp_path, first=False)
-    assert silent.file.getvalue() == ""
+    assert written_to(silent) == ""
 
 
 def test_dead_groups_are_explained_once(tmp_path: Path) -> None:
@@ -255,7 +261,7 @@ def test_dead_groups_are_explained_once(tmp_path: Path) -> None:
     bar = ProgressBarCallback(console)
     for step in (1, 2):
         log(bar, tmp_path, step, {"reward": 0.0, "frac_reward_zero_std": 0.9})
-    assert console.file.getvalue().count("in 90% of the groups all rewards are equal") == 1
+    assert written_to(console).count("in 90% of the groups all rewards are equal") == 1
 
 
 def test_rewards_that_fail_are_named_once(tmp_path: Path) -> None:
@@ -263,7 +269,7 @@ def test_rewards_that_fail_are_named_once(tmp_path: Path) -> None:
     bar = ProgressBarCallback(console)
     for step in (1, 2):
         log(bar, tmp_path, step, {"reward": 0.0, "rewards/mine/timeouts": 0.5, "rewards/mine/errors": 0.0, "rewards/yours/errors": 2.0})
-    said = console.file.getvalue()
+    said = written_to(console)
     assert said.count("rewards/mine/timeouts is 0.5: reward 'mine' took too long, and does not apply") == 1
     assert said.count("rewards/yours/errors is 2: reward 'yours' failed") == 1 and "rewards/mine/errors" not in said
 
@@ -321,18 +327,18 @@ def test_the_table_of_completions() -> None:
     rewards = {"accuracy": [1.0, None], "format": [0.0, math.nan]}
     prompts = [[{"role": "user", "content": "[bold]2+2?"}], "why"]
     assert print_completions(prompts, [loop, "because"], rewards, [1.25, -0.5], step=3, console=console)
-    shown = console.file.getvalue()
+    shown = written_to(console)
     assert "Step 3" in shown and "[bold]2+2?" in shown and "+1.25" in shown and "-0.50" in shown and "–" in shown
     assert "start" in shown and "…" in shown and "end" in shown and len(shown) < 8000
     assert completions_table(["a"] * 3, ["b"] * 3, {}, [0.0] * 3, limit=2).row_count == 2
     console = Console(file=io.StringIO(), force_terminal=True, width=140, color_system=None)
     advantages = [0.1, -1.5, 0.0, 2.0, 0.5]
     print_completions(["why"] * 5, list("abcde"), {}, advantages, step=3, limit=3, console=console)
-    assert re.findall("[+-][0-9.]{4}", console.file.getvalue()) == ["+2.00", "+0.10", "-1.50"]
-    assert "Step 3, 3 of 5 completions, from the best to the worst" in console.file.getvalue()
+    assert re.findall("[+-][0-9.]{4}", written_to(console)) == ["+2.00", "+0.10", "-1.50"]
+    assert "Step 3, 3 of 5 completions, from the best to the worst" in written_to(console)
     quiet = Console(file=io.StringIO(), force_terminal=False)
     assert not print_completions(["a"], ["b"], {}, [0.0], console=quiet)
-    assert quiet.file.getvalue() == ""
+    assert written_to(quiet) == ""
     with pytest.raises(ValueError, match="expected as many of each"):
         print_completions(["a"], ["b"], {"r": [1.0, 2.0]}, [0.0], console=quiet)
 
@@ -359,14 +365,14 @@ def test_completions_of_a_logged_step_are_shown_on_a_terminal(tmp_path: Path) ->
         console = Console(file=io.StringIO(), force_terminal=terminal, width=100, color_system=None)
         args.log_completions = wanted
         CompletionsCallback(console).on_log(args, state(3), None, logs=logs)
-        assert console.file.getvalue().count("four") == shown and console.file.getvalue().count("hard") == shown / 2
+        assert written_to(console).count("four") == shown and written_to(console).count("hard") == shown / 2
 
 
 def test_many_rewards_share_a_column(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
     names = ["accuracy_reward", "format_reward", "repetition_penalty", "language_consistency_reward"]
     print_completions(["2+2?"], ["two and two"], {name: [0.25] for name in names}, [0.5], console=console)
-    shown = console.file.getvalue()
+    shown = written_to(console)
     assert "two and two" in shown and all(f"{name} 0.25" in shown for name in names)  # no name or value is split between lines
 
 
@@ -384,7 +390,13 @@ def make_run(folder: Path, shift: float = 0.0, steps: int = 6) -> Path:
 
 
 def test_series_skip_values_that_are_not_numbers() -> None:
-    records = [{"step": 1, "a": 1.0}, {"step": 2, "a": None}, {"step": 3, "a": 3}, {"step": 3, "a": 4.0}, {"step": 4, "b": 1}]
+    records: list[dict[str, Any]] = [
+        {"step": 1, "a": 1.0},
+        {"step": 2, "a": None},
+        {"step": 3, "a": 3},
+        {"step": 3, "a": 4.0},
+        {"step": 4, "b": 1},
+    ]
     assert metric_series(records, "a") == ([1.0, 3.0], [1.0, 4.0])
 
 

@@ -46,6 +46,7 @@ def on_host(tmp_path_factory: pytest.TempPathFactory) -> Any:
     compiler, library = build.cxx_compiler(), folder / "cluster_on_host.so"
     flags = ["-O1", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE", f"-I{HERE / 'cuda_on_host'}", f"-I{CSRC}"]
     small = ["-DGF_CONSUMER_WARPS=2", "-DGF_TOTAL_THREADS=64"]
+    assert compiler is not None
     subprocess.run([compiler, *flags, *small, "-c", "kernel.cpp"], cwd=folder, check=True)
     torch_flags = [build.TARGET_TORCH, *(f"-I{each}" for each in cpp_extension.include_paths())]
     libraries = [*(f"-L{each}" for each in cpp_extension.library_paths()), "-lc10", "-ltorch", "-ltorch_cpu"]
@@ -105,7 +106,7 @@ SHAPES = [(1, 2, 1, 0), (2, 3, 2, 0), (4, 2, 1, 1), (4, 3, 1, 2), (8, 3, 3, 3), 
 @pytest.mark.parametrize("dtype", test_grpo_loss.DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_float64_truth(
-    shape: tuple[int, ...], dtype: torch.dtype, cluster: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, int, int, int], dtype: torch.dtype, cluster: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cluster(cluster=shape[0], stages=shape[1], clusters=shape[2], seed=shape[3])
     first = SHAPES.index(shape) * 20
@@ -576,7 +577,7 @@ def test_gpu_opcheck_and_compile(gpu: None) -> None:
 def test_gpu_the_device_of_the_logits_need_not_be_the_current_one(gpu: None) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    given = {name: x.to("cuda:1") if isinstance(x, Tensor) else x for name, x in call(9, 1031, torch.bfloat16).items()}
+    given: dict[str, Any] = {name: x.to("cuda:1") if isinstance(x, Tensor) else x for name, x in call(9, 1031, torch.bfloat16).items()}
     found = gf.grpo_loss(**given, impl="cluster")
     torch.testing.assert_close(found.logprobs, gf.grpo_loss(**given).logprobs, rtol=1e-5, atol=1e-5)
     assert found.loss.device == torch.device("cuda:1")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import types
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,11 @@ import torch
 import grpo_fast as gf
 
 NAN = float("nan")
+
+
+def untyped(value: object) -> Any:
+    """An argument of a wrong type, which the type checker does not see."""
+    return value
 
 
 def test_rollout_weights_by_hand() -> None:
@@ -96,7 +103,7 @@ def test_parity_with_trl() -> None:
         ),
     ],
 )
-def test_bad_input(call, message) -> None:
+def test_bad_input(call: Callable[[torch.Tensor, torch.Tensor], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(torch.randn(2, 3), torch.ones(2, 3))
 
@@ -104,24 +111,30 @@ def test_bad_input(call, message) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda x, m: gf.rollout_weights(x, x, m, low="a"), r"low is 'a' \(str\); expected a number >= 0"),
-        (lambda x, m: gf.rollout_weights(x, x, m, log_ratio_clamp="x"), r"log_ratio_clamp is 'x' \(str\); expected a number > 0"),
+        (lambda x, m: gf.rollout_weights(x, x, m, low=untyped("a")), r"low is 'a' \(str\); expected a number >= 0"),
+        (lambda x, m: gf.rollout_weights(x, x, m, log_ratio_clamp=untyped("x")), r"log_ratio_clamp is 'x' \(str\); expected a number > 0"),
         (lambda x, m: gf.rollout_weights(x.tolist(), x, m), r"old_logprobs is a list; .*Wrap it: torch.as_tensor\(old_logprobs\)"),
         (lambda x, m: gf.rollout_weights(x, x.tolist(), m), r"rollout_logprobs is a list; .*device=old_logprobs.device"),
         (lambda x, m: gf.rollout_weights(x.long(), x, m), r"old_logprobs has dtype torch.int64; .*old_logprobs.float\(\)"),
         (lambda x, m: packed(x, m, [0, 6]), "cu_seqlens is a list; expected a torch.Tensor"),
         (lambda x, m: packed(x, m, torch.tensor([0.0, 6.0])), "cu_seqlens has dtype torch.float32; expected torch.int32"),
-        (lambda x, m: gf.off_policy_sequence_mask(x, x, [1.0, 1.0], m, threshold=0.5), "advantages is a list; expected a torch.Tensor"),
-        (lambda x, m: gf.off_policy_sequence_mask(x, x, torch.ones(2), m, threshold="x"), r"threshold is 'x' \(str\); expected a number"),
+        (
+            lambda x, m: gf.off_policy_sequence_mask(x, x, untyped([1.0, 1.0]), m, threshold=0.5),
+            "advantages is a list; expected a torch.Tensor",
+        ),
+        (
+            lambda x, m: gf.off_policy_sequence_mask(x, x, torch.ones(2), m, threshold=untyped("x")),
+            r"threshold is 'x' \(str\); expected a number",
+        ),
         (lambda x, m: gf.top_entropy_mask(x, m, quantile=True), r"quantile is True \(bool\); expected a number > 0"),
     ],
 )
-def test_bad_types(call, message) -> None:
+def test_bad_types(call: Callable[[torch.Tensor, torch.Tensor], object], message: str) -> None:
     with pytest.raises(TypeError, match=message):
         call(torch.randn(2, 3), torch.ones(2, 3))
 
 
-def packed(x: torch.Tensor, mask: torch.Tensor, cu_seqlens: object) -> torch.Tensor:
+def packed(x: torch.Tensor, mask: torch.Tensor, cu_seqlens: Any) -> torch.Tensor:
     flat = x.flatten()
     return gf.rollout_weights(flat, flat, mask.flatten(), level="sequence", cu_seqlens=cu_seqlens)
 

@@ -7,6 +7,7 @@ import csv
 import doctest
 import json
 import logging
+from typing import Any
 
 import pytest
 
@@ -101,7 +102,7 @@ def test_files_and_datasets(tokenizer, tmp_path, monkeypatch):
     dataset.save_to_disk(str(saved))
     datasets.DatasetDict(test=dataset).save_to_disk(str(split))
 
-    options = {"rename": {"question": "prompt"}, "max_prompt_length": 4}
+    options: dict[str, Any] = {"rename": {"question": "prompt"}, "max_prompt_length": 4}
     for source in (lines, str(lines), dataset, saved):
         prompts = load_prompts(source, tokenizer, **options)
         assert list(prompts.rows) == expected and prompts.dropped == 1

@@ -6,7 +6,9 @@ import math
 import random
 import re
 import time
+from collections.abc import Iterator
 from statistics import fmean
+from typing import Any
 
 import pytest
 import torch
@@ -174,7 +176,7 @@ def test_the_loop_learns_a_plain_preference_and_repeats_itself_exactly(tokenizer
 
 
 def test_a_reward_that_does_not_apply_is_left_out(model, tokenizer):
-    batches = iter([[{"prompt": "sort 5281=", "answer": None}, {"prompt": "sort 3631=", "answer": "1336"}]])
+    batches: Iterator[Any] = iter([[{"prompt": "sort 5281=", "answer": None}, {"prompt": "sort 3631=", "answer": "1336"}]])
     (record,) = train(model, tokenizer, batches, {accuracy_reward: 1.0}, LoopSettings(steps=1, group_size=2, max_new_tokens=4))
     assert record["rewards/accuracy_reward"] == 0.0
     assert record["zero_variance_groups"] == 1.0
@@ -250,7 +252,7 @@ def test_the_demonstration_learns(seed, tmp_path):
 
 
 def test_a_warm_start_depends_on_the_seed_and_reports_its_losses(monkeypatch):
-    losses = []
+    losses: list[float] = []
     first, again, other = (warm_start.warm_start(DemoOptions(seed=seed, warm_start_steps=3), losses.append) for seed in (1, 1, 2))
     weights = [next(start.model.parameters()) for start in (first, again, other)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
@@ -292,6 +294,7 @@ def test_the_trainer_of_the_comparison_makes_the_step_of_the_loop(model, tokeniz
     trainer = train_with_trainer.make_trainer(copy.deepcopy(model), tokenizer, rows, settings, 2, 0, tmp_path)
     trainer.train()
     drawn = trainer.rollout
+    assert drawn is not None
 
     def again(model, tokenizer, prompts, temperature, limit, **options):
         width = max(map(len, drawn.completion_ids))

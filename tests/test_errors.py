@@ -6,6 +6,7 @@ it was, what was expected, and the cure.
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections import Counter
@@ -78,6 +79,16 @@ def with_item(index: tuple[int, ...] | int, value: float) -> Callable[[Any], Ten
     return change
 
 
+def item_of(name: str, index: tuple[int, ...], value: float, dtype: torch.dtype | None = None) -> Callable[[dict[str, Any]], Tensor]:
+    """The right argument of this name, converted to dtype, but for one element."""
+    return lambda x: with_item(index, value)(x[name].to(dtype or x[name].dtype))
+
+
+def converted(name: str, dtype: torch.dtype) -> Callable[[dict[str, Any]], Tensor]:
+    """The right argument of this name in another dtype."""
+    return lambda x: x[name].detach().to(dtype)
+
+
 def of_every_tensor(name: str, shape: str, packed: bool = False, floating: bool = True) -> list[Case]:
     """What every tensor argument refuses: other types, devices, layouts, and shapes with a size or a dimension too many."""
     cure = rf"Wrap it: torch.as_tensor\({name}" if name != "logits" else "A model's output holds it as .logits"
@@ -110,7 +121,7 @@ def of_every_tensor(name: str, shape: str, packed: bool = False, floating: bool 
         [
             Case(
                 f"{name}-{str(dtype).removeprefix('torch.')}",
-                lambda x, dtype=dtype: x[name].detach().to(dtype),
+                converted(name, dtype),
                 TypeError,
                 (f"^{name} has dtype {dtype}", "expected float32, bfloat16, float16 or float64", rf"Convert it: {name}.float\(\)"),
                 packed,
@@ -143,7 +154,7 @@ CASES: list[Case] = [
     *[
         Case(
             f"token_ids-{dtype}",
-            lambda x, dtype=dtype: x["token_ids"].to(dtype),
+            converted("token_ids", dtype),
             TypeError,
             (f"token_ids has dtype {dtype}; expected torch.int64", r"Convert it: token_ids.long\(\)"),
         )
@@ -154,7 +165,7 @@ CASES: list[Case] = [
     *[
         Case(
             f"token_ids-{value}",
-            lambda x, value=value: with_item((1, 2), value)(x["token_ids"]),
+            item_of("token_ids", (1, 2), value),
             ValueError,
             (rf"token_ids\[1, 2\] is {value}; expected 0 <= id < 5, the vocabulary of logits", "Set the mask to 0 on padding"),
         )
@@ -201,7 +212,7 @@ CASES: list[Case] = [
     *[
         Case(
             f"mask-{value}",
-            lambda x, value=value: with_item((1, 0), value)(x["mask"].float()),
+            item_of("mask", (1, 0), value, torch.float32),
             ValueError,
             (rf"mask\[1, 0\] is {value}; expected bool, or numbers 0 and 1", "Compare first: mask > 0"),
         )
@@ -233,7 +244,7 @@ CASES: list[Case] = [
     *[
         Case(
             f"temperature-with-{value}",
-            lambda x, value=value: with_item((1, 1), value)(x["temperature"]),
+            item_of("temperature", (1, 1), value),
             ValueError,
             (rf"temperature of token \[1, 1\] is {value}; expected a finite number > 0", TEMPERATURE),
         )
@@ -280,7 +291,7 @@ LOSS_CASES: list[Case] = [
     *[
         Case(
             f"cu_seqlens-{dtype}",
-            lambda x, dtype=dtype: x["cu_seqlens"].to(dtype),
+            converted("cu_seqlens", dtype),
             TypeError,
             (f"cu_seqlens has dtype {dtype}; expected torch.int32", r"Convert it: cu_seqlens.int\(\)"),
             True,
@@ -453,12 +464,18 @@ def test_the_right_arguments_are_right(packed: bool, backend: str) -> None:
         assert gf.token_logprobs(**{name: fresh[name] for name in SCORING if name in fresh}).logprobs.isfinite().all()
 
 
+def keywords(function: Callable[..., Any]) -> set[str]:
+    """The names of the keyword-only arguments."""
+    parameters = inspect.signature(function).parameters.values()
+    return {parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
 def test_every_argument_has_its_cases() -> None:
     named = {argument_of(case) for case in CASES + LOSS_CASES}
-    arguments = gf.grpo_loss.__kwdefaults__.keys() | {"logits", "token_ids", "advantages"}
+    arguments = keywords(gf.grpo_loss) | {"logits", "token_ids", "advantages"}
     named |= {"process_group", "impl"}  # torch.distributed checks the one, tests/test_cluster.py the other
     assert named == arguments
-    assert {*gf.token_logprobs.__kwdefaults__, "logits", "token_ids"} == {*SCORING, "process_group"}
+    assert {*keywords(gf.token_logprobs), "logits", "token_ids"} == {*SCORING, "process_group"}
     assert [name for name, count in Counter(case.name for case in CASES + LOSS_CASES).items() if count > 1] == [], "each has its own name"
 
 

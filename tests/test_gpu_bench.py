@@ -78,7 +78,17 @@ def test_all_parts_write_one_file_and_a_failure_loses_nothing(few: ModuleType, t
 
 def test_the_command(tmp_path: Path) -> None:
     output = tmp_path / "gpu.json"
-    command = [sys.executable, ROOT / "bench" / "gpu_bench.py", "bench", "--output", output, "--device", "cpu", "--shape", "3x33"]
+    command: list[Any] = [
+        sys.executable,
+        ROOT / "bench" / "gpu_bench.py",
+        "bench",
+        "--output",
+        output,
+        "--device",
+        "cpu",
+        "--shape",
+        "3x33",
+    ]
     done = subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "BUDGET_S": "0"}, capture_output=True, text=True)
     assert "the time budget is spent" in done.stdout
     assert all("skipped" in entry for entry in json.loads(output.read_text())["bench"])
@@ -248,7 +258,11 @@ def test_memory_is_counted_beforehand(few: ModuleType, monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (100 * 2**30, 140 * 2**30))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     tried: list[int] = []
-    work: Any = lambda: tried.append(1) or {"ms": 1.0}  # noqa: E731
+
+    def work() -> dict[str, float]:
+        tried.append(1)
+        return {"ms": 1.0}
+
     assert "91 GiB of the 90 GiB" in few.run_case({}, work, 91 * 2**30, "cuda", 1e18)["skipped"] and not tried
     assert few.run_case({}, work, 89 * 2**30, "cuda", 1e18)["ms"] == 1.0
 
@@ -332,7 +346,7 @@ def test_the_script_in_a_bare_checkout(tmp_path: Path) -> None:
         "BUDGET_S": "200",
     }
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PYTEST", "TRITON", "GRPO_FAST"))}
-    command = ["bash", checkout / "bench" / "gpu.sh", "build", "test", "bench", "head", "tune"]
+    command: list[Any] = ["bash", checkout / "bench" / "gpu.sh", "build", "test", "bench", "head", "tune"]
     done = subprocess.run(
         command, env={**clean, **settings, "GRPO_FAST_BUILD": "none"}, capture_output=True, text=True, check=False, cwd=tmp_path
     )

@@ -16,10 +16,12 @@ import subprocess
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from compare import labelled
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -52,7 +54,7 @@ BACKENDS = [
 
 
 @pytest.fixture(scope="session")
-def cuda_on_host(tmp_path_factory: pytest.TempPathFactory):
+def cuda_on_host(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The operators of tests/cuda_on_host: csrc/cuda/group_advantages_cuda.cu, compiled by the C++ compiler."""
     folder = tmp_path_factory.mktemp("cuda_on_host")
     source, launches = re.subn(
@@ -61,12 +63,26 @@ def cuda_on_host(tmp_path_factory: pytest.TempPathFactory):
     assert launches == 2, "the kernel launches of the .cu file are not where they were"
     (folder / "kernel.cpp").write_text(source.replace('"../group_advantages.h"', '"group_advantages.h"'))
     compiler, library = build.cxx_compiler(), folder / "cuda_on_host.so"
+    assert compiler is not None
     folders = [f"-I{HERE / 'cuda_on_host'}", f"-I{CSRC}"]
     subprocess.run([compiler, "-O1", "-std=c++17", "-fPIC", "-D__CUDACC__", *folders, "-c", "kernel.cpp"], cwd=folder, check=True)
     torch_flags = [build.TARGET_TORCH, *(f"-I{each}" for each in cpp_extension.include_paths())]
     operator = HERE / "cuda_on_host" / "group_advantages_op.cpp"
     libraries = [*(f"-L{each}" for each in cpp_extension.library_paths()), "-lc10", "-ltorch", "-ltorch_cpu"]
-    command = [compiler, "-O1", "-std=c++17", "-fPIC", "-shared", *folders, *torch_flags, operator, "kernel.o", "-o", library, *libraries]
+    command: list[str | Path] = [
+        compiler,
+        "-O1",
+        "-std=c++17",
+        "-fPIC",
+        "-shared",
+        *folders,
+        *torch_flags,
+        operator,
+        "kernel.o",
+        "-o",
+        library,
+        *libraries,
+    ]
     subprocess.run(command, cwd=folder, check=True)
     torch.ops.load_library(library)
     return torch.ops.grpo_fast_cuda_on_host
@@ -78,11 +94,11 @@ class Backend:
     def __init__(self, name: str):
         self.name = name
 
-    def __call__(self, rewards: Tensor, **arguments) -> GroupAdvantages:
+    def __call__(self, rewards: Tensor, **arguments: Any) -> GroupAdvantages:
         if self.name != "cuda":
             with gf.use_backend("reference" if self.name == "reference" else "cpu"):
                 return group_advantages(rewards, **arguments)
-        on_gpu = {name: x.cuda() if isinstance(x, Tensor) else x for name, x in arguments.items()}
+        on_gpu: dict[str, Any] = {name: x.cuda() if isinstance(x, Tensor) else x for name, x in arguments.items()}
         return GroupAdvantages(*(x.cpu() for x in group_advantages(rewards.cuda(), **on_gpu)))
 
 
@@ -106,26 +122,27 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 # ---- comparing
 
 
-def assert_close(actual: GroupAdvantages, expected: tuple) -> None:
+def assert_close(actual: GroupAdvantages, expected: tuple[Tensor, ...]) -> None:
     """Within a rounding to float32 of the float64 truth (2e-7 relative), and 1e-7 for what cancels; a zero is a zero; types and shapes."""
     names = GroupAdvantages._fields
     for name, got, want in zip(names, actual, expected, strict=True):
         want = torch.as_tensor(want)
         assert got.dtype == (torch.bool if name == "degenerate" else torch.float32), name
         assert not got.requires_grad, name
-        torch.testing.assert_close(got.to(want.dtype), want, rtol=2e-7, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(got.to(want.dtype), want, rtol=2e-7, atol=1e-7, msg=labelled(name))
         if want.dtype.is_floating_point:
             assert (got[want == 0] == 0).all(), f"{name}: not exactly 0 where the truth is"
 
 
-def truth(rewards: Tensor, **arguments) -> tuple:
+def truth(rewards: Tensor, **arguments: Any) -> tuple[Tensor, ...]:
     return reference.group_advantages(rewards, **arguments)
 
 
 @pytest.mark.parametrize("spoil", [lambda x: x * 0, lambda x: x * 2, lambda x: x * (1 + 1e-6), lambda x: x + 1e-6])
 def test_the_comparison_rejects_wrong_results(spoil):
     expected = truth(torch.tensor([0.0, 1, 2, 5]), group_size=4)
-    right = GroupAdvantages(*(x.float() for x in expected[:3]), expected[3])
+    advantages, mean, std = (x.float() for x in expected[:3])
+    right = GroupAdvantages(advantages, mean, std, expected[3])
     assert_close(right, expected)
     for field in ("advantages", "mean", "std"):
         with pytest.raises(AssertionError):
@@ -138,9 +155,9 @@ def test_the_comparison_rejects_wrong_results(spoil):
 
 
 # mean 2, std 2 | all equal | empty | one | one unscorable, the others: mean 3, std 2
-GROUPS = [[0, 2, 4], [1, 1, 1], [], [5], [NAN, 1, 3, 5]]
+GROUPS: list[list[float]] = [[0, 2, 4], [1, 1, 1], [], [5], [NAN, 1, 3, 5]]
 OFFSETS = [0, 3, 6, 6, 7, 11]
-TABLE = {  # (scale, baseline): advantages; leave-one-out is times 3/2 for three that count
+TABLE: dict[tuple[str, str], list[float]] = {  # (scale, baseline): advantages; leave-one-out is times 3/2 for three that count
     ("none", "mean"): [-2, 0, 2, 0, 0, 0, 0, 0, -2, 0, 2],
     ("none", "leave_one_out"): [-3, 0, 3, 0, 0, 0, 0, 0, -3, 0, 3],
     ("group", "mean"): [-1, 0, 1, 0, 0, 0, 0, 0, -1, 0, 1],
@@ -153,7 +170,7 @@ TABLE = {  # (scale, baseline): advantages; leave-one-out is times 3/2 for three
 def test_table_of_groups(backend, scale, baseline, offsets_dtype):
     offsets = torch.tensor(OFFSETS, dtype=offsets_dtype)
     result = backend(torch.tensor(list(itertools.chain(*GROUPS))), group_offsets=offsets, scale=scale, baseline=baseline, eps=0)
-    expected = TABLE[scale, baseline], [2.0, 1, 0, 5, 3], [2.0, 0, 0, 0, 2], [False, True, True, True, False]
+    expected: tuple[Any, ...] = TABLE[scale, baseline], [2.0, 1, 0, 5, 3], [2.0, 0, 0, 0, 2], [False, True, True, True, False]
     assert_close(result, tuple(torch.tensor(x) if isinstance(x[0], bool) else torch.tensor(x).double() for x in expected))
 
 
@@ -295,7 +312,7 @@ def trl_advantages(rewards_per_func: Tensor, num_generations: int, weights: Tens
     first, last = r"unscorable_mask = torch\.isnan\(rewards_per_func\)", r"advantages = torch\.nan_to_num\(advantages, nan=0\.0\)\n"
     lines = re.search(rf"\n( +{first}.*?{last})", trainer, re.S)
     assert lines is not None, "TRL's advantages are not where they were in 1.16: read them again"
-    names = {
+    names: dict[str, Any] = {
         "torch": torch,
         "rewards_per_func": rewards_per_func,
         "num_generations": num_generations,
@@ -304,7 +321,9 @@ def trl_advantages(rewards_per_func: Tensor, num_generations: int, weights: Tens
             reward_weights=weights, scale_rewards=scale, multi_objective_aggregation=normalize, reward_funcs=[None] * len(weights)
         ),
     }
-    exec(ast.get_source_segment(utils, nanstd), names)
+    function = ast.get_source_segment(utils, nanstd)
+    assert function is not None
+    exec(function, names)
     exec("if True:\n" + lines.group(1), names)
     return names["advantages"]
 
@@ -493,7 +512,7 @@ def test_gpu_does_not_synchronise():
     for scale, baseline, normalize in MODES:
         torch.cuda.set_sync_debug_mode("error")
         try:
-            arguments = {"scale": scale, "baseline": baseline, "normalize": normalize, "reward_weights": weights}
+            arguments: dict[str, Any] = {"scale": scale, "baseline": baseline, "normalize": normalize, "reward_weights": weights}
             group_advantages(rewards, group_offsets=offsets, **arguments)
         finally:
             torch.cuda.set_sync_debug_mode("default")
@@ -645,7 +664,7 @@ def test_docstring_example():
 # ---- bad arguments, one by one
 
 
-def bad(error: type[Exception], message: str, **arguments):
+def bad(error: type[Exception], message: str, **arguments: Any) -> Any:
     """Arguments that differ from good ones in one respect, and what the message says: argument, got, expected."""
     if "offsets" in arguments:
         arguments |= {"group_size": None, "group_offsets": arguments.pop("offsets")}

@@ -155,7 +155,7 @@ def same_runs(ours: list[dict[str, float]], theirs: list[dict[str, float]], tole
         scale, rounding = (largest, 2 * torch.finfo(torch.float32).eps) if cancels else (0.1 * largest, 0.0)
         for step, (x, y) in enumerate(zip(mine, stock, strict=True)):
             assert (x is None) == (y is None), f"{key} at {step}: {x} and {y}"
-            assert x is None or abs(x - y) <= tolerance * max(abs(y), scale) + rounding, f"{key} at step {step}: {x}, TRL {y}"
+            assert x is None or y is None or abs(x - y) <= tolerance * max(abs(y), scale) + rounding, f"{key} at step {step}: {x}, TRL {y}"
 
 
 def compare(model_path: Path, tmp_path: Path, tolerance: float = 1e-5, **options: Any) -> list[dict[str, float]]:
@@ -175,7 +175,7 @@ def compare(model_path: Path, tmp_path: Path, tolerance: float = 1e-5, **options
 SMALL = {"per_device_train_batch_size": 2}
 REUSED = {**SMALL, "gradient_accumulation_steps": 2, "num_iterations": 2}  # so that the ratio leaves 1
 LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
-OF_LOSS = {  # options that one loss type alone reads
+OF_LOSS: dict[str, dict[str, Any]] = {  # options that one loss type alone reads
     "cispo": {"epsilon_high": 1.1},
     "sapo": {"sapo_temperature_pos": 1.5, "sapo_temperature_neg": 2.0},
     "vespo": {"vespo_k_pos": 1.5, "vespo_lambda_pos": 2.5, "vespo_k_neg": 2.5, "vespo_lambda_neg": 1.5},
@@ -358,9 +358,9 @@ def both(model_path: Path, tmp_path: Path, inputs: dict[str, Tensor], change: di
     for trainer in trainers:
         for name, value in (change or {}).items():
             setattr(trainer, name, value)
-    results = [loss_of(trainer, inputs) for trainer in trainers]
-    same_step(*results)
-    return trainers[0], results[0]
+    ours, theirs = (loss_of(trainer, inputs) for trainer in trainers)
+    same_step(ours, theirs)
+    return trainers[0], ours
 
 
 VLLM = {"use_vllm": True}  # after the construction, which would look for a server

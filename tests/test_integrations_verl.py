@@ -146,7 +146,7 @@ def test_a_missing_count_is_named(core: Any) -> None:
 @pytest.mark.parametrize("by_std", [True, False])
 def test_advantages(by_std: bool, core: Any, generator: torch.Generator) -> None:
     """Of groups whose responses are not side by side."""
-    index = numpy.array([f"prompt-{i * 5 % 3}" for i in range(12)], dtype=object)
+    index: Any = numpy.array([f"prompt-{i * 5 % 3}" for i in range(12)], dtype=object)
     rewards = torch.zeros(12, 4)
     rewards[:, -1] = torch.rand(12, generator=generator)
     mask = (torch.rand(12, 4, generator=generator) > 0.3).float()
@@ -168,7 +168,7 @@ def test_linear_cross_entropy(generator: torch.Generator) -> None:
     results = []
     for function in (fused, adapter.linear_cross_entropy):
         leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
-        logprobs, entropy = function(*leaves, labels, 0.7)
+        logprobs, entropy = function(leaves[0], leaves[1], labels, 0.7)
         assert logprobs.dtype == torch.float32
         total = (logprobs.flatten() * upstream[0]).sum() + (entropy.flatten() * upstream[1]).sum()
         results.append((logprobs.flatten(), entropy.flatten(), *torch.autograd.grad(total, leaves)))

@@ -226,8 +226,12 @@ def test_openrlhf(options: dict[str, Any], kl: str | None, generator: torch.Gene
 
 def swift(**settings: Any) -> Any:
     """Its trainer's own methods for the loss, on a stand-in for the trainer."""
-    methods = ("_compute_loss_and_metrics", "_undo_gradient_accumulation_scaling", "_apply_rollout_importance_sampling")
-    methods += ("_compute_sequence_level_ratios",)
+    methods = (
+        "_compute_loss_and_metrics",
+        "_undo_gradient_accumulation_scaling",
+        "_apply_rollout_importance_sampling",
+        "_compute_sequence_level_ratios",
+    )
     found = peer_methods(
         "ms-swift",
         "4.6.0",
@@ -355,7 +359,8 @@ def test_rollout_settings(library: str, mode: str, generator: torch.Generator) -
         with pytest.raises(ValueError, match="sequence_mask"):
             rollout_settings(library, mode)
         return
-    weights = gf.rollout_weights(batch["old"], batch["ref"], batch["mask"], **rollout_settings(library, mode, high=1.2))
+    settings: dict[str, Any] = rollout_settings(library, mode, high=1.2)
+    weights = gf.rollout_weights(batch["old"], batch["ref"], batch["mask"], **settings)
     difference = (batch["old"] - batch["ref"]) * batch["mask"]
     if mode.startswith("sequence"):
         difference = difference.sum(1, keepdim=True)
@@ -391,7 +396,8 @@ def test_advantages_of_verl(generator: torch.Generator) -> None:
         ("rloo", lambda r: core.compute_rloo_outcome_advantage(r, mask, index)),
     ):
         expected = theirs(torch.stack([rewards, torch.zeros(12)], 1))[0][:, 0]
-        advantages = gf.group_advantages(rewards, group_size=4, **advantage_settings("verl", name)).advantages
+        settings: dict[str, Any] = advantage_settings("verl", name)
+        advantages = gf.group_advantages(rewards, group_size=4, **settings).advantages
         torch.testing.assert_close(advantages, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -407,7 +413,8 @@ def test_advantages_of_verl(generator: torch.Generator) -> None:
 )
 def test_advantages(library: str, estimator: str, expected: Any, generator: torch.Generator) -> None:
     rewards = torch.rand(3, 4, generator=generator)
-    advantages = gf.group_advantages(rewards.flatten(), group_size=4, **advantage_settings(library, estimator)).advantages
+    settings: dict[str, Any] = advantage_settings(library, estimator)
+    advantages = gf.group_advantages(rewards.flatten(), group_size=4, **settings).advantages
     torch.testing.assert_close(advantages, expected(rewards.double()).flatten().float(), rtol=1e-5, atol=1e-6)
 
 
@@ -416,7 +423,7 @@ def test_advantages_of_swift(estimator: str, generator: torch.Generator) -> None
     module = peer_module("swift", "4.6.0", "rl_core.advantage", ("swift.utils",), distribution="ms-swift")
     rewards, weights = torch.rand(12, 2, generator=generator), torch.tensor([1.0, 0.3])
     expected, _ = module.compute_advantages(rewards, weights, 4, scale_rewards=estimator)
-    settings = advantage_settings("swift", estimator)
+    settings: dict[str, Any] = advantage_settings("swift", estimator)
     advantages = gf.group_advantages(rewards, group_size=4, reward_weights=weights, **settings).advantages
     torch.testing.assert_close(advantages, expected, rtol=1e-5, atol=1e-6)
 

@@ -23,6 +23,7 @@ def of_rounded_logits(case: LinearCase, half_ulp: float) -> dict[str, float]:
     scaled = logits.detach().nan_to_num(0, 0, 0).abs().amax().item() * options["logit_scale"]
     scaled *= 1 / torch.as_tensor(options["temperature"]).nan_to_num(1).min().item()
     logprobs = 2 * half_ulp * scaled
+    assert logits.grad is not None
     loss = half_ulp * (logits.grad * logits.detach().nan_to_num(0, 0, 0)).abs().sum().item()
     return {"loss": loss, "logprobs": logprobs, "entropy": logprobs * (1 + out.entropy.max().item())}
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from compare import labelled
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -81,7 +82,13 @@ def test_compiled_log_probabilities_of_a_frozen_head(of: str) -> None:
     states = [torch.randn(B, T + 1, D), torch.randn(B, T + 1, R)]
     for x in states:
         x[:, :T][~mask] = float("nan")
-    rest = torch.randn(V, D), torch.randn(V, R), torch.randint(V, (B, T)), mask, torch.where(mask, torch.randn(B, T), float("nan"))
+    rest: tuple[Tensor, ...] = (
+        torch.randn(V, D),
+        torch.randn(V, R),
+        torch.randint(V, (B, T)),
+        mask,
+        torch.where(mask, torch.randn(B, T), float("nan")),
+    )
     found = []
     for function in (compiled, total):
         leaves = [x.clone().requires_grad_() for x in states]
@@ -187,7 +194,7 @@ def test_compiled_by_chunks_with_an_extra_position_and_tensor_temperatures() -> 
         expected = step(x, config, temperature, 9 * 30 * 4)
         found = compiled(x, config, temperature, 9 * 30 * 4)
         for name, value in expected.items():
-            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=labelled(name))
         true = torch.autograd.grad(expected["loss"], [x["hidden"], x["weight"]])
         torch.testing.assert_close(torch.autograd.grad(found["loss"], [x["hidden"], x["weight"]]), true, rtol=1e-5, atol=1e-6)
     assert counter.frame_count == 1
@@ -199,9 +206,9 @@ def test_compiled_without_gradient_and_under_autocast() -> None:
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         for name, value in step(x, config, 0.8, None).items():
-            found = compiled(x, config, 0.8, None)[name]
-            assert not found.requires_grad
-            torch.testing.assert_close(found, value, rtol=1e-5, atol=1e-6)
+            again = compiled(x, config, 0.8, None)[name]
+            assert not again.requires_grad
+            torch.testing.assert_close(again, value, rtol=1e-5, atol=1e-6)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected, found = step(x, config, 0.8, 7 * 40 * 2), compiled(x, config, 0.8, 7 * 40 * 2)
     torch.testing.assert_close(found["logprobs"], expected["logprobs"])

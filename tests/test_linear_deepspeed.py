@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from compare import labelled
 from peers import PEERS
 from ranks import run_ranks
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ def test_gradients_are_the_mean_over_processes(kind: str, by: str, ranks: list[d
         assert found.keys() == expected.keys() and any("lm_head" in name or kind == "tied" for name in found)
         largest = max(x.abs().max().item() for x in expected.values())
         for name, x in expected.items():
-            torch.testing.assert_close(found[name], x, rtol=1e-4, atol=1e-5 * largest, msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(found[name], x, rtol=1e-4, atol=1e-5 * largest, msg=labelled(name))
 
 
 def test_a_partitioned_weight_is_gathered_once_and_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,6 +163,6 @@ def test_the_arguments_that_grpo_loss_checks_are_checked_here_too() -> None:
 def test_a_weight_that_deepspeed_has_partitioned_is_refused() -> None:
     arguments = right()
     weight = nn.Parameter(torch.empty(0))
-    weight.ds_id = 3  # as DeepSpeed marks its own
+    weight.ds_id = 3  # type: ignore[attr-defined]  # as DeepSpeed marks its own
     with pytest.raises(ValueError, match="partitioned by DeepSpeed's third stage; expected it whole"):
         gf.linear_grpo_loss(arguments["hidden"], weight, arguments["token_ids"], torch.ones(B))

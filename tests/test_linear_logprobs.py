@@ -23,7 +23,7 @@ def scoring_of(case: LinearCase) -> dict[str, Any]:
 
 
 def given(leaves: dict[str, Tensor]) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
-    rest = dict(leaves)
+    rest: dict[str, Any] = dict(leaves)
     hidden_and_weight = rest.pop("hidden"), rest.pop("weight")
     if "adapted" in rest:
         rest["adapter"] = (rest.pop("adapted"), rest.pop("adapter_weight"))
@@ -54,9 +54,7 @@ def truth_of(case: LinearCase, leaves: dict[str, Tensor]) -> tuple[Tensor, Tenso
     return tuple(torch.where(mask, x, 0) for x in found)  # type: ignore[return-value]
 
 
-def gradients(
-    leaves: dict[str, Tensor], outputs: tuple[Tensor, Tensor], upstream: tuple[Tensor | None, Tensor | None]
-) -> dict[str, Tensor]:
+def gradients(leaves: dict[str, Tensor], outputs: tuple[Tensor, Tensor], upstream: tuple[Tensor | None, ...]) -> dict[str, Tensor]:
     wanted = {name: x for name, x in leaves.items() if x.requires_grad}
     pairs = [(x, u.to(x.dtype)) for x, u in zip(outputs, upstream, strict=True) if u is not None]
     found = torch.autograd.grad([x for x, _ in pairs], list(wanted.values()), [u for _, u in pairs])
@@ -77,8 +75,10 @@ def check(seed: int, dtype: torch.dtype, frozen: tuple[str, ...], of: str, keep:
     poisoned = tuple(None if x is None else torch.where(mask, x, float("nan")) for x in (g, h))
 
     leaves = leaves_of(case, frozen)
-    tensors, rest = given(leaves)
-    out = gf.linear_token_logprobs(*tensors, ids, **rest, **scoring_of(case), chunk_bytes=options["chunk_bytes"], keep_bytes=keep_bytes)
+    (hidden, weight), rest = given(leaves)
+    out = gf.linear_token_logprobs(
+        hidden, weight, ids, **rest, **scoring_of(case), chunk_bytes=options["chunk_bytes"], keep_bytes=keep_bytes
+    )
     found = gradients(leaves, out, poisoned)
     exact = leaves_of(case, frozen, torch.float64)
     truth = truth_of(case, exact)
@@ -144,7 +144,7 @@ def test_no_token_at_all(trainable: bool, shape: tuple[int, int], extra: int) ->
     assert out.logprobs.shape == out.entropy.shape == shape
     (out.logprobs.sum() + out.entropy.sum()).backward()
     assert hidden.grad is not None and (hidden.grad == 0).all() and hidden.grad.shape == hidden.shape
-    assert not trainable or (weight.grad == 0).all()
+    assert not trainable or (weight.grad is not None and (weight.grad == 0).all())
     if trainable is False:
         hidden.grad = None
         call(hidden, weight, ids=torch.zeros(shape, dtype=torch.int64)).logprobs.sum().backward()
@@ -159,7 +159,8 @@ def test_all_masked_is_a_differentiable_zero(trainable: bool) -> None:
     out = call(hidden, weight, mask=torch.zeros(2, 5, dtype=torch.bool))
     assert (out.logprobs == 0).all() and (out.entropy == 0).all()
     (out.logprobs.sum() + out.entropy.sum()).backward()
-    assert (hidden.grad == 0).all() and (not trainable or (weight.grad == 0).all())
+    assert hidden.grad is not None and (hidden.grad == 0).all()
+    assert not trainable or (weight.grad is not None and (weight.grad == 0).all())
 
 
 @pytest.mark.parametrize("trainable", [True, False])

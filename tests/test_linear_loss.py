@@ -131,6 +131,7 @@ def test_no_token_at_all(shape: tuple[int, int], loss_type: str, extra: int) -> 
     ids, old = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape)
     out = gf.linear_grpo_loss(hidden, weight, ids, torch.ones(shape[0]), old_logprobs=old, config=gf.LossConfig(loss_type=loss_type))
     out.loss.backward()
+    assert weight.grad is not None and hidden.grad is not None
     assert out.loss == 0 and (weight.grad == 0).all() and hidden.grad.shape == hidden.shape and (hidden.grad == 0).all()
 
 
@@ -273,6 +274,8 @@ def test_autocast_is_that_of_torch(config: gf.LossConfig, trainable: bool, of: t
 class Frozen(nn.Module):
     """What a quantised head offers: no weight, a forward."""
 
+    matrix: Tensor
+
     def __init__(self, weight: Tensor):
         super().__init__()
         self.register_buffer("matrix", weight)
@@ -288,7 +291,7 @@ def test_a_callable_head_is_its_matrix(config: gf.LossConfig, kind: str, metrics
     a = arguments()
     linear = nn.Linear(D, V, bias=False).requires_grad_(False)
     linear.weight.data = a["weight"]
-    heads = {"module": Frozen(a["weight"]), "linear": linear, "lambda": lambda x: nn.functional.linear(x, a["weight"])}
+    heads: dict[str, Any] = {"module": Frozen(a["weight"]), "linear": linear, "lambda": lambda x: nn.functional.linear(x, a["weight"])}
     settings: dict[str, Any] = {"config": config, "metrics_on": metrics_on, "softcap": 3.0, "temperature": 0.7, "chunk_bytes": 5 * ROW}
     expected, true_gradients = run(a, frozen=("weight",), **settings)
     out, gradients = run(a, **{**settings, "weight": heads[kind]})

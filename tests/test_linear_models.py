@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from compare import labelled
 from torch import Tensor, nn
 
 import grpo_fast as gf
@@ -126,9 +127,7 @@ def check(model: Any, reference: Any = None, **options: Any) -> dict[str, Tensor
         assert found.keys() == true_gradients.keys()
         largest = max(x.abs().max() for x in true_gradients.values())
         for name, x in found.items():
-            torch.testing.assert_close(
-                x, true_gradients[name], rtol=1e-4, atol=1e-5 * largest.item(), msg=lambda m, name=name: f"{name}: {m}"
-            )
+            torch.testing.assert_close(x, true_gradients[name], rtol=1e-4, atol=1e-5 * largest.item(), msg=labelled(name))
     lp = gf.linear_logprobs_from(model, b["inputs"], ids, mask=b["mask"], temperature=0.8)
     torch.testing.assert_close(lp.logprobs, expected.logprobs, rtol=1e-4, atol=1e-5)
     assert expected.logprobs.std() > 0.1, "the test's model has no signal"
@@ -210,7 +209,7 @@ class Int8(Tensor):
 
     @staticmethod
     def __new__(cls, whole: Tensor, scale: Tensor) -> Int8:
-        return Tensor._make_wrapper_subclass(cls, whole.shape, dtype=scale.dtype)  # type: ignore[attr-defined]
+        return Tensor._make_wrapper_subclass(cls, whole.shape, dtype=scale.dtype)
 
     def __init__(self, whole: Tensor, scale: Tensor):
         self.whole, self.scale = whole, scale
@@ -230,7 +229,7 @@ class Int8(Tensor):
         return super().__torch_function__(func, types, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func is torch.ops.aten.detach.default:
             return Int8(args[0].whole, args[0].scale)
         raise NotImplementedError(f"{func} of a quantised weight")
@@ -243,8 +242,9 @@ def test_a_quantised_weight_that_says_it_is_a_matrix() -> None:
     model.lm_head.weight = nn.Parameter(weight, requires_grad=False)
     assert isinstance(model.lm_head.weight, Int8) and gf.head_of(model).weight is model.lm_head
     check(model)
+    head: Any = model.lm_head
     with pytest.raises(TypeError, match=r"weight is a Int8 \(quantised\); expected a plain tensor. Pass the frozen head itself"):
-        gf.linear_grpo_loss(torch.randn(1, 2, 16), model.lm_head.weight, torch.zeros(1, 2, dtype=torch.int64), torch.ones(1))
+        gf.linear_grpo_loss(torch.randn(1, 2, 16), head.weight, torch.zeros(1, 2, dtype=torch.int64), torch.ones(1))
 
 
 # ---- PEFT

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from compare import labelled
 from ranks import run_ranks
 
 CHILD = Path(__file__).with_name("linear_sharded_ranks.py")
@@ -28,7 +29,7 @@ def test_gradients_are_the_mean_over_processes(kind: str, by: str, wrapper: str,
         assert found.keys() == expected.keys()
         largest = max(x.abs().max().item() for x in expected.values())
         for name, x in expected.items():
-            torch.testing.assert_close(found[name], x, rtol=1e-4, atol=1e-5 * largest, msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(found[name], x, rtol=1e-4, atol=1e-5 * largest, msg=labelled(name))
     first, second = (rank[f"{kind} {by} {wrapper}"] for rank in ranks)
     assert all(torch.equal(x, second[name]) for name, x in first.items())
 

@@ -54,9 +54,9 @@ def test_over_hidden_states_it_is_the_same_loss(given: dict[str, Tensor]) -> Non
     torch.testing.assert_close(head.weight.grad, gradient.flatten(0, 1).T @ given["hidden"].flatten(0, 1), rtol=1e-4, atol=1e-6)
 
 
-def test_over_hidden_states_with_every_setting(given: dict[str, Tensor]) -> None:
+def test_over_hidden_states_with_every_setting(given: dict[str, Any]) -> None:
     config = gf.LossConfig(loss_type="grpo", epsilon_low=0.01)
-    settings = {"temperature": 0.7, "softcap": 5.0, "logit_scale": 0.5, "metrics_on": "all"}
+    settings: dict[str, Any] = {"temperature": 0.7, "softcap": 5.0, "logit_scale": 0.5, "metrics_on": "all"}
     ours = gf.LinearGRPOLoss(config, **settings)(**given, old_logprobs=torch.full((3, 4), -2.5))
     expected = gf.linear_grpo_loss(**given, old_logprobs=torch.full((3, 4), -2.5), config=config, **settings)
     assert torch.equal(ours.loss, expected.loss)

@@ -13,6 +13,7 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
@@ -49,7 +50,7 @@ def run_backend(tree: Path, what: str, out: Path, **environment: str) -> subproc
 
 
 @pytest.fixture(scope="session")
-def tree(tmp_path_factory) -> Path:
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the sources, without anything that was built in the checkout."""
     target = tmp_path_factory.mktemp("tree")
     unwanted = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
@@ -72,13 +73,13 @@ def wheel_of(tree: Path, out: Path, **environment: str) -> Path:
 
 
 @pytest.fixture(scope="session")
-def pure_wheel(tree, tmp_path_factory) -> Path:
+def pure_wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel of GRPO_FAST_BUILD=none; beside it its content, in ../site."""
     return wheel_of(tree, tmp_path_factory.mktemp("pure"), GRPO_FAST_BUILD="none")
 
 
 @pytest.fixture(scope="session")
-def late_wheel(tree, tmp_path_factory) -> Path:
+def late_wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel of a build that found no compiler: no extension, but its sources; its content is in ../site."""
     return wheel_of(tree, tmp_path_factory.mktemp("late"), CXX="/no/such/compiler")
 
@@ -115,7 +116,7 @@ def test_the_version_stands_once():
 
 
 def test_every_extra_that_is_named_exists():
-    declared = set(importlib.metadata.metadata("grpo_fast").get_all("Provides-Extra"))
+    declared = set(importlib.metadata.metadata("grpo_fast").get_all("Provides-Extra") or [])
     files = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.py"), *(ROOT / "grpo_fast").rglob("*.py")]
     text = "\n".join(path.read_text() for path in files)
     written = {name for names in re.findall(r"'\.\[([a-z,]+)\]'", text) for name in names.split(",")}
@@ -210,7 +211,7 @@ def test_an_install_without_extension_compiles_at_first_use_and_not_before(late_
         adv = gf.group_advantages(torch.tensor([0.0, 1.0, 2.0, 3.0]), group_size=2).advantages
         print(json.dumps([before, gf.backends()["cpu"].usable, gf.backends()["cpu"].details["library"], adv.tolist()]))
     """
-    environment = {"PYTHONPATH": str(site_of(late_wheel)), "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    environment: dict[str, Any] = {"PYTHONPATH": str(site_of(late_wheel)), "TORCH_EXTENSIONS_DIR": str(tmp_path)}
     before, usable, library, advantages = json.loads(python(code, **environment))
     assert not before and usable and Path(library).is_relative_to(tmp_path)
     assert advantages[0] == -advantages[1] < 0

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from compare import labelled
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -46,7 +47,7 @@ def configs(draw: st.DrawFn) -> LossConfig:
     loss_type = draw(st.sampled_from(list(LOSS_TYPES)))
     surrogate = LOSS_TYPES[loss_type].surrogate
     epsilon_high = draw(st.sampled_from([0.0, 0.2, 0.28, 5.0]))
-    clip = {
+    clip: dict[str, Any] = {
         "delta": draw(st.sampled_from([None, epsilon_high + 1.001, epsilon_high + 3.0])),
         "dual_clip": draw(st.sampled_from([None, 1.5, 3.0])),
     }
@@ -162,7 +163,7 @@ def problems(
 
     longer = draw(st.booleans())
     logits = uniform(-size.logits, size.logits, b, t + longer, vocabulary).to(dtype)
-    scoring = {
+    scoring: dict[str, Any] = {
         "temperature": draw(
             st.sampled_from(
                 [
@@ -322,12 +323,10 @@ def test_against_the_reference_in_float64(backend: str, problem: Problem) -> Non
     truth, true_gradient = problem.run("reference", **problem.double())
     assume(away_from_the_corners(truth, problem))
     for name, tolerance in (("logprobs", 4e-6), ("entropy", 1e-5)):
-        torch.testing.assert_close(
-            getattr(out, name).double(), getattr(truth, name), rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(getattr(out, name).double(), getattr(truth, name), rtol=tolerance, atol=tolerance, msg=labelled(name))
     assert torch.equal(out.active, truth.active)
     for name in out.metrics:
-        torch.testing.assert_close(out.metrics[name], truth.metrics[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(out.metrics[name], truth.metrics[name], rtol=1e-4, atol=1e-5, msg=labelled(name))
     scale = true_gradient.abs().amax().item() if true_gradient.numel() else 0.0
     rounding = torch.finfo(problem.logits.dtype).eps / 2
     allowed = 1.01 * rounding * true_gradient.abs() + 4e-5 * scale + 3e-7
@@ -356,10 +355,10 @@ def away_from_the_corners(truth: gf.GRPOOutput, problem: Problem) -> bool:
         divergence = (binary_tv if config.surrogate == "dppo_tv" else binary_kl)(logprobs, (logprobs - log_ratio).clamp(max=0))
         return all(bool(((divergence - mask).abs() > 1e-5).all()) for mask in (config.dppo_mask_low, config.dppo_mask_high))
     ratio = log_ratio.exp()
-    corners = torch.tensor(
+    bounds = torch.tensor(
         [1 - config.epsilon_low, 1 + config.epsilon_high, config.epsilon_high, config.delta or 9e9, config.dual_clip or 9e9]
     )
-    return bool(((ratio.unsqueeze(-1) - corners).abs() > 1e-5).all())
+    return bool(((ratio.unsqueeze(-1) - bounds).abs() > 1e-5).all())
 
 
 def test_the_properties_can_fail() -> None:

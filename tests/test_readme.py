@@ -124,7 +124,10 @@ def test_the_trainer_trains(tmp_path: Path, model: Any, monkeypatch: pytest.Monk
     block = python_block("GRPOTrainer(").replace(
         "max_completion_length=512", "max_completion_length=4, max_steps=1, use_cpu=True, bf16=False"
     )
-    names = {"model_name": str(tmp_path / "model"), "dataset": [{"prompt": "1", "answer": "1"}, {"prompt": "2", "answer": "2"}]}
+    names: dict[str, Any] = {
+        "model_name": str(tmp_path / "model"),
+        "dataset": [{"prompt": "1", "answer": "1"}, {"prompt": "2", "answer": "2"}],
+    }
     exec(block, names)
     assert names["trainer"].state.global_step == 1
 

@@ -531,7 +531,7 @@ def packed(batch: dict[str, Any]) -> dict[str, Any]:
 SMOOTH = [name for name, row in LOSS_TYPES.items() if row.surrogate in ("clip", "sapo", "reinforce", "dppo_tv", "dppo_kl")]
 TOKEN_LEVEL_ONLY = ("reinforce", "dppo_tv", "dppo_kl")
 CISPO_BOUND = 1.1  # within the ratios of a random batch
-EVERYTHING = {"beta": 0.3, "bias_corrected_kl": True, "entropy_coef": 0.2}
+EVERYTHING: dict[str, Any] = {"beta": 0.3, "bias_corrected_kl": True, "entropy_coef": 0.2}
 FEATURES: dict[str, tuple[dict[str, Any], tuple[str, ...], dict[str, Any]]] = {  # settings, tensors of the batch, other arguments
     "plain": ({}, (), {}),
     "bounds": ({"delta": 1.4, "dual_clip": 1.3}, (), {}),
@@ -1082,10 +1082,10 @@ def test_an_empty_batch_has_no_loss(backend: str, dtype: torch.dtype, loss_type:
     config = LossConfig(loss_type=loss_type, importance_sampling_level=level, max_completion_length=6, entropy_coef=0.1)
     logits = torch.zeros(*shape, 5, dtype=dtype, requires_grad=True)
     ids, per_token = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=dtype)
-    rows = {"old_logprobs": per_token, "rollout_weights": per_token, "ref_logprobs": per_token}
+    rows: dict[str, Any] = {"old_logprobs": per_token, "rollout_weights": per_token, "ref_logprobs": per_token}
     with gf.use_backend(backend):
         out = gf.grpo_loss(logits, ids, torch.zeros(shape[0], dtype=dtype), config=config, **rows)
-        flat = {name: x.reshape(-1)[:0] for name, x in rows.items()}
+        flat: dict[str, Any] = {name: x.reshape(-1)[:0] for name, x in rows.items()}
         cu_seqlens = torch.zeros(1, dtype=torch.int32)
         none = gf.grpo_loss(
             logits.reshape(-1, 5)[:0], ids.reshape(-1)[:0], per_token.reshape(-1)[:0], config=config, cu_seqlens=cu_seqlens, **flat
@@ -1164,7 +1164,7 @@ def test_dppo_keeps_a_rare_token_that_a_ratio_would_clip(backend: str, dtype: to
     with gf.use_backend(backend):
         out = gf.grpo_loss(logits, torch.zeros(1, 2, dtype=torch.int64), advantages, old_logprobs=old, config=LossConfig(**settings))
     close(out.loss, -100.0 / 2, 20 * tolerance, "the first token alone")
-    assert (out.metrics["clip_low"], out.metrics["clip_high"]) == (0.5, 0.0)
+    assert (out.metrics["clip_low"].item(), out.metrics["clip_high"].item()) == (0.5, 0.0)
 
 
 def assert_finite_at(

@@ -4,6 +4,7 @@ conversions of the half types."""
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -108,7 +109,7 @@ def test_a_temperature_however_low_has_its_gradient(how: str, temperature: float
     if softcap is not None:
         expected = expected * (1 - (capped / softcap).square())
     logits.requires_grad_()
-    scoring = {"temperature": temperature, "softcap": softcap}
+    scoring: dict[str, Any] = {"temperature": temperature, "softcap": softcap}
     if how == "token_logprobs":
         loss = grpo_fast.token_logprobs(logits, ids, **scoring).logprobs.sum() * temperature
     elif how == "linear_token_logprobs":

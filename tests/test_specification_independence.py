@@ -297,8 +297,9 @@ def epsilons_swapped_in_the_shared_surrogate(patch: pytest.MonkeyPatch) -> None:
     right = reference.surrogate
 
     def wrong(*arguments: Any) -> Tensor:
-        *others, config = arguments
-        return right(*others, dataclasses.replace(config, epsilon_low=config.epsilon_high, epsilon_high=config.epsilon_low))
+        config = arguments[-1]
+        swapped = dataclasses.replace(config, epsilon_low=config.epsilon_high, epsilon_high=config.epsilon_low)
+        return right(*(*arguments[:-1], swapped))
 
     for module in (reference, logprob_loss):
         patch.setattr(module, "surrogate", wrong)

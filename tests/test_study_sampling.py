@@ -144,12 +144,12 @@ def test_coherence_follows_think_opened_of_the_format_reward(here: Path) -> None
 
 
 def found() -> dict[str, Any]:
-    return json.loads(Path("found.json").read_text())  # type: ignore[no-any-return]
+    return json.loads(Path("found.json").read_text())
 
 
 def measured() -> list[dict[str, Any]]:
     """The measurements of each temperature, in the file beside the result."""
-    return json.loads(Path("found.raw.json").read_text())["drawn"]  # type: ignore[no-any-return]
+    return json.loads(Path("found.raw.json").read_text())["drawn"]
 
 
 def without_times(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:

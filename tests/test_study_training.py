@@ -41,7 +41,7 @@ def run(*arguments: str, status: int = 0) -> str:
 def stored(path: str = "training.json") -> dict[str, Any]:
     """The result, if there is one, and the measurements beside it."""
     result = json.loads(Path(path).read_text()) if Path(path).exists() else {}
-    return result | json.loads(Path(path).with_suffix(".raw.json").read_text())  # type: ignore[no-any-return]
+    return result | json.loads(Path(path).with_suffix(".raw.json").read_text())
 
 
 def cells(found: dict[str, Any]) -> list[tuple[int, str]]:
@@ -126,14 +126,14 @@ def test_training_from_the_command_line_interrupted_resumed_and_extended(here: P
 def test_means_errors_and_advice_over_seeds_worked_by_hand(tmp_path: Path) -> None:
     """Three seeds; at T = 1 the second training is better on each by 0.1 or so, at T = 0 no difference is significant."""
     accuracy = {"before": [(0.0, 0.2)] * 3, "0.6": [(0.9, 0.5), (0.8, 0.6), (0.7, 0.4)], "1": [(0.8, 0.61), (0.9, 0.7), (0.7, 0.51)]}
-    runs = []
+    runs: list[dict[str, Any]] = []
     for label, of_seeds in accuracy.items():
         for seed, pair in enumerate(of_seeds):
             table = [{"temperature": t, "samples": 8, "accuracy": value} for t, value in zip((0.0, 1.0), pair, strict=True)]
             curve = [0.0] * 5 + [0.5] * 10 + [0.2 * seed] * 5
             curves = {} if label == "before" else dict.fromkeys(training_setup.CURVES, curve)
             runs.append({"seed": seed, "trained_at": label, "curves": curves, "table": table})
-    schedules = {"0.6": {}, "1": {}}
+    schedules: dict[str, Any] = {"0.6": {}, "1": {}}
     told = {"eval_temperatures": [0.0, 1.0]}
     result = {"runs": runs, "options": told}
     study = training_setup.TrainingStudy(DemoOptions(), schedules, [0.0, 1.0], 3, False, tmp_path / "x.json", result)
@@ -215,7 +215,12 @@ def test_training_refuses_before_any_work(here: Path, monkeypatch: pytest.Monkey
 
 def test_a_quick_study_starts_from_the_beginning(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     starts: list[int] = []
-    monkeypatch.setattr(training, "warm_start", lambda demo: starts.append(demo.seed) or warm_start(demo))
+
+    def counted(demo: DemoOptions) -> Any:
+        starts.append(demo.seed)
+        return warm_start(demo)
+
+    monkeypatch.setattr(training, "warm_start", counted)
     quick = ["training", "--quick", "--temperatures", "1.0", "--eval_temperatures", "1.0"]
     out = run(*quick)
     assert "This was --quick: its figures mean nothing." in out and "With one seed there are no standard errors" in out

@@ -9,7 +9,12 @@ import warnings
 
 import pytest
 
-from grpo_fast.data.tasks import ReasoningGymReward, arithmetic_task, reasoning_gym_task, sorting_task
+from grpo_fast.data.tasks import ReasoningGymReward, Task, arithmetic_task, reasoning_gym_task, sorting_task
+
+
+def scorer_of(task: Task) -> ReasoningGymReward:
+    assert isinstance(task.reward, ReasoningGymReward)
+    return task.reward
 
 
 def answers(task, texts):
@@ -71,7 +76,7 @@ def test_a_generator_whose_scores_can_be_trusted(reasoning_gym):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         task = reasoning_gym_task("complex_arithmetic", size=5, seed=1)
-    assert not task.reward.exact and task.reward.__name__ == "reasoning_gym_complex_arithmetic"
+    assert not scorer_of(task).exact and task.reward.__name__ == "reasoning_gym_complex_arithmetic"
     truths = [row["answer"] for row in task.rows]
     assert answers(task, truths) == [1.0] * 5
     assert answers(task, ["junk", "", "0", "-", "1 + 1 + 1"]) == [0.0] * 5
@@ -95,9 +100,9 @@ def test_a_score_function_that_raises_means_wrong(reasoning_gym):
     raw = reasoning_gym.create_dataset("prime_factorization", size=2, seed=0)
     with pytest.raises(ValueError, match="invalid literal"):
         raw.score_answer("junk", raw[0])
-    assert task.reward.counters == {}  # the probing has left no trace
+    assert scorer_of(task).counters == {}  # the probing has left no trace
     assert answers(task, ["junk", task.rows[1]["answer"]]) == [0.0, 1.0]
-    assert task.reward.counters == {"scorer_raised": 1}
+    assert scorer_of(task).counters == {"scorer_raised": 1}
 
 
 def test_a_score_function_that_hangs_is_killed_and_counted(reasoning_gym):
@@ -118,7 +123,7 @@ def test_a_generator_that_pays_for_junk_is_scored_exactly_with_a_warning(reasoni
         UserWarning, match="game_of_life_halting's score function gives 1 to 'junk'; answers are compared with the stored one"
     ):
         task = reasoning_gym_task("game_of_life_halting", size=4)
-    assert task.reward.exact
+    assert scorer_of(task).exact
     truths = [row["answer"] for row in task.rows]
     assert answers(task, truths) == [1.0] * 4
     assert answers(task, ["junk"] * 4) == [0.0] * 4
@@ -128,7 +133,7 @@ def test_how_a_task_is_scored_does_not_depend_on_its_seed(reasoning_gym):
     with pytest.warns(UserWarning, match="chain_sum"):
         scored = {reasoning_gym_task("chain_sum", size=2, seed=seed, min_terms=2, max_terms=2).reward for seed in range(4)}
     assert len(scored) == 1
-    assert not reasoning_gym_task("chain_sum", size=2, floor=1.0).reward.exact  # all or nothing: no junk earns all
+    assert not scorer_of(reasoning_gym_task("chain_sum", size=2, floor=1.0)).exact  # all or nothing: no junk earns all
 
 
 @pytest.mark.sweep
@@ -149,7 +154,7 @@ def test_every_generator(reasoning_gym):
             assert answers(task, [row["answer"] for row in task.rows]) == [1.0] * 3, name
         for junk in ("no", "-1234567.5", "(1, 2", "null", "x" * 500):
             paid = answers(task, [junk] * 3)
-            if task.reward.exact:  # else a short text may share letters with a true answer, and earn a part
+            if scorer_of(task).exact:  # else a short text may share letters with a true answer, and earn a part
                 assert paid == [0.0] * 3, (name, junk)
             assert max(paid) < 1, (name, junk)
     assert refused == ["composite", "propositional_logic"]

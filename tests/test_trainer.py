@@ -14,7 +14,7 @@ from trainer_cases import ROWS, TOKENIZER, Scripted, logs, model, odd_tokens, pa
 
 import grpo_fast as gf
 from grpo_fast.models.forward import LARGEST_LEAK
-from grpo_fast.models.packing import pack, packing_leak
+from grpo_fast.models.packing import Layout, pack, packing_leak
 from grpo_fast.trainer import grpo_trainer as trainer_module
 from grpo_fast.trainer.rollout import Rollout
 
@@ -106,7 +106,7 @@ def test_any_split_into_micro_batches_is_the_same_step(tmp_path: Path, loss_type
         assert log_split[name] == pytest.approx(log[name], abs=1e-6), name
 
 
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "packed": {"packing": True},
     "packed, split": {"packing": True, **SPLIT},
     "from logits": {"fused_head": False},
@@ -147,7 +147,7 @@ def test_packed_sequences_do_not_attend_to_each_other(attention: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["one_row", "rows", "padded"])
-def test_layouts_score_each_token_by_the_one_before_it(how: str) -> None:
+def test_layouts_score_each_token_by_the_one_before_it(how: Layout) -> None:
     prompts, completions = [[1, 2, 3], [4], [5, 6]], [[7], [8, 9, 10], [11, 12]]
     rows = Rollout(prompts, completions, torch.ones(3), torch.ones(3), torch.ones(3).bool())
     packed = pack(rows, layout=how, pad_token_id=0, device=torch.device("cpu"))

@@ -155,6 +155,7 @@ def test_kl_to_a_frozen_copy(tmp_path: Path) -> None:
     run.train()
     kl = [record["kl"] for record in logs(run)]
     assert kl[0] == pytest.approx(0, abs=1e-6) and min(kl[1:]) > 1e-4
+    assert run.reference.copy is not None
     assert all(torch.equal(p, value) for p, value in zip(run.reference.copy.parameters(), parameters(model()).values(), strict=True))
 
 
@@ -244,7 +245,7 @@ class PoisonBackward(torch.autograd.Function):
         return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
         return grad * float("nan")
 
 
@@ -390,7 +391,7 @@ def test_chat_prompts_extra_columns_and_logged_completions(tmp_path: Path) -> No
     assert len(lines) == 3 and json.loads(lines[1])["rewards"] == {"reward": 1.0}
 
 
-BAD = {
+BAD: dict[str, dict[str, Any]] = {
     "temperature is 0; expected a finite number above 0": {"temperature": 0},
     "num_generations is 1; expected at least 2": {"num_generations": 1},
     "generation_batch_size is 16; expected a multiple of num_generations = 3": {"num_generations": 3},
@@ -469,7 +470,10 @@ def test_every_setting_of_the_loss_is_one_of_the_trainer(tmp_path: Path) -> None
     assert missing == renamed | {"aggregation", "entropy_aggregation", "log_ratio_clamp"}
     settings = {"loss_type": "vespo", "vespo_k_pos": 1.5, "sapo_temperature_neg": 1.2, "kl_estimator": "k2", "epsilon": 0.1, "beta": 0.5}
     found = config(tmp_path, **settings, use_bias_correction_kl=False).loss_config()
-    expected = {name: value for name, value in settings.items() if name != "epsilon"} | {"epsilon_low": 0.1, "epsilon_high": 0.1}
+    expected: dict[str, Any] = {name: value for name, value in settings.items() if name != "epsilon"} | {
+        "epsilon_low": 0.1,
+        "epsilon_high": 0.1,
+    }
     assert found == gf.LossConfig(**expected, bias_corrected_kl=False, max_completion_length=8)
     with pytest.raises(ValueError, match=r"GRPOConfig: vespo_k_pos is 'a'; expected a number\."):
         config(tmp_path, vespo_k_pos="a")
@@ -625,7 +629,11 @@ def test_an_unknown_head_is_computed_from_logits(tmp_path: Path, caplog: pytest.
 
 
 def test_the_seconds_of_each_part_of_a_step_are_logged(tmp_path: Path) -> None:
-    run = trainer(tmp_path, max_steps=3, num_iterations=3, beta=0.1, rewards=lambda completions, **_: time.sleep(0.2) or [*range(16)])
+    def slow(completions: list[str], **_: Any) -> list[float]:
+        time.sleep(0.2)
+        return [*range(16)]
+
+    run = trainer(tmp_path, max_steps=3, num_iterations=3, beta=0.1, rewards=slow)
     started = time.perf_counter()
     run.train()
     total = time.perf_counter() - started

@@ -57,7 +57,11 @@ def main(output: Path) -> None:
     """In each of the processes."""
     torch.set_num_threads(1)
     as_two_gpus()
-    saving = {"steps_per_generation": 4, "save_strategy": "steps", "save_steps": 1}  # half a rollout is in every other checkpoint
+    saving: dict[str, Any] = {
+        "steps_per_generation": 4,
+        "save_strategy": "steps",
+        "save_steps": 1,
+    }  # half a rollout is in every other checkpoint
     found: dict[str, Any] = {"whole": losses(output, processes=2, sampler=Scripted(), **saving)}
     found["resumed"] = losses(output, processes=2, sampler=Scripted(), resume=3, **{**saving, "save_strategy": "no"})
     model().save_pretrained(output / "model")  # by name, and loaded in one process alone: accelerate's default

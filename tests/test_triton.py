@@ -136,9 +136,13 @@ def test_no_value_is_asked_for(loss_type: str, inplace: bool, no_values: str) ->
     ids, per_token = torch.randint(100, (2, 3), device=no_values), torch.randn(2, 3, device=no_values)
     constants: dict[str, Any] = {"old_logprobs": per_token, "ref_logprobs": per_token, "rollout_weights": per_token}
     config = gf.LossConfig(loss_type=loss_type, beta=0.1, entropy_coef=0.1, max_completion_length=3)
-    settings = {"config": config, "inplace": inplace}
+    settings: dict[str, Any] = {"config": config, "inplace": inplace}
     with ValuesAskedFor() as asked:
-        padded = {"mask": per_token > 0, "temperature": torch.ones(2, device=no_values), "num_items": torch.ones((), device=no_values)}
+        padded: dict[str, Any] = {
+            "mask": per_token > 0,
+            "temperature": torch.ones(2, device=no_values),
+            "num_items": torch.ones((), device=no_values),
+        }
         out = gf.grpo_loss(logits * 1, ids, per_token[:, 0], **constants, **padded, **settings)
         (0.5 * out.loss).backward()
         flat: dict[str, Any] = {name: x.flatten() for name, x in constants.items()}
@@ -268,7 +272,7 @@ def test_the_same_bits_from_run_to_run(rows: int, triton_backend: None) -> None:
 def test_nothing_waits_for_the_gpu(loss_type: str, scale: float, triton_backend: None) -> None:
     logits = torch.randn(4, 9, 1000, device="cuda", requires_grad=True)
     ids, advantages = torch.randint(1000, (4, 9), device="cuda"), torch.randn(4, device="cuda")
-    call = {"config": gf.LossConfig(loss_type=loss_type), "old_logprobs": torch.randn(4, 9, device="cuda") - 7}
+    call: dict[str, Any] = {"config": gf.LossConfig(loss_type=loss_type), "old_logprobs": torch.randn(4, 9, device="cuda") - 7}
     (gf.grpo_loss(logits * 1, ids, advantages, **call, inplace=True).loss * scale).backward()  # compiles
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

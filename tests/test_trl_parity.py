@@ -35,7 +35,7 @@ needs_extension = pytest.mark.skipif(not extension.load(), reason=f"the extensio
 
 TRL_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 MAX_COMPLETION_LENGTH = 11
-SETTINGS = {  # of both; none has a value that float32 rounds, so that a difference is one of arithmetic
+SETTINGS: dict[str, Any] = {  # of both; none has a value that float32 rounds, so that a difference is one of arithmetic
     "sapo_temperature_pos": 1.25,
     "sapo_temperature_neg": 1.5,
     "vespo_k_pos": 1.75,
@@ -171,7 +171,7 @@ def our_loss(
 ) -> tuple[Tensor, Tensor, gf.GRPOOutput]:
     """The same of gf.grpo_loss, with the numbers mapped as the top of this file says. What is masked is poisoned: TRL needs it finite."""
     hidden = ~batch["mask"]
-    given = {name: x.to(dtype) if x.is_floating_point() else x for name, x in batch.items()}
+    given: dict[str, Any] = {name: x.to(dtype) if x.is_floating_point() else x for name, x in batch.items()}
     for name in ("logits", "old_logprobs", "ref_logprobs", "rollout_weights"):
         given[name] = given[name].masked_fill(hidden.unsqueeze(-1) if name == "logits" else hidden, float("nan"))
     logits = given.pop("logits").requires_grad_()

@@ -76,7 +76,7 @@ class Scripted:
 
 
 def config(output: Path | str, **settings: Any) -> GRPOConfig:
-    settings = {
+    options: dict[str, Any] = {
         "per_device_train_batch_size": 16,
         "num_generations": 4,
         "max_completion_length": 8,
@@ -89,7 +89,7 @@ def config(output: Path | str, **settings: Any) -> GRPOConfig:
         "disable_tqdm": True,
         "use_cpu": True,
     } | settings
-    return GRPOConfig(str(output), **settings)
+    return GRPOConfig(str(output), **options)
 
 
 def trainer(output: Path | str, *, of: Any = None, rewards: Any = odd_tokens, rows: Any = ROWS, **settings: Any) -> GRPOTrainer:

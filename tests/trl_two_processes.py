@@ -32,12 +32,14 @@ def sharded_step(trainer: Any, model_path: Path, out: Path) -> None:
     forward as well."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
 
     mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
     for module in (*trainer.model.model.layers, trainer.model):
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
     loss, gradients, _ = loss_of(trainer, batch(model_path))
-    whole = {name: gradient.full_tensor() for name, gradient in gradients.items()}
+    whole = {name: gradient.full_tensor() for name, gradient in gradients.items() if isinstance(gradient, DTensor)}
+    assert whole.keys() == gradients.keys()
     if trainer.accelerator.is_main_process:
         torch.save({"processes": mesh.size(), "loss": loss, "gradients": whole}, out)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from datetime import timedelta
+from typing import Any
 
 import torch
 from hang import HANG
@@ -27,9 +28,9 @@ def main(rank: int, file: str) -> None:
     temperature = torch.tensor([0.6, 1.3])
     mine = slice(CUT) if rank == 0 else slice(CUT, None)
 
-    def results(of: Tensor, *group: object) -> tuple[Tensor, ...]:
+    def results(of: Tensor, group: Any = None) -> tuple[Tensor, ...]:
         leaves = [hidden.clone().requires_grad_(), of.clone().requires_grad_()]
-        logprobs, entropy = linear_cross_entropy(*leaves, labels, temperature, "none", *group)
+        logprobs, entropy = linear_cross_entropy(leaves[0], leaves[1], labels, temperature, "none", group)
         return logprobs, entropy, *torch.autograd.grad(logprobs.sum() + entropy.square().sum(), leaves)
 
     whole = results(weight)

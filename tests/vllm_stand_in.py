@@ -38,7 +38,8 @@ class StandIn:
         self.requests: list[dict[str, Any]] = []  # of completions
         self.calls: list[str] = []  # paths of everything else
         self.wire: dict[str, torch.Tensor] = {}  # in place of NCCL: what the trainer's side has broadcast
-        self.phase, self.init_info = "", {}  # of the weight transfer
+        self.phase = ""  # of the weight transfer
+        self.init_info: dict[str, Any] = {}
         self.left = False  # whether the trainer's side has left the transfer's group
         self.release = threading.Event()
         self.lock = threading.Lock()

@@ -99,6 +99,7 @@ def measured(name: str, of: dict[str, Any], part: slice, group: Any, dtype: torc
     from_logits = gf.grpo_loss(logits, of["token_ids"], of["advantages"], config=of["config"], **of["options"], **sharded)
     from_logits.loss.backward()
     found |= {"logits.loss": from_logits.loss.detach(), "logits.entropy": from_logits.entropy}
+    assert logits.grad is not None
     found["d.logits"] = logits.grad.movedim(-1, 0)  # [V of the part, B, T + 1]
 
     upstream = torch.linspace(-1, 1, B * T).view(B, T)
@@ -120,12 +121,13 @@ def messages(part: slice, group: Any) -> dict[str, str]:
     hidden, weight = torch.randn(B, T, D), torch.randn(V, D)[part]
     ids = torch.zeros(B, T, dtype=torch.int64)
     found = {}
-    for name, change in {
+    changes: dict[str, dict[str, Any]] = {
         "float64": {"hidden": hidden.double(), "weight": weight.double()},
         "callable": {"weight": lambda x: x},
         "negative": {"token_ids": ids - 1},
         "too large": {"token_ids": ids + V},
-    }.items():
+    }
+    for name, change in changes.items():
         call = {"hidden": hidden, "weight": weight, "token_ids": ids, "advantages": torch.ones(B), **change}
         try:
             found[name] = f"{gf.linear_grpo_loss(**call, process_group=group).loss.item()}"

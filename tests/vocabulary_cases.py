@@ -13,7 +13,9 @@ from torch import Tensor
 import grpo_fast as gf
 
 # (vocabulary, dtype, soft cap): of Llama 2, GPT-2, Llama 3, Qwen 2.5 (its tokenizer's, and rounded up) and Gemma.
-VOCABULARIES = [(vocabulary, torch.bfloat16, None) for vocabulary in (32000, 50257, 128256, 151643, 152064, 262144)]
+VOCABULARIES: list[tuple[int, torch.dtype, float | None]] = [
+    (vocabulary, torch.bfloat16, None) for vocabulary in (32000, 50257, 128256, 151643, 152064, 262144)
+]
 VOCABULARIES += [(vocabulary, dtype, 30.0) for vocabulary in (50257, 128256) for dtype in (torch.float32, torch.float16)]
 
 LOGITS_AT_ONCE = 2**22  # of which float64 temporaries are made: some hundred megabytes, since several tests share a GPU
