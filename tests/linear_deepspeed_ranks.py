@@ -1,4 +1,4 @@
-"""Processes whose tiny model DeepSpeed's third stage has partitioned; test_linear_deepspeed.py starts them and looks at what they leave.
+"""Processes whose tiny model DeepSpeed ZeRO-3 has partitioned; test_linear_deepspeed.py starts them and looks at what they leave.
 
 By hand: python tests/linear_deepspeed_ranks.py RANK PROCESSES FOLDER PORT
 """

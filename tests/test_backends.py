@@ -277,7 +277,7 @@ def test_a_compilation_that_fails_is_a_status_with_the_compilers_words_in_a_log(
         (lambda m: m.setenv("GRPO_FAST_BUILD", "none"), "GRPO_FAST_BUILD=none forbids"),
         (lambda m: m.setenv("GRPO_FAST_BUILD", "wrong"), "expected one of auto"),
         (lambda m: m.setattr(build, "cxx_compiler", lambda: None), "no C\\+\\+ compiler"),
-        (lambda m: m.setattr(extension, "_source_folder", lambda: None), "carries no C\\+\\+ sources"),
+        (lambda m: m.setattr(extension, "_source_folder", lambda: None), "contains no C\\+\\+ sources"),
         (lambda m: m.setenv("TORCH_EXTENSIONS_DIR", "/proc/no"), "failed"),
     ],
 )

@@ -374,7 +374,7 @@ def test_a_shape_for_measuring(cluster: Callable[..., None], monkeypatch: pytest
     assert not torch.equal(*entropies)
     for stages in (1, 100):
         cluster(cluster=1, stages=stages)
-        with pytest.raises(RuntimeError, match="GRPO_FAST_CLUSTER asks for what there is not; unset it"):
+        with pytest.raises(RuntimeError, match="GRPO_FAST_CLUSTER names a shape that this GPU does not support; unset it"):
             gf.grpo_loss(**given, impl="cluster")
     for text in ("auto", "4", "4x3x2", "-1x2", "3x3"):
         monkeypatch.setenv("GRPO_FAST_CLUSTER", text)

@@ -177,7 +177,7 @@ def test_a_switch_is_a_bool(value: Any) -> None:
 
 
 def test_a_bound_of_cispo_that_was_meant_as_a_distance(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules[LossConfig.__module__], "_known_cispo_bounds", set())
+    monkeypatch.setattr(sys.modules[LossConfig.__module__], "_warned_cispo_bounds", set())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         LossConfig("cispo", epsilon_high=1.0)

@@ -666,7 +666,7 @@ def test_numbers_of_numpy_are_numbers() -> None:
 def test_tensors_without_values(what: str) -> None:
     logits, ids = torch.randn(B, T, V, device="meta"), torch.zeros(B, T, dtype=torch.long, device="meta")
     rest = (torch.randn(B, device="meta"),) if what == "grpo_loss" else ()
-    with pytest.raises(ValueError, match="logits are on meta, which holds no values; expected tensors of a CPU or a GPU"):
+    with pytest.raises(ValueError, match="logits are on meta, which holds no values; expected tensors on a CPU or a GPU"):
         getattr(gf, what)(logits, ids, *rest)
 
 

@@ -1,4 +1,4 @@
-"""The fused head of a model that DeepSpeed's third stage has partitioned: two processes have the mean of what each would have alone."""
+"""The fused head of a model that DeepSpeed ZeRO-3 has partitioned: two processes have the mean of what each would have alone."""
 
 from __future__ import annotations
 

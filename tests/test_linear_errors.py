@@ -35,7 +35,7 @@ def changed(name: str, change: Callable[[Any], Any]) -> dict[str, Any]:
 
 
 CASES: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = {
-    "hidden-none": (changed("hidden", lambda x: None), TypeError, ("hidden is a NoneType", "what a model feeds to its head")),
+    "hidden-none": (changed("hidden", lambda x: None), TypeError, ("hidden is a NoneType", "input of a model's LM head")),
     "hidden-1d": (
         {**changed("hidden", lambda x: x[0, 0]), "adapter": None},
         ValueError,
@@ -82,12 +82,12 @@ CASES: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = {
     "module-scalar": (
         {**right(), "weight": lambda x: x.sum(), "bias": None, "adapter": None},
         ValueError,
-        ("weight is a callable that made a number of hidden states [1, 4]", "logits [1, V]", "model's head"),
+        ("weight is a callable that returned a number for hidden states [1, 4]", "logits [1, V]", "model's head"),
     ),
     "module-list": (
         {**right(), "weight": lambda x: x.tolist(), "bias": None, "adapter": None},
         ValueError,
-        ("weight is a callable that made a list",),
+        ("weight is a callable that returned a list",),
     ),
     "module-bias": (
         {**right(), "weight": nn.Linear(D, V).requires_grad_(False), "adapter": None},
@@ -120,7 +120,7 @@ def test_bad_arguments(name: str, what: str) -> None:
 def test_what_a_callable_makes(head: Callable[[Tensor], Tensor]) -> None:
     arguments = right()
     with pytest.raises(
-        ValueError, match=r"weight is a callable that made torch.* of hidden states \[6, 4\]; .* logits \[n, V\] = \[6, 7\]"
+        ValueError, match=r"weight is a callable that returned torch.* for hidden states \[6, 4\]; .* logits \[n, V\] = \[6, 7\]"
     ):
         gf.linear_grpo_loss(arguments["hidden"], head, arguments["token_ids"], torch.ones(B))
 
@@ -164,5 +164,5 @@ def test_a_weight_that_deepspeed_has_partitioned_is_refused() -> None:
     arguments = right()
     weight = nn.Parameter(torch.empty(0))
     weight.ds_id = 3  # type: ignore[attr-defined]  # as DeepSpeed marks its own
-    with pytest.raises(ValueError, match="partitioned by DeepSpeed's third stage; expected it whole"):
+    with pytest.raises(ValueError, match="partitioned by DeepSpeed ZeRO-3; expected the full weight"):
         gf.linear_grpo_loss(arguments["hidden"], weight, arguments["token_ids"], torch.ones(B))

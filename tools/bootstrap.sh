@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# Makes .venv ready for `make demo` (bootstrap.sh demo) or for everything else (bootstrap.sh test): packages, this checkout, the extension.
-# Starts from $PYTHON (python3). Takes the torch of that interpreter where it has a recent one, else installs the pinned one. Does nothing
-# when nothing has changed since: packages are looked at again after a change of pyproject.toml, the C++ after a change of csrc.
+# Creates or updates .venv for `make demo` (bootstrap.sh demo) or for all other targets (bootstrap.sh test): installs the packages and this
+# checkout, and compiles the extension. Uses the interpreter $PYTHON (default python3), and its torch if that is 2.11 or newer; otherwise
+# installs the pinned torch. A later call does nothing unless something has changed: it installs packages again after a change of
+# pyproject.toml, setup.py or this file, and compiles again after a change of csrc/, setup.py, the build flags or the package versions.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 what=${1:-test}
 torch_pin=torch==2.13.0
 peers="verl==0.9.1 openrlhf==0.11.2 ms-swift==4.6.0 deepspeed==0.19.8"
 needed_by_deepspeed="hjson==3.1.0 py-cpuinfo==9.0.0 msgpack==1.2.4 einops==0.8.2"
-triton_pin=triton==3.7.1  # beside a CPU build of torch, which names none; a CUDA build brings its own
+triton_pin=triton==3.7.1  # for a CPU build of torch, which does not require triton; a CUDA build requires its own version
 
 fail() { echo "grpo_fast: $*" >&2; exit 1; }
 say() { echo "grpo_fast: $*"; }
@@ -16,18 +17,18 @@ digest() { sha256sum | cut -c1-16; }
 
 host=${PYTHON:-python3}
 python=.venv/bin/python
-unset VIRTUAL_ENV PYTHONHOME PYTHONPATH  # the caller's own environment must not leak into ours
+unset VIRTUAL_ENV PYTHONHOME PYTHONPATH  # the caller's environment must not affect .venv
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
 make_venv() {
   command -v "$host" >/dev/null || fail "'$host' was not found. Install Python 3.10 or newer, or name one: make $what PYTHON=/path/to/python3"
   "$host" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' ||
     fail "$("$host" --version) at '$host'; expected Python 3.10 to 3.13. Name another: make $what PYTHON=/path/to/python3"
-  say "making .venv with $("$host" --version)"
+  say "creating .venv with $("$host" --version)"
   rm -rf .venv
   "$host" -m venv .venv || { rm -rf .venv; fail "'$host -m venv' failed. On Debian and Ubuntu: apt install python3-venv"; }
 
-  # A folder on the path, and not --system-site-packages, which does not see the packages of an interpreter that is itself in a venv.
+  # A .pth file and not --system-site-packages, which does not include the packages of an interpreter that is itself in a venv.
   local found
   found=$("$host" - <<'PY' || true
 import importlib.metadata, importlib.util, os
@@ -51,28 +52,28 @@ install_packages() {
     say "installing $torch_pin (large)"
     $pip "$torch_pin"
   fi
-  # What is pinned for the tests is what the demo gets too; and the torch that is there stays, whatever newer ones there may be.
+  # The constraints apply the pinned versions of the test group to the demo too, and keep pip from replacing the installed torch.
   { sed -n 's/^ *"\([A-Za-z0-9_-]*==[0-9.]*\)".*/\1/p' pyproject.toml
     $python -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))'
     $python -c 'import importlib.metadata as m, sys; sys.exit(any(r.startswith("triton") for r in m.requires("torch") or []))' && echo "$triton_pin"
   } >.venv/constraints.txt || true
   say "installing grpo_fast[$extras]${group:+ and the test group}"
-  # The extension is built below, in place, where ninja compiles only what has changed.
+  # The extension is compiled below, in place, where ninja recompiles only the files that have changed.
   GRPO_FAST_BUILD=none $pip -c .venv/constraints.txt --no-build-isolation -e ".[$extras]" $group
   [ "$what" = demo ] || install_peers
 }
 
-# Libraries that cannot live beside the pinned ones, for comparison with single functions of theirs (tests/peers.py says how), and the oldest
-# TRL that the adapter takes.
+# Libraries whose dependencies conflict with the pinned ones: tests/peers.py loads single functions from them for comparison. Also the oldest
+# TRL that the adapter supports.
 install_peers() {
   rm -rf .venv/peers
   local peer
-  for peer in $peers $needed_by_deepspeed; do put_aside "$peer" .venv/peers; done
-  put_aside trl==1.15.0 .venv/peers/trl-1.15.0
+  for peer in $peers $needed_by_deepspeed; do install_into "$peer" .venv/peers; done
+  install_into trl==1.15.0 .venv/peers/trl-1.15.0
 }
 
-put_aside() {  # requirement, folder
-  $python -m pip install -qq --no-compile --no-deps --target "$2" "$1" || say "$1 cannot be had here: the tests that compare with it are skipped"
+install_into() {  # requirement, folder
+  $python -m pip install -qq --no-compile --no-deps --target "$2" "$1" || say "$1 could not be installed: the tests that compare with it are skipped"
 }
 
 [ -x $python ] && $python -c '' 2>/dev/null || make_venv

@@ -75,7 +75,7 @@ struct LossOutput {
   Tensor loss, logprobs, entropy, metrics;
 };
 
-// gradient: where to write it (the logits themselves, in place), or null where none is wanted
+// gradient: where to write it (the logits themselves if in place), or null if no gradient is wanted
 LossOutput grpo_loss_rows(const Tensor& logits, const Tensor* gradient, const Tokens& tokens, const Tensor& token_ids,
                           const PolicyInputs& policy, bool only_active) {
   const Rows in(logits), out(gradient ? *gradient : logits);

@@ -133,7 +133,7 @@ GF_INLINE auto block_of(const T* row, int64_t n, const RowTransform& transform, 
   }
 }
 
-// f(z) of one column in double, for the target: it determines the accuracy of a token with a probability near 1.
+// f(z) of one column in double, for the target, on which the accuracy of a token with a probability near 1 depends.
 template <typename T, bool kCapped>
 GF_INLINE double column(const T* row, int64_t v, const RowTransform& transform) {
   const double z = to_float(row[v]);
@@ -162,7 +162,7 @@ GF_INLINE float maximum_of(const E* __restrict f, int64_t n) {
   return maximum;
 }
 
-// Asks for n values ahead of their use. The hardware's own prefetching stops at each page of 4 KiB, which is two blocks of float32.
+// Prefetches n values. The hardware's prefetching stops at each page of 4 KiB, which is two blocks of float32.
 template <typename E>
 GF_INLINE void prefetch(const E* f, int64_t n) {
   const char* bytes = reinterpret_cast<const char*>(f);

@@ -35,8 +35,8 @@ std::tuple<Tensor, Tensor, Tensor> token_logprobs_cpu(const Tensor& logits_in, c
   return {logprobs, entropy, lse};
 }
 
-// Sets the pivot of a row from its float32 lse, which is that of the whole vocabulary where the row is a shard. A large lse has too few
-// digits left to determine probabilities (at a low temperature none), so then the row is summed again.
+// Sets the pivot of a row from its float32 lse, which is that of the whole vocabulary if the row is a shard. A large lse in float32 has too
+// few fractional digits to determine probabilities (at a low temperature none), so the row is then summed again.
 static void set_pivot(RowStatistics* statistics, const RowKernels& kernels, const void* row, int64_t vocabulary, int64_t target,
                       const RowTransform& transform) {
   constexpr double kExactLse = 256;  // float32 keeps a probability to 1.5e-5 of itself there

@@ -96,7 +96,7 @@ cudaError_t launch(const GroupAdvantagesArgs& args, cudaStream_t stream) {
 
 }  // namespace
 
-// Null, or what CUDA says went wrong.
+// Returns null, or CUDA's error message.
 extern "C" const char* group_advantages_cuda_launch(const GroupAdvantagesArgs* args, void* stream) {
   const bool short_groups = args->num_rows <= kRowsPerWarp * args->num_groups;
   const auto cuda_stream = static_cast<cudaStream_t>(stream);

@@ -209,7 +209,7 @@ __device__ void fetch(const ClusterLossArgs& args, int64_t row, int64_t slice_ve
   const int64_t* strides = args.gradient ? args.gradient_strides : args.logits_strides;
   slot.out_row = gradient + (b * strides[0] + t * strides[1]) * static_cast<int64_t>(sizeof(T));
   slot.direct = ((reinterpret_cast<uintptr_t>(in) ^ reinterpret_cast<uintptr_t>(slot.out_row)) & 15) != 0;
-  // If the logits are not read, the boundaries of the gradient decide.
+  // If the logits are not read, the alignment of the gradient determines the edges.
   if (!slot.has_sums) in = slot.out_row, slot.direct = false;
 
   const int64_t offset = static_cast<int64_t>((16 - (reinterpret_cast<uintptr_t>(in) & 15)) & 15) / static_cast<int64_t>(sizeof(T));
@@ -752,7 +752,8 @@ extern "C" const char* grpo_loss_cluster_launch(const grpo_fast::ClusterLossArgs
   const Device& here = device(index);
   if (here.why) return here.why;
   const Shape shape = shape_of(*args, here.shared_bytes);
-  if (shape.cluster == 0 && (args->force_cluster || args->force_stages)) return "GRPO_FAST_CLUSTER asks for what there is not; unset it";
+  if (shape.cluster == 0 && (args->force_cluster || args->force_stages))
+    return "GRPO_FAST_CLUSTER names a shape that this GPU does not support; unset it";
   if (shape.cluster == 0) return "a row of these logits is longer than the shared memory of a cluster; leave impl at None";
 
   cudaLaunchAttribute attribute{};
@@ -770,7 +771,7 @@ extern "C" const char* grpo_loss_cluster_launch(const grpo_fast::ClusterLossArgs
   const int64_t resident = resident_clusters(kernel, shape, index, config), rows = args->sequences * args->positions;
   if (resident == 0) {
     cudaGetLastError();
-    return "the GPU does not take a cluster of this size; leave impl at None";
+    return "the GPU does not support a cluster of this size; leave impl at None";
   }
   cudaError_t error = cudaSuccess;
   if (rows > 0) {

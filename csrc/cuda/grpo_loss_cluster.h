@@ -30,7 +30,7 @@ enum TokenMetric { kKl, kEntropy, kRatioMean, kRatioMax, kClipLowShare, kClipHig
 
 struct ClusterLossArgs {
   const char* logits;  // [sequences, positions, vocabulary], contiguous over the vocabulary
-  char* gradient;      // the same shape; the logits themselves, or null where no gradient is wanted
+  char* gradient;      // the same shape; the logits themselves if in place, or null if no gradient is wanted
   int64_t logits_strides[2], gradient_strides[2];
   int64_t sequences, positions, length, vocabulary;  // position `length`, if there is one, predicts no token
   LogitType type;
@@ -53,7 +53,7 @@ struct ClusterLossArgs {
 
 }  // namespace grpo_fast
 
-// Null, or a message that says why nothing was launched. `stream` is a cudaStream_t.
+// Returns null, or a message that says why nothing was launched. `stream` is a cudaStream_t.
 extern "C" const char* grpo_loss_cluster_launch(const grpo_fast::ClusterLossArgs* args, void* stream);
-// Bytes of the longest row that fits in a cluster of this device; 0, and the reason in `why`, if the kernel does not run there.
+// Returns the bytes of the longest row that fits in a cluster of this device; 0, and the reason in `why`, if the kernel does not run there.
 extern "C" int64_t grpo_loss_cluster_row_bytes(int32_t device, const char** why);

@@ -13,7 +13,7 @@ namespace {
 
 using namespace grpo_fast;
 
-// On the logits' device, by its current stream.
+// Launches on the device of the logits and its current stream.
 const char* launch(const ClusterLossArgs& args, torch::stable::accelerator::DeviceIndex device) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));

@@ -1,4 +1,4 @@
-// From tensors to the plain arguments of the cluster kernel, for the CUDA binding and for the tests on a CPU.
+// Converts tensors to the plain arguments of the cluster kernel, for the CUDA binding and for the tests on a CPU.
 #pragma once
 #include <cmath>
 #include <cstdio>

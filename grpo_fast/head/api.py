@@ -25,7 +25,7 @@ from grpo_fast.loss.validation import validated_loss_inputs
 
 __all__ = ["linear_grpo_loss", "linear_token_logprobs"]
 
-KEPT_SHARE = 4  # logits kept for backward take at most this part of the free memory
+KEPT_SHARE = 4  # logits kept for backward take at most 1 / KEPT_SHARE of the free memory
 
 _DEFAULT_CONFIG = LossConfig()
 
@@ -53,27 +53,28 @@ def linear_grpo_loss(
     adapter: tuple[Tensor, Tensor] | None = None,  # like hidden with R in place of D, and [V, R]
     process_group: ProcessGroup | None = None,
 ) -> GRPOOutput:
-    """grpo_loss of ``logits = hidden @ weight.T + bias`` without the full logits in memory.
+    """Compute grpo_loss of ``logits = hidden @ weight.T + bias`` without the full logits in memory.
 
     Loss and gradients are those of grpo_loss, and so are the metrics with ``metrics_on="all"`` (the default here is ``"active"``), to which
     ``recomputed_fraction`` is added.
 
-    The logits of a chunk of tokens are overwritten with their gradient, which is multiplied out before the next chunk. A trainable head
+    The logits of a chunk of tokens are overwritten with their gradient, from which the gradients of ``hidden`` and ``weight`` are computed
+    before the next chunk. A trainable head
     costs 6 N D V operations and a frozen one 4, with N the number of tokens that can change the gradient; with ``metrics_on="all"`` every
     other unmasked token costs 2 D V. Masked tokens cost nothing. With a sequence-level ratio a chunk holds whole sequences; the logits of a
     sequence longer than a chunk are computed twice, unless ``old_logprobs`` is None. ``metrics["recomputed_fraction"]`` is the share of
-    tokens that were. On a GPU the number of active tokens is read, which is the call's one synchronisation; while a CUDA graph is captured
-    nothing is read and every token is computed.
+    tokens whose logits were computed twice. On a GPU the call synchronises once, to read the number of active tokens; while a CUDA graph is
+    captured nothing is read and every token is computed.
 
     Args:
-        hidden: what the model feeds to its head. ``[B, T + 1, D]``: the last position is ignored, nothing is copied.
-        weight: of the head. A DTensor is gathered. For a frozen head without such a matrix (a quantised one), pass the callable itself.
-        bias: of the head.
+        hidden: the input of the model's LM head. ``[B, T + 1, D]``: the last position is ignored without a copy.
+        weight: the weight of the head. A DTensor is gathered. For a frozen head without such a matrix (a quantised one), pass the callable.
+        bias: the bias of the head.
         chunk_bytes: memory for the logits of one chunk. None: for 512 tokens on a CPU and 8192 elsewhere, or as many as fit into a quarter
             of the free memory. A call also needs memory for the gradients (those of weights in float32 until the last chunk), for the
-            weight in autocast's dtype if autocast is on, and for a callable's own logits of the chunk.
+            weight in autocast's dtype if autocast is on, and for the logits that a callable allocates for the chunk.
         adapter: ``(adapted, adapter_weight)`` adds ``adapted @ adapter_weight.T`` to the logits: LoRA with
-            ``adapted = scale * hidden @ A.T`` and ``adapter_weight = B``, whose merged matrix is never made.
+            ``adapted = scale * hidden @ A.T`` and ``adapter_weight = B``; the merged weight is never computed.
         process_group: the processes that share the vocabulary. Each passes its own shard of ``weight`` (and bias), [V of the shard, D];
             the shards follow one another in the order of the ranks. All other arguments must be equal in all processes, and so are the
             results and the gradient of ``hidden``.
@@ -81,7 +82,7 @@ def linear_grpo_loss(
     The other arguments are those of grpo_loss.
 
     Returns:
-        GRPOOutput(loss, logprobs, entropy, active, metrics), as of grpo_loss.
+        GRPOOutput(loss, logprobs, entropy, active, metrics), as in grpo_loss.
 
     Raises:
         TypeError, ValueError: names the argument, what it was, what was expected and the fix, before anything is written.
@@ -167,11 +168,11 @@ def linear_token_logprobs(
     adapter: tuple[Tensor, Tensor] | None = None,  # like hidden with R in place of D, and [V, R]
     process_group: ProcessGroup | None = None,
 ) -> TokenLogprobs:
-    """token_logprobs of ``logits = hidden @ weight.T + bias`` without the full logits in memory; both results are differentiable.
+    """Compute token_logprobs of ``logits = hidden @ weight.T + bias`` without the full logits in memory; both results are differentiable.
 
-    With N the unmasked tokens, it costs 2 N D V operations without a gradient. With a frozen head it costs 4: d logprob / d hidden is
-    computed in the forward pass, and backward scales its rows (a gradient of the entropy computes the logits again: 8). With a trainable
-    head it costs 6 for the tokens whose logits fit into ``keep_bytes``, and 8 for the others.
+    For N unmasked tokens it costs 2 N D V operations without a gradient. With a frozen head it costs 4 N D V: d logprob / d hidden is
+    computed in the forward pass, and backward scales its rows (for a gradient of the entropy the logits are computed again: 8 N D V). With
+    a trainable head it costs 6 D V for each token whose logits fit into ``keep_bytes``, and 8 D V for each of the others.
 
     Args:
         keep_bytes: memory for logits kept from forward to backward, trainable heads only. None: a quarter of the free memory. Under
@@ -180,7 +181,7 @@ def linear_token_logprobs(
     The other arguments are those of linear_grpo_loss.
 
     Returns:
-        TokenLogprobs(logprobs, entropy), float32 and shaped like token_ids, 0 under the mask's zeros.
+        TokenLogprobs(logprobs, entropy), float32 and shaped like token_ids, 0 where masked.
 
     Raises:
         TypeError, ValueError: names the argument, what it was, what was expected and the fix, before anything is written.

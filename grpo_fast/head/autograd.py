@@ -46,7 +46,7 @@ class LinearLossFunction(torch.autograd.Function):
 
 
 class LinearLogprobsFunction(torch.autograd.Function):
-    """Log-probabilities and entropy, [1, N]. What backward needs is kept or computed again: see logprobs.py."""
+    """Log-probabilities and entropy, [1, N]. The logits that backward needs are kept or computed again: see logprobs.py."""
 
     @staticmethod
     def forward(
@@ -80,7 +80,7 @@ class LinearLogprobsFunction(torch.autograd.Function):
             g = torch.where(ctx.rows.mask, g, 0)  # the derivative of a masked token is 0, and 0 * NaN is NaN
             derivatives = (None if x is None else x.clone() if keep_graph else x for x in state.dlogprob_dhidden)
             return *not_tensors, *(None if x is None else scale_rows_(x, g) for x in derivatives)
-        state = state._replace(dlogprob_dhidden=None)  # frees their memory, unless the graph is kept
+        state = state._replace(dlogprob_dhidden=None)  # frees the memory, unless the graph is retained
         zero = torch.zeros_like(state.statistics.logprobs)
         tensors, needs_grad = HeadTensors(*given), NeedsGrad(*ctx.needs_input_grad[4:])
         with torch.autocast(zero.device.type, enabled=False):
@@ -97,7 +97,7 @@ class LinearLogprobsFunction(torch.autograd.Function):
     @staticmethod
     @torch.no_grad()
     def without_gradient(make_head: MakeHead, rows: TokenRows, rows_per_chunk: int, tensors: HeadTensors) -> tuple[Tensor, Tensor]:
-        """The same values, and nothing is kept."""
+        """Compute the same log-probabilities and entropies without keeping anything for backward."""
         with torch.autocast(rows.mask.device.type, enabled=False):
             state = linear_token_logprobs_fwd(
                 lambda plan: make_head(tensors, NeedsGrad(), plan),

@@ -1,4 +1,4 @@
-"""One call of the head's functions: its validated arguments, and what the computation over chunks needs of them."""
+"""One call of the head's functions: its validated arguments, and the quantities that the computation over chunks derives from them."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class LinearCall(NamedTuple):
     tensors: HeadTensors
     module: Callable[[Tensor], Tensor] | None  # in place of the weight
     vocabulary: int
-    dtype: torch.dtype  # of the products and the logits
+    dtype: torch.dtype  # of the matrix products and the logits
     chunk_bytes: int | None
     group: ProcessGroup | None
     temperature: float | Tensor  # as the caller gave it
-    autocast: torch.dtype | None  # in force at the call
+    autocast: torch.dtype | None  # autocast's dtype at the call; None: autocast was off
 
     @property
     def row_bytes(self) -> int:
@@ -135,7 +135,7 @@ def validated_call(
     """
     if not isinstance(hidden, Tensor):
         raise TypeError(
-            f"hidden is a {type(hidden).__name__}; expected a floating-point torch.Tensor. It is what a model feeds to its head."
+            f"hidden is a {type(hidden).__name__}; expected a floating-point torch.Tensor. It is the input of a model's LM head."
         )
     module: Callable[[Tensor], Tensor] | None = None
     matrix: Tensor | None = None

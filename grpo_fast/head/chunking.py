@@ -1,4 +1,4 @@
-"""Which tokens are computed, in which order, and how many at a time."""
+"""The order in which the tokens are computed, and their division into chunks."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from grpo_fast.loss.sequences import Sequences
 
 __all__ = ["Chunk", "ChunkPlan", "plan_chunks"]
 
-GRANULE = 64  # chunk sizes are multiples of it where they can be
+GRANULE = 64  # chunk sizes are rounded up to a multiple of this, where memory allows it
 
 
 class Chunk(NamedTuple):
-    """Tokens whose gradient is computed together: positions ``begin ... end`` of the plan's order. It has several pieces if its logits do
-    not fit into the memory of a chunk; then the statistics of all pieces are computed before the gradient of any."""
+    """Tokens whose gradient is computed together: positions ``begin ... end`` of the plan's order. A chunk has several pieces if its logits
+    do not fit into the memory of one chunk; the statistics of all pieces are then computed before the gradient of the first."""
 
     pieces: list[tuple[int, int]]
 
@@ -31,16 +31,16 @@ class Chunk(NamedTuple):
 
 
 class ChunkPlan(NamedTuple):
-    """The order in which tokens are computed. Tokens that can change the gradient come first; masked tokens are not in it."""
+    """The order in which tokens are computed. Tokens that can change the gradient come first; masked tokens are left out."""
 
-    token_order: Tensor | None  # int64 [n], indices of tokens; None: all tokens in their own order
+    token_order: Tensor | None  # int64 [n], indices of tokens; None: all tokens in the order of the batch
     grad_chunks: list[Chunk]  # tokens that get a gradient
-    nograd_chunks: list[Chunk]  # tokens of which only the statistics are computed
-    valid_mask: Tensor | None = None  # bool [N], only if masked tokens had to be put into the chunks: the tokens that are not masked
+    nograd_chunks: list[Chunk]  # tokens for which only the statistics are computed
+    valid_mask: Tensor | None = None  # bool [N], the unmasked tokens; set only if the chunks contain masked tokens too
 
     @property
     def is_single_piece(self) -> bool:
-        """Whether all gradients are computed at once."""
+        """Whether the gradients of all tokens are computed in a single piece."""
         return len(self.grad_chunks) == 1 and len(self.grad_chunks[0].pieces) == 1
 
     @property
@@ -54,11 +54,11 @@ class ChunkPlan(NamedTuple):
         return sum(end - begin for chunk in self.grad_chunks for begin, end in chunk.pieces[:-1])
 
     def chunks_within(self, tokens: int) -> int:
-        """How many of the first chunks have at most this number of tokens together."""
+        """Return how many of the first chunks together contain at most this number of tokens."""
         return sum(chunk.end <= tokens for chunk in self.grad_chunks)
 
     def tokens(self, begin: int, end: int) -> Tensor | slice:
-        """An index of the tokens at ``begin ... end`` of the order."""
+        """Return an index of the tokens at positions ``begin ... end`` of the order."""
         return slice(begin, end) if self.token_order is None else self.token_order[begin:end]
 
 
@@ -68,10 +68,10 @@ def plan_chunks(
     rows_per_chunk: int,
     sequences: Sequences | None,  # chunks begin and end with these; None: anywhere
 ) -> ChunkPlan:
-    """Decide what is computed.
+    """Decide which tokens are computed, and divide them into chunks.
 
-    The number of tokens is read from the device, which is the head's one synchronisation on a GPU. While a CUDA graph is captured nothing
-    may be read, and all tokens are computed in their own order; the mask still makes the gradient of the others 0.
+    The number of tokens is read from the device, which is the head's only synchronisation on a GPU. While a CUDA graph is captured nothing
+    may be read: all tokens are computed in the order of the batch, and the mask sets the gradient of masked tokens to 0.
     """
     total = computed.shape[0]
     if is_capturing(computed.device):
@@ -110,7 +110,7 @@ def _equal_chunks(begin: int, end: int, rows: int) -> list[Chunk]:
 
 
 def _sequence_chunks(lengths: list[int], rows: int) -> list[Chunk]:
-    """Fill each chunk with whole sequences. A sequence that is longer than a chunk becomes a chunk of its own, in pieces."""
+    """Fill each chunk with whole sequences. A sequence that is longer than a chunk becomes a separate chunk of several pieces."""
     chunks, begin, end = [], 0, 0
     for length in lengths:
         if end - begin + length > rows and end > begin:

@@ -1,6 +1,6 @@
 """Log-probability and entropy from hidden states, both differentiable, for any loss on top.
 
-The forward pass knows nothing of that loss, so what backward needs is either kept or computed again:
+The forward pass does not know the loss, so the logits that backward needs are either used at once, kept, or computed again:
 
     frozen head      d logprob / d hidden is computed in the forward pass, while the logits exist; backward scales its rows  4 N D V
                      a gradient of the entropy computes the logits again                                                   8
@@ -24,7 +24,7 @@ __all__ = ["LogprobsState", "linear_token_logprobs_bwd", "linear_token_logprobs_
 
 
 class LogprobsState(NamedTuple):
-    """What the forward pass leaves for backward."""
+    """The state that the forward pass saves for backward."""
 
     statistics: RowStatistics  # float32 [1, N]
     plan: ChunkPlan
@@ -45,7 +45,7 @@ def linear_token_logprobs_fwd(
     Args:
         make_head: makes the head for a plan's chunks.
         max_kept_tokens: tokens whose logits may be kept.
-        with_derivative: compute d logprob / d hidden too.
+        with_derivative: also compute d logprob / d hidden.
     """
     plan = plan_chunks(rows.mask[0], rows.mask[0], rows_per_chunk, None)
     head = make_head(plan)

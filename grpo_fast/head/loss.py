@@ -1,7 +1,8 @@
-"""The GRPO loss from hidden states. For each chunk of tokens: compute the logits, overwrite them with their gradient, multiply it out.
+"""The GRPO loss from hidden states. For each chunk of tokens: compute the logits, overwrite them with their gradient, and compute the
+gradients of hidden states and weight from it.
 
-A token's gradient coefficients are known with its own log-probability, or with those of its sequence (a chunk then holds whole sequences).
-So the logits are computed once: 6 N D V operations with a trainable head, 4 with a frozen one.
+The gradient coefficients of a token follow from its log-probability, or from those of its sequence (a chunk then holds whole sequences). So
+the logits are computed only once: 6 N D V operations with a trainable head, 4 N D V with a frozen one.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def linear_loss(
 
     Args:
         make_head: makes the head for a plan's chunks.
-        only_active: leave out unmasked tokens that cannot change the gradient.
+        only_active: do not compute unmasked tokens that cannot change the gradient.
     """
     active = inputs.active()
     computed = active if only_active else inputs.mask

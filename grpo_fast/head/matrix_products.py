@@ -1,8 +1,8 @@
-"""The matrix products of a head, by the vendor's library: logits of some tokens, and from their gradient the gradients of hidden states and
-weights.
+"""The matrix products of a head, by the vendor's library: the logits of some tokens, and from the gradient of the logits those of hidden
+states and weights.
 
-Tokens have one index over the whole batch: token n of [B, T] is scored by row n of the hidden states or, where these have one position more
-than there are tokens ([B, T + 1, D], as a model returns them), by row n + n // T.
+Tokens are indexed over the whole batch: token n of [B, T] is scored by row n of the flattened hidden states [B, T, D], or by row n + n // T
+of [B, T + 1, D], which have one more position per sequence, as a model returns them.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from grpo_fast.head.chunking import ChunkPlan
 
 __all__ = ["DenseHead", "Head", "HeadTensors", "ModuleHead", "NeedsGrad", "per_row"]
 
-# Only NVIDIA's library gives the sum of a bfloat16 product in float32. Elsewhere the operands are converted, a part of the logits' columns
-# at a time: 1 / CONVERTED_PARTS of them, but at least MIN_CONVERTED.
+# Only NVIDIA's library can return a bfloat16 product in float32. For other libraries the operands are converted to float32 first, a part of
+# the columns of the logits at a time: 1 / CONVERTED_PARTS of them, but at least MIN_CONVERTED.
 CONVERTED_PARTS, MIN_CONVERTED = 32, 256
 _LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -45,12 +45,12 @@ class NeedsGrad(NamedTuple):
 
     @property
     def frozen_head(self) -> bool:
-        """Whether only hidden and adapted need one, which differ from token to token, and not the head."""
+        """Whether only the tensors per token (hidden, adapted) need a gradient, and none of the head's parameters."""
         return (self.hidden or self.adapted) and not (self.weight or self.bias or self.adapter_weight)
 
 
 class Head(Protocol):
-    """What the computation over chunks needs of a head."""
+    """The interface of a head in the computation over chunks."""
 
     vocabulary: int
     needs_grad: NeedsGrad
@@ -62,7 +62,7 @@ class Head(Protocol):
         """Compute logits [n, V] that the caller may overwrite: in new memory if ``keep``, else in that of the previous logits."""
 
     def add_gradient(self, gradient: Tensor, tokens: Tensor | slice) -> None:
-        """Take the gradient [n, V] of the latest logits, or of kept ones, and add its share in the gradients of the tensors."""
+        """Add the contribution of the gradient [n, V] of the latest logits, or of kept logits, to the gradients of the tensors."""
 
     def gradients(self) -> HeadTensors:
         """Return the gradients of the tensors that need one, in their dtypes; 0 where no token contributed."""
@@ -132,7 +132,7 @@ class DenseHead:
             gradient = self._grads.pop(name, None)
             if gradient is None:
                 gradient = torch.zeros_like(x, memory_format=torch.contiguous_format)
-            elif self.group is not None and name in ("hidden", "adapted"):  # each process has the sum over its own shard of the vocabulary
+            elif self.group is not None and name in ("hidden", "adapted"):  # each process has the sum over its shard of the vocabulary
                 torch.distributed.all_reduce(gradient, group=self.group)
             out.append(gradient.to(x.dtype))
         return HeadTensors(*out)
@@ -147,7 +147,7 @@ class DenseHead:
         x: Tensor = getattr(self.tensors, name)
         source = source_rows(tokens, self.length, x)
         if name not in self._grads:
-            make = torch.empty if isinstance(source, slice) else torch.zeros  # a slice: all tokens are computed
+            make = torch.empty if isinstance(source, slice) else torch.zeros  # with a slice every row is written
             self._grads[name] = make(x.shape, dtype=x.dtype if self.group is None else torch.float32, device=x.device)
         rows = self._grads[name].view(-1, x.shape[-1])
         if isinstance(source, slice) and rows.dtype == self.dtype:
@@ -176,7 +176,7 @@ class DenseHead:
 
 
 class ModuleHead:
-    """A frozen head of which only the forward can be used (a quantised one): autograd runs through it, chunk by chunk."""
+    """A frozen head without a weight matrix (a quantised one): its forward is called, and autograd runs through it, chunk by chunk."""
 
     def __init__(
         self,
@@ -185,7 +185,7 @@ class ModuleHead:
         needs_grad: NeedsGrad,
         vocabulary: int,
         length: int,
-        autocast: torch.dtype | None,  # in force at the call; the computation over chunks runs without
+        autocast: torch.dtype | None,  # autocast's dtype at the call; the computation over chunks itself runs without autocast
     ):
         self.module, self.hidden, self.needs_grad, self.vocabulary, self.length = module, hidden, needs_grad, vocabulary, length
         self.autocast = autocast
@@ -193,7 +193,7 @@ class ModuleHead:
         self._gradient: Tensor | None = None
 
     def reserve(self, rows: int) -> None:
-        """Nothing: the module allocates its own memory."""
+        """Do nothing: the module allocates its logits itself."""
 
     def logits(self, tokens: Tensor | slice, *, keep: bool = False) -> Tensor:
         with torch.enable_grad():
@@ -203,11 +203,11 @@ class ModuleHead:
                 logits = self.module(rows)
         if logits.shape != (rows.shape[0], self.vocabulary) or logits.dtype not in _LOGITS_DTYPES:
             raise ValueError(
-                f"weight is a callable that made {logits.dtype} {list(logits.shape)} of hidden states {list(rows.shape)}; expected "
+                f"weight is a callable that returned {logits.dtype} {list(logits.shape)} for hidden states {list(rows.shape)}; expected "
                 f"float32, bfloat16 or float16 logits [n, V] = {[rows.shape[0], self.vocabulary]}. Pass the forward of the model's head."
             )
         self._latest = (rows, logits)
-        return logits.detach().clone()  # the caller overwrites them, and the module's backward may need its own
+        return logits.detach().clone()  # a copy: the caller overwrites it, and the module's backward may need the original
 
     def add_gradient(self, gradient: Tensor, tokens: Tensor | slice) -> None:
         if not self.needs_grad.hidden:
@@ -228,7 +228,7 @@ class ModuleHead:
 
 
 def source_rows(tokens: Tensor | slice, length: int, hidden: Tensor) -> Tensor | slice:
-    """Rows of the flattened hidden states [B, T or T + 1, D] that score these tokens."""
+    """Return the rows of the flattened hidden states [B, T or T + 1, D] that score these tokens."""
     if hidden.shape[1] == length:
         return tokens
     if isinstance(tokens, slice):
@@ -237,7 +237,7 @@ def source_rows(tokens: Tensor | slice, length: int, hidden: Tensor) -> Tensor |
 
 
 def rows_of(x: Tensor, tokens: Tensor | slice, length: int) -> Tensor:  # [B, T or T + 1, D] -> [n, D]
-    """The hidden states of these tokens. If x is a view into longer sequences, only the rows of the tokens are copied."""
+    """Return the hidden states of these tokens. If x is a view into longer sequences, only the rows of the tokens are copied."""
     source = source_rows(tokens, length, x)
     if x.shape[0] <= 1 or x.stride(0) == x.shape[1] * x.stride(1):
         return x.flatten(0, 1)[source]
@@ -248,6 +248,6 @@ def rows_of(x: Tensor, tokens: Tensor | slice, length: int) -> Tensor:  # [B, T 
 
 
 def per_row(g: Tensor, hidden: Tensor) -> Tensor:  # [1, B * T] for [B, T or T + 1, D] -> [B, T or T + 1, 1]
-    """One number per token, in the layout of the hidden states; 0 at positions without a token."""
+    """Return one number per token in the layout of the hidden states, and 0 at positions without a token."""
     g = g.reshape(hidden.shape[0], g.numel() // max(hidden.shape[0], 1), 1)
     return torch.nn.functional.pad(g, (0, 0, 0, hidden.shape[1] - g.shape[1]))

@@ -1,4 +1,4 @@
-"""How much memory is free on a device, and how many tokens a chunk may have."""
+"""The free memory of a device, and the number of tokens per chunk that follows from it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 
 __all__ = ["chunk_rows", "free_bytes", "is_capturing"]
 
-ROWS_PER_CHUNK = {"cpu": 512, "otherwise": 8192}  # where memory allows: larger chunks do not make the products faster
-FREE_SHARE = 4  # a chunk takes at most this part of the free memory
+ROWS_PER_CHUNK = {"cpu": 512, "otherwise": 8192}  # upper limits: larger chunks do not make the matrix products faster
+FREE_SHARE = 4  # a chunk takes at most 1 / FREE_SHARE of the free memory
 
 
 def chunk_rows(chunk_bytes: int | None, row_bytes: int, device: torch.device) -> int:

@@ -17,7 +17,7 @@ class LinearGRPOLoss(LossModule):
     """gf.linear_grpo_loss as a module: the loss from hidden states and the weight of the LM head, which remains a parameter of the model.
 
     Args:
-        config: which member of the family; None = LossConfig().
+        config: the loss type and its settings; None = LossConfig().
         temperature, softcap, logit_scale, metrics_on: as in gf.linear_grpo_loss, which has the defaults.
 
     Raises:
@@ -36,5 +36,5 @@ class LinearGRPOLoss(LossModule):
         advantages: Tensor,  # [B], [B, T] or [N]
         **options: Any,
     ) -> GRPOOutput:
-        """gf.linear_grpo_loss with the module's settings; options as there."""
+        """Compute gf.linear_grpo_loss with the module's settings. Its other keyword arguments may be given as options."""
         return linear_grpo_loss(hidden, weight, token_ids, advantages, **self.with_settings(options))

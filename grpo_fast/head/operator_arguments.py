@@ -1,5 +1,5 @@
-"""The arguments of the head's operators as named structures. The dispatcher takes flat lists of arguments: the schema, the flat list and
-the structure built from that list follow from the fields declared here.
+"""The arguments of the head's operators as named structures. PyTorch's dispatcher takes flat lists of arguments: the schema, the flat list,
+and the conversion back to the structure are derived from the fields that are declared here.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _SCHEMA_TYPES = {
 
 
 class RowArguments(NamedTuple):
-    """TokenRows without a shard; tensors ``[1, N]``."""
+    """The fields of TokenRows except the shard; tensors ``[1, N]``."""
 
     token_ids: Tensor
     mask: Tensor
@@ -56,7 +56,7 @@ class RowArguments(NamedTuple):
 
 
 class LossTensors(NamedTuple):
-    """LossInputs without their mask, which is that of the rows; tensors ``[1, N]``."""
+    """The fields of LossInputs except the mask, which is that of the rows; tensors ``[1, N]``."""
 
     advantages: Tensor
     weights: Tensor
@@ -106,11 +106,11 @@ class LossTensors(NamedTuple):
 
 
 class HeadOptions(NamedTuple):
-    """How the head computes."""
+    """Options of the computation over chunks."""
 
-    dtype: torch.dtype  # of the products
+    dtype: torch.dtype  # of the matrix products
     length: int  # T: tokens per row of the hidden states
-    chunk_bytes: int  # 0: chosen by the free memory
+    chunk_bytes: int  # 0: chosen from the free memory
     needs_grad: list[bool]  # of the HeadTensors, in their order
 
     def rows_per_chunk(self, tensors: HeadTensors) -> int:
@@ -122,7 +122,7 @@ class HeadOptions(NamedTuple):
 
 
 class LossArguments(NamedTuple):
-    """Of linear_grpo_loss."""
+    """The arguments of the operator linear_grpo_loss."""
 
     tensors: HeadTensors
     rows: RowArguments
@@ -148,7 +148,7 @@ class LossArguments(NamedTuple):
 
 
 class LogprobsArguments(NamedTuple):
-    """Of linear_token_logprobs."""
+    """The arguments of the operator linear_token_logprobs."""
 
     tensors: HeadTensors
     rows: RowArguments
@@ -173,7 +173,7 @@ class LogprobsArguments(NamedTuple):
 
 
 class BackwardArguments(NamedTuple):
-    """Of linear_token_logprobs_backward, after the gradients of log-probabilities and entropies."""
+    """The arguments of linear_token_logprobs_backward after the gradients of log-probabilities and entropies."""
 
     forward: LogprobsArguments
     statistics: RowStatistics
@@ -192,7 +192,7 @@ class BackwardArguments(NamedTuple):
 
 
 def _take(part: type[Part], values: Iterable[Argument]) -> Part:
-    """Build a structure from the next of the values."""
+    """Build a structure from the next values."""
     return part(*islice(values, len(_fields(part))))  # type: ignore[arg-type]  # mypy takes it for tuple(iterable)
 
 

@@ -1,4 +1,4 @@
-"""The head as operators for torch.compile: each of the eager computations as one node of the graph, with its autograd."""
+"""The operators of the head for torch.compile: each of the eager computations becomes one node of the graph, with autograd."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def compiled_loss(
     length: int,
     chunk_bytes: int | None,
 ) -> tuple[Tensor, ...]:
-    """linear_loss as one node: loss, logprobs, entropy, metrics."""
+    """Call linear_loss as one operator; return loss, logprobs, entropy and metrics."""
     options = HeadOptions(dtype, length, chunk_bytes or 0, _needs_grad(tensors))
     arguments = LossArguments(tensors, RowArguments.of(rows), LossTensors.of(inputs, only_active), options)
     return torch.ops.grpo_fast.linear_grpo_loss.default(*arguments.flat())[:4]
@@ -55,10 +55,10 @@ def compiled_loss(
 def compiled_logprobs(
     tensors: HeadTensors, rows: TokenRows, *, dtype: torch.dtype, length: int, chunk_bytes: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropy as one node.
+    """Compute log-probabilities and entropy by one operator.
 
-    Backward scales d logprob / d hidden if the head is frozen, else it computes the logits again: the memory that could keep them is not
-    known when the graph is traced.
+    Backward scales d logprob / d hidden if the head is frozen, else it computes the logits again: the memory available for keeping them is
+    not known when the graph is traced.
     """
     options = HeadOptions(dtype, length, chunk_bytes or 0, _needs_grad(tensors))
     arguments = LogprobsArguments(tensors, RowArguments.of(rows), options)

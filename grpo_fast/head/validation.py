@@ -1,4 +1,4 @@
-"""Validation of what the head's functions take beside the arguments of a loss over logits: weight, bias, adapter, memory limits."""
+"""Validation of the arguments that a loss over logits does not have: weight, bias, adapter, memory limits."""
 
 from __future__ import annotations
 
@@ -82,8 +82,8 @@ def vocabulary_of(module: Callable[[Tensor], Tensor], hidden: Tensor) -> int:
     if not isinstance(logits, Tensor) or logits.dim() == 0:
         made = "a number" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
         raise ValueError(
-            f"weight is a callable that made {made} of hidden states [1, {hidden.shape[-1]}]; expected logits [1, V]. Pass the forward of "
-            "the model's head."
+            f"weight is a callable that returned {made} for hidden states [1, {hidden.shape[-1]}]; expected logits [1, V]. Pass the "
+            "forward of the model's head."
         )
     return logits.shape[-1]
 
@@ -95,5 +95,5 @@ def validated_bytes(name: str, value: int | None, *, least: int) -> int | None:
     if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
         raise TypeError(f"{name} is {value!r} ({type(value).__name__}); expected an int, a number of bytes, or None.")
     if value < least:
-        raise ValueError(f"{name} is {value}; expected at least {least}. Leave it out to have it chosen by the free memory.")
+        raise ValueError(f"{name} is {value}; expected at least {least}. Leave it out to have it chosen from the free memory.")
     return int(value)

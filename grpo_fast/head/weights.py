@@ -12,16 +12,16 @@ __all__ = ["gathered", "is_partitioned", "is_quantised", "unpartitioned"]
 
 
 def gathered(x: Tensor) -> Tensor:
-    """Gather a DTensor (FSDP2, tensor parallelism) into one tensor. The shards receive the mean of the processes' gradients, as FSDP does
-    it; where all processes have the same data, that is the gradient itself.
+    """Gather a DTensor (FSDP2, tensor parallelism) into one tensor. In backward each shard receives the mean of the processes' gradients,
+    as in FSDP; if all processes have the same data, the mean is the gradient itself.
 
     Raises:
         ValueError: DeepSpeed's ZeRO-3 has partitioned the parameter, so that its gradient could not be assigned.
     """
     if is_partitioned(x):
         raise ValueError(
-            "weight is partitioned by DeepSpeed's third stage; expected it whole. Fix: call linear_loss_from, which runs the model and "
-            "finds its weight, or gather it until backward is done: with deepspeed.zero.GatheredParameters([weight])."
+            "weight is partitioned by DeepSpeed ZeRO-3; expected the full weight. Fix: call linear_loss_from, which runs the model and "
+            "gathers its weight, or gather it until backward is done: with deepspeed.zero.GatheredParameters([weight])."
         )
     if type(x) in (Tensor, torch.nn.Parameter):
         return x
@@ -42,13 +42,13 @@ def is_partitioned(x: object) -> bool:
 
 
 def is_quantised(x: object) -> bool:
-    """Whether x is a tensor subclass that wraps tensors of other dtypes (a weight of torchao), which only its module's forward can use."""
+    """Whether x is a tensor subclass that wraps tensors of other dtypes (a torchao weight), which only the module's forward can use."""
     return type(x) not in (Tensor, torch.nn.Parameter) and is_traceable_wrapper_subclass(x) and not hasattr(x, "device_mesh")
 
 
 def unpartitioned(x: Tensor) -> Tensor:
     """Gather a parameter that ZeRO-3 has partitioned; return other tensors unchanged. The model must use the parameter in the same backward
-    pass too: then DeepSpeed has gathered it again when its gradient arrives, and takes the mean over the processes."""
+    pass too, so that DeepSpeed gathers it again before its gradient arrives, and takes the mean over the processes."""
     if not is_partitioned(x):
         return x
     import deepspeed

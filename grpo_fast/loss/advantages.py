@@ -21,16 +21,16 @@ __all__ = ["GroupAdvantages", "group_advantages"]
 SCALES = ("none", "group", "batch")  # the position is the number the operator gets (csrc/group_advantages.h)
 BASELINES = ("mean", "leave_one_out")
 NORMALIZATIONS = ("sum_then_normalize", "normalize_then_sum")
-_LARGEST_REWARD = torch.finfo(torch.float32).max  # its square still fits the float64 that is computed in
+_LARGEST_REWARD = torch.finfo(torch.float32).max  # its square is finite in float64, in which the advantages are computed
 
 
 class GroupAdvantages(NamedTuple):
-    """What ``group_advantages`` returns; on the rewards' device, without gradient."""
+    """The result of ``group_advantages``; on the device of the rewards, without gradient."""
 
     advantages: Tensor  # [B] float32
-    mean: Tensor  # [G] float32: mean of each group's (weighted, summed) reward; 0 for a group without any
+    mean: Tensor  # [G] float32: mean of each group's (weighted, summed) reward; 0 for a group without rewards
     std: Tensor  # [G] float32: its unbiased standard deviation; 0 for fewer than two rewards
-    degenerate: Tensor  # [G] bool: all rewards of the group are equal, or fewer than two apply: its advantages are exactly 0
+    degenerate: Tensor  # [G] bool: the group's rewards are all equal, or fewer than two apply, so its advantages are exactly 0
 
 
 def group_advantages(
@@ -44,9 +44,9 @@ def group_advantages(
     normalize: str = "sum_then_normalize",
     eps: float = 1e-4,
 ) -> GroupAdvantages:
-    """Return how much better each completion did than the other completions of its prompt (GRPO, arXiv:2402.03300).
+    """Return the advantage of each completion over the other completions of its prompt (GRPO, arXiv:2402.03300).
 
-    With several rewards, ``x_i = sum_k w_k r_ik`` over those that apply. With n, mean and std (unbiased) of x over the group of i::
+    With several rewards, ``x_i = sum_k w_k r_ik`` over those that apply. n, mean and std (unbiased) are taken of x over the group of i::
 
         baseline="mean"            A_i = x_i - mean                              GRPO, arXiv:2402.03300
         baseline="leave_one_out"   A_i = x_i - mean of the n - 1 others          RLOO, arXiv:2402.14740;  = (x_i - mean) n / (n - 1)
@@ -55,20 +55,21 @@ def group_advantages(
         scale="none"               A_i                                           Dr. GRPO, arXiv:2503.20783
 
     ``normalize="normalize_then_sum"`` is GDPO (arXiv:2601.05242): each reward is centred and divided by its own std + eps within the group,
-    these are summed with the weights, and the sum is divided by its std over the batch, + eps (its mean over the batch is 0 already). So a
-    reward that varies little within a group counts there as much as one that varies a lot, and no signal is lost where sums coincide.
+    the results are summed with the weights, and the sum is divided by its std over the batch, + eps (its mean over the batch is 0). A
+    reward that varies little within a group thus has the same influence as one that varies a lot, and completions whose summed rewards are
+    equal can still have different advantages.
 
-    A reward of NaN does not apply to that completion. A completion to which no reward applies has the advantage 0 and enters no mean and no
-    std. A group of equal rewards gets advantages of exactly 0, not a rounding error divided by eps.
+    A reward of NaN does not apply to that completion. A completion to which no reward applies has the advantage 0 and is left out of every
+    mean and std. A group of equal rewards gets advantages of exactly 0, not a rounding error divided by eps.
 
     Args:
         rewards: ``[B]`` or ``[B, R]``, one column per reward function; any real dtype, any strides. A group's completions are consecutive.
-        group_size: completions per prompt, where all groups are equal; B is a multiple of it.
-        group_offsets: ``[G+1]`` int32 or int64, where they are not: group g is ``rewards[group_offsets[g] : group_offsets[g + 1]]``,
-            possibly empty. Exactly one of ``group_size`` and ``group_offsets`` is given.
+        group_size: completions per prompt, if it is the same for all prompts; it must divide B.
+        group_offsets: ``[G+1]`` int32 or int64, for groups of different sizes: group g is ``rewards[group_offsets[g] :
+            group_offsets[g + 1]]`` and may be empty. Exactly one of ``group_size`` and ``group_offsets`` is required.
         scale: ``"group"``, ``"batch"`` or ``"none"``.
         baseline: ``"mean"`` or ``"leave_one_out"``.
-        reward_weights: ``[R]``, a tensor or a sequence of numbers; None = all 1. On a GPU a tensor that is there already saves a copy.
+        reward_weights: ``[R]``, a tensor or a sequence of numbers; None = all 1. A tensor on the rewards' device saves a copy to a GPU.
         normalize: ``"sum_then_normalize"`` or ``"normalize_then_sum"``; the latter needs ``scale="group"``.
         eps: added to every standard deviation that is divided by; at least 0.
 
@@ -79,8 +80,8 @@ def group_advantages(
     Raises:
         ValueError: a shape, a value or a combination is wrong; the message names the argument, its value, what was expected and the fix.
             Values of tensors (infinite rewards, offsets out of order) are checked on the CPU, and on every device with
-            ``GRPO_FAST_CHECK=1``; elsewhere an infinite reward makes a mean that is not finite, and offsets out of order never read out of
-            bounds.
+            ``GRPO_FAST_CHECK=1``. Without the check an infinite reward makes the group's mean infinite or NaN, and offsets out of order
+            never cause a read out of bounds.
         TypeError: an argument is of the wrong type.
 
     Example:
@@ -186,8 +187,8 @@ def _check_groups(rewards: Tensor, group_size: Any, group_offsets: Any) -> None:
     if (group_size is None) == (group_offsets is None):
         both = "both given" if group_offsets is not None else "both missing"
         raise ValueError(
-            f"group_advantages: group_size and group_offsets are {both}; expected exactly one: the size where all groups are equal, the "
-            "offsets [G+1] where they are not."
+            f"group_advantages: group_size and group_offsets are {both}; expected exactly one: the size if all groups have the same size, "
+            "the offsets [G+1] if not."
         )
     if group_offsets is None:
         if isinstance(group_size, bool) or not isinstance(group_size, (int, numbers.Integral)):

@@ -1,4 +1,4 @@
-"""The public loss over logits: grpo_loss, and token_logprobs for losses of one's own."""
+"""The public loss over logits: grpo_loss, and token_logprobs for custom losses."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _DEFAULT_CONFIG = LossConfig()
 
 
 class GRPOOutput(NamedTuple):
-    """What grpo_loss returns. All tensors are on the device of the logits; computing them does not synchronise a GPU.
+    """The result of grpo_loss. All tensors are on the device of the logits; computing them does not synchronise a GPU.
 
-    Metrics are means over the computed tokens, 0-d float32: ``kl`` (the estimator's value; 0 without ref_logprobs), ``entropy`` (nats,
-    at the call's temperature), ``ratio_mean`` and ``ratio_max`` of the importance ratio, ``clip_low`` (share of tokens with A < 0
-    whose ratio is below the band), ``clip_high`` (A > 0 and above it), ``clip_region`` (either), and ``active_fraction``: the share of
-    the unmasked tokens that can change the gradient.
+    Metrics are means over the computed tokens, 0-d float32: ``kl`` (the estimate; 0 without ref_logprobs), ``entropy`` (nats, at the call's
+    temperature), ``ratio_mean`` and ``ratio_max`` of the importance ratio, ``clip_low`` (share of tokens with A < 0 whose ratio is below
+    the clip range), ``clip_high`` (share with A > 0 and a ratio above it), ``clip_region`` (the sum of both), and ``active_fraction``: the
+    share of the unmasked tokens that can change the gradient.
     """
 
     loss: Tensor  # 0-d float32 (float64 for float64 logits), differentiable
@@ -44,7 +44,7 @@ class GRPOOutput(NamedTuple):
 
 
 class TokenLogprobs(NamedTuple):
-    """What token_logprobs returns: float32 (float64 for float64 logits), like token_ids, differentiable, 0 where masked."""
+    """The result of token_logprobs: float32 (float64 for float64 logits), shaped like token_ids, differentiable, 0 where masked."""
 
     logprobs: Tensor
     entropy: Tensor
@@ -71,39 +71,39 @@ def grpo_loss(
     process_group: ProcessGroup | None = None,
     impl: str | None = None,
 ) -> GRPOOutput:
-    """The loss of Group Relative Policy Optimization (arXiv:2402.03300) and its relatives, from logits, in one pass.
+    """Compute the loss of Group Relative Policy Optimization (arXiv:2402.03300) or one of its variants from logits, in one pass.
 
-    ``loss = loss_scale * sum_n w_n * l_n``: the config's loss type sets the per-token objective l and the weights w;
-    grpo_fast/loss/reference.py is the specification. Statistics are float32 or better whatever the dtype of the logits, and the result
+    ``loss = loss_scale * sum_n w_n * l_n``, where the config's loss type sets the per-token objective l and the weights w;
+    grpo_fast/loss/reference.py is the specification. Statistics are float32 or better for every dtype of the logits, and the result
     is bitwise the same from run to run. The forward pass computes the gradient of the logits together with the loss, and the backward pass
     returns it unchanged if its upstream gradient is 1: scale with ``loss_scale`` rather than by multiplying the loss.
 
     Args:
         logits: float32, bfloat16 or float16 (float64: computed by the reference). ``[B, T + 1, V]`` is what a Hugging Face model
-            returns for T tokens and their prefix: the last position is ignored, and nothing is copied.
+            returns for T tokens and their prefix; the last position is ignored without a copy of the logits.
         token_ids: int64, the sampled tokens; ``token_ids[b, t]`` is scored by ``logits[b, t]``.
         advantages: one per sequence or per token.
-        config: the member of the family, and its settings.
+        config: the loss type and its settings.
         old_logprobs: log-probabilities under the policy that sampled, in nats; None = on-policy (the ratio is 1 and its gradient flows).
         ref_logprobs: log-probabilities under the reference policy; required when ``config.beta != 0``.
         mask: bool or 0/1; masked tokens may hold any value in every argument. None = no token is masked.
         rollout_weights: correction for a sampler that differs from the trainer; multiplies the surrogate, not the KL penalty.
-        temperature: the one that sampled; the policy is ``softmax(f(logits) / temperature)``.
-        cu_seqlens: with packed input, where sequences begin, ``0 ... N``; required for settings that need the sequences.
+        temperature: at which the tokens were sampled; the policy is ``softmax(f(logits) / temperature)``.
+        cu_seqlens: with packed input, where sequences begin, ``0 ... N``; required for settings that depend on sequence boundaries.
         num_items: the number of unmasked tokens of the whole optimiser step, for ``global_token_mean`` (ignored by the other aggregations);
             None = that of this call.
-        softcap: ``c * tanh(logits / c)`` before the temperature (Gemma 2); None = none.
+        softcap: ``c * tanh(logits / c)`` before the temperature (Gemma 2); None = no soft cap.
         logit_scale: multiplies the logits before soft cap and temperature (Cohere, Granite).
         loss_scale: multiplies the loss and its gradient at no cost, for example 1 / gradient-accumulation steps.
-        metrics_on: ``"all"``: log-probability, entropy and metrics of every unmasked token; ``"active"``: only of those that can change
-            the gradient. The loss is the same.
-        inplace: allow the gradient to overwrite the storage of the logits, which must not be used afterwards. It is not done in a call
-            that torch.compile traces or that the reference backend computes.
-        process_group: each process holds a part of the vocabulary, logits [B, T, V of the part], one after the other in the order of
-            the ranks; everything else is the same in all of them, and so are the results.
-        impl: which GPU kernels compute: ``"triton"``, or ``"cluster"``: CUDA kernels that read the logits once and write the gradient once
+        metrics_on: ``"all"``: compute log-probability, entropy and metrics of every unmasked token; ``"active"``: only of the tokens that
+            can change the gradient. The loss is the same.
+        inplace: allow the gradient to overwrite the storage of the logits, which must not be used afterwards. Under torch.compile and with
+            the reference backend the argument has no effect.
+        process_group: the processes that share the vocabulary. Each passes the logits of its shard, [B, T, V of the shard]; the shards
+            follow one another in the order of the ranks. All other arguments must be equal in all processes, and so are the results.
+        impl: the GPU kernels to use: ``"triton"``, or ``"cluster"``: CUDA kernels that read the logits once and write the gradient once
             (compute capability 9.0 or newer, losses of token-level ratios, rows of up to 456,704 logits in bfloat16 with 227 KiB
-            of shared memory per block); they are used only if named. None = the backend's own kernels.
+            of shared memory per block), which are used only on request. None = the default kernels of the backend.
 
     Returns:
         GRPOOutput(loss, logprobs, entropy, active, metrics).
@@ -188,14 +188,14 @@ def token_logprobs(
     rounds to 0.
 
     Args:
-        logits: float32, bfloat16 or float16 (float64: computed by the reference). ``[B, T + 1, V]``: the last position is ignored, and
-            nothing is copied.
+        logits: float32, bfloat16 or float16 (float64: computed by the reference). ``[B, T + 1, V]``: the last position is ignored without
+            a copy of the logits.
         token_ids: int64; ``token_ids[b, t]`` is scored by ``logits[b, t]``.
         mask: bool or 0/1; masked tokens may hold any value in every argument. None = no token is masked.
         temperature: the policy is ``softmax(f(logits) / temperature)``.
-        softcap: ``c * tanh(logits / c)`` before the temperature (Gemma 2); None = none.
+        softcap: ``c * tanh(logits / c)`` before the temperature (Gemma 2); None = no soft cap.
         logit_scale: multiplies the logits before soft cap and temperature (Cohere, Granite).
-        process_group: each process holds a part of the vocabulary, as in grpo_loss.
+        process_group: the processes that share the vocabulary, as in grpo_loss.
 
     Returns:
         TokenLogprobs(logprobs, entropy), float32 and shaped like token_ids, 0 where masked.
@@ -261,7 +261,7 @@ def scoring(tokens: TokenInputs) -> tuple[Tensor | None, float, float, float]:
     """Return ``(temperatures, temperature, softcap, logit_scale)`` as the operators take them."""
     temperatures = None if tokens.temperatures is None else tokens.temperatures.float()
     temperature = tokens.temperature
-    if temperatures is None and torch.compiler.is_compiling():  # a number would be a constant of the graph: every value recompiles
+    if temperatures is None and torch.compiler.is_compiling():  # a float would be a constant of the graph: each new value would recompile
         temperatures, temperature = torch.ones(1, 1, device=tokens.scored.device) * temperature, 1.0
     return temperatures, temperature, tokens.softcap or 0.0, tokens.logit_scale
 
@@ -282,7 +282,11 @@ def _statistics(tokens: TokenInputs, computed: Tensor, inplace: bool, group: Pro
 def _one_pass_loss(
     tokens: TokenInputs, inputs: LossInputs, token_level: LossInputs, computed: Tensor, inplace: bool, *, cluster: bool
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """token_level: the inputs themselves, or inputs of token-level ratios with the same gradient (see LossInputs.token_level)."""
+    """Compute the loss with the one-pass operator.
+
+    Args:
+        token_level: ``inputs``, or inputs with token-level ratios and the same gradient (see LossInputs.token_level).
+    """
     logits, arguments = tokens.scored, loss_arguments(TokenRows(tokens.token_ids, computed, *scoring(tokens)), token_level)
     wants_gradient = _wants_gradient(logits)
     if wants_gradient and not torch.compiler.is_compiling():

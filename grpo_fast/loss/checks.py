@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 LARGEST = sys.float_info.max
 SMALLEST_FLOAT32, LARGEST_FLOAT32 = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
-REAL = (int, float, torch.SymFloat, numbers.Real)  # the usual types first: isinstance of the abstract class (NumPy's numbers) is slow
+REAL = (int, float, torch.SymFloat, numbers.Real)  # the usual types first: isinstance with an abstract class (NumPy's numbers) is slow
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _debug = os.environ.get("GRPO_FAST_CHECK", "0") not in ("", "0")
@@ -31,7 +31,7 @@ def debug_checks(enabled: bool = True) -> Iterator[None]:
         enabled: False turns the checks off again where the environment variable has turned them on.
 
     Returns:
-        A context manager that holds for all threads of the process.
+        A context manager. The setting applies to all threads of the process.
 
     Example:
         >>> with debug_checks():
@@ -62,7 +62,7 @@ def tensor(name: str, x: object, *, like: Tensor | None, like_name: str = "logit
     if not isinstance(x, Tensor):
         device = "" if like is None else f", device={like_name}.device"
         fix = f"Wrap it: torch.as_tensor({name}{device})."
-        if isinstance(getattr(x, name, None), Tensor):  # the whole result of a function in place of one of its fields
+        if isinstance(getattr(x, name, None), Tensor):  # the caller passed the named tuple and not its field
             fix = f"Pass its field .{name}."
         raise TypeError(f"{name} is a {type(x).__name__}; expected a torch.Tensor. {fix}")
     if floating and x.dtype not in FLOATING:
@@ -76,7 +76,7 @@ def tensor(name: str, x: object, *, like: Tensor | None, like_name: str = "logit
 
 
 def has_forward_tangent(x: Tensor) -> bool:
-    """Return whether x is a dual tensor of forward-mode differentiation, whose tangent an operator of ours would drop silently."""
+    """Return whether x is a dual tensor of forward-mode differentiation, whose tangent this package's operators would drop silently."""
     return forward_ad._current_level >= 0 and not torch.compiler.is_compiling() and forward_ad.unpack_dual(x).tangent is not None
 
 

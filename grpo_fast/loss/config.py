@@ -32,8 +32,8 @@ AGGREGATIONS = (
 ENTROPY_AGGREGATIONS = ("same", "token_mean")
 KERNEL = {"kernel": True}  # metadata of the fields of LossConfig that the kernels take
 _REAL: tuple[type, ...] = (int, float, numbers.Real)  # numbers.Real includes NumPy's scalars
-# What other libraries, or other places here, call a setting or something close to it.
-_MEANT = {
+# Names under which other libraries, or other functions of this package, know a setting.
+_OTHER_NAMES = {
     "epsilon": "epsilon_low and epsilon_high",
     "eps": "epsilon_low and epsilon_high",
     "clip_range": "epsilon_low and epsilon_high",
@@ -46,18 +46,18 @@ _MEANT = {
     "entropy_coeff": "entropy_coef",
     "loss_agg_mode": "aggregation",
     "loss_mode": "loss_type",
-    "temperature": "the argument temperature of grpo_loss: it is no setting of the loss, and may differ from call to call",
+    "temperature": "the argument temperature of grpo_loss: it is not a setting of the loss, and may differ from call to call",
     "num_items": "the argument num_items of grpo_loss",
     "num_generations": "the argument group_size of group_advantages",
     "scale_rewards": "the argument scale of group_advantages",
 }
 LARGEST_LOG_RATIO = 80  # exp(88.8) overflows float32
 
-_known_cispo_bounds: set[float] = set()  # bounds below 1 that were warned of
+_warned_cispo_bounds: set[float] = set()  # bounds below 1 for which the warning has been given
 
 
 class LossRow(NamedTuple):
-    """The three parts of a loss type."""
+    """A row of LOSS_TYPES: the three parts of a loss type."""
 
     surrogate: str  # per-token objective, one of SURROGATES
     level: str  # of the importance ratio, one of LEVELS
@@ -88,7 +88,7 @@ class LossConfig:
         loss_type: a name of ``LOSS_TYPES``; it sets surrogate, ratio level and aggregation.
         epsilon_low: the ratio is clipped below ``1 - epsilon_low``.
         epsilon_high: the ratio is clipped above ``1 + epsilon_high``. With ``loss_type="cispo"`` it is the raw upper bound of the ratio
-            (as in TRL and MiniMax-M1), so 5.0 rather than 0.2: a bound below 1 reduces every ratio, and is warned of.
+            (as in TRL and MiniMax-M1), so 5.0 rather than 0.2; a bound below 1 reduces every ratio and gives a warning.
         delta: upper bound of the unclipped ratio, ``> 1 + epsilon_high`` (two-sided clipping, INTELLECT-2, arXiv:2505.07291).
         dual_clip: bound ``c > 1`` of the loss of a negative advantage: at most ``-c * A`` (Dual-clip PPO, arXiv:1912.09729).
         beta: weight of the KL penalty against the reference policy; 0 needs no ``ref_logprobs``.
@@ -96,13 +96,13 @@ class LossConfig:
         bias_corrected_kl: multiply the estimator by the (differentiable) importance ratio: the unbiased reverse-KL gradient of
             DeepSeek-V3.2, arXiv:2512.02556, section 3.1.
         entropy_coef: weight of the entropy bonus, subtracted from the loss.
-        entropy_aggregation: ``"same"`` weighs each token's entropy as the loss weighs the token; ``"token_mean"`` is the plain mean over
-            the batch's tokens whatever the loss type, as in TRL.
-        importance_sampling_level: ``"token"``, ``"sequence"`` (GSPO) or ``"sequence_token"`` (GSPO-token); None = the loss type's own.
-        aggregation: a name of ``AGGREGATIONS``; None = the loss type's own.
+        entropy_aggregation: ``"same"`` gives each token's entropy the weight that the token has in the loss; ``"token_mean"`` is the mean
+            over the batch's unmasked tokens for every loss type, as in TRL.
+        importance_sampling_level: ``"token"``, ``"sequence"`` (GSPO) or ``"sequence_token"`` (GSPO-token); None = that of the loss type.
+        aggregation: a name of ``AGGREGATIONS``; None = that of the loss type.
         log_ratio_clamp: every log-ratio is clamped to ``±log_ratio_clamp`` before ``exp`` (and has no gradient beyond).
         sapo_temperature_pos: SAPO's temperature for a positive advantage.
-        sapo_temperature_neg: SAPO's temperature for the others.
+        sapo_temperature_neg: SAPO's temperature for an advantage of 0 or less.
         vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: VESPO's shape parameters for ``A >= 0`` and ``A < 0``, at least 0:
             with a negative k its weight W^k exp(lambda (1 - W)) would grow without bound where W goes to 0.
         dppo_mask_low: DPPO (arXiv:2602.04879) drops a token with a negative advantage whose probability fell by more than this divergence
@@ -146,10 +146,10 @@ class LossConfig:
     max_completion_length: int | None = None
 
     def __new__(cls, *settings: object, **named: object) -> LossConfig:
-        """Name the setting that was meant, where Python's own message has only the one that does not exist."""
+        """Raise a TypeError for an unknown setting that suggests a known one; the message of a dataclass names the unknown one only."""
         for name in named:
             if name not in cls.__dataclass_fields__:
-                near = _MEANT.get(name) or ", ".join(difflib.get_close_matches(name, cls.__dataclass_fields__, n=2, cutoff=0.6))
+                near = _OTHER_NAMES.get(name) or ", ".join(difflib.get_close_matches(name, cls.__dataclass_fields__, n=2, cutoff=0.6))
                 hint = f"Did you mean {near}?" if near else f"The settings are {', '.join(cls.__dataclass_fields__)}."
                 raise TypeError(f"LossConfig has no setting {name!r}. {hint}")
         return super().__new__(cls)
@@ -222,8 +222,8 @@ class LossConfig:
 
     def _warn_of_cispo_bound(self) -> None:
         """Warn once per bound. LossConfig.like gives no warning."""
-        if self.surrogate == "cispo" and self.epsilon_high < 1 and self.epsilon_high not in _known_cispo_bounds:
-            _known_cispo_bounds.add(self.epsilon_high)
+        if self.surrogate == "cispo" and self.epsilon_high < 1 and self.epsilon_high not in _warned_cispo_bounds:
+            _warned_cispo_bounds.add(self.epsilon_high)
             warnings.warn(
                 f"LossConfig: epsilon_high is {self.epsilon_high:g} with loss_type='cispo', where it is the bound of the ratio itself, not "
                 "its distance from 1: every ratio becomes at most that. 5.0 is usual.",
@@ -233,14 +233,14 @@ class LossConfig:
 
     @classmethod
     def like(cls, library: str, **options: Any) -> LossConfig:
-        """The settings that correspond to another library's options, with its names, defaults and conventions.
+        """Return the settings that correspond to another library's options, with its names, defaults and conventions.
 
         Args:
             library: ``"trl"`` (1.15, 1.16), ``"liger"`` (0.8.1 to 0.8.5), ``"verl"`` (0.9.1), ``"openrlhf"`` (0.11.2) or ``"swift"``
                 (ms-swift 4.6.0). It need not be installed.
-            options: the library's options of its loss, with the library's defaults. grpo_fast/integrations/conventions.py lists them and
-                what each becomes. ``uncapped_kl=True`` omits the cap that some libraries put on the KL estimate and that LossConfig does
-                not have (required for ms-swift's default).
+            options: the library's loss options; those not given have the library's defaults. grpo_fast/integrations/loss_options.py lists
+                them and the settings they become. ``uncapped_kl=True`` omits the cap that some libraries put on the KL estimate and that
+                LossConfig does not have (required for ms-swift's default).
 
         Raises:
             ValueError: an option is unknown, is an argument of the call rather than a setting, or has no counterpart here; the message
@@ -251,7 +251,7 @@ class LossConfig:
             >>> LossConfig.like("verl", clip_ratio_high=0.28).dual_clip
             3.0
         """
-        from grpo_fast.integrations.conventions import loss_config  # here: it needs this class
+        from grpo_fast.integrations.conventions import loss_config  # imported here because that module imports this class
 
         return loss_config(library, options)
 
@@ -267,7 +267,7 @@ class LossConfig:
 
     @property
     def resolved_aggregation(self) -> str:
-        """How tokens are weighted, a name of ``AGGREGATIONS``."""
+        """The aggregation, a name of ``AGGREGATIONS``: ``aggregation``, or else that of the loss type."""
         return self.aggregation or LOSS_TYPES[self.loss_type].aggregation
 
 

@@ -1,7 +1,7 @@
-"""Weights that correct for a sampler that differs from the trainer, and masks that leave tokens out of the surrogate.
+"""Importance weights for a sampler whose probabilities differ from the trainer's, and masks that exclude tokens from the surrogate.
 
 Each function returns a factor per token or per sequence. Multiply the factors and pass them as ``grpo_loss(..., rollout_weights=...)``,
-which applies them to the surrogate and not to the KL penalty, and does not change the denominators (as in TRL). Nothing has a gradient.
+which applies them to the surrogate and not to the KL penalty, and does not change the denominators (as in TRL). They have no gradient.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def rollout_weights(
         old_logprobs: float ``[B, T]`` or packed ``[N]``: log-probabilities under the trainer's copy of the sampling policy.
         rollout_logprobs: like old_logprobs: as the sampler returned them, at the same temperature; NaN (not scored) means no difference.
         mask: bool or 0/1, like old_logprobs; a masked token gets the weight of a log-ratio of 0.
-        mode: ``"truncate"`` clamps the weight into [low, high] (TIS); ``"mask"`` makes it 0 outside of it (MIS, IcePop, arXiv:2510.18855).
+        mode: ``"truncate"`` clamps the weight to [low, high] (TIS); ``"mask"`` sets it to 0 outside (MIS, IcePop, arXiv:2510.18855).
         level: ``"token"``; ``"sequence"``, the product over the sequence (TRL, verl); ``"sequence_mean"``, its geometric mean (ms-swift,
             OpenRLHF).
         low, high: inclusive bounds of the weight, >= 0; None = no bound.
@@ -48,7 +48,7 @@ def rollout_weights(
         log_ratio_clamp: bound of the log-weight before exp, > 0 and at most 80.
 
     Returns:
-        float32: ``[B, T]`` for ``level="token"``, ``[B, 1]`` for a level of sequences, ``[N]`` for packed input.
+        float32: ``[B, T]`` for ``level="token"``, ``[B, 1]`` for the sequence levels, ``[N]`` for packed input.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.

@@ -1,4 +1,4 @@
-"""The arguments of a loss beside the logits, validated and in one form, and what the kernels derive from them."""
+"""The arguments of a loss other than the logits, validated and in one form, and what the kernels derive from them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["LossInputs"]
 
 @dataclass(frozen=True)
 class LossInputs:
-    """What the loss needs beside the logits; tensors are ``[B, T]`` (packed: ``[1, N]``) or broadcastable to that."""
+    """The inputs of the loss other than the logits; tensors are ``[B, T]`` (packed: ``[1, N]``) or broadcastable to that."""
 
     config: LossConfig
     mask: Tensor  # bool, exactly [B, T]: the unmasked tokens
@@ -94,7 +94,7 @@ class LossInputs:
         return replace(self, config=replace(config, importance_sampling_level="token"), advantages=mean, rollout_weights=None)
 
     def log_rollout(self, computed: Tensor) -> Tensor | None:
-        """Return the log of each sequence's rollout weight for ``vespo_phi``: of the product over its tokens, or of its one number."""
+        """Return the log of each sequence's rollout weight for ``vespo_phi``: of the product over its tokens, or of its single weight."""
         if self.rollout_weights is None:
             return None
         logs = torch.where(computed, self.rollout_weights, 1).log().clamp(math.log(1e-8), self.config.log_ratio_clamp)

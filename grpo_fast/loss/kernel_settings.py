@@ -1,4 +1,4 @@
-"""The settings of a LossConfig as the numbers that operators take, from the declarations of its fields."""
+"""Conversion of a LossConfig to the numbers that operators take, and back, from the declarations of its fields."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from grpo_fast.loss.config import SURROGATES, LossConfig
 __all__ = ["KERNEL_FIELDS", "config_from_numbers", "config_numbers", "loss_settings"]
 
 _FIELDS = fields(LossConfig)
-_ALLOWED: dict[str, tuple[str, ...] | None] = {each.name: each.metadata.get("names") for each in _FIELDS}  # None: no name, but a number
+_ALLOWED: dict[str, tuple[str, ...] | None] = {each.name: each.metadata.get("names") for each in _FIELDS}  # None: the field is a number
 KERNEL_FIELDS = tuple(each for each in _FIELDS if each.metadata.get("kernel"))
 _KERNEL_NAMES = tuple((each.name, _ALLOWED[each.name]) for each in KERNEL_FIELDS)
 
 
 def loss_settings(config: LossConfig) -> list[float]:
-    """The numbers that the kernels take: the surrogate, then the fields of LossConfig that are declared as ``KERNEL``, in their order.
+    """Return the numbers that the kernels take: the surrogate, then the fields of LossConfig that are declared as ``KERNEL``, in order.
 
-    A name becomes its position, a switch 0 or 1, None infinity. csrc/policy_loss_config.h and kernels/fused/loss_settings.py, which
+    A name becomes its position, a bool 0 or 1, and None infinity. csrc/policy_loss_config.h and kernels/fused/loss_settings.py, which
     tools/generate_loss_settings.py writes from the same declaration, read them in this order.
 
     Example:
@@ -33,7 +33,8 @@ def loss_settings(config: LossConfig) -> list[float]:
 
 
 def config_numbers(config: LossConfig) -> list[float]:
-    """All fields of a LossConfig, for an operator that needs it whole. A name becomes its position, a switch 0 or 1, None NaN.
+    """Return all fields of a LossConfig as numbers, for an operator that needs all of them. A name becomes its position, a bool 0 or 1, and
+    None NaN.
 
     Example:
         >>> from grpo_fast.loss.config import LossConfig
@@ -44,12 +45,12 @@ def config_numbers(config: LossConfig) -> list[float]:
 
 
 def config_from_numbers(numbers: Sequence[float]) -> LossConfig:
-    """The LossConfig whose ``config_numbers`` are given."""
+    """Return the LossConfig whose ``config_numbers`` are given."""
     return _config_from_numbers(tuple(None if math.isnan(x) else x for x in numbers))
 
 
 def _numbers(config: LossConfig, names: tuple[tuple[str, tuple[str, ...] | None], ...], *, none: float) -> list[float]:
-    """One loop without calls of its own: it runs in every call of grpo_loss."""
+    """Convert the named fields. One loop without helper functions, because it runs in every call of grpo_loss."""
     numbers = []
     for name, allowed in names:
         value = getattr(config, name)

@@ -1,8 +1,8 @@
 """The loss and its metrics from log-probabilities, as tensor operations that autograd differentiates.
 
-This serves what the one-pass kernels do not: ratios of whole sequences, processes that share the vocabulary, and losses over
-log-probabilities that the caller has. Only the elementwise ``surrogate`` and ``clipped_tokens`` come from the specification (a new loss
-type is written once in PyTorch); the C++ and Triton kernels have their own, and the tests compare them with it.
+It serves the cases that the one-pass kernels do not: ratios of whole sequences, processes that share the vocabulary, and losses over
+log-probabilities that the caller has computed. Only the elementwise ``surrogate`` and ``clipped_tokens`` come from the specification (a new
+loss type is written once in PyTorch); the C++ and Triton kernels have their own, and the tests compare them with it.
 """
 
 from __future__ import annotations

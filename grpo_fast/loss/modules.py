@@ -15,7 +15,7 @@ __all__ = ["GRPOLoss", "LossModule"]
 
 
 class LossModule(nn.Module):
-    """Holds the settings that do not change from batch to batch. The attribute ``temperature`` may be set between two calls."""
+    """Base class: holds the settings that do not change from batch to batch. ``temperature`` may be set between two calls."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class GRPOLoss(LossModule):
     """``grpo_fast.grpo_loss`` as a module (GRPO, arXiv:2402.03300).
 
     Args:
-        config: the member of the family; None = LossConfig().
+        config: the loss type and its settings; None = LossConfig().
         temperature, softcap, logit_scale, metrics_on: as in grpo_loss; the default of metrics_on is that of grpo_loss.
 
     Raises:

@@ -1,4 +1,4 @@
-"""From a loss over tokens to the arguments of the operators ``grpo_loss`` and ``grpo_loss_``."""
+"""The arguments of the operators ``grpo_loss`` and ``grpo_loss_``, built from the validated inputs of a loss."""
 
 from __future__ import annotations
 

@@ -1,15 +1,16 @@
 """The specification of grpo_fast: from rewards to advantages, and from logits to the loss of the GRPO family, in plain PyTorch of any
 float type. Read it from top to bottom.
 
-A prompt is answered by a group of completions, each completion is scored, and its advantage is how much better it did than its group:
+For each prompt a group of completions is sampled. Each completion gets one or several rewards, and its advantage is its reward relative to
+the rewards of its group:
 
     1. weighted_sum            rewards r_ik     ->  one number x_i per completion; NaN where no reward applies
     2. group_moments           x, group         ->  count, mean and unbiased std of each group, and whether its values are all equal
     3. normalized              x, moments       ->  (x_i - baseline) / (std + eps), exactly 0 in a group of equal values
-    4. group_advantages        1 to 3, over the group or over the batch, rewards summed before or after
+    4. group_advantages        1 to 3, with the std of the group or of the batch, and rewards summed before or after the normalization
 
 For a token with logits z and temperature T the policy is p = softmax(s), s = f(z) / T, where f is an optional scale followed by an optional
-soft cap. The sampler drew the token y from this same p, so the policy that is trained is this same p:
+soft cap. The sampler drew the token y from p, so the loss must use the same p:
 
     5. token_statistics        z, y             ->  log p_y and the entropy of p
     6. sequence_sum, _mean     x                ->  sums and means over the sequence that a token belongs to
@@ -18,11 +19,11 @@ soft cap. The sampler drew the token y from this same p, so the policy that is t
     9. kl_penalty              log p_y, ref     ->  the distance to a reference policy
    10. aggregation_weights     mask             ->  one weight per token:  loss = sum_n w_n * l_n
    11. active_tokens           mask, A          ->  the tokens that can change the gradient
-   12. policy_loss             6 to 11: everything behind the logits
+   12. policy_loss             6 to 11: the loss from log-probabilities and entropies
    13. grpo_loss               5 and 12: the whole loss, from the arguments of the public function
 
-Autograd through this file is the gradient; the kernels compute the same gradient by hand. Values under a 0 of the mask (NaN, -100) have
-no effect: they are replaced before any arithmetic, so that they can reach neither the value nor the gradient.
+Autograd through this file defines the gradient; the kernels compute the same gradient by hand. Masked tokens may hold any value (NaN,
+-100): their values are replaced before any arithmetic, and affect neither the loss nor the gradient.
 
 The fast paths share no code with this file, so that the tests compare two independent implementations. The one exception is the elementwise
 ``surrogate``, which loss/logprob_loss.py calls for ratios of whole sequences: a new surrogate is written once in PyTorch, and compared with
@@ -48,7 +49,7 @@ def weighted_sum(
     rewards: Tensor,  # [B, R], NaN = does not apply
     weights: Tensor,  # [R]
 ) -> Tensor:  # [B]
-    """Sum the rewards that apply to a completion; NaN where none does, so that 0 keeps meaning a reward of 0."""
+    """Return the weighted sum of the rewards that apply to each completion; NaN where none applies, since 0 is a valid reward."""
     applies = ~rewards.isnan()
     total = torch.where(applies, weights * rewards, 0.0).sum(1)
     return torch.where(applies.any(1), total, math.nan)
@@ -59,11 +60,11 @@ def weighted_sum(
 
 @dataclass(frozen=True)
 class Moments:
-    """Statistics of each group over its values that apply; [G], or [G, R] with a column per reward."""
+    """Statistics of the values of each group that are not NaN; [G], or [G, R] with a column per reward."""
 
     count: Tensor
     mean: Tensor  # 0 for an empty group
-    std: Tensor  # unbiased (n - 1); 0 where equal
+    std: Tensor  # unbiased (n - 1); 0 where ``equal`` is True
     equal: Tensor  # bool: all values are equal, or there are fewer than two
 
 
@@ -72,19 +73,24 @@ def group_moments(
     group: Tensor,  # [B], the group of each row
     num_groups: int,
 ) -> Moments:
-    """Two passes, mean first: E[x^2] - E[x]^2 has no digit left for rewards like 1000.0, 1000.1, 1000.2."""
+    """Return count, mean, standard deviation and equality of each group's values.
+
+    The variance is computed in a second pass, around the mean: E[x^2] - E[x]^2 loses all its digits to cancellation for rewards such as
+    1000.0, 1000.1, 1000.2.
+    """
     applies = ~x.isnan()
     index = group.reshape(-1, *[1] * (x.dim() - 1)).expand_as(x)
 
-    def reduced(values: Tensor, how: str, start: float) -> Tensor:
-        return x.new_full((num_groups, *x.shape[1:]), start).scatter_reduce(0, index, torch.where(applies, values, start), how)
+    def per_group(values: Tensor, reduction: str, initial: float) -> Tensor:
+        return x.new_full((num_groups, *x.shape[1:]), initial).scatter_reduce(0, index, torch.where(applies, values, initial), reduction)
 
-    count = reduced(torch.ones_like(x), "sum", 0.0)
-    lowest, highest = reduced(x, "amin", math.inf), reduced(x, "amax", -math.inf)
+    count = per_group(torch.ones_like(x), "sum", 0.0)
+    lowest, highest = per_group(x, "amin", math.inf), per_group(x, "amax", -math.inf)
     equal = (count < 2) | (lowest == highest)
-    # The mean of equal values is that value; sum / count may miss it by a rounding, which std + eps ~ eps would blow up to a signal.
-    mean = torch.where(equal, lowest, reduced(x, "sum", 0.0) / count).masked_fill(count == 0, 0.0)
-    variance = reduced((x - mean[group]).square(), "sum", 0.0) / (count - 1)
+    # The mean of equal values is set to that value: sum / count may differ from it by a rounding error, which the division by
+    # std + eps = eps would turn into a large advantage.
+    mean = torch.where(equal, lowest, per_group(x, "sum", 0.0) / count).masked_fill(count == 0, 0.0)
+    variance = per_group((x - mean[group]).square(), "sum", 0.0) / (count - 1)
     return Moments(count, mean, variance.masked_fill(equal, 0.0).sqrt(), equal)
 
 
@@ -100,7 +106,10 @@ def normalized(
     divide_by_std: bool,
     eps: float,
 ) -> Tensor:  # like x
-    """Centre each value on its group, and divide by the group's std; 0 for a value that does not apply and for equal values."""
+    """Subtract the group's baseline from each value and, if asked for, divide by the group's std + eps.
+
+    The result is 0 for NaN (the reward does not apply) and for all values of a group whose values are equal.
+    """
     factor = torch.ones_like(moments.mean)
     if baseline == "leave_one_out":  # x_i - mean of the n - 1 others = (x_i - mean) * n / (n - 1)
         factor = factor * moments.count / (moments.count - 1)
@@ -123,7 +132,10 @@ def group_advantages(
     normalize: str = "sum_then_normalize",
     eps: float = 1e-4,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [B], [G], [G], [G] bool
-    """Advantages, and mean and std of the summed reward and degeneracy of each group. Arguments are not checked here."""
+    """Return the advantages, and for each group the mean and the std of the summed reward and whether the group is degenerate.
+
+    The arguments are those of ``grpo_fast.group_advantages``, which documents and validates them.
+    """
     r = rewards.double() if rewards.dim() == 2 else rewards.double().unsqueeze(1)
     weights = r.new_ones(r.shape[1]) if reward_weights is None else reward_weights.to(r)
     row = torch.arange(r.shape[0], device=r.device)
@@ -143,19 +155,20 @@ def group_advantages(
         per_reward = group_moments(r, group, num_groups)
         z = normalized(r, per_reward, group, baseline=baseline, divide_by_std=True, eps=eps)
         y = (weights * z).sum(1)
-        # Rewards that cancel leave roundings of 0, which a division by their own std would blow up. Their terms are as large as their std.
-        std = torch.where(per_reward.equal, 0.0, per_reward.std / (per_reward.std + eps))[group]
-        size = (weights * std).abs().sum(1)
+        # Where weighted rewards cancel, y is a rounding error and not 0, and the division by the std of y would amplify it. It is set to
+        # 0 if it is tiny relative to the terms that were added. The size of a term is the std of its z.
+        z_std = torch.where(per_reward.equal, 0.0, per_reward.std / (per_reward.std + eps))[group]
+        term_size = (weights * z_std).abs().sum(1)
         if baseline == "leave_one_out":
-            size = size * (moments.count / (moments.count - 1).clamp(min=1))[group]
-        y = torch.where(y.abs() <= 2.0**-36 * size, 0.0, y)
+            term_size = term_size * (moments.count / (moments.count - 1).clamp(min=1))[group]
+        y = torch.where(y.abs() <= 2.0**-36 * term_size, 0.0, y)
         degenerate = (per_reward.equal | (weights == 0)).all(1)
-        # Each reward's z sum to 0 within a group, so the batch mean of y is 0. Subtracting what roundings leave of it would only disturb
-        # the exact 0 of degenerate groups.
+        # The z of each reward sum to 0 within a group, so the mean of y over the batch is 0 up to rounding. It is not subtracted, because
+        # the advantages of degenerate groups would then no longer be exactly 0.
         batch_std = (y.square().sum() / (moments.count.sum() - 1).clamp(min=1)).sqrt()
 
     if scale == "batch" or normalize == "normalize_then_sum":
-        y = torch.where(y == 0, 0.0, y / (batch_std + eps))  # 0 stays 0 also where std and eps are
+        y = torch.where(y == 0, 0.0, y / (batch_std + eps))  # 0 / 0 would be NaN
     return y, moments.mean, moments.std, degenerate
 
 
@@ -169,11 +182,11 @@ def token_statistics(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:  # [...], [...]
-    """Log-probability of the sampled token, and entropy of the policy it was sampled from.
+    """Return the log-probability of the sampled token, and the entropy of the policy, in nats.
 
-    The target is left out of the log-sum-exp: ``log p_y = -softplus(lse_{v != y}(s_v) - s_y)``. The usual ``s_y - lse`` is the
-    difference of two almost equal numbers when p_y is almost 1, and exactly 0 in float32 from a margin of some 14 nats on; this form keeps
-    every digit.
+    The log-sum-exp excludes the target: ``log p_y = -softplus(lse_{v != y}(s_v) - s_y)``. The usual ``s_y - lse`` is the difference of two
+    almost equal numbers when p_y is almost 1, and in float32 it is exactly 0 for margins above about 14 nats. This form keeps full relative
+    precision.
     """
     s = logits * logit_scale
     if softcap is not None:
@@ -183,12 +196,12 @@ def token_statistics(
     is_target = torch.arange(s.shape[-1], device=s.device) == token_ids.unsqueeze(-1)  # [..., V]
     s_target = s.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
     others = s.masked_fill(is_target, -math.inf)
-    alone = (others == -math.inf).all(-1)  # every other token suppressed: certain, where the gradient of logsumexp would be NaN
-    lse_others = others.masked_fill(alone.unsqueeze(-1), 0.0).logsumexp(-1).masked_fill(alone, -math.inf)
+    is_certain = (others == -math.inf).all(-1)  # p_y is 1: the gradient of logsumexp over -inf alone would be NaN
+    lse_others = others.masked_fill(is_certain.unsqueeze(-1), 0.0).logsumexp(-1).masked_fill(is_certain, -math.inf)
     logprob = F.logsigmoid(s_target - lse_others)  # = -softplus(lse_others - s_target)
 
-    # H = -sum p log p over logits that are not -inf, with the exact log p of the target.
-    lse = torch.where(s_target == -math.inf, lse_others, s_target - logprob)  # a target with p = 0 adds nothing
+    # H = -sum p log p over the logits that are not -inf, with the exact log p of the target.
+    lse = torch.where(s_target == -math.inf, lse_others, s_target - logprob)  # a target with p_y = 0 does not contribute
     log_p = torch.where(is_target, logprob.unsqueeze(-1), s - lse.unsqueeze(-1))
     p = log_p.exp()
     entropy = -(p * log_p.masked_fill(p == 0, 0.0)).sum(-1)
@@ -198,8 +211,8 @@ def token_statistics(
 def soft_cap(s: Tensor, softcap: float) -> Tensor:
     """softcap * tanh(s / softcap), Gemma 2, arXiv:2408.00118.
 
-    Away from 0 tanh x is written as 1 - c with c = 2 e^-2|x| / (1 + e^-2|x|), whose derivative keeps its digits where tanh x is almost 1.
-    There 1 - tanh(x)^2, the derivative that autograd takes of torch.tanh, has none.
+    For |x| >= 0.625, tanh |x| is computed as 1 - c with c = 2 e^-2|x| / (1 + e^-2|x|). Its derivative keeps its relative precision where
+    tanh x is almost 1; the derivative of torch.tanh in autograd, 1 - tanh(x)^2, cancels to 0 there.
     """
     x = s / softcap
     e = torch.exp(-2 * x.abs())
@@ -210,7 +223,7 @@ def soft_cap(s: Tensor, softcap: float) -> Tensor:
 
 
 def sequence_sum(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Give every token the sum of x over its sequence: its row of a padded [B, T], or its slice of a packed [N]."""
+    """Return for every token the sum of x over its sequence: a row of a padded [B, T] batch, or a slice of a packed [N] batch."""
     if cu_seqlens is None:
         return x.sum(-1, keepdim=True).expand_as(x)
     position = torch.arange(x.shape[0], device=x.device)
@@ -220,12 +233,12 @@ def sequence_sum(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 
 def sequence_mean(x: Tensor, mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Give every token the mean of x over its sequence's unmasked tokens; 0 for a sequence without any."""
+    """Return for every token the mean of x over the unmasked tokens of its sequence; 0 for a sequence without unmasked tokens."""
     return sequence_sum(torch.where(mask, x, 0), cu_seqlens) / sequence_sum(mask.to(x.dtype), cu_seqlens).clamp(min=1)
 
 
 def sequence_count(tokens: Tensor, cu_seqlens: Tensor | None) -> int:
-    """The number of sequences; packed tokens without boundaries are one."""
+    """Return the number of sequences; packed tokens without ``cu_seqlens`` are one sequence."""
     if cu_seqlens is not None:
         return cu_seqlens.shape[0] - 1
     return tokens.shape[0] if tokens.dim() == 2 else 1
@@ -235,7 +248,7 @@ def sequence_count(tokens: Tensor, cu_seqlens: Tensor | None) -> int:
 
 
 def importance_log_ratio(log_ratio: Tensor, mask: Tensor, cu_seqlens: Tensor | None, level: str) -> Tensor:
-    """The log of the importance ratio at its level; log_ratio is 0 where masked.
+    """Return the log of the importance ratio at the given level; log_ratio is 0 where masked.
 
     token           log p_y - log p_y^old                               PPO, arXiv:1707.06347; GRPO, arXiv:2402.03300
     sequence        its mean over the sequence, shared by its tokens    GSPO, arXiv:2507.18071
@@ -246,23 +259,23 @@ def importance_log_ratio(log_ratio: Tensor, mask: Tensor, cu_seqlens: Tensor | N
     mean = sequence_mean(log_ratio, mask, cu_seqlens)
     if level == "sequence":
         return mean
-    value, slope = mean.detach(), torch.where(log_ratio.isfinite(), log_ratio - log_ratio.detach(), 0)
-    return value + slope
+    own_gradient = torch.where(log_ratio.isfinite(), log_ratio - log_ratio.detach(), 0)  # its value is 0
+    return mean.detach() + own_gradient
 
 
 # 8 ------------------------------------------------------------------------------------------------------------------------
 
 
 def surrogate(ratio: Tensor, advantages: Tensor, logprobs: Tensor, old_logprobs: Tensor, phi: Tensor | None, config: LossConfig) -> Tensor:
-    """The loss of one token, elementwise; r the ratio, A the advantage, sg() stops the gradient.
+    """Return the loss of each token, elementwise; r is the ratio, A the advantage, and sg() stops the gradient.
 
     clip       max(-min(r, delta) A, -clip(r, 1 - eps_low, 1 + eps_high) A)      GRPO, arXiv:2402.03300; delta: arXiv:2505.07291
                and at most -c A where A < 0, with dual_clip = c                  arXiv:1912.09729
     cispo      -sg(min(r, eps_high)) A log p                                     MiniMax-M1, arXiv:2506.13585
     sapo       -4/tau sigmoid(tau (r - 1)) A, tau by the sign of A               SAPO, arXiv:2511.20347
     vespo      -phi A log p, phi from vespo_phi                                  VESPO, arXiv:2602.10693
-    dppo_tv    -r A, and 0 where dropped, see clipped_tokens                     DPPO, arXiv:2602.04879
-    dppo_kl    the same with another divergence
+    dppo_tv    -r A; 0 for the tokens that clipped_tokens drops                  DPPO, arXiv:2602.04879
+    dppo_kl    as dppo_tv, with the KL divergence in place of the total variation
     reinforce  -A log p
     """
     if config.surrogate == "clip":
@@ -291,11 +304,12 @@ def surrogate(ratio: Tensor, advantages: Tensor, logprobs: Tensor, old_logprobs:
 def clipped_tokens(
     ratio: Tensor, advantages: Tensor, logprobs: Tensor, old_logprobs: Tensor, config: LossConfig
 ) -> tuple[Tensor, Tensor]:  # bool, bool
-    """The tokens with A < 0, and those with A > 0, that have moved so far in the direction of their advantage that they are clipped.
+    """Return two masks of clipped tokens: those with A < 0 and those with A > 0 whose ratio has moved too far in the direction of A.
 
     clip     r < 1 - eps_low;  r > 1 + eps_high
     cispo    none;             r > eps_high
-    dppo_*   D > dppo_mask_low and p < q;  D > dppo_mask_high and p > q, with p the token's probability, q that under the old policy:
+    dppo_*   D > dppo_mask_low and p < q;  D > dppo_mask_high and p > q
+             with p and q the token's probability under the current and the old policy, and the divergence D:
              dppo_tv: D = |p - q|; dppo_kl: D = q log(q / p) + (1 - q) log((1 - q) / (1 - p))
     """
     below, above = torch.zeros_like(advantages, dtype=torch.bool), torch.zeros_like(advantages, dtype=torch.bool)
@@ -312,19 +326,19 @@ def clipped_tokens(
 
 
 def binary_tv(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
-    """|p - q|, the total variation between Bernoulli(p) and Bernoulli(q)."""
+    """Return |p - q|, the total variation between Bernoulli(p) and Bernoulli(q)."""
     return (logprobs.exp() - old_logprobs.exp()).abs()
 
 
 def binary_kl(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
-    """KL(Bernoulli(q) || Bernoulli(p)), in nats. 1 - p from log p by expm1, without the 1e-8 that keeps a float32 1 - exp(log p) from 0."""
+    """Return KL(Bernoulli(q) || Bernoulli(p)), in nats. 1 - p is computed as -expm1(log p), which is exact for p near 1."""
     q, others, old_others = old_logprobs.exp(), -torch.expm1(logprobs), -torch.expm1(old_logprobs)
-    of_token = torch.where(q > 0, q * (old_logprobs - logprobs), 0)
-    return of_token + torch.where(old_others > 0, old_others * (old_others.log() - others.log()), 0)
+    token_term = torch.where(q > 0, q * (old_logprobs - logprobs), 0)
+    return token_term + torch.where(old_others > 0, old_others * (old_others.log() - others.log()), 0)
 
 
 def by_sign(positive: Tensor, if_positive: float, otherwise: float, dtype: torch.dtype) -> Tensor:
-    """One of two settings per token, in full precision: torch.where of two numbers would round them to float32."""
+    """Return one of two settings per token, in the given dtype; torch.where of two numbers would round them to float32."""
     return torch.full_like(positive, otherwise, dtype=dtype).masked_fill(positive, if_positive)
 
 
@@ -335,11 +349,11 @@ def vespo_phi(
     cu_seqlens: Tensor | None,
     config: LossConfig,
 ) -> Tensor:
-    """VESPO's weight of a sequence, arXiv:2602.10693: phi = W^k exp(lambda (1 - W)), (k, lambda) by the sign of A. No gradient flows
-    through it.
+    """Return VESPO's weight of each sequence, arXiv:2602.10693: phi = W^k exp(lambda (1 - W)), with k and lambda chosen by the sign of A.
+    No gradient flows through it.
 
-    W is the product of the sequence's ratios and of its rollout weights, which are therefore not applied again. Rollout weights of one
-    column are one number per sequence and count once.
+    W is the product of the sequence's ratios and of its rollout weights, so the loss does not multiply by the rollout weights again.
+    Rollout weights [B, 1] are one number per sequence and enter W once.
     """
     smallest, largest = math.log(1e-8), config.log_ratio_clamp
     log_w = sequence_sum(log_ratio.detach().clamp(-largest, largest), cu_seqlens)
@@ -363,11 +377,11 @@ def vespo_phi(
 
 
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str, clamp: float) -> Tensor:
-    """An estimate of KL(policy || reference) from the sampled token, d = log p_ref - log p (Schulman,
+    """Return an estimate of KL(policy || reference) from the sampled token, with d = log p_ref - log p (Schulman,
     http://joschu.net/blog/kl-approx.html).
 
     k1  -d              unbiased, high variance
-    k2  d^2 / 2         biased, its gradient is the unbiased one
+    k2  d^2 / 2         biased, but its gradient is unbiased
     k3  exp(d) - 1 - d  unbiased, never negative; as expm1(d) - d, since exp(d) - d - 1 cancels for small d
     """
     d = ref_logprobs - logprobs
@@ -390,15 +404,16 @@ def aggregation_weights(
     max_completion_length: int | None,
     dtype: torch.dtype,
 ) -> Tensor:  # like the mask
-    """The weight of each token, |o| its sequence's unmasked tokens and S the number of sequences, fully masked ones included.
+    """Return the weight of each token. |o| is the number of unmasked tokens of its sequence, S the number of sequences, fully masked ones
+    included.
 
-    sequence_mean      1 / (S |o|)            GRPO, GSPO, SAPO: each sequence counts the same
-    token_mean         1 / sum |o|            BNPO: each token counts the same
-    global_token_mean  1 / num_items          DAPO, CISPO, VESPO: the same over all micro-batches and processes
+    sequence_mean      1 / (S |o|)            GRPO, GSPO, SAPO: every sequence has the same total weight
+    token_mean         1 / sum |o|            BNPO: every token has the same weight
+    global_token_mean  1 / num_items          DAPO, CISPO, VESPO: the same weight in all micro-batches and processes
     fixed_length       1 / (S L_max)          Dr. GRPO, arXiv:2503.20783: no length bias
-    sequence_sum       1 / S                  LUSPO, arXiv:2602.05261: a sequence counts by its length
+    sequence_sum       1 / S                  LUSPO, arXiv:2602.05261: the weight of a sequence grows with its length
 
-    nonempty_sequence_mean and nonempty_sequence_sum count only the sequences that have an unmasked token (verl, OpenRLHF).
+    For nonempty_sequence_mean and nonempty_sequence_sum, S counts only the sequences that have an unmasked token (verl, OpenRLHF).
     """
     one = torch.ones_like(mask, dtype=dtype)
     length = sequence_sum(mask.to(dtype), cu_seqlens).clamp(min=1)  # |o|
@@ -424,10 +439,11 @@ def aggregation_weights(
 
 
 def active_tokens(mask: Tensor, advantages: Tensor, cu_seqlens: Tensor | None, config: LossConfig) -> Tensor:
-    """The tokens whose log-probability or entropy the gradient can depend on: bool, like the mask.
+    """Return the tokens whose log-probability or entropy can change the gradient: bool, like the mask.
 
-    The KL penalty and the entropy bonus reach every unmasked token, and the surrogate every one whose advantage is not 0. A ratio (or
-    weight) of a whole sequence depends on all its unmasked tokens, so that they are active if one of them has an advantage other than 0.
+    The KL penalty and the entropy bonus apply to every unmasked token; the surrogate applies to every unmasked token whose advantage is not
+    0. A ratio (or weight) of a whole sequence depends on all its unmasked tokens: they are all active if one of them has an advantage other
+    than 0.
     """
     if config.beta != 0 or config.entropy_coef != 0:
         return mask
@@ -455,8 +471,8 @@ def policy_loss(
     num_items: int | float | Tensor | None = None,
     loss_scale: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss and its metrics from log-probabilities and entropies. The loss is the same whether all unmasked tokens are computed or
-    only the active ones; the metrics are means over the computed tokens.
+    """Return the loss and its metrics from log-probabilities and entropies. The loss is the same whether all unmasked tokens are computed
+    or only the active ones; the metrics are means over the computed tokens.
 
     Rollout weights multiply the surrogate and not the KL penalty, which is added afterwards (as in TRL).
     """
@@ -479,8 +495,8 @@ def policy_loss(
     phi = None
     if config.surrogate == "vespo":
         per_sequence = rollout_weights is not None and rollout_weights.shape != logprobs.shape
-        log_rollout_of = rollout_weights if rollout_weights is None or per_sequence else select(rollout_weights, masked=1.0)
-        phi = vespo_phi(log_ratio, advantages, log_rollout_of, cu_seqlens, config)
+        vespo_weights = rollout_weights if rollout_weights is None or per_sequence else select(rollout_weights, masked=1.0)
+        phi = vespo_phi(log_ratio, advantages, vespo_weights, cu_seqlens, config)
 
     losses = surrogate(ratio, advantages, logprobs, old_logprobs, phi, config)
     if rollout_weights is not None and config.surrogate != "vespo":
@@ -516,7 +532,7 @@ def policy_loss(
 
 
 def per_token(x: Tensor, tokens: Tensor) -> Tensor:
-    """One number for all, [B], [B, 1], [B, T] or [N] as one number per token."""
+    """Expand one number for all tokens, [B], [B, 1], [B, T] or [N] to one number per token."""
     return (x.unsqueeze(-1) if x.dim() < tokens.dim() else x).expand(tokens.shape)
 
 
@@ -541,7 +557,7 @@ def token_logprobs(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability and entropy of each token, 0 where masked."""
+    """Return the log-probability and the entropy of each token, 0 where masked."""
     logits = logits[..., : token_ids.shape[-1], :]  # [B, T + 1, V]: the last position predicts no token
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if mask is not None:
@@ -574,7 +590,7 @@ def grpo_loss(
     loss_scale: float = 1.0,
     metrics_on: str = "all",
 ) -> ReferenceOutput:
-    """The loss from logits, with the arguments of ``grpo_fast.grpo_loss``."""
+    """Return the loss from logits; the arguments are those of ``grpo_fast.grpo_loss``."""
     mask = torch.ones_like(token_ids, dtype=torch.bool) if mask is None else mask != 0
     computed = mask
     if metrics_on == "active":

@@ -1,4 +1,4 @@
-"""Validation of logits (or hidden states) and of what scores them, into one form.
+"""Validation of logits (or hidden states), token ids, mask and scoring settings, and their conversion to one form.
 
 In that form logits or hidden states are ``[B, T or T + 1, ...]`` and every other tensor is ``[B, T]`` or broadcastable to it; a packed
 ``[N]`` batch becomes one row. Nothing is computed or written before all checks have passed.
@@ -22,7 +22,7 @@ TEMPERATURE_FIX = "Pass the temperature that sampled the tokens; greedy decoding
 
 @dataclass(frozen=True, kw_only=True)
 class TokenBatch:
-    """The tensor that a call computes with, validated, and its mask. The other arguments of the call are validated against them."""
+    """The validated main tensor of a call, and its mask. The other arguments of the call are validated against these two."""
 
     scored: Tensor  # logits [B, T, V] or [B, T + 1, V]; hidden states: D in place of V; log-probabilities: [B, T]
     mask: Tensor  # bool [B, T]
@@ -78,7 +78,7 @@ class TokenBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenInputs(TokenBatch):
-    """Logits, or the hidden states that a head turns into them, and what scores them: validated, in one form."""
+    """Logits, or the hidden states from which a head computes them, with token ids and scoring settings: validated, in one form."""
 
     token_ids: Tensor  # int64 [B, T]
     temperatures: Tensor | None  # float, broadcastable to [B, T]; None: one number for all
@@ -92,7 +92,7 @@ class TokenInputs(TokenBatch):
 
 
 def logprob_inputs(logprobs: Tensor, mask: Tensor) -> TokenBatch:
-    """Validate log-probabilities ``[B, T]``, which a caller has in place of logits, and their mask.
+    """Validate log-probabilities ``[B, T]``, which a caller passes in place of logits, and their mask.
 
     Raises:
         TypeError, ValueError: names the argument, what it was, what was expected and the fix.
@@ -114,11 +114,11 @@ def token_inputs(
     name: str = "logits",
     vocabulary: int | None = None,
 ) -> TokenInputs:
-    """Validate logits or hidden states and what scores them.
+    """Validate logits or hidden states, token ids, mask and scoring settings.
 
     Args:
         name: ``"logits"``, or the name of the hidden states in messages.
-        vocabulary: the number of logits that a head makes of the hidden states; None: ``scored`` are logits.
+        vocabulary: the number of logits that a head computes from the hidden states; None: ``scored`` are logits.
 
     Raises:
         TypeError, ValueError: names the argument, its value, what was expected and the fix.
@@ -149,7 +149,7 @@ def token_inputs(
 
 
 def _check_scored(name: str, x: Tensor, token_ids: Tensor) -> None:
-    letter, fix = ("V", "A model's output holds it as .logits.") if name == "logits" else ("D", "It is what a model feeds to its head.")
+    letter, fix = ("V", "A model's output holds it as .logits.") if name == "logits" else ("D", "It is the input of a model's LM head.")
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is a {type(x).__name__}; expected a floating-point torch.Tensor. {fix}")
     checks.tensor(name, x, like=None)
@@ -160,7 +160,7 @@ def _check_scored(name: str, x: Tensor, token_ids: Tensor) -> None:
         )
     if x.is_meta and select(x.device) == "reference":  # torch.compile's fake tensors report the device they represent
         are = "are" if name == "logits" else "is"
-        raise ValueError(f"{name} {are} on meta, which holds no values; expected tensors of a CPU or a GPU. {fix}")
+        raise ValueError(f"{name} {are} on meta, which holds no values; expected tensors on a CPU or a GPU. {fix}")
     checks.tensor("token_ids", token_ids, like=x, like_name=name, floating=False)
     if token_ids.dtype != torch.int64:
         raise TypeError(f"token_ids has dtype {token_ids.dtype}; expected torch.int64. Convert it: token_ids.long().")
@@ -199,7 +199,7 @@ def checked_mask(mask: Tensor, tokens: Tensor, name: str, *, scored: str | None 
     Args:
         tokens: the tensor whose shape and device the mask must have.
         name: of ``tokens``, for messages.
-        scored: name of the argument that those follow from; None: ``name``.
+        scored: name of the argument that determines shape and device of ``tokens``; None: ``name``.
 
     Raises:
         TypeError, ValueError: the mask has another dtype, device or shape, or values other than 0 and 1.
@@ -247,7 +247,7 @@ def _per_token_temperature(inputs: TokenInputs, temperature: Tensor) -> Tensor:
 
 
 def _check_values(inputs: TokenInputs, vocabulary: int) -> None:
-    """Check what needs values: microseconds on the CPU, a synchronisation on a GPU."""
+    """Check the values of token ids and temperatures, which takes microseconds on a CPU and synchronises a GPU."""
     check_ids(inputs, vocabulary)
     if inputs.temperatures is not None:
         mask = inputs.mask
@@ -264,7 +264,7 @@ def check_ids(inputs: TokenInputs, vocabulary: int) -> None:
     """Raise ValueError if an unmasked token's id is outside the vocabulary, where values may be read (see value_checks_wanted)."""
     if not checks.value_checks_wanted(inputs.token_ids):
         return
-    mask, ids, of = inputs.mask, inputs.token_ids, "logits" if inputs.name == "logits" else "the head"
+    mask, ids, source = inputs.mask, inputs.token_ids, "logits" if inputs.name == "logits" else "the head"
     if ids.numel() == 0:
         return
     lowest, highest = torch.aminmax(torch.where(mask, ids, 0))
@@ -272,5 +272,5 @@ def check_ids(inputs: TokenInputs, vocabulary: int) -> None:
         where = checks.first_index(mask & ((ids < 0) | (ids >= vocabulary)))
         raise ValueError(
             f"token_ids{inputs.given_index(where)} is {ids[tuple(where)].item()}; expected 0 <= id < {vocabulary}, the vocabulary of "
-            f"{of}, on every unmasked token. Set the mask to 0 on padding."
+            f"{source}, on every unmasked token. Set the mask to 0 on padding."
         )

@@ -1,4 +1,4 @@
-"""The tokens of a batch or of one chunk with what scores them, and the token_logprobs operators applied to their logits."""
+"""The tokens of a batch or of one chunk with the settings that score them, and the token_logprobs operators applied to their logits."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ class TokenRows(NamedTuple):
     def statistics(self, logits: Tensor) -> RowStatistics:
         """Compute log-probability, entropy and log-sum-exp over the whole vocabulary from logits ``[B, T or T + 1, V of the shard]``."""
         ids = self.own_ids
-        known = ids if self.shard is None else ids.clamp(min=0)  # the operator needs a valid id also where another process holds the token
+        valid_ids = ids if self.shard is None else ids.clamp(min=0)  # the operator needs a valid id even if another process has the token
         operator = torch.ops.grpo_fast.token_logprobs.default
-        statistics = RowStatistics(*call_below_autograd(operator, logits, known, self.mask, *self.scoring))
+        statistics = RowStatistics(*call_below_autograd(operator, logits, valid_ids, self.mask, *self.scoring))
         if self.shard is None:
             return statistics
         return combine_over_shards(statistics, ids >= 0, self.mask, self.shard.group)

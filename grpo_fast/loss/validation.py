@@ -30,7 +30,7 @@ def validated_loss_inputs(
     loss_scale: float,
     metrics_on: str,
 ) -> LossInputs:
-    """Validate the arguments of a loss beside its ``tokens``, and bring them into the form of LossInputs.
+    """Validate the arguments of a loss other than its ``tokens``, and return them as LossInputs.
 
     Raises:
         TypeError, ValueError: names the argument, what it was, what was expected and the fix.

@@ -1,4 +1,4 @@
-"""The choice of the backend that computes, how to force one, and which ones are usable on this machine."""
+"""Selection of the backend that computes a call, forcing one, and the status of each backend on this machine."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class BackendStatus:
 
     name: str
     usable: bool
-    why: str = ""  # the reason why it is not usable; empty if it is
+    why: str = ""  # the reason why it is not usable; empty if it is usable
     fix: str = ""  # how to make it usable
     details: Mapping[str, str] = field(default_factory=dict)  # versions, instruction set, files
 
@@ -46,9 +46,10 @@ class BackendStatus:
 
 
 class use_backend(contextlib.ContextDecorator):  # noqa: N801  (a function to its callers, like torch.set_grad_enabled)
-    """Force one backend for everything that is computed afterwards, in every thread of the process.
+    """Force one backend for all following calls, in every thread of the process.
 
-    The call acts at once: as a statement until another call, in a ``with`` until its end. Nests.
+    The call takes effect immediately. As a statement it holds until the next call; in a ``with`` it holds until the end of the block. As a
+    decorator it holds while the function runs. It can be nested.
 
     Args:
         name: ``"reference"`` (plain PyTorch, any device), ``"cpu"`` (C++) or ``"triton"`` (GPUs; on CPU tensors Triton's interpreter), or
@@ -73,7 +74,7 @@ class use_backend(contextlib.ContextDecorator):  # noqa: N801  (a function to it
         _force(name)
 
     def __enter__(self) -> None:
-        if _forced != self.name:  # a decorator enters at each call of its function, not where it was made
+        if _forced != self.name:  # a decorator enters the context at each call of the function, not when it is created
             self._before = _forced
             _force(self.name)
 
@@ -86,7 +87,7 @@ class use_backend(contextlib.ContextDecorator):  # noqa: N801  (a function to it
 
 
 def _force(name: str | None) -> None:
-    """Make ``name`` the forced backend, and let Triton's interpreter compute CPU tensors if it is "triton"."""
+    """Make ``name`` the forced backend; if it is "triton", register Triton's interpreter for CPU tensors."""
     global _forced
     _forced = name
     if triton_ops := sys.modules.get("grpo_fast.ops.triton_registration"):
@@ -125,19 +126,19 @@ def select(device: torch.device) -> str:
         return _default(device.type)
     if _forced == "cpu" and device.type != "cpu":
         raise RuntimeError(
-            f"use_backend('cpu') is in force, but the tensors are on {device}; expected CPU tensors. "
+            f"use_backend('cpu') is active, but the tensors are on {device}; expected CPU tensors. "
             "Move them with .cpu(), or force 'reference', which works on every device."
         )
     if _forced == "triton" and device.type == "cpu" and not _interpreted():
         raise RuntimeError(
-            "use_backend('triton') is in force, but the tensors are on the CPU; expected a GPU's. "
+            "use_backend('triton') is active, but the tensors are on the CPU; expected GPU tensors. "
             "Move them there; or, to run the kernels in Triton's interpreter, set TRITON_INTERPRET=1 before Python starts."
         )
     return _forced
 
 
 def _default(device_type: str) -> str:
-    """Return the backend where none is forced. It never changes within a process, so torch.compile may evaluate it while tracing."""
+    """Return the default backend of a device type. It never changes within a process, so torch.compile may evaluate it while tracing."""
     preferred = {"cpu": "cpu", "cuda": "triton", "xpu": "triton"}.get(device_type, "reference")
     if preferred == "reference":
         return "reference"
@@ -196,7 +197,7 @@ def _status(name: str) -> BackendStatus:
 
 
 def cpu_isa() -> str:
-    """Return the name of the instruction set that the C++ kernels use."""
+    """Return the name of the instruction set that the C++ kernels use on this machine."""
     if not extension.status().loaded:
         return "none: the extension is not loaded"
     try:

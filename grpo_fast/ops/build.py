@@ -21,8 +21,8 @@ MODES = ("auto", "cpu", "cuda", "none")
 # LibTorch's stable ABI as of PyTorch 2.11: an extension compiled against a newer PyTorch loads on every PyTorch from 2.11 on.
 TARGET_TORCH = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 
-# No -ffast-math: it would break masks of -inf and the rounding tricks of the kernels. -fopenmp-simd reads `#pragma omp simd`, which lets
-# the compiler vectorise a reduction without it; no OpenMP runtime is linked.
+# No -ffast-math: it would break masks of -inf and the rounding that the kernels rely on. -fopenmp-simd enables `#pragma omp simd`, with
+# which the compiler vectorises a reduction without -ffast-math; no OpenMP runtime is linked.
 CXX_FLAGS = [
     "-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-fvisibility-inlines-hidden",
     "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", TARGET_TORCH,
@@ -32,7 +32,7 @@ CUDA_ARCHS = "8.0;9.0;10.0+PTX"  # when TORCH_CUDA_ARCH_LIST is unset
 
 
 def mode() -> str:
-    """The switch GRPO_FAST_BUILD.
+    """Return the value of the environment variable GRPO_FAST_BUILD.
 
     Returns:
         "auto" (C++, and CUDA where torch has it and nvcc is found), "cpu", "cuda" or "none".
@@ -47,18 +47,18 @@ def mode() -> str:
 
 
 def sources(csrc: Path, *, cuda: bool) -> list[str]:
-    """The files to compile under ``csrc``: *.cpp and cpu/*.cpp, with ``cuda`` also cuda/*.cpp and cuda/*.cu. Stems must be unique."""
+    """Return the files to compile under ``csrc``: *.cpp and cpu/*.cpp, with ``cuda`` also cuda/*.cpp and cuda/*.cu; with unique stems."""
     patterns = ["*.cpp", "cpu/*.cpp", *(["cuda/*.cpp", "cuda/*.cu"] if cuda else [])]
     return [str(path) for pattern in patterns for path in sorted(csrc.glob(pattern))]
 
 
 def cxx_flags(*, cuda: bool) -> list[str]:
-    """Flags of the C++ files. ``USE_CUDA`` is torch's own macro: it opens the stream functions of the stable ABI, and our registrations."""
+    """Return the flags of the C++ files. ``USE_CUDA`` is torch's macro: it enables the stream functions of the stable ABI."""
     return [*CXX_FLAGS, *(["-DUSE_CUDA"] if cuda else [])]
 
 
 def link_flags(cuda_home: str | None) -> list[str]:
-    """Flags of the link, after torch's own library folders."""
+    """Return the linker flags, to be placed after torch's library folders."""
     if sys.platform == "darwin":
         return ["-undefined", "dynamic_lookup"]
     # Keep libtorch as a needed library although no symbol refers to it: the weak CUDA symbols are resolved through it.
@@ -101,7 +101,7 @@ def choose_cuda(build_mode: str, torch_cuda: str | None) -> tuple[str | None, st
         (folder of the CUDA toolkit, or None for C++ only; the reason in words).
 
     Raises:
-        RuntimeError: "cuda" was asked for and there is no toolkit.
+        RuntimeError: ``build_mode`` is "cuda" and no toolkit was found.
     """
     if build_mode in ("cpu", "none"):
         return None, f"GRPO_FAST_BUILD={build_mode}"

@@ -19,7 +19,7 @@ ASSUMED_CACHE = 64 << 20
 
 
 def describe() -> dict[str, Any]:
-    """Return everything about this machine that a measured time depends on."""
+    """Return the properties of this machine that a measured time depends on."""
     backends()  # loads the extension, if it can be loaded
     return {
         "cpu": _cpu_model(),
@@ -66,7 +66,7 @@ def available_memory() -> int | None:
 
 
 def load_average() -> float | None:
-    """Return the load average of the last minute: what else was running."""
+    """Return the load average of the last minute, which shows whether other programs were running."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 

@@ -101,7 +101,7 @@ def _load_compiled() -> ExtensionStatus:
     csrc = _source_folder()
     if csrc is None:
         fix = f"Install again without GRPO_FAST_BUILD=none. {_INSTALL}"
-        return _failed("this install is pure Python (built with GRPO_FAST_BUILD=none): it carries no C++ sources", fix)
+        return _failed("this install is pure Python (built with GRPO_FAST_BUILD=none): it contains no C++ sources", fix)
 
     cuda_home = None
     if torch.version.cuda:
@@ -178,7 +178,7 @@ def _cache_folder(csrc: Path, cuda_home: str | None) -> Path:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock between processes. Unlike PyTorch's lock file, the kernel releases it when its holder dies."""
+    """Hold an exclusive lock between processes. Unlike PyTorch's lock file, the operating system releases it when its holder dies."""
     import fcntl
 
     with path.open("w") as file:
@@ -197,8 +197,8 @@ def _failed(why: str, fix: str) -> ExtensionStatus:
 
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [""]
-    telling = next((line for line in lines if "error" in line.lower() and "Error building" not in line), lines[0])
-    return f"{type(error).__name__}: {telling.strip()}"
+    first_error = next((line for line in lines if "error" in line.lower() and "Error building" not in line), lines[0])
+    return f"{type(error).__name__}: {first_error.strip()}"
 
 
 def _log(text: str) -> None:

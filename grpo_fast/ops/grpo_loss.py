@@ -41,7 +41,7 @@ class GrpoLossArguments(NamedTuple):
     logit_scale: float
     loss_scale: float
     settings: list[float]  # loss.kernel_settings.loss_settings
-    only_active: bool  # leave tokens with advantage 0 out, where neither KL nor entropy reach them
+    only_active: bool  # do not compute tokens with advantage 0, if no KL or entropy term applies to them
 
 
 _SCHEMA = (
@@ -128,7 +128,7 @@ for _name in ("grpo_fast::grpo_loss", "grpo_fast::grpo_loss_cluster"):
 
 
 class GrpoLossFunction(torch.autograd.Function):
-    """``grpo_loss``, or ``grpo_loss_`` with ``inplace``, outside of torch.compile.
+    """The autograd function of ``grpo_loss``, or of ``grpo_loss_`` with ``inplace``, outside of torch.compile.
 
     The arguments are passed as one tuple: autograd spends time on each argument, and none of them has a gradient.
     """

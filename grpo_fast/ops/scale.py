@@ -1,4 +1,4 @@
-"""The operator ``scale_gradient_``, and ``scaled``, by which a backward pass multiplies a finished gradient by its upstream gradient."""
+"""The operator ``scale_gradient_``, and ``scaled``, with which a backward pass multiplies a finished gradient by the upstream gradient."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from grpo_fast.ops.library import LIBRARY, define
 
 __all__ = ["scaled"]
 
-# gradient *= upstream, in place; upstream is a 0-d tensor. By PyTorch's product, except on CUDA and XPU: there Triton registers a kernel
-# that reads the factor on the device and leaves the gradient untouched where the factor is 1.
+# gradient *= upstream, in place; upstream is a 0-d tensor. The default implementation is PyTorch's mul_. For CUDA and XPU a Triton kernel
+# is registered that reads the factor on the device and does not touch the gradient if the factor is 1.
 define("scale_gradient_(Tensor(a!) gradient, Tensor upstream) -> ()")
 
 
@@ -27,7 +27,7 @@ def _scale_gradient_fake(gradient: Tensor, upstream: Tensor) -> None:
 
 
 def scaled(gradient: Tensor, upstream: Tensor, *, inplace: bool) -> Tensor:
-    """Return gradient * upstream, without a pass over the gradient where upstream is 1.
+    """Return gradient * upstream, without a pass over the gradient if upstream is 1.
 
     On the CPU the factor is read, and the gradient itself is returned if it is 1. On a GPU reading it would synchronise: the gradient is
     scaled in place by a kernel that checks the factor, unless the graph is retained and a second backward pass needs the gradient again.

@@ -130,7 +130,7 @@ torch.library.register_autograd("grpo_fast::token_logprobs", _backward, setup_co
 
 
 class TokenLogprobsFunction(torch.autograd.Function):
-    """``token_logprobs`` outside of torch.compile.
+    """The autograd function of ``token_logprobs`` outside of torch.compile.
 
     Call it as ``TokenLogprobsFunction.apply(inplace, logits, *arguments)`` with TokenLogprobsArguments; with ``inplace`` the backward pass
     overwrites the logits with their gradient.

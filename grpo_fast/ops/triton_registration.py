@@ -1,4 +1,4 @@
-"""The Triton kernels as implementations of the operators of this folder, for CUDA (which is also ROCm's name in PyTorch) and XPU.
+"""Registration of the Triton kernels for the operators of this folder, on CUDA (which is also ROCm's device name in PyTorch) and XPU.
 
 Importing this module registers them. In Triton's interpreter (TRITON_INTERPRET=1) they can also compute on CPU tensors:
 interpreted_on_cpu() registers them in place of the C++ kernels. This module guards the device and allocates the gradients; the launchers in
@@ -83,7 +83,7 @@ def _loss(logits: Tensor, given: GrpoLossArguments, gradient: Tensor | None) -> 
 
 
 def _scale_gradient(gradient: Tensor, upstream: Tensor) -> None:
-    """gradient *= upstream: by the Triton kernel, which skips a factor of 1, where its rows are contiguous, else by PyTorch's product."""
+    """Compute gradient *= upstream: by the Triton kernel, which skips a factor of 1, if the rows are contiguous, else by PyTorch's mul_."""
     if gradient.is_contiguous() or (gradient.dim() == 3 and gradient.stride(2) == 1):
         scale_(gradient, upstream)
     else:
@@ -96,7 +96,7 @@ def _require_unit_stride(logits: Tensor) -> None:
 
 
 def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
-    """Make the tensors' device the current one: Triton launches on the current device and its current stream."""
+    """Make the device of the tensors the current one, because Triton launches on the current device and its current stream."""
 
     @functools.wraps(launch)
     def guarded(*arguments: Any) -> Any:
@@ -125,7 +125,7 @@ _on_cpu: torch.library.Library | None = None
 
 @contextlib.contextmanager
 def interpreted_on_cpu(wanted: bool) -> Iterator[None]:
-    """Compute on CPU tensors by these kernels in the interpreter inside the ``with``, in every thread of the process. Can be nested."""
+    """Run these kernels on CPU tensors in the interpreter inside the ``with``, in every thread of the process. It can be nested."""
     before = _on_cpu is not None
     interpret_on_cpu(wanted)
     try:
@@ -135,13 +135,13 @@ def interpreted_on_cpu(wanted: bool) -> Iterator[None]:
 
 
 def interpret_on_cpu(wanted: bool) -> None:
-    """Register the interpreted kernels for CPU tensors in place of the C++ kernels, or remove them; does nothing without interpreter."""
+    """Register the interpreted kernels for CPU tensors in place of the C++ kernels, or remove them; without the interpreter do nothing."""
     wanted = wanted and INTERPRETED
     global _on_cpu
     if wanted == (_on_cpu is not None):
         return
     if not wanted and _on_cpu is not None:
-        _on_cpu._destroy()  # which puts the C++ kernels back
+        _on_cpu._destroy()  # this restores the C++ kernels
         _on_cpu = None
         return
     _on_cpu = torch.library.Library("grpo_fast", "IMPL")

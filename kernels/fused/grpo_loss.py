@@ -152,7 +152,7 @@ def _grpo_loss_total_kernel(totals_ptr, loss_ptr, metrics_ptr, programs: tl.int6
 
 
 class PolicyTensors(NamedTuple):
-    """The inputs of the loss besides the logits, float32 [B, T] each, strided or broadcast."""
+    """The inputs of the loss other than the logits, float32 [B, T] each, strided or broadcast."""
 
     advantages: Tensor
     weights: Tensor
@@ -166,7 +166,7 @@ def grpo_loss_fwd(
     rows: LogitRows, scoring: Scoring, policy: PolicyTensors, loss_scale: float, settings: list[float], only_active: bool,
     gradient: Tensor | None, *, parts: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss, logprobs, entropy, metrics), all float32: 0-d, [B, T], [B, T] and [METRICS].
+    """Compute (loss, logprobs, entropy, metrics), all float32: 0-d, [B, T], [B, T] and [METRICS].
 
     Args:
         settings: from loss_settings() in grpo_fast/loss/kernel_settings.py: the surrogate's number, then the fields of LossSettings.

@@ -13,13 +13,13 @@ from .rowwise import LN_2, exp, expm1
 
 @triton.jit
 def product(c, x):
-    """c * x, and 0 for c = 0 whatever x is: a log-probability of -inf, times an advantage or a weight of 0, is no loss."""
+    """Return c * x, and 0 for c = 0 for any x: a log-probability of -inf times an advantage or weight of 0 contributes 0 to the loss."""
     return tl.where(c == 0, 0.0, c * x)
 
 
 @triton.jit
 def clamped_log(x, slope, bound):
-    """x clamped to ±bound, and its derivative, 0 where it is clamped. NaN stays NaN."""
+    """Return x clamped to ±bound, and its derivative, which is 0 where x is clamped. NaN stays NaN."""
     value = tl.where(x > bound, bound, tl.where(x < -bound, -bound, x))
     return value, tl.where((x > bound) | (x < -bound), 0.0, slope)
 
@@ -90,7 +90,7 @@ def policy_terms(
     settings,
     SURROGATE: tl.constexpr, HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr,
 ):  # fmt: skip
-    """(loss, g, h, ratio, kl, clip_low, clip_high). Without HAS_OLD the token is on-policy: the log-ratio is 0 and has a gradient."""
+    """Return (loss, g, h, ratio, kl, clip_low, clip_high). Without HAS_OLD a token is on-policy: the log-ratio is 0 and has a gradient."""
     log_ratio = tl.zeros_like(logprob)
     impossible = logprob == float("-inf")
     if HAS_OLD:

@@ -1,4 +1,4 @@
-"""The mathematics of one vocabulary row, shared by all kernels: the log-sum-exp and the softmax gradient. Nothing here depends on the loss.
+"""The mathematics of one vocabulary row, shared by all kernels: the log-sum-exp and the softmax gradient, independent of the loss.
 
 A row holds the logits z_v of one token. Its policy is p = softmax(s), s = logit_scale * z / temperature; with a soft cap s =
 softcap * tanh(logit_scale * z / softcap) / temperature. Everything here is in powers of two: s_v * log2(e) = k * f_v, where f is z
@@ -7,8 +7,8 @@ or the tanh, so that an exponential is one multiply-add and one ex2.
 How a row is read. The columns before the first 16-byte boundary and those after the last whole 16-byte vector are the edges of the row:
 fewer than two vectors together. The columns between them are divided into blocks. A plain block is full and does not contain the target: it
 is read in whole vectors without a mask. The block of the target and the last, partial block are processed in a second loop, with a mask.
-So rows of an odd vocabulary, at any offset, are read 16 bytes at a time, no compile-time constant depends on either, and excluding the
-target costs nothing in plain blocks.
+Rows of an odd vocabulary and at any offset are thus read 16 bytes at a time, no compile-time constant depends on either, and excluding
+the target costs nothing in plain blocks.
 """
 
 import inspect
@@ -114,7 +114,7 @@ def log1p(e):
 
 @triton.jit
 def row_edges(phase, vocabulary, VECTOR: tl.constexpr):
-    """(first column at a 16-byte boundary, number of columns in whole vectors).
+    """Return (first column at a 16-byte boundary, number of columns in whole vectors).
 
     phase: elements from a 16-byte boundary to the first column.
     """
@@ -124,17 +124,17 @@ def row_edges(phase, vocabulary, VECTOR: tl.constexpr):
 
 @triton.jit
 def row_slice(part, parts, middle, BLOCK_V: tl.constexpr):
-    """The blocks [first, last) that belong to a part of a row."""
+    """Return the blocks [first, last) that belong to a part of a row."""
     per_part = tl.cdiv(tl.cdiv(middle, BLOCK_V), parts)
     return part * per_part, tl.minimum((part + 1) * per_part, tl.cdiv(middle, BLOCK_V))
 
 
 @triton.jit
 def blocks_apart(first, last, middle, target, BLOCK_V: tl.constexpr):
-    """(number of plain blocks, number of other blocks, block of the target) among the blocks [first, last).
+    """Return (number of plain blocks, number of other blocks, block of the target) among the blocks [first, last).
 
-    The last is a huge number if the target is in no full block. target: its column counted from the end of the head; a value outside
-    [0, middle) means that it is in no block.
+    The block of the target is a huge number if the target is in no full block. target: its column counted from the end of the head; a value
+    outside [0, middle) means that it is in no block.
     """
     full = tl.minimum(last, middle // BLOCK_V)
     block = target // BLOCK_V
@@ -147,24 +147,24 @@ def blocks_apart(first, last, middle, target, BLOCK_V: tl.constexpr):
 
 @triton.jit
 def plain_block(i, first, target_block):
-    """The i-th plain block; the block of the target is skipped."""
+    """Return the i-th plain block; the block of the target is skipped."""
     block = first + i
     return block + (block >= target_block).to(tl.int32)
 
 
 @triton.jit
 def apart_block(j, target_block, middle, BLOCK_V: tl.constexpr):
-    """The j-th block that is not plain: the block of the target first, then the partial one."""
+    """Return the j-th block that is not plain: the block of the target first, then the partial block."""
     return tl.where((j == 0) & (target_block < 2**30), target_block, middle // BLOCK_V)
 
 
 @triton.jit
 def edge_columns(head, middle, vocabulary, part, VECTOR: tl.constexpr):
-    """(columns at the edges of the row, mask of valid lanes). They belong to the first part of the row."""
+    """Return (columns at the edges of the row, mask of valid lanes). The edges belong to the first part of the row."""
     lane = tl.arange(0, 2 * VECTOR)
     column = tl.where(lane < VECTOR, lane, head + middle + lane - VECTOR)
     end = tl.where(lane < VECTOR, head, vocabulary)
-    return column, column < tl.where(part == 0, end, 0)  # not `scalar & block`, of which the interpreter makes no mask
+    return column, column < tl.where(part == 0, end, 0)  # not `scalar & block`: the interpreter does not make a mask of it
 
 
 # Statistics ----------------------------------------------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ def edge_columns(head, middle, vocabulary, part, VECTOR: tl.constexpr):
 @triton.jit
 def _add(f, e_sum, et_sum, reference, k, FIND_MAXIMUM: tl.constexpr, WANT_ENTROPY: tl.constexpr):
     """Add a block to the accumulators. Neighbouring columns, which are in one thread, are added first: this needs one accumulator per 16
-    bytes instead of one per column, and not more additions."""
+    bytes instead of one per column, with the same number of additions."""
     lanes: tl.constexpr = e_sum.shape[0]
     neighbours: tl.constexpr = f.shape[0] // lanes
     if FIND_MAXIMUM:
@@ -308,7 +308,7 @@ def statistics_of(reference, e_sum, et_sum, f_target, k):
 
 @triton.jit
 def _gradient(z, pivot, k, constant, linear, cap_scale, HAS_ENTROPY: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    """(d loss / d z of columns other than the target, derivative of the soft cap)."""
+    """Return (d loss / d z of columns other than the target, derivative of the soft cap)."""
     f, cap_slope = z.to(tl.float32), 1.0
     if HAS_SOFTCAP:
         f, cap_slope = tanh(f * cap_scale)
@@ -330,8 +330,8 @@ def row_gradient(
 ):  # fmt: skip
     """Write ds_v/dz_v * (g * (1[v = target] - p_v) - h * p_v * (log p_v + H)) for one part of a row.
 
-    slope: logit_scale / temperature, which is ds/dz without the derivative of the soft cap. out_ptr may be row_ptr. phase is that of the
-    output; SAME_PHASE: the logits have the same, so that they too are read in whole vectors.
+    slope: logit_scale / temperature, which is ds/dz without the derivative of the soft cap. out_ptr may be row_ptr. phase is the phase of
+    the output. SAME_PHASE: the logits have the same phase, so that they too are read in whole vectors.
     """
     VECTOR: tl.constexpr = 128 // row_ptr.dtype.element_ty.primitive_bitwidth
     head, middle = row_edges(phase, vocabulary, VECTOR)

@@ -1,4 +1,4 @@
-"""x *= factor for a factor on the device that is usually 1: then nothing is read or written. The host does not wait for its value."""
+"""x *= factor, for a factor on the device that is usually 1. For a factor of 1 x is not read or written; the host does not synchronise."""
 
 import triton
 import triton.language as tl
@@ -10,7 +10,7 @@ from .token_logprobs import multiprocessors, phase_of, strides
 __all__ = ["scale_"]
 
 BLOCK, WARPS = 4096, 8
-PROGRAMS_PER_MULTIPROCESSOR = 8  # persistent programs: a factor of 1 costs a few of them instead of one per block
+PROGRAMS_PER_MULTIPROCESSOR = 8  # persistent programs: a factor of 1 then launches a few programs instead of one per block
 
 
 @triton.jit

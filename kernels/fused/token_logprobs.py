@@ -1,6 +1,6 @@
 """Log-probability of each sampled token and entropy of its policy, and the gradient of the logits from two numbers per token.
 
-Two kernels read whole rows, and every loss is built from them. One computes the sums of a row, or of a part of it where there are few
+Two kernels read whole rows, and every loss is built from them. One computes the sums of a row, or of a part of a row if there are few
 rows. The other turns g = d loss / d logprob and h = d loss / d entropy into d loss / d logits.
 """
 
@@ -167,7 +167,7 @@ def _token_gradient_kernel(
 
 
 class Scoring(NamedTuple):
-    """How logits become a policy. softcap 0: no soft cap."""
+    """The settings that turn logits into a policy. softcap 0: no soft cap."""
 
     temperatures: Tensor | None  # [B, T]; None: `temperature` for all
     temperature: float
@@ -237,7 +237,7 @@ def parts_of(rows: int, vocabulary: int, block: int, device: torch.device, parts
 def token_sums(
     rows: LogitRows, scoring: Scoring, *, want_entropy: bool = True, parts: int | None = None
 ) -> Tensor:  # float32 [3, B * T, parts]
-    """The sums over each row of the mask, without its target; undefined for other rows."""
+    """Compute the sums over each unmasked row without its target; undefined for masked rows."""
     logits, token_ids, mask = rows
     vocabulary = logits.shape[2]
     parts = parts_of(rows.num_rows, vocabulary, scoring.block, logits.device, parts)
@@ -255,7 +255,7 @@ def token_sums(
 def token_logprobs_fwd(
     rows: LogitRows, scoring: Scoring, *, want_entropy: bool = True, parts: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:  # float32 [B, T] each
-    """(logprobs, entropy, lse), 0 where masked. Without want_entropy the entropy is undefined."""
+    """Compute (logprobs, entropy, lse), 0 where masked. Without want_entropy the entropy is undefined."""
     logits, token_ids, mask = rows
     sums = token_sums(rows, scoring, want_entropy=want_entropy, parts=parts)
     logprobs, entropy, lse = (torch.empty(token_ids.shape, dtype=torch.float32, device=logits.device) for _ in range(3))
@@ -308,7 +308,7 @@ def token_logprobs_bwd(
     grad_logprobs: Tensor, grad_entropy: Tensor, rows: LogitRows, scoring: Scoring, logprobs: Tensor, entropy: Tensor, lse: Tensor,
     *, inplace: bool = False, parts: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """The gradient of the logits, like the logits: new and contiguous, or written over the logits with ``inplace``."""
+    """Compute the gradient of the logits, like the logits: in new contiguous memory, or over the logits with ``inplace``."""
     gradient = rows.logits if inplace else torch.empty(rows.logits.shape, dtype=rows.logits.dtype, device=rows.logits.device)
     token_gradient(rows, scoring, grad_logprobs, grad_entropy, logprobs, entropy, lse, gradient, parts=parts)
     return gradient
