@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import socket
 import sys
 import threading
@@ -204,6 +205,122 @@ def test_wrong_answers_are_errors_at_once(stand_in: StandIn, url: str, fault: st
         sampler.generate([[5]], params([1.0]))
     assert len(stand_in.requests) == before + 1
     sampler.close()
+
+
+def _with(**changes: Any) -> Any:
+    """Change values of an answer's choice: the last token, the last log-probability, or a field."""
+
+    def change(content: dict[str, Any]) -> dict[str, Any]:
+        choice = content["choices"][0]
+        for name, value in changes.items():
+            if name == "last_id":
+                choice["token_ids"][-1] = value
+            elif name == "last_logprob":
+                choice["logprobs"]["token_logprobs"][-1] = value
+            else:
+                choice[name] = value
+        return content
+
+    return change
+
+
+def _more(content: dict[str, Any]) -> dict[str, Any]:
+    choice = content["choices"][0]
+    choice["token_ids"] = [7] * 9
+    choice["logprobs"]["token_logprobs"] = [-1.0] * 9
+    return content
+
+
+def _goes_on(content: dict[str, Any]) -> dict[str, Any]:
+    choice = content["choices"][0]
+    choice.update(token_ids=[7, EOS, 7, 7, 7, 7], finish_reason="length")
+    choice["logprobs"]["token_logprobs"] = [-1.0] * 6
+    return content
+
+
+DEEP: Any = []
+for _ in range(200):
+    DEEP = [DEEP]
+
+HOSTILE: dict[str, tuple[Any, str]] = {
+    "negative id": (_with(last_id=-3), r"token_ids\[\d\] is -3; expected a whole number"),
+    "fractional id": (_with(last_id=7.0), r"is 7\.0; expected a whole number"),
+    "boolean id": (_with(last_id=True), "is True; expected a whole number"),
+    "text as id": (_with(last_id="7"), "is '7'; expected a whole number"),
+    "null as id": (_with(last_id=None), "is None; expected a whole number"),
+    "nested id": (_with(last_id=DEEP), r"token_ids\[\d\] is \[\[.*expected a whole number"),
+    "id beyond the vocabulary": (_with(last_id=29), "is 29; expected less than 29, the size of the model's vocabulary"),
+    "id beyond 64 bits": (_with(last_id=1 << 70), "expected less than 29"),
+    "more tokens": (_more, "has 9 tokens; expected at most max_tokens = 6"),
+    "tokens after the end": (_goes_on, "goes on after the end token 1, which is token 2 of 6"),
+    "ids as text": (_with(token_ids="abc"), "no token_ids"),
+    "ids as object": (_with(token_ids={"0": 1}), "no token_ids"),
+    "prompt as text": (_with(prompt_token_ids="5"), "no token_ids"),
+    "boolean prompt": (_with(prompt_token_ids=[5.0]), "belongs to another prompt"),
+    "-inf": (_with(last_logprob=-math.inf), "log-probability of token . is -inf; expected a finite number"),
+    "vLLM's -inf": (_with(last_logprob=-9999.0), r"log-probability of token . is -9999\.0; expected a finite number"),
+    "inf": (_with(last_logprob=math.inf), "is inf; expected a finite number"),
+    "NaN": (_with(last_logprob=math.nan), "is nan; expected a finite number"),
+    "false": (_with(last_logprob=False), "is False; expected a finite number"),
+    "text as log-probability": (_with(last_logprob="-1"), "is '-1'; expected a finite number"),
+    "null as log-probability": (_with(last_logprob=None), "is None; expected a finite number"),
+    "huge integer": (_with(last_logprob=-(10**400)), "expected a finite number"),
+    "positive": (_with(last_logprob=0.5), r"is 0\.5; expected a finite number of at most 0"),
+    "log-probabilities as list": (_with(logprobs=[1]), "not one log-probability"),
+    "log-probabilities as text": (_with(logprobs={"token_logprobs": "abcdef"}), "not one log-probability"),
+    "too few log-probabilities": (_with(logprobs={"token_logprobs": []}), "not one log-probability"),
+    "no reason": (_with(finish_reason=None), "finish_reason None"),
+    "reason as list": (_with(finish_reason=["stop"]), "finish_reason \\['stop'\\]"),
+    "null choices": (lambda _: {"choices": None}, "choices are None; expected a list of one"),
+    "choices as number": (lambda _: {"choices": 1}, "choices are 1; expected a list of one"),
+    "no choice": (lambda _: {"choices": []}, "has 0 choices; expected one"),
+    "null choice": (lambda _: {"choices": [None]}, "choice is None; expected an object"),
+    "choice as list": (lambda _: {"choices": [[1]]}, r"choice is \[1\]; expected an object"),
+    "list": (lambda _: [1], "choices are None"),
+    "null": (lambda _: None, "choices are None"),
+    "text": (lambda _: "hello", "choices are None"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_no_answer_is_believed(stand_in: StandIn, url: str, case: str) -> None:
+    sampler = connect(url)
+    sampler._logprobs_checked = True
+    change, words = HOSTILE[case]
+    stand_in.change = change
+    with pytest.raises(SamplerError, match=words) as caught:
+        sampler.generate([[5]], params([1.0]))
+    assert f"{url}/v1/completions, prompt 0" in str(caught.value)
+    assert len(stand_in.requests) == 1  # it is an answer, and not asked for again
+    sampler.close()
+
+
+TOPS: dict[str, tuple[Any, str]] = {
+    "null": (None, "no log-probabilities in the answer"),
+    "list": ([1], "no log-probabilities in the answer"),
+    "no position": ({"top_logprobs": []}, "no log-probabilities in the answer"),
+    "null position": ({"top_logprobs": [None]}, "no log-probabilities in the answer"),
+    "text": ({"top_logprobs": [{"token_id:5": "-1"}]}, "'token_id:5' is '-1'; expected a number"),
+    "false": ({"top_logprobs": [{"token_id:5": False}]}, "'token_id:5' is False; expected a number"),
+    "NaN": ({"top_logprobs": [{"token_id:5": math.nan}]}, "'token_id:5' is nan; expected a number"),
+    "large logits": ({"top_logprobs": [{"token_id:5": 800.0, "token_id:6": 1.0}]}, "are logits"),
+}
+
+
+@pytest.mark.parametrize("case", TOPS)
+def test_no_answer_is_believed_about_the_temperature(stand_in: StandIn, url: str, case: str) -> None:
+    sampler = connect(url)
+    value, words = TOPS[case]
+    stand_in.change = _with(logprobs=value)
+    with pytest.raises(SamplerError, match=words):
+        sampler.generate([[5]], params([1.0]))
+    sampler.close()
+
+
+@pytest.mark.parametrize("models", ['{"data": [{"id": 5}]}', '{"data": {"id": "a"}}', '{"data": [null]}', "[]", "null", '"a"'])
+def test_no_list_of_models_is_believed(models: str) -> None:
+    with answering(HEAD % len(models), models.encode()) as address, pytest.raises(SamplerError, match="expected a list of models"):
+        connect(address)
 
 
 @pytest.mark.parametrize("pause", [0.0, 0.05, 0.5])

@@ -6,7 +6,7 @@ import json
 import sys
 import threading
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -35,6 +35,7 @@ class StandIn:
     def __init__(self, model: Any, *, logprobs_mode: str = "processed_logprobs", dev_mode: bool = True) -> None:
         self.model, self.logprobs_mode, self.dev_mode = model, logprobs_mode, dev_mode
         self.faults: list[str] = []
+        self.change: Callable[[dict[str, Any]], Any] | None = None  # what it makes of each answer
         self.requests: list[dict[str, Any]] = []  # of completions
         self.calls: list[str] = []  # paths of everything else
         self.wire: dict[str, torch.Tensor] = {}  # in place of NCCL: what the trainer's side has broadcast
@@ -258,6 +259,8 @@ def serving(stand_in: StandIn) -> Iterator[str]:
                 choice["finish_reason"] = "abort"
             elif fault == "no logprobs":
                 choice["logprobs"] = None
+            if stand_in.change is not None:
+                content = stand_in.change(content)
             text = json.dumps(content).encode()
             if fault == "cut":
                 self.answer(200, text[: len(text) // 2])

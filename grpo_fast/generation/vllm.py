@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any
 
 from grpo_fast.generation.protocol import Completion, SamplerError, SamplingParams, check_prompts, end_tokens
+from grpo_fast.generation.vllm_answer import START_COMMAND, AnswerReader, is_count
 from grpo_fast.generation.vllm_http import ServerClient
 from grpo_fast.generation.vllm_weights import WeightSync, make_weight_sync
+from grpo_fast.models.unwrap import unwrap
 
 if TYPE_CHECKING:
     from torch import nn
@@ -17,7 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = ["VLLMSampler"]
 
-START_COMMAND = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs"
 MIN_TEMPERATURE = 0.01  # vLLM raises lower temperatures, except 0, to this
 
 
@@ -26,7 +28,9 @@ class VLLMSampler:
 
     Start the server like this; the environment variable enables the endpoints that replace weights::
 
-        VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs
+        VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --dtype float32 --logprobs-mode processed_logprobs
+
+    ``--dtype`` is that of the trainer: float32, or bfloat16 with ``bf16``. By default vLLM takes bfloat16 for a model in float32.
 
     Each completion is a request of its own, with its own temperature and seed, because one request with a seed would draw all members of
     a group from the same random numbers. The server's prefix cache shares the work on equal prompts. The server's defaults
@@ -78,6 +82,7 @@ class VLLMSampler:
         self._sync: WeightSync = make_weight_sync(
             weight_sync, self.server, model, weights_dir=weights_dir, nccl_address=nccl_address, nccl_port=nccl_port
         )
+        self._reader = AnswerReader(f"POST {self.server.url}/v1/completions", _vocab_size(model))
         self._concurrency = concurrency
         self._pool: ThreadPoolExecutor | None = None
         self._logprobs_checked = False
@@ -137,10 +142,13 @@ class VLLMSampler:
 
     def _listed_model(self) -> str:
         answer = self.server.get("/v1/models")
-        try:
-            return str(answer["data"][0]["id"])
-        except (KeyError, IndexError, TypeError):
-            raise SamplerError(f"GET {self.server.url}/v1/models: {answer!r}; expected a list of models. Is this a vLLM server?") from None
+        models = answer.get("data") if isinstance(answer, dict) else None
+        first = models[0] if isinstance(models, list) and models else None
+        name = first.get("id") if isinstance(first, dict) else None
+        if not isinstance(name, str):
+            found = reprlib.repr(answer)
+            raise SamplerError(f"GET {self.server.url}/v1/models: {found}; expected a list of models. Is this a vLLM server?")
+        return name
 
     def _request(self, prompt: list[int], params: SamplingParams, temperature: float, **more: int) -> dict[str, Any]:
         """The body of a request. It sets every option, because the server takes others from the model's generation_config.json."""
@@ -169,37 +177,7 @@ class VLLMSampler:
         temperature = float(params.temperatures[index])
         seed = {} if params.seed is None else {"seed": (params.seed * 1_000_003 + index) % 2**63}
         answer = self.server.post("/v1/completions", self._request(prompt, params, temperature, **seed))
-        return self._read(answer, index, prompt, params, temperature)
-
-    def _read(self, answer: Any, index: int, prompt: list[int], params: SamplingParams, temperature: float) -> Completion:
-        """Check the answer to a request and turn it into a completion."""
-
-        def wrong(what: str, fix: str) -> SamplerError:
-            return SamplerError(f"POST {self.server.url}/v1/completions, prompt {index}: {what}. {fix}")
-
-        choices = answer.get("choices") if isinstance(answer, dict) else None
-        if not isinstance(choices, list) or len(choices) != 1:
-            raise wrong(f"the answer has {len(choices or [])} choices; expected one", "Is this a vLLM server?")
-        choice = choices[0]
-        ids, echoed, reason = choice.get("token_ids"), choice.get("prompt_token_ids"), choice.get("finish_reason")
-        if not isinstance(ids, list) or not isinstance(echoed, list):
-            raise wrong("the answer has no token_ids", "Fix: a newer vLLM, which knows return_token_ids.")
-        if echoed != prompt:
-            raise wrong(
-                f"the answer belongs to another prompt ({len(echoed)} tokens, {len(prompt)} were sent)",
-                "Fix: connect to the server directly; a proxy may have mixed up answers.",
-            )
-        logprobs = (choice.get("logprobs") or {}).get("token_logprobs")
-        if not isinstance(logprobs, list) or len(logprobs) != len(ids) or not all(_is_logprob(value) for value in logprobs):
-            raise wrong(f"there is not one log-probability for each of the {len(ids)} tokens", f"Fix: {START_COMMAND}")
-        ended = bool(ids) and ids[-1] in end_tokens(params)
-        if reason not in ("stop", "length") or ended != (reason == "stop") or (not ended and len(ids) != params.max_new_tokens):
-            raise wrong(
-                f"a completion of {len(ids)} tokens ended with finish_reason {reason!r}; expected an end token, or "
-                f"{params.max_new_tokens} tokens",
-                "The completion was cut by the server's --max-model-len, or because the server was paused. Fix: raise the limit, or wait.",
-            )
-        return Completion(ids, ended, [float(value) for value in logprobs] if temperature > 0 else None)
+        return self._reader.completion(answer, prompt, params, temperature, f", prompt {index}")
 
     def _check_logprobs(self, prompt: list[int]) -> None:
         """Check that the server reports log-probabilities of softmax(z/T).
@@ -211,16 +189,11 @@ class VLLMSampler:
         tops = []
         for temperature in (1.0, 2.0):
             answer = self.server.post("/v1/completions", self._request(list(prompt), params, temperature, logprobs=5))
-            try:
-                tops.append(answer["choices"][0]["logprobs"]["top_logprobs"][0])
-            except (KeyError, IndexError, TypeError):
-                raise SamplerError(
-                    f"POST {self.server.url}/v1/completions: no log-probabilities in the answer. Fix: {START_COMMAND}"
-                ) from None
+            tops.append(self._reader.top_logprobs(answer, ""))
         first, second = tops
         shared = sorted((token for token in first if token in second), key=lambda token: first[token])
         fix = f"Fix: restart it with --logprobs-mode processed_logprobs: {START_COMMAND}"
-        if any(sum(map(math.exp, map(float, top.values()))) > 1.01 for top in tops):
+        if any(sum(math.exp(min(value, 1.0)) for value in top.values()) > 1.01 for top in tops):
             raise SamplerError(f"{self.server.url}: what the server reports as log-probabilities are logits. {fix}")
         if len(shared) < 2 or (gap := first[shared[-1]] - first[shared[0]]) < 0.05:
             return  # the distribution is too flat to tell; the next call of `generate` checks again
@@ -234,5 +207,8 @@ class VLLMSampler:
         self._logprobs_checked = True
 
 
-def _is_logprob(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not math.isnan(value) and value < 1e-3
+def _vocab_size(model: PreTrainedModel | nn.Module) -> int | None:
+    """The number of tokens in the model's configuration; None if it has none."""
+    config = getattr(unwrap(model), "config", None)
+    size = None if config is None else getattr(config.get_text_config(), "vocab_size", None)
+    return size if is_count(size) else None

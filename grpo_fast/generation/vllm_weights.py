@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import reprlib
 import shutil
 import tempfile
 import weakref
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from grpo_fast.generation.merged_weights import merged_state_dict
 from grpo_fast.generation.protocol import SamplerError
+from grpo_fast.generation.vllm_answer import is_count
 from grpo_fast.generation.vllm_http import ServerClient
 from grpo_fast.models.unwrap import inner_model, is_peft, is_sharded
 
@@ -181,7 +183,11 @@ class NCCLSync:
                 f"weight_sync 'nccl': this vllm has no weight transfer engine for trainers ({error}). "
                 "Fix: a newer vllm, or weight_sync 'disk'."
             ) from error
-        workers = int(self.server.get("/get_world_size")["world_size"])
+        answer = self.server.get("/get_world_size")
+        workers = answer.get("world_size") if isinstance(answer, dict) else None
+        if not is_count(workers) or not 0 < workers < 1 << 20:
+            found = reprlib.repr(answer)
+            raise SamplerError(f"GET {self.server.url}/get_world_size: {found}; expected the number of workers. Is this a vLLM server?")
         info = NCCLTrainerInitInfo(master_address=self.address, master_port=self.port, world_size=workers + 1, rank=_rank(), packed=True)
         client = HTTPVLLMWeightSyncClient(self.server.url)
         return WeightTransferTrainerFactory.trainer_init(init_info=info, client=client, source=ModuleSource(model))
