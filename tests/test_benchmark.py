@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 import grpo_fast as gf
 from grpo_fast.benchmark.eager import CONFIG
 from grpo_fast.benchmark.harness.gate import UnavailableError
-from grpo_fast.benchmark.harness.shared_memory import SharedMemory, aligned_bytes
 from grpo_fast.benchmark.harness.suite import SCHEMA
+from grpo_fast.benchmark.harness.worker import SharedMemory, aligned_bytes
 from grpo_fast.benchmark.logits import implementations, overhead, report
 from grpo_fast.benchmark.logits.cases import (
     IMPLEMENTATIONS,

@@ -16,8 +16,7 @@ from grpo_fast.benchmark import drop_ins
 from grpo_fast.benchmark.drop_ins import PAIRS, DropInSettings, markdown, measured, run
 from grpo_fast.benchmark.harness.gate import UnavailableError, relative_difference
 from grpo_fast.benchmark.harness.suite import load
-from grpo_fast.benchmark.head.cases import TEMPERATURE
-from grpo_fast.benchmark.head.implementations import make
+from grpo_fast.benchmark.head.implementations import TEMPERATURE, make
 from grpo_fast.cli.bench_drop_ins import app
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -18,7 +18,7 @@ import grpo_fast as gf
 from grpo_fast.benchmark.harness.gate import UnavailableError
 from grpo_fast.benchmark.harness.worker import WorkerError
 from grpo_fast.benchmark.head import implementations, suite
-from grpo_fast.benchmark.head.cases import SEQUENCES, HeadCase, Step, arguments, make_cases
+from grpo_fast.benchmark.head.implementations import SEQUENCES, HeadCase, Step, arguments, make_cases
 from grpo_fast.benchmark.head.suite import HeadSettings, HeadWorker
 from grpo_fast.cli import bench_command
 from grpo_fast.cli.bench_head import app
@@ -178,7 +178,7 @@ def test_without_matplotlib_nothing_is_drawn_and_the_fix_is_told(tmp_path: Path,
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *package: None)
     result = {"results": [{}], "skipped": []}
     stand_in = replace(suite.SUITE, run=lambda *_: result, print_report=lambda *_: None)
-    app = bench_command.bench_app(stand_in, "runs/bench/head_cpu.json", "")
+    app = bench_command.bench_app(stand_in)
     done = CliRunner().invoke(app, ["--output", str(tmp_path / "found.json")])
     assert done.exit_code == 0 and "No figure" in done.output and "pip install '.[plot]'" in done.output
     assert (tmp_path / "found.json").exists()

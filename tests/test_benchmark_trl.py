@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from grpo_fast.benchmark import trl_stage
 from grpo_fast.benchmark.harness.gate import relative_difference
-from grpo_fast.benchmark.loss_stage import LossStageSettings, make_batch, make_model
+from grpo_fast.benchmark.trainer_stage import LossStageSettings, make_batch, make_model
 from grpo_fast.benchmark.trl_stage import LABELS, TrlWorker
 from grpo_fast.cli import bench_command
 from grpo_fast.cli.bench_trl import app

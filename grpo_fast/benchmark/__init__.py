@@ -4,6 +4,6 @@ harness/          what all suites share: settings, worker processes, clocks and 
 eager.py          the loss in plain PyTorch: the baseline and, in float64, the truth
 logits/           suite of the loss over logits
 head/             suite of the fused LM head
-loss_stage.py     what the suites of trainers share; trainer_stage.py, trl_stage.py: these suites
+trainer_stage.py, trl_stage.py: suites of trainers' loss stages; the second takes model and batch from the first
 drop_ins.py       suite of what the guides replace
 """

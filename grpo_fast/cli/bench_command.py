@@ -11,21 +11,15 @@ from typing import Annotated, Any
 
 import typer
 
-from grpo_fast.benchmark.harness.suite import Suite, load, run_suite
+from grpo_fast.benchmark.harness.suite import Suite, load, print_result, run_suite
 from grpo_fast.utils.files import check_output, write_json
 from grpo_fast.utils.install_hints import install
 
 __all__ = ["bench_app"]
 
 
-def bench_app(suite: Suite[Any], output: str, help: str) -> typer.Typer:
-    """A typer application with one command that runs a suite, writes its result and shows it.
-
-    Args:
-        suite: what is run.
-        output: where the result goes unless ``--output`` says otherwise.
-        help: the text of ``--help``.
-    """
+def bench_app(suite: Suite[Any]) -> typer.Typer:
+    """A typer application with one command that runs a suite, writes its result and shows it."""
 
     def command(context: typer.Context, **options: Any) -> None:
         files, target = options.get("files") or [], options["output"]
@@ -45,15 +39,15 @@ def bench_app(suite: Suite[Any], output: str, help: str) -> typer.Typer:
             raise typer.Exit(2) from error
         _measure(suite, settings, target)
 
-    command.__doc__ = help
-    command.__signature__ = inspect.Signature([*_parameters(suite, output)])  # type: ignore[attr-defined]
+    command.__doc__ = suite.help
+    command.__signature__ = inspect.Signature([*_parameters(suite)])  # type: ignore[attr-defined]
     command.__annotations__ = {}
     app = typer.Typer(add_completion=False)
     app.command()(command)
     return app
 
 
-def _parameters(suite: Suite[Any], output: str) -> Iterator[inspect.Parameter]:
+def _parameters(suite: Suite[Any]) -> Iterator[inspect.Parameter]:
     def parameter(name: str, kind: Any, default: Any, info: Any = None) -> inspect.Parameter:
         annotation = kind if info is None else Annotated[kind, info]
         return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
@@ -69,7 +63,7 @@ def _parameters(suite: Suite[Any], output: str) -> Iterator[inspect.Parameter]:
             yield parameter(field.name, list[kind] | None, None, typer.Option(*names, help=text + shown))
         else:
             yield parameter(field.name, type(value), value, typer.Option(*names, help=text))
-    yield parameter("output", Path, Path(output), typer.Option(help="The result as JSON; a figure goes beside it as PNG."))
+    yield parameter("output", Path, Path(suite.output), typer.Option(help="The result as JSON; a figure goes beside it as PNG."))
     if suite.quick:
         yield parameter("quick", bool, False, typer.Option("--quick", help="Tiny sizes, few repetitions: does it run?"))
     if suite.write_figure:
@@ -101,7 +95,7 @@ def _measure(suite: Suite[Any], settings: Any, output: Path) -> None:
     with console.status("starting", refresh_per_second=2) as status:
         result = run_suite(suite, settings, status.update)
     write_json(output, result)
-    suite.print_report(result, console)
+    print_result(suite, result, console)
     typer.echo(f"Every number: {output}")
     if suite.write_figure and importlib.util.find_spec("matplotlib") is None:
         typer.echo(f"No figure: matplotlib is not installed. Fix: {install('plot')}", err=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from grpo_fast.utils.files import write_atomically
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Panel", "Series", "write_bars", "write_gpu_figure"]
+__all__ = ["Bar", "Panel", "write_bars", "write_gpu_figure"]
 
 # The palette of Okabe and Ito, which colour-blind readers can tell apart.
 COLOURS = {
@@ -33,13 +33,14 @@ _TICKS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
 @dataclass(frozen=True)
-class Series:
-    """The bars of one implementation, one for each group of a panel; None where there is no value."""
+class Bar:
+    """One bar. Bars of a group stand side by side; bars of a label are one entry of the legend."""
 
+    group: str
     name: str  # of COLOURS
-    label: str  # of the legend
-    values: list[float | None]
-    outlines: list[float | None] = field(default_factory=list)  # a second value of each, drawn as an outline on top where it is larger
+    label: str
+    value: float | None  # None: its place stays empty
+    outline: float | None = None  # a second value, drawn as an outline on top where it is larger
     alpha: float = 1.0
 
 
@@ -48,8 +49,7 @@ class Panel:
     """Bars in groups under one title."""
 
     title: str
-    groups: list[str]
-    series: list[Series] = field(default_factory=list)
+    bars: list[Bar]
     log: bool = False  # a logarithmic scale
     line: float | None = 1.0  # where a horizontal line is drawn: the unit
     number: str = ""  # format of the numbers; default: two digits
@@ -66,9 +66,8 @@ def write_bars(path: Path, title: str, panels: list[Panel], text: str) -> None:
     figure.set_layout_engine("constrained", rect=(0, 0.55 / inches, 1, 1 - 1.35 / inches), h_pad=0.12)
     handles: dict[str, Any] = {}
     drawn = zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True)
-    for axes, panel in sorted(drawn, key=lambda pair: -len(pair[1].series)):  # the fullest panel decides the order of the legend
-        _draw_panel(axes, panel)
-        handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    for axes, panel in sorted(drawn, key=lambda pair: -len(pair[1].bars)):  # the fullest panel decides the order of the legend
+        handles |= _draw_panel(axes, panel)
     figure.text(0.5, 1 - 0.25 / inches, title, ha="center", va="center", fontsize=13, fontweight="bold")
     columns = len(handles) if sum(map(len, handles)) < 80 else 4  # one line, unless the labels are too long for it
     place: dict[str, Any] = {"loc": "center", "bbox_to_anchor": (0.5, 1 - 0.62 / inches), "ncols": columns}
@@ -77,26 +76,25 @@ def write_bars(path: Path, title: str, panels: list[Panel], text: str) -> None:
     write_atomically(path, lambda partial: figure.savefig(partial, format="png"))
 
 
-def _draw_panel(axes: Axes, panel: Panel) -> None:
-    width = 0.84 / max(len(panel.series), 1)
+def _draw_panel(axes: Axes, panel: Panel) -> dict[str, Any]:
+    """Draw the bars; return a handle for the legend for each label."""
+    groups, labels = list(dict.fromkeys(bar.group for bar in panel.bars)), list(dict.fromkeys(bar.label for bar in panel.bars))
+    width, highest = 0.84 / max(len(labels), 1), 1.0
+    handles: dict[str, Any] = {}
     style: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "fontsize": 7.5}
-    highest = 1.0
-    for number, series in enumerate(panel.series):
-        label, colour = series.label, COLOURS[series.name]
-        for group, (value, outline) in enumerate(zip(series.values, series.outlines or series.values, strict=True)):
-            if value is None:
-                continue
-            x, top = group + (number - (len(panel.series) - 1) / 2) * width, max(value, outline or value)
-            axes.bar(x, value, width * 0.92, color=colour, alpha=series.alpha, label=label, zorder=2)
-            label, highest = "_", max(highest, top)  # matplotlib leaves names that begin so out of the legend
-            if top > value:
-                axes.bar(x, top - value, width * 0.88, bottom=value, fill=False, edgecolor=colour, linestyle=(0, (2, 1)), zorder=3)
-            above: dict[str, Any] = {"xytext": (0, 2), "va": "bottom"}
-            dark = series.name in ("ours", "eager", "trl")
-            inside: dict[str, Any] = {"xytext": (0, -2), "va": "top", "color": "white" if dark else "black"}
-            axes.annotate(_number(value, panel), (x, value), **style, **(above if top == value else inside))
-            if top > value * 1.25:
-                axes.annotate(_number(top, panel), (x, top), **style, **above)
+    above: dict[str, Any] = {"xytext": (0, 2), "va": "bottom"}
+    for bar in panel.bars:
+        if bar.value is None:
+            continue
+        x = groups.index(bar.group) + (labels.index(bar.label) - (len(labels) - 1) / 2) * width
+        value, top, colour = bar.value, max(bar.value, bar.outline or bar.value), COLOURS[bar.name]
+        handles[bar.label], highest = axes.bar(x, value, width * 0.92, color=colour, alpha=bar.alpha, zorder=2), max(highest, top)
+        if top > value:
+            axes.bar(x, top - value, width * 0.88, bottom=value, fill=False, edgecolor=colour, linestyle=(0, (2, 1)), zorder=3)
+        inside = {"xytext": (0, -2), "va": "top", "color": "white" if bar.name in ("ours", "eager", "trl") else "black"}
+        axes.annotate(_number(value, panel), (x, value), **style, **(above if top == value else inside))
+        if top > value * 1.25:
+            axes.annotate(_number(top, panel), (x, top), **style, **above)
     if panel.line is not None:
         axes.axhline(panel.line, color="black", linewidth=1.2, zorder=1)
     if panel.log:
@@ -107,12 +105,13 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
         axes.minorticks_off()
     else:
         axes.margins(y=0.12)
-    axes.set_xticks(range(len(panel.groups)), panel.groups, fontsize=10)
+    axes.set_xticks(range(len(groups)), groups, fontsize=10)
     axes.tick_params(axis="x", length=0)
     axes.grid(axis="y", color="#dddddd", linewidth=0.7, zorder=0)
     axes.set_axisbelow(True)
     axes.set_title(panel.title, loc="left", fontsize=10.5)
     axes.spines[["top", "right"]].set_visible(False)
+    return handles
 
 
 def _number(value: float, panel: Panel) -> str:
@@ -132,11 +131,11 @@ def write_gpu_figure(result: dict[str, Any], path: Path) -> None:
         raise ValueError("result has no times of loss and gradient; expected what `bench/gpu.sh bench` writes on a GPU.")
     times = {(e["name"], e["vocabulary"], e["rows"]): e["times_copy"] for e in entries}
     rows, coarse = sorted({e["rows"] for e in entries}), {e["name"] for e in entries if e.get("less_precise")}
+    names = dict.fromkeys(e["name"] for e in entries)
     panels = []
     for vocabulary in sorted({e["vocabulary"] for e in entries}):
-        names = dict.fromkeys(e["name"] for e in entries)
-        values = {name: [times.get((name, vocabulary, count)) for count in rows] for name in names}
-        series = [Series(name, name, values[name], alpha=0.5 if name in coarse else 1.0) for name in names]
-        panels.append(Panel(f"{vocabulary} logits. 1 = one copy of them", [f"{count} rows" for count in rows], series, log=True))
+        cells = [(name, count, times.get((name, vocabulary, count))) for name in names for count in rows]
+        bars = [Bar(f"{count} rows", name, name, value, alpha=0.5 if name in coarse else 1.0) for name, count, value in cells]
+        panels.append(Panel(f"{vocabulary} logits. 1 = one copy of them", bars, log=True))
     text = f"{result['machine']['device']}\nPale: less precise than the gate asks of grpo_fast."
     write_bars(path, "GRPO loss and gradient on a GPU, in multiples of a copy of the logits", panels, text)

@@ -1,32 +1,89 @@
-"""What a suite is, and its results: the envelope that all share, reading of a file, summaries and tables."""
+"""What a suite is: its settings, each declared once with default, help text and bounds; its results, their file, summaries and tables."""
 
 from __future__ import annotations
 
 import json
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
-from grpo_fast.benchmark.harness.settings import BenchmarkSettings
 from grpo_fast.ops.backends import installed_version
-from grpo_fast.ops.environment import describe, load_average
+from grpo_fast.ops.environment import caption, describe, load_average
 
-__all__ = ["SCHEMA", "Progress", "Result", "Suite", "load", "mebibytes", "run_suite", "summary", "table"]
+__all__ = ["DTYPES", "SCHEMA", "BenchmarkSettings", "Progress", "Result", "Suite"]
+__all__ += ["load", "mebibytes", "print_result", "require", "run_suite", "setting", "summary", "table"]
 
 SCHEMA = 2
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Result = dict[str, Any]  # what is written to the JSON file
 Progress = Callable[[str], None]  # is told what is being done
-S = TypeVar("S", bound=BenchmarkSettings)
+S = TypeVar("S", bound="BenchmarkSettings")
 
-# Files of schema 1 are read with the names of schema 2.
-_RENAMED = {"contestant": "implementation", "contestants": "implementations", "times_floor": "times_roofline", "side": "implementation"}
+
+def setting(
+    default: Any, help: str = "", *, option: str = "", least: int | None = None, choices: tuple[str, ...] = (), parse: Any = None
+) -> Any:
+    """A field of a settings dataclass.
+
+    Args:
+        default: its value unless given. A tuple becomes an option that may be repeated.
+        help: text of the command-line option; without it there is no option.
+        option: name of the option where it differs from the field's, as "shape" for ``shapes``, and other names that it has, separated by
+            spaces. Error messages use the first.
+        least: the smallest number that is accepted.
+        choices: the names that are accepted.
+        parse: turns the text of a repeated option into an element.
+    """
+    return field(default=default, metadata={"help": help, "option": option, "least": least, "choices": choices, "parse": parse})
+
+
+def require(ok: bool, name: str, value: object, expected: str) -> None:
+    """Raise a ValueError that names the setting, its value and what was expected, unless ``ok``."""
+    if not ok:
+        raise ValueError(f"{name} is {value!r}; expected {expected}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkSettings:
+    """What every suite is told.
+
+    Raises:
+        ValueError: a setting is outside of its bounds; names it, its value and what was expected.
+    """
+
+    rounds: int = setting(3, "Repetitions after a warm-up.", least=1)
+    threads: int = setting(1, "One thread is timed by its CPU time, several by the wall clock.", least=1)
+    seed: int = setting(0)
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value, least, choices = getattr(self, each.name), each.metadata.get("least"), each.metadata.get("choices")
+            name = (each.metadata.get("option") or each.name).split()[0]
+            values = value if isinstance(value, tuple) else (value,)
+            require(len(values) > 0, name, "empty", f"at least one of {', '.join(choices)}" if choices else "at least one")
+            for element in values:
+                require(least is None or element >= least, name, element, f"at least {least}")
+                require(not choices or element in choices, name, element, f"one of {', '.join(choices or ())}")
+            require(len(set(values)) == len(values), name, ", ".join(map(str, values)), f"each {'name' if choices else 'value'} once")
+
+    @property
+    def clock(self) -> str:
+        """What is reported as the time of a repetition: other processes do not disturb the CPU time of a thread; the CPU time of several
+        threads is not the time that passes."""
+        return "CPU time of the thread" if self.threads == 1 else "wall time"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the result file."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -34,6 +91,7 @@ class Suite(Generic[S]):
     """One of the comparisons, and what its command needs of it."""
 
     name: str  # of the command
+    help: str  # of the command
     settings: type[S]
     run: Callable[[S, Progress], Result]  # "results" and what else belongs to the result
     print_report: Callable[[Result, Console], None]
@@ -42,6 +100,11 @@ class Suite(Generic[S]):
     quick: Mapping[str, Any] = field(default_factory=dict)  # settings of --quick; none: there is no such option
     check: Callable[[S], None] = lambda settings: None  # raises ValueError or ImportError if the suite cannot run here
     packages: tuple[str, ...] = ()  # whose versions the result has, besides those that every result has
+
+    @property
+    def output(self) -> str:
+        """Where the result goes unless the command line says otherwise, as runs/bench/head_cpu.json."""
+        return f"runs/bench/{'_'.join([*self.name.split('-')[1:], 'cpu.json'])}"
 
 
 def run_suite(suite: Suite[S], settings: S, progress: Progress) -> Result:
@@ -70,7 +133,7 @@ def summary(seconds: Iterable[float], peaks: Iterable[int | None]) -> dict[str, 
 
 
 def load(path: Path, suite: str) -> Result:
-    """Read the result file of a suite, of this schema or of an older one, or of bench/gpu_bench.py.
+    """Read the result file of a suite, or of bench/gpu_bench.py.
 
     Raises:
         ValueError: the file cannot be read, or holds no results of this suite.
@@ -79,26 +142,25 @@ def load(path: Path, suite: str) -> Result:
         result = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"file {str(path)!r} cannot be read ({error}); expected the JSON of `grpo-fast {suite} --output`.") from error
-    found = result if isinstance(result, dict) else {}
+    found: Result = result if isinstance(result, dict) else {}
     if found.get("kind") == "gpu":  # what bench/gpu_bench.py wrote has a form of its own
         return found
-    schema, kind = found.get("schema", 1), str(found.get("kind", "")).removesuffix("_stage").replace("_", "-")  # kind: in schema 1
-    of_suite = found.get("settings", {}).get("suite", f"bench-{kind}".rstrip("-"))
-    if not found.get("results") or schema not in (1, SCHEMA) or of_suite != suite:
+    of_suite = found.get("settings", {}).get("suite")
+    if not found.get("results") or found.get("schema") != SCHEMA or of_suite != suite:
         raise ValueError(
-            f"file {str(path)!r} holds no results of `grpo-fast {suite}` (schema {schema}, suite {of_suite}); expected schema {SCHEMA}. "
-            f"Fix: measure again with grpo-fast {suite}."
+            f"file {str(path)!r} holds no results of `grpo-fast {suite}` (schema {found.get('schema')}, suite {of_suite}); expected schema "
+            f"{SCHEMA}. Fix: measure again with grpo-fast {suite}."
         )
-    renamed: Result = found if schema == SCHEMA else _with_new_names(found)
-    return renamed
+    return found
 
 
-def _with_new_names(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {_RENAMED.get(key, key): _with_new_names(element) for key, element in value.items()}
-    if isinstance(value, list):
-        return [_with_new_names(element) for element in value]
-    return "roofline" if value == "floor" else value
+def print_result(suite: Suite[S], result: Result, console: Console) -> None:
+    """Print the suite's own report, what was left out and why, and the machine."""
+    suite.print_report(result, console)
+    for (name, reason), count in Counter((entry["implementation"], entry["reason"]) for entry in result.get("skipped", [])).items():
+        console.print(f"Left out {count}x: {name}: {reason}", highlight=False, markup=False, style="yellow")
+    settings, minutes = result["settings"], result["seconds"] / 60
+    console.print(f"{caption(result['machine'], settings['threads'])}. {settings['clock']}; the run took {minutes:.0f} minutes.")
 
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:

@@ -1,5 +1,6 @@
-"""Worker processes: ``python -m grpo_fast.benchmark.harness.worker MODULE:CLASS ARGUMENTS``, commands and answers as lines of JSON.
+"""Worker processes, and the memory that they share.
 
+``python -m grpo_fast.benchmark.harness.worker MODULE:CLASS ARGUMENTS`` reads commands and writes answers as lines of JSON.
 The class is made with ARGUMENTS (a JSON object); each command calls one of its methods. A suite uses the other end, `WorkerProcess`.
 """
 
@@ -8,16 +9,22 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import mmap
 import os
 import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
+from torch import Tensor
 
-__all__ = ["WorkerDiedError", "WorkerError", "WorkerProcess"]
+__all__ = ["ALIGNMENT", "SharedMemory", "WorkerDiedError", "WorkerError", "WorkerProcess", "aligned_bytes"]
+
+ALIGNMENT = 4096
 
 
 class WorkerError(RuntimeError):
@@ -88,6 +95,41 @@ class WorkerProcess:
             self._process.kill()
             self._process.wait()
         self._log.close()
+
+
+class SharedMemory:
+    """A mapping of ``size`` bytes behind a file descriptor that child processes inherit. Tensors are allocated in it one after another."""
+
+    def __init__(self, descriptor: int, size: int):
+        self.descriptor, self.size = descriptor, size
+        self._memory = mmap.mmap(descriptor, size)
+        self.position = 0
+
+    @classmethod
+    def create(cls, size: int) -> SharedMemory:
+        # Anonymous memory where the system has it: /dev/shm is 64 MB in many containers, and a file on disk would be written back.
+        if hasattr(os, "memfd_create"):
+            descriptor = os.memfd_create("grpo_fast_bench")
+        else:
+            with tempfile.TemporaryFile() as file:
+                descriptor = os.dup(file.fileno())
+        os.ftruncate(descriptor, size)
+        return cls(descriptor, size)
+
+    def rewind(self) -> None:
+        """Allocate from the start again. Parent and child must allocate the same tensors in the same order."""
+        self.position = 0
+
+    def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """The next tensor, with whatever values the memory holds."""
+        tensor = torch.frombuffer(self._memory, dtype=dtype, count=prod(shape), offset=self.position).view(*shape)
+        self.position += aligned_bytes(shape, dtype)
+        return tensor
+
+
+def aligned_bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
+    """The bytes that a tensor occupies in shared memory, padding included."""
+    return -(-prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
 
 
 def main() -> None:

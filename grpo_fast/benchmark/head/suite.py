@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,28 @@ import torch
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
-from grpo_fast.benchmark.harness.figure import Panel, Series, write_bars
-from grpo_fast.benchmark.harness.settings import BenchmarkSettings, require, setting
-from grpo_fast.benchmark.harness.suite import Progress, Result, Suite, mebibytes, summary, table
+from grpo_fast.benchmark.harness.figure import Bar, Panel, write_bars
+from grpo_fast.benchmark.harness.suite import BenchmarkSettings, Progress, Result, Suite, mebibytes, require, setting, summary, table
 from grpo_fast.benchmark.harness.worker import WorkerError, WorkerProcess
-from grpo_fast.benchmark.head.cases import SEQUENCES, TEMPERATURE, HeadCase, compare_with_truth, make_cases, measure_gradients
-from grpo_fast.benchmark.head.implementations import COMPILED, IMPLEMENTATIONS, LABELS, make
+from grpo_fast.benchmark.head.implementations import (
+    COMPILED,
+    IMPLEMENTATIONS,
+    LABELS,
+    SEQUENCES,
+    TEMPERATURE,
+    HeadCase,
+    compare_with_truth,
+    make,
+    make_cases,
+    measure_gradients,
+)
 from grpo_fast.ops.environment import available_memory, caption
 
 __all__ = ["SUITE", "HeadSettings", "HeadWorker", "markdown", "run"]
 
 SKIP_INACTIVE = ("ours",)  # the work of the others is the same at every share of active tokens: they are timed at the largest alone
 FOOTPRINT = {"eager": 6, "full": 2}  # in float32 logits of the whole batch; 1 of the others
+HELP = "Time the loss from hidden states against what you would use instead, and against its bare matrix products. 22 minutes."
 KEY = ("tokens", "dtype", "trainable")  # of a case
 
 
@@ -175,11 +185,6 @@ def print_report(result: Result, console: Console) -> None:
             rows.append((_label(entry), f"{entry['median']:.3g}", times, f"{entry['flop_multiple']:.3g}", mebibytes(entry["peak_bytes"])))
         columns = ("seconds", "x bare products", "operations, N D V", "extra memory, MiB")
         console.print(table(f"{title}, {settings['width']} x {settings['vocabulary']}", columns, rows))
-    for entry in result["skipped"]:
-        console.print(f"Left out: {entry['implementation']}: {entry['reason']}", style="yellow", markup=False)
-    console.print(
-        f"{caption(result['machine'], settings['threads'])}\n{settings['clock']}; the run took {result['seconds'] / 60:.0f} minutes."
-    )
 
 
 def markdown(result: Result) -> list[str]:
@@ -195,22 +200,24 @@ def markdown(result: Result) -> list[str]:
 
 def write_figure(result: Result, path: Path) -> None:
     """Time in multiples of the bare products, and memory, for each case at full activity; grpo_fast at the others too."""
-    cases = dict(_by_case(result))
-    shown = [entry for found in cases.values() for entry in found if entry["implementation"] != "roofline"]
-    times: list[Series] = []
-    memory: list[Series] = []
-    for label, entry in {_label(entry): entry for entry in shown}.items():
-        of_label = [next((e for e in found if _label(e) == label), {}) for found in cases.values()]
-        gibibytes = [e["peak_bytes"] / 2**30 if e.get("peak_bytes") is not None else None for e in of_label]
-        for series, values in ((times, [e.get("times_roofline") for e in of_label]), (memory, gibibytes)):
-            series.append(Series(entry["implementation"], label, values, alpha=entry["active"]))
-    groups = [title.replace(", ", "\n", 1) for title in cases]
+
+    def bars(value: Callable[[dict[str, Any]], float | None]) -> list[Bar]:
+        return [
+            Bar(title.replace(", ", "\n", 1), entry["implementation"], _label(entry), value(entry), alpha=entry["active"])
+            for title, entries in _by_case(result)
+            for entry in entries
+            if entry["implementation"] != "roofline"
+        ]
+
+    times, memory = bars(lambda entry: entry["times_roofline"]), bars(lambda entry: entry["peak_bytes"] and entry["peak_bytes"] / 2**30)
     panels = [
-        Panel("Time in multiples of the bare matrix products", groups, times, number=".2f"),
-        Panel("Extra memory, GiB", groups, memory, line=None, number=".2f"),
+        Panel("Time in multiples of the bare matrix products", times, number=".2f"),
+        Panel("Extra memory, GiB", memory, line=None, number=".2f"),
     ]
     text = f"{caption(result['machine'], result['settings']['threads'])}\n{result['settings']['clock']}"
     write_bars(path, "Loss and gradients from hidden states (lower is better)", panels, text)
 
 
-SUITE = Suite("bench-head", HeadSettings, run, print_report, write_figure=write_figure, packages=("liger_kernel", "cut_cross_entropy"))
+SUITE = Suite(
+    "bench-head", HELP, HeadSettings, run, print_report, write_figure=write_figure, packages=("liger_kernel", "cut_cross_entropy")
+)

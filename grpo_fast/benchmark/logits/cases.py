@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from grpo_fast.benchmark.eager import eager_logprobs, eager_loss
-from grpo_fast.benchmark.harness.settings import DTYPES, BenchmarkSettings, require, setting
-from grpo_fast.benchmark.harness.shared_memory import ALIGNMENT, SharedMemory
+from grpo_fast.benchmark.harness.suite import DTYPES, BenchmarkSettings, require, setting
+from grpo_fast.benchmark.harness.worker import ALIGNMENT, SharedMemory
 
 __all__ = ["GATE_ROWS", "IMPLEMENTATIONS", "MALLOC_MODES", "PASSES", "Batch", "LogitsCase", "LogitsSettings", "parse_shape"]
 __all__ += ["batch_bytes", "expected_loss", "fill", "shared_batch", "write_truth"]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from grpo_fast.benchmark.harness.figure import Panel, Series, write_bars
+from grpo_fast.benchmark.harness.figure import Bar, Panel, write_bars
 from grpo_fast.benchmark.harness.suite import Result, table
 from grpo_fast.benchmark.logits.cases import IMPLEMENTATIONS, MALLOC_MODES, PASSES
 from grpo_fast.benchmark.logits.implementations import LABELS
@@ -64,8 +63,6 @@ def print_report(result: Result, console: Console) -> None:
             entries = [entry for entry in result["results"] if (entry["malloc"], entry["step"]) == (malloc, step)]
             if entries:
                 console.print(_table(f"\n{TITLES[step]} ({MALLOC[malloc]})", entries, memory=malloc == "default"))
-    for (name, reason), count in Counter((entry["implementation"], entry["reason"]) for entry in result["skipped"]).items():
-        console.print(f"Left out {count}x: {LABELS[name]}: {reason}", highlight=False, markup=False, style="yellow")
     if result["overhead"] is not None:
         console.print(_overhead_table(result["overhead"]))
     for line in _notes(result):
@@ -100,9 +97,8 @@ def _notes(result: Result) -> list[str]:
     cache, flushed = machine["largest_cache_bytes"] >> 20, settings["flush_bytes"] >> 20
     cold = f"Before each, {flushed} MiB were written to clear a cache of {cache} MiB." if settings["cold"] else "Warm caches."
     lines = [
-        caption(machine, settings["threads"]),
         f"Medians of {settings['rounds']} interleaved repetitions, fresh data in each, T = {settings['temperature']:g}; "
-        f"{settings['clock']}. {cold} GB/s: bytes that must be moved. Memory: peak above what was there before the call, in multiples of "
+        f"{cold} GB/s: bytes that must be moved. Memory: peak above what was there before the call, in multiples of "
         "the logits, with a gradient of their size.",
     ]
     if any(entry["implementation"] == "trl" for entry in result["results"]):
@@ -126,20 +122,14 @@ def write_figure(result: Result, path: Path) -> None:
     for step in PASSES:
         entries = [entry for entry in result["results"] if entry["step"] == step]
         times = {(e["implementation"], e["case"], e["malloc"]): e["summary"]["times_roofline"] for e in entries}
-        cases = list(dict.fromkeys(entry["case"] for entry in entries))
-        series = [
-            Series(
-                name,
-                LABELS[name],
-                values=[times.get((name, case, modes[-1])) for case in cases],
-                outlines=[times.get((name, case, modes[0])) for case in cases],
-            )
-            for name in IMPLEMENTATIONS
-            if name != "roofline" and any(entry["implementation"] == name for entry in entries)
-        ]
-        if cases:
-            groups = [f"[{case.split()[0].replace('x', ' × ')}] {case.split()[1]}" for case in cases]
-            panels.append(Panel(PANELS[step], groups, series, log=True))
+        bars = []
+        for name, case in dict.fromkeys((name, e["case"]) for name in LABELS for e in entries):
+            group = f"[{case.split()[0].replace('x', ' × ')}] {case.split()[1]}"
+            first, last = (times.get((name, case, mode)) for mode in (modes[0], modes[-1]))
+            if name != "roofline" and any(e["implementation"] == name for e in entries):
+                bars.append(Bar(group, name, LABELS[name], last, outline=first))
+        if bars:
+            panels.append(Panel(PANELS[step], bars, log=True))
     both = "Solid: pages touched before. Dashed: default malloc. " if len(modes) > 1 else ""
     work = "" if settings["equal_work"] else f" NOT EQUAL WORK: {1 - settings['active_fraction']:.0%} of the rows masked."
     entropy = "" if settings["entropy"] else " grpo_fast also computes the entropy."

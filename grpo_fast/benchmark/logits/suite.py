@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 
 from grpo_fast.benchmark.harness.measure import Measurement, keep_freed_memory, measure, trim
-from grpo_fast.benchmark.harness.settings import DTYPES
-from grpo_fast.benchmark.harness.shared_memory import SharedMemory
-from grpo_fast.benchmark.harness.suite import Progress, Result, Suite
-from grpo_fast.benchmark.harness.worker import WorkerDiedError, WorkerError, WorkerProcess
+from grpo_fast.benchmark.harness.suite import DTYPES, Progress, Result, Suite
+from grpo_fast.benchmark.harness.worker import SharedMemory, WorkerDiedError, WorkerError, WorkerProcess
 from grpo_fast.benchmark.logits.cases import (
     MALLOC_MODES,
     PASSES,
@@ -272,6 +270,7 @@ class _Run:
 
 SUITE = Suite(
     "bench",
+    "Time the loss against what you would use instead, and against a copy of the same bytes. About five minutes.",
     LogitsSettings,
     run,
     print_report,
