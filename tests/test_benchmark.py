@@ -287,7 +287,7 @@ def test_a_wrong_implementation_gets_no_number_and_the_command_fails(monkeypatch
     """Children that double every gradient: they inherit the environment, and Python runs the sitecustomize that it finds."""
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\n"
-        "if 'grpo_fast.benchmark.harness.worker' in sys.orig_argv:\n"
+        "if '--multiprocessing-fork' in sys.orig_argv:\n"
         "    import torch\n"
         "    honest = torch.autograd.grad\n"
         "    torch.autograd.grad = lambda *args: tuple(x * 2 for x in honest(*args))\n"

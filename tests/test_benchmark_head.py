@@ -33,7 +33,7 @@ def measure(name: str, case: HeadCase, trainable: bool, rounds: int) -> dict[str
     """What a worker process answers, by a worker in this process."""
     with tempfile.TemporaryDirectory() as folder:
         torch.save(case, Path(folder) / "case.pt")
-        return HeadWorker(threads=1).measure(name, str(Path(folder) / "case.pt"), trainable, rounds)
+        return HeadWorker(threads=1).measure(name, Path(folder) / "case.pt", trainable, rounds)
 
 
 @pytest.mark.parametrize("share", [1.0, 0.6, 0.3, 0.125])
@@ -123,7 +123,7 @@ def test_a_process_answers(case: HeadCase, tmp_path: Path) -> None:
 
 def test_the_command_writes_what_it_can_draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def ask(name: str, path: Path, trainable: bool, rounds: int, threads: int) -> Any:
-        return HeadWorker(threads).measure(name, str(path), trainable, rounds)
+        return HeadWorker(threads).measure(name, path, trainable, rounds)
 
     monkeypatch.setattr(suite, "ask_worker", ask)  # processes take their time to start
     output = tmp_path / "head.json"

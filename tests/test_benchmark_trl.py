@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ TOY = LossStageSettings(tokens=6, width=16, vocabulary=101, rounds=1)
 def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, float], dict[str, Any]]:
     batch = tmp_path_factory.mktemp("trl") / "batch.pt"
     torch.save(make_batch(TOY), batch)
-    workers = {name: TrlWorker(name, str(batch), asdict(TOY)) for name in LABELS}
+    workers = {name: TrlWorker(name, batch, TOY) for name in LABELS}
     return {(name, active): worker.repetition(active) for name, worker in workers.items() for active in TOY.active}
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import tempfile
 from contextlib import ExitStack
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,14 +47,14 @@ SKIPPED = {
 class TrlWorker:
     """A trainer in its process, with TRL's defaults (loss_type "dapo", beta 0), in float32."""
 
-    def __init__(self, name: str, batch: str, settings: dict[str, Any]):
+    def __init__(self, name: str, batch: Path, settings: LossStageSettings):
         from datasets import Dataset
         from trl import GRPOConfig
         from trl import GRPOTrainer as Stock
 
         from grpo_fast.integrations.trl import GRPOTrainer
 
-        self.settings = LossStageSettings(**{**settings, "active": tuple(settings["active"])})
+        self.settings = settings
         self.batch: dict[str, Tensor] = torch.load(batch)
         self.folder = tempfile.TemporaryDirectory()
         args = GRPOConfig(**trainer_arguments(self.settings, self.folder.name), bf16=False, log_level="error")
@@ -101,8 +100,7 @@ class TrlWorker:
 
 
 def start_worker(name: str, batch: Path, settings: LossStageSettings) -> WorkerProcess:
-    arguments = {"name": name, "batch": str(batch), "settings": asdict(settings)}
-    return WorkerProcess(f"{__name__}:{TrlWorker.__name__}", settings.threads, arguments)
+    return WorkerProcess(partial(TrlWorker, name, batch, settings), settings.threads)
 
 
 def check(settings: LossStageSettings) -> None:

@@ -81,10 +81,6 @@ class BenchmarkSettings:
         threads is not the time that passes."""
         return "CPU time of the thread" if self.threads == 1 else "wall time"
 
-    def as_dict(self) -> dict[str, Any]:
-        """For the result file."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Suite(Generic[S]):
@@ -118,7 +114,7 @@ def run_suite(suite: Suite[S], settings: S, progress: Progress) -> Result:
         "machine": {**machine, **{name: installed_version(name) for name in suite.packages}},
         "load_average": {"start": load, "end": load_average()},
         **found,
-        "settings": {"suite": suite.name, **settings.as_dict(), "clock": settings.clock, **found.get("settings", {})},
+        "settings": {"suite": suite.name, **asdict(settings), "clock": settings.clock, **found.get("settings", {})},
     }
 
 

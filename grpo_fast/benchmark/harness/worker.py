@@ -1,23 +1,18 @@
-"""Worker processes, and the memory that they share.
-
-``python -m grpo_fast.benchmark.harness.worker MODULE:CLASS ARGUMENTS`` reads commands and writes answers as lines of JSON.
-The class is made with ARGUMENTS (a JSON object); each command calls one of its methods. A suite uses the other end, `WorkerProcess`.
-"""
+"""Worker processes, each with an object whose methods are called from here, and the memory that they share."""
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import json
 import mmap
+import multiprocessing
 import os
-import subprocess
-import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import DupFd
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -36,65 +31,73 @@ class WorkerDiedError(WorkerError):
 
 
 class WorkerProcess:
-    """A child process that answers the methods of a class. Ends with its ``with`` block.
+    """A child process that answers calls of an object's methods. Ends with its ``with`` block.
 
     Args:
-        target: "module:Class" of what the child makes and calls.
+        make: makes the object in the child; can be pickled.
         threads: that PyTorch uses in it.
-        arguments: of the class; JSON.
-        pass_fds: file descriptors that the child inherits.
     """
 
-    def __init__(self, target: str, threads: int, arguments: dict[str, Any], *, pass_fds: tuple[int, ...] = ()):
+    def __init__(self, make: Callable[[], Any], threads: int):
         # One compilation process: torch.compile would keep a pool of them beside what is being timed.
         environment = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by __exit__)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "grpo_fast.benchmark.harness.worker", target, str(threads), json.dumps(arguments)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            pass_fds=pass_fds,
-            env={**os.environ, **environment},
-        )
+        self._log = tempfile.NamedTemporaryFile("r")  # noqa: SIM115 (closed by __exit__)
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_answer_calls, args=(theirs, self._log.name, make, threads), daemon=True)
+        with mock.patch.dict(os.environ, environment):  # read when the child imports torch
+            self._process.start()
+        theirs.close()
 
     def __enter__(self) -> WorkerProcess:
         return self
 
     def ask(self, method: str, **arguments: Any) -> dict[str, Any]:
-        """Call a method of the class and wait for its answer, JSON.
+        """Call a method of the object and wait for its answer.
 
         Raises:
             WorkerError: the call failed.
             WorkerDiedError: the process ended.
         """
-        assert self._process.stdin is not None and self._process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):  # the process has ended: there will be no answer
-            self._process.stdin.write(json.dumps([method, arguments]) + "\n")
-            self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            code = self._process.wait()
-            self._log.seek(0)
-            last = (self._log.read().strip().splitlines() or ["it wrote nothing"])[-1]
+        try:
+            self._connection.send((method, arguments))
+            answer: dict[str, Any] = self._connection.recv()
+        except (EOFError, ConnectionError) as error:
+            self._process.join()
+            code, last = self._process.exitcode, (self._log.read().strip().splitlines() or ["it wrote nothing"])[-1]
             fix = "; killed by the system, probably for lack of memory. Fix: smaller shapes" if code == -9 else ""
-            raise WorkerDiedError(f"its process ended with status {code}{fix}: {last}")
-        answer: dict[str, Any] = json.loads(line)
+            raise WorkerDiedError(f"its process ended with status {code}{fix}: {last}") from error
         if "error" in answer:
             raise WorkerError(answer["error"])
         return answer
 
     def __exit__(self, *_: object) -> None:
-        if self._process.stdin is not None:
-            with contextlib.suppress(BrokenPipeError):
-                self._process.stdin.close()
-        try:
-            self._process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self._connection.close()
+        self._process.join(timeout=10)
+        self._process.kill()
+        self._process.join()
         self._log.close()
+
+
+def _answer_calls(connection: Connection, log: str, make: Callable[[], Any], threads: int) -> None:
+    """Answer each call until the other end is closed. An exception is an answer too: the implementation failed, and the others go on."""
+    with open(log, "a") as file:
+        for standard in (1, 2):
+            os.dup2(file.fileno(), standard)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(threads)
+    worker = make()
+    while True:
+        try:
+            method, arguments = connection.recv()
+        except EOFError:
+            return
+        try:
+            answer = getattr(worker, method)(**arguments)
+        except Exception as error:
+            first = (str(error).strip().splitlines() or [""])[0]
+            answer = {"error": f"{type(error).__name__}: {first}"}
+        connection.send(answer)
 
 
 class SharedMemory:
@@ -116,6 +119,10 @@ class SharedMemory:
         os.ftruncate(descriptor, size)
         return cls(descriptor, size)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled for a process that is being started, which gets the same memory."""
+        return _shared_with_child, (DupFd(self.descriptor), self.size)
+
     def rewind(self) -> None:
         """Allocate from the start again. Parent and child must allocate the same tensors in the same order."""
         self.position = 0
@@ -127,30 +134,10 @@ class SharedMemory:
         return tensor
 
 
+def _shared_with_child(descriptor: Any, size: int) -> SharedMemory:
+    return SharedMemory(descriptor.detach(), size)
+
+
 def aligned_bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
     """The bytes that a tensor occupies in shared memory, padding included."""
     return -(-prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
-
-
-def main() -> None:
-    """Answer each command until stdin is closed. An exception is an answer too: the implementation failed, and the others go on."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints must not get among the answers
-    warnings.simplefilter("ignore")
-    target, threads, arguments = sys.argv[1:]
-    torch.set_num_threads(int(threads))
-    module, _, name = target.partition(":")
-    worker = getattr(importlib.import_module(module), name)(**json.loads(arguments))
-    for line in sys.stdin:
-        method, given = json.loads(line)
-        try:
-            answer = getattr(worker, method)(**given)
-        except Exception as error:
-            first = (str(error).strip().splitlines() or [""])[0]
-            answer = {"error": f"{type(error).__name__}: {first}"}
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
-
-
-if __name__ == "__main__":
-    main()

@@ -6,6 +6,7 @@ import itertools
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ class HeadWorker:
     def __init__(self, threads: int):
         self.threads = threads
 
-    def measure(self, name: str, path: str, trainable: bool, rounds: int) -> dict[str, Any]:
+    def measure(self, name: str, path: Path, trainable: bool, rounds: int) -> dict[str, Any]:
         """Count the operations at a small size, which also warms up everything but compiled code; then time. The first result is held to
         the truth. What is compiled for this number of tokens is called once more beforehand."""
         case: HeadCase = torch.load(path, weights_only=False)  # our own file, made a moment ago
@@ -155,8 +156,8 @@ def _measure(entry: dict[str, Any], path: Path, settings: HeadSettings) -> dict[
 
 def ask_worker(name: str, path: Path, trainable: bool, rounds: int, threads: int) -> dict[str, Any]:
     """Measure in a process of its own."""
-    with WorkerProcess(f"{__name__}:{HeadWorker.__name__}", threads, {"threads": threads}) as worker:
-        return worker.ask("measure", name=name, path=str(path), trainable=trainable, rounds=rounds)
+    with WorkerProcess(partial(HeadWorker, threads), threads) as worker:
+        return worker.ask("measure", name=name, path=path, trainable=trainable, rounds=rounds)
 
 
 # The report -------------------------------------------------------------------------------------------------------------------------------

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,10 +33,9 @@ def parse_shape(text: str) -> tuple[int, int]:
     Raises:
         ValueError: not of that form.
     """
-    match = re.fullmatch(r"(\d+)x(\d+)", text.strip())
-    require(match is not None, "shape", text, "ROWSxVOCABULARY, as 2048x32000")
-    assert match is not None
-    return int(match[1]), int(match[2])
+    rows, _, vocabulary = text.strip().partition("x")
+    require(rows.isdecimal() and vocabulary.isdecimal(), "shape", text, "ROWSxVOCABULARY, as 2048x32000")
+    return int(rows), int(vocabulary)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,9 +82,6 @@ class LogitsSettings(BenchmarkSettings):
     def processes(self) -> list[tuple[str, ...]]:
         """Which implementations share a process: none, unless isolation was given up for a quick start."""
         return [(name,) for name in self.implementations] if self.isolated else [self.implementations]
-
-    def as_dict(self) -> dict[str, Any]:
-        return {**super().as_dict(), "shapes": [list(shape) for shape in self.shapes]}
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import timeit
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -58,7 +59,7 @@ def measure_overhead(*, blocks: int = 40, calls: int = 50) -> dict[str, Any]:
     for _ in range(blocks):  # interleaved, so that other load on the machine affects all alike
         for name, piece in pieces.items():
             with torch.set_grad_enabled(name in ("grad", "forward_backward")):
-                times[name].append(_microseconds(piece, calls))
+                times[name].append(timeit.timeit(piece, timer=time.thread_time, number=calls) / calls * 1e6)
     median = {name: statistics.median(values[1:] or values) for name, values in times.items()}
     operator = median["operator_with_gradient"]
     split = {
@@ -69,13 +70,6 @@ def measure_overhead(*, blocks: int = 40, calls: int = 50) -> dict[str, Any]:
         "rest": median["no_grad"] - median["checks"] - median["weights"] - median["operator"],
     }
     return {"shape": [rows, vocabulary], "microseconds": median, "split_of_forward_backward": split}
-
-
-def _microseconds(piece: Callable[[], object], calls: int) -> float:
-    start = time.thread_time_ns()
-    for _ in range(calls):
-        piece()
-    return (time.thread_time_ns() - start) / 1e3 / calls
 
 
 def _operator_arguments(call: Callable[[], object]) -> tuple[Any, ...]:

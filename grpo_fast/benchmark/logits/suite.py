@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -68,13 +69,13 @@ def repetition(
 class LogitsWorker:
     """The implementations of a process, and the case that is being measured."""
 
-    def __init__(self, options: dict[str, Any], descriptor: int, size: int, flush_bytes: int):
-        self.options, self.memory = options, SharedMemory(descriptor, size)
+    def __init__(self, options: dict[str, Any], memory: SharedMemory, flush_bytes: int):
+        self.options, self.memory = options, memory
         self.flush = torch.zeros(flush_bytes // 8, dtype=torch.int64)
         self.keeps_memory = False
         self.implementations: dict[str, Implementation] = {}
 
-    def begin(self, case: dict[str, Any], malloc: str, names: list[str]) -> dict[str, Any]:
+    def begin(self, case: LogitsCase, malloc: str, names: list[str]) -> dict[str, Any]:
         """Free the memory of the last case and take up this one, in a malloc mode; there is no way back from "touched"."""
         self.storage = torch.empty(0)
         gc.collect()
@@ -82,8 +83,7 @@ class LogitsWorker:
         if malloc == "touched" and not self.keeps_memory:
             keep_freed_memory()
             self.keeps_memory = True
-        self.case = LogitsCase(**case)
-        self.shared = shared_batch(self.memory, self.case)
+        self.case, self.shared = case, shared_batch(self.memory, case)
         self.storage = torch.zeros_like(self.shared.logits)
         if self.keeps_memory:  # one free block larger than all that will be asked for: what a warm-up leaves behind is in pieces
             torch.zeros(int(self.case.rows * self.case.vocabulary * max(FOOTPRINT[name] for name in names)))
@@ -169,11 +169,10 @@ class _Run:
         self.settings, self.progress = settings, progress
         self.memory = SharedMemory.create(max(batch_bytes(case) for case in settings.cases))
         options = {"temperature": settings.temperature, "entropy": settings.entropy, "threads": settings.threads}
-        given = {"options": options, "descriptor": self.memory.descriptor, "size": self.memory.size, "flush_bytes": flush_bytes(settings)}
+        make_worker = partial(LogitsWorker, options, self.memory, flush_bytes(settings))
         self.workers: dict[str, WorkerProcess] = {}  # of each implementation that takes part
         for names in settings.processes:
-            worker = WorkerProcess(f"{__name__}:LogitsWorker", settings.threads, given, pass_fds=(self.memory.descriptor,))
-            self.workers |= dict.fromkeys(names, stack.enter_context(worker))
+            self.workers |= dict.fromkeys(names, stack.enter_context(WorkerProcess(make_worker, settings.threads)))
         self.measurements: list[dict[str, Any]] = []  # by malloc, case, step and implementation; a value for each repetition
         self.gates: list[dict[str, Any]] = []
         self.skipped: list[dict[str, Any]] = []
@@ -204,7 +203,7 @@ class _Run:
         where, ready = {"malloc": malloc, "case": case.name}, []
         for worker in dict.fromkeys(self.workers.values()):
             names = [name for name, other in self.workers.items() if other is worker]
-            if self._ask(names[0], "begin", where, case=asdict(case), names=names, malloc=malloc) is not None:
+            if self._ask(names[0], "begin", where, case=case, names=names, malloc=malloc) is not None:
                 ready += names
         entries: list[dict[str, Any]] = []
         for step, name in product(PASSES, ready):
