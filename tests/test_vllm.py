@@ -21,7 +21,7 @@ pytest.importorskip("transformers", reason="the stand-in server is backed by a t
 
 from vllm_stand_in import SHUTDOWN, TRANSFER, StandIn, serving, vllm_installed
 
-from grpo_fast.generation import SamplerError, SamplingParams, make_sampler, vllm_http
+from grpo_fast.generation import Completion, SamplerError, SamplingParams, make_sampler, vllm_http
 from grpo_fast.generation.merged_weights import merged_state_dict
 from grpo_fast.generation.vllm import VLLMSampler
 from grpo_fast.generation.vllm_http import ServerClient
@@ -679,3 +679,81 @@ def test_the_trainer_closes_the_sampler_that_it_made(tmp_path: Path, monkeypatch
         assert sampler.updates == 2  # a sampler that was closed gets the weights again
         trainer(tmp_path, sampler=sampler).train()
         assert sampler.closed == 1  # a sampler that the caller made is the caller's to close
+
+
+# --- the check of the sampler's log-probabilities --------------------------------------------------------------------------------------
+
+
+class Gapped:
+    """The log-probabilities of the model that is trained, plus a difference for each call of `generate`."""
+
+    def __init__(self, *differences: float) -> None:
+        self.differences = iter(differences)
+        self.inner: Any = None
+
+    def generate(self, prompts: Any, params: Any) -> Any:
+        difference = next(self.differences)
+        return [
+            Completion(each.token_ids, each.finished, [value + difference for value in each.logprobs])
+            for each in self.inner.generate(prompts, params)
+        ]
+
+    def update_weights(self, model: Any, step: int) -> None:
+        from grpo_fast.generation.transformers_sampler import TransformersSampler
+
+        self.inner = TransformersSampler(model)
+
+    def close(self) -> None:
+        pass
+
+
+def _dead_until(step: int) -> Any:
+    """A reward that is equal for all completions until this rollout, counted from 0."""
+    calls = iter(range(1000))
+    return lambda completion_ids, **_: [float(sum(ids) % 7) if call >= step else 1.0 for call in [next(calls)] for ids in completion_ids]
+
+
+def test_groups_without_advantage_do_not_pass_the_sampler_check(tmp_path: Path) -> None:
+    from trainer_cases import trainer
+
+    with pytest.raises(SamplerError, match=r"differ from ours .* Nothing was trained.*sampler_tolerance = 0\.02"):
+        trainer(tmp_path, rewards=_dead_until(9), sampler=Gapped(0.5)).train()
+
+
+def test_a_check_without_tokens_is_not_done(tmp_path: Path) -> None:
+    """The sampler knows no log-probabilities in the first step, and wrong ones in the second."""
+    from trainer_cases import trainer
+
+    class Silent(Gapped):
+        def generate(self, prompts: Any, params: Any) -> Any:
+            first = not hasattr(self, "seen")
+            self.seen = True
+            found = super().generate(prompts, params)
+            return [Completion(each.token_ids, each.finished, None) for each in found] if first else found
+
+    run = trainer(tmp_path, rewards=_dead_until(0), sampler=Silent(0.5, 0.5), max_steps=2)
+    with pytest.raises(SamplerError, match="Nothing was trained"):
+        run.train()
+    assert run.state.global_step == 1
+
+
+def test_every_rollout_is_compared(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One warning, and the end after as many rollouts in a row as the patience says; a good rollout starts the count again."""
+    from trainer_cases import trainer
+
+    run = trainer(tmp_path, rewards=_dead_until(0), sampler=Gapped(0, 0.5, 0.5, 0, 0.5, 0.5, 0.5), max_steps=9)
+    with pytest.raises(SamplerError, match=r"Step 7: .* by 0\.5 nats .* in 3 rollouts in a row \(sampler_tolerance_patience\)"):
+        run.train()
+    assert run.state.global_step == 6
+    warnings = [record.getMessage() for record in caplog.records if "differ from ours" in record.getMessage()]
+    assert len(warnings) == 1 and warnings[0].startswith("Step 2: the sampler's log-probabilities differ from ours by 0.5 nats a token")
+
+
+def test_the_patience_is_a_setting(tmp_path: Path) -> None:
+    from trainer_cases import config, trainer
+
+    run = trainer(tmp_path, rewards=_dead_until(0), sampler=Gapped(0, 0.5), max_steps=9, sampler_tolerance_patience=1)
+    with pytest.raises(SamplerError, match="Step 2: "):
+        run.train()
+    with pytest.raises(ValueError, match="sampler_tolerance_patience is 0; expected a whole number of at least 1"):
+        config(tmp_path, sampler_tolerance_patience=0)

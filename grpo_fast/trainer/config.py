@@ -88,7 +88,9 @@ class GRPOConfig(TrainingArguments):
         vllm_importance_sampling_clip_min: lower bound of that weight; None = none.
         vllm_importance_sampling_clip_max: upper bound of that weight; None = none.
         sampler_tolerance: largest mean difference of a token's log-probability between sampler and trainer, in nats, on the first step;
-            a larger one stops the run. None = 0.02 in float32, 0.1 otherwise.
+            a larger one stops the run. None = 0.02 in float32, 0.1 otherwise. Each later rollout is compared too.
+        sampler_tolerance_patience: how many rollouts in a row may differ by more than ``sampler_tolerance`` before the run stops; the
+            first of them warns.
 
         packing: remove padding by laying sequences one after the other: ``"true"`` (or True), ``"false"``, or ``"auto"``: with flash
             attention.
@@ -179,6 +181,7 @@ class GRPOConfig(TrainingArguments):
     vllm_importance_sampling_clip_min: float | None = None
     vllm_importance_sampling_clip_max: float | None = 3.0
     sampler_tolerance: float | None = None
+    sampler_tolerance_patience: int = 3
 
     packing: str = "auto"
     fused_head: bool = True

@@ -177,6 +177,7 @@ def check_sampling(config: GRPOConfig) -> None:
     _check_count("dynamic_sampling_attempts", config.dynamic_sampling_attempts, 0)
     if config.sampler_tolerance is not None and not config.sampler_tolerance > 0:
         raise bad_setting("sampler_tolerance", config.sampler_tolerance, "a number of nats above 0, or None")
+    _check_count("sampler_tolerance_patience", config.sampler_tolerance_patience, 1)
 
 
 def check_rewards(config: GRPOConfig) -> None:

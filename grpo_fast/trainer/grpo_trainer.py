@@ -41,7 +41,7 @@ from grpo_fast.trainer.reference_policy import ReferencePolicy
 from grpo_fast.trainer.rollout import MicroBatch, Rollout
 from grpo_fast.trainer.rollout_generator import RolloutGenerator
 from grpo_fast.trainer.run_state import RunState, batch_geometry
-from grpo_fast.trainer.sampler_check import check_sampler
+from grpo_fast.trainer.sampler_check import SamplerCheck
 from grpo_fast.utils.files import write_text
 from grpo_fast.utils.redaction import redact
 
@@ -139,7 +139,7 @@ class GRPOTrainer(AtomicCheckpointTrainer):
         self._step_tokens: list[int] = []  # tokens in the loss of each optimizer step of the rollout, over all processes
         self._losses: list[tuple[gf.GRPOOutput, MicroBatch]] = []  # of the current step
         self._grad_norm: float | Tensor | None = None
-        self._sampler_checked = False
+        self.sampler_check = SamplerCheck(self)
         add_default_callbacks(self)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -242,11 +242,11 @@ class GRPOTrainer(AtomicCheckpointTrainer):
         return self._grad_norm
 
     def check_step(self) -> None:
-        """Before the weights change: check that loss and gradient are finite and, on the first step, that the sampler agrees with the loss.
+        """Before the weights change: check that loss and gradient are finite, and that the sampler agrees with the loss.
 
         Raises:
             FloatingPointError: the loss or the gradient of any process is not finite.
-            RuntimeError: the sampler's log-probabilities are not those of the loss.
+            SamplerError: the sampler's log-probabilities are not those of the loss.
         """
         losses, self._losses = self._losses, []
         finite = torch.stack([out.loss for out, _ in losses]).isfinite().all()
@@ -256,9 +256,7 @@ class GRPOTrainer(AtomicCheckpointTrainer):
         if self.accelerator.reduce(finite.float(), reduction="sum") < self.accelerator.num_processes:  # so that all processes stop
             where = f"step {self.state.global_step + 1}, process {self.accelerator.process_index}"
             raise FloatingPointError(describe_nonfinite(losses, norm, self.model, where))
-        if not self._sampler_checked:
-            check_sampler(self, losses)
-            self._sampler_checked = True
+        self.sampler_check.check(losses)
 
     def finish_step(self) -> None:
         """After the weights have changed: adapt the temperature if the step began a rollout, and add its metrics to those to log."""

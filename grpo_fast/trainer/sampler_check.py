@@ -1,52 +1,129 @@
-"""The check of the first step: the sampler's log-probabilities must agree with the loss's, or another policy would be trained."""
+"""The check of the sampler: its log-probabilities must agree with the loss's, or another policy than the one that sampled is trained."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from accelerate.utils import gather_object
+from torch import Tensor
 
 import grpo_fast as gf
+from grpo_fast.generation import SamplerError
 from grpo_fast.trainer.rollout import MicroBatch
 from grpo_fast.trainer.temperature_mismatch import explain_mismatch
 
 if TYPE_CHECKING:
     from grpo_fast.trainer.grpo_trainer import GRPOTrainer
 
-__all__ = ["check_sampler", "mean_logprob_gap"]
+__all__ = ["LogprobGap", "SamplerCheck", "logprob_gap"]
 
+logger = logging.getLogger("grpo_fast")
 TOLERANCES = {torch.float32: 0.02, torch.bfloat16: 0.1, torch.float16: 0.1}  # mean difference per token, in nats
+FIXES = (
+    "If the sampler computes in another precision than the trainer: `vllm serve --dtype float32`, as the trainer's weights, or train with "
+    "--bf16 and a server in bfloat16. If the difference is intended: a larger sampler_tolerance."
+)
 
 
-def check_sampler(trainer: GRPOTrainer, losses: Sequence[tuple[gf.GRPOOutput, MicroBatch]]) -> None:
-    """Compare the sampler's log-probabilities with those of the loss. Every process must call it.
+class LogprobGap(NamedTuple):
+    """Mean absolute difference of a token's log-probability between sampler and loss, in nats, and the number of tokens compared."""
+
+    mean: float
+    tokens: int
+
+
+class SamplerCheck:
+    """Compares the sampler's log-probabilities with those of the loss on each on-policy step of a trainer.
+
+    The first comparison stops the run before anything is trained. A later one warns at the first excess, and stops the run after
+    ``sampler_tolerance_patience`` rollouts in a row, since a sampler can lose the weights during a run.
 
     Args:
         trainer: whose settings and model are used.
-        losses: the outputs and micro-batches of the first step in this process, before the weights have changed.
-
-    Raises:
-        RuntimeError: they differ by more than ``sampler_tolerance``; the message names the temperature that would explain it.
     """
-    args = trainer.args
-    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    tolerance = args.sampler_tolerance or TOLERANCES[dtype]
-    if max(gather_object([mean_logprob_gap(losses, args.max_truncation_gain)])) <= tolerance:
-        return
-    rows = losses[0][1].rows
-    assumed = float(rows.temperature.mean())
-    mismatch = explain_mismatch(
-        lambda other: trainer.model_forward.logprobs_at(trainer.model_wrapped, rows, rows.temperature * (other / assumed)),
-        rows.tokens["sampler"],
-        temperature=assumed,
-    )
-    raise RuntimeError(f"{mismatch.sentence(assumed)} Nothing was trained. (Allowed: sampler_tolerance = {tolerance:g} nats a token.)")
+
+    def __init__(self, trainer: GRPOTrainer) -> None:
+        self.trainer = trainer
+        self.done = False  # whether any token has been compared
+        self.excesses = 0  # rollouts in a row whose gap was too large
+        self._warned = False
+
+    def check(self, losses: Sequence[tuple[gf.GRPOOutput, MicroBatch]]) -> None:
+        """Compare a step's log-probabilities. Every process must call it.
+
+        Args:
+            losses: the outputs and micro-batches of the step in this process, before the weights have changed.
+
+        Raises:
+            SamplerError: they differ by more than ``sampler_tolerance``; on the first step the message names the temperature that would
+                explain it.
+        """
+        if not losses[0][1].on_policy:
+            return
+        gain = self.trainer.args.max_truncation_gain
+        gaps = gather_object([logprob_gap(losses, gain)])
+        if not self.done and not any(gap.tokens for gap in gaps):  # no token is in the loss: compare those of groups without advantage
+            gaps = gather_object([self._gap_of_all_tokens(losses[0][1], gain)])
+        if not any(gap.tokens for gap in gaps):
+            return
+        first, self.done = not self.done, True
+        largest, tolerance = max(gap.mean for gap in gaps), self._tolerance()
+        if largest <= tolerance:
+            self.excesses = 0
+        elif first:
+            raise SamplerError(
+                f"{self._explain(losses[0][1])} Nothing was trained. (Allowed: sampler_tolerance = {tolerance:g} nats a token.)"
+            )
+        else:
+            self._exceed(largest, tolerance)
+
+    def _exceed(self, gap: float, tolerance: float) -> None:
+        self.excesses += 1
+        step, patience = self.trainer.state.global_step + 1, self.trainer.args.sampler_tolerance_patience
+        problem = (
+            f"Step {step}: the sampler's log-probabilities differ from ours by {gap:.3g} nats a token, more than sampler_tolerance = "
+            f"{tolerance:g}"
+        )
+        if self.excesses >= patience:
+            raise SamplerError(
+                f"{problem}, in {self.excesses} rollouts in a row (sampler_tolerance_patience). The sampler draws from other weights than "
+                "those that are trained: was it restarted, or does something else write its weights? Fix: resume from a checkpoint before "
+                f"the first of these steps. {FIXES}"
+            )
+        if not self._warned and self.trainer.accelerator.is_main_process:
+            logger.warning("%s. The run stops after %d such rollouts in a row (sampler_tolerance_patience).", problem, patience)
+        self._warned = True
+
+    def _tolerance(self) -> float:
+        args = self.trainer.args
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+        return args.sampler_tolerance or TOLERANCES[dtype]
+
+    def _gap_of_all_tokens(self, batch: MicroBatch, truncation_gain: float) -> LogprobGap:
+        """The gap of a micro-batch's tokens, whether they are in the loss or not; a sharded model needs every process."""
+        rows = batch.rows
+        if "sampler" not in rows.tokens:
+            return LogprobGap(0.0, 0)
+        ours = self.trainer.model_forward.logprobs_at(self.trainer.model_wrapped, rows, rows.temperature)
+        return _gap(rows.tokens["sampler"] - ours, truncation_gain)
+
+    def _explain(self, batch: MicroBatch) -> str:
+        rows, trainer = batch.rows, self.trainer
+        assumed = float(rows.temperature.mean())
+        mismatch = explain_mismatch(
+            lambda other: trainer.model_forward.logprobs_at(trainer.model_wrapped, rows, rows.temperature * (other / assumed)),
+            rows.tokens["sampler"],
+            temperature=assumed,
+        )
+        sentence = mismatch.sentence(assumed)
+        return sentence if mismatch.explains() else f"{sentence} {FIXES}"
 
 
-def mean_logprob_gap(losses: Sequence[tuple[gf.GRPOOutput, MicroBatch]], truncation_gain: float = 0.0) -> float:
-    """Mean absolute difference of a token's log-probability between sampler and loss, in nats.
+def logprob_gap(losses: Sequence[tuple[gf.GRPOOutput, MicroBatch]], truncation_gain: float = 0.0) -> LogprobGap:
+    """The gap between sampler and loss over the tokens that the loss has computed.
 
     Args:
         losses: the outputs and micro-batches of a step in this process.
@@ -54,10 +131,13 @@ def mean_logprob_gap(losses: Sequence[tuple[gf.GRPOOutput, MicroBatch]], truncat
             much is not counted.
 
     Returns:
-        The mean over the computed tokens; 0 if the sampler reports no log-probabilities.
+        The gap; of no tokens if the sampler reports no log-probabilities.
     """
     scored = [(out, batch.rows) for out, batch in losses if batch.on_policy and "sampler" in batch.rows.tokens]
-    gaps = [(rows.tokens["sampler"] - out.logprobs)[out.active] for out, rows in scored]
-    gap = torch.cat(gaps) if gaps else torch.zeros(0)
-    gap = (-gap).clamp(min=0) + (gap - truncation_gain).clamp(min=0)
-    return float(gap.mean()) if gap.numel() else 0.0
+    differences = [(rows.tokens["sampler"] - out.logprobs)[out.active] for out, rows in scored]
+    return _gap(torch.cat(differences) if differences else torch.zeros(0), truncation_gain)
+
+
+def _gap(difference: Tensor, truncation_gain: float) -> LogprobGap:
+    gap = (-difference).clamp(min=0) + (difference - truncation_gain).clamp(min=0)
+    return LogprobGap(float(gap.mean()) if gap.numel() else 0.0, gap.numel())
