@@ -42,7 +42,7 @@ class Case:
     def run(self, logits: Tensor | None = None, **changed: Any) -> tuple[gf.GRPOOutput, Tensor]:
         """Forward and backward; returns the output and the gradient of the logits."""
         leaf = (self.logits if logits is None else logits).detach().clone().requires_grad_()
-        model_output = leaf * 1  # not a leaf, so that inplace is allowed; memory of its own
+        model_output = leaf * 1  # not a leaf, so that inplace is allowed; separate memory
         options = {**self.options, **changed}
         strided = options.pop("strided", False)
         if strided:
@@ -50,7 +50,7 @@ class Case:
         out = gf.grpo_loss(model_output, self.token_ids, self.advantages, **options)
         out.loss.backward()
         assert leaf.grad is not None
-        assert not strided or untouched_beside(model_output), "what lies beside the rows was written to"
+        assert not strided or untouched_beside(model_output), "memory beside the rows was overwritten"
         return out, leaf.grad
 
 
@@ -117,7 +117,7 @@ def random_case(seed: int, dtype: torch.dtype, *, largest_vocabulary: int = 3000
 
     if rng.random() < 0.8:
         mask = torch.rand(batch, length, generator=generator) < 0.7
-        mask[0] = True  # some token counts
+        mask[0] = True  # at least one token is unmasked
         logits = poison(logits, mask, seed)
         token_ids = torch.where(mask, token_ids, rng.choice([-100, vocabulary + 5]))
         for name in ("old_logprobs", "ref_logprobs", "rollout_weights", "temperature"):

@@ -1,5 +1,5 @@
 """What holds in every test: one thread, fixed seeds, no network, uninitialised memory is NaN, GPU tests skipped where there is no GPU, and
-what one of them has done to its GPU is its own failure and nobody else's."""
+an error of one test on its GPU is reported for that test and no other."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def the_gpu_is_left_working(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A test's kernels have come to their end when it ends, and an error of theirs is told under its name.
+    """Waits for the kernels of a test when it ends, so that an error of theirs is reported for this test.
 
     After an illegal access every call of the process fails with the same message, so a worker of pytest-xdist goes with it: xdist names the
-    test and starts another worker. A run without workers goes on, for its report.
+    test and starts another worker. A run without workers continues, so that it can write its report.
     """
     yield
     if request.node.get_closest_marker("gpu") is None or not torch.cuda.is_available():
@@ -71,9 +71,9 @@ def generator() -> torch.Generator:
 
 @pytest.fixture(autouse=True)
 def uninitialised_memory_is_nan() -> Iterator[None]:
-    """What a kernel forgets to write is NaN (the largest value in an integer tensor), whoever asks for the memory: Python, ATen or our C++.
+    """Memory that a kernel does not write is NaN (the largest value in an integer tensor), whether Python, ATen or our C++ allocates it.
 
-    torch fills fresh tensors so in deterministic mode; ``warn_only``, since no test wants that mode's refusals.
+    torch fills new tensors in this way in deterministic mode; ``warn_only``, since the tests do not need the errors of that mode.
     """
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     deterministic: Any = torch.utils.deterministic  # a module with a property, which its type does not have

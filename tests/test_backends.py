@@ -1,4 +1,4 @@
-"""The choice of backend: forcing, falling back aloud, reporting; and the loading of the extension."""
+"""The choice of backend: forcing one, the warning of a fallback, the report; and the loading of the extension."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ needs_extension = pytest.mark.skipif(not extension.load(), reason=f"the extensio
 
 @pytest.fixture
 def no_extension(monkeypatch):
-    """The extension has failed for good, and nothing has been said about it yet."""
+    """The extension has failed to load for good, and no warning about it has been given yet."""
     failed = extension.ExtensionStatus(loaded=False, why="a reason", fix="A fix.")
     monkeypatch.setattr(extension, "_status", failed)
     monkeypatch.setattr(backends_module, "_warned", set())
@@ -94,7 +94,7 @@ def test_other_devices_go_to_the_reference_without_a_word():
         assert select(torch.device("meta")) == "reference"
 
 
-def test_falling_back_is_said_once_with_reason_and_fix(no_extension):
+def test_a_fallback_warns_once_with_reason_and_fix(no_extension):
     with pytest.warns(RuntimeWarning, match=r"'cpu' backend is not usable: a reason. A fix. .* reference"):
         assert select(CPU) == "reference"
     with warnings.catch_warnings():
@@ -321,7 +321,7 @@ def test_the_lock_is_released_when_its_holder_is_killed(tmp_path, capfd):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_uninitialised_memory_is_nan(dtype):
-    """Through each way by which ATen and the C++ kernels ask for memory."""
+    """Through each way in which ATen and the C++ kernels allocate memory."""
     x = torch.zeros(3, 5, dtype=dtype)
     for fresh in (torch.empty(7, dtype=dtype), torch.empty_like(x), x.new_empty(4, 2), torch.empty_strided((2, 2), (2, 1), dtype=dtype)):
         assert fresh.isnan().all()

@@ -209,7 +209,7 @@ def test_rows_that_lie_two_to_the_31_apart(cluster: Callable[..., None], on_host
 
 @needs_compiler
 def test_extreme_rows(cluster: Callable[..., None]) -> None:
-    """A peak that the guess does not see, a target far above and far below the rest, -inf columns, a constant offset."""
+    """A largest logit that the estimate misses, a target far above and far below the rest, -inf columns, a constant offset."""
     cluster(cluster=4, stages=3, clusters=1, seed=8)
     given = call(8, 2100, torch.float32)
     z, ids = given["logits"][0], given["token_ids"][0]
@@ -272,7 +272,7 @@ def test_the_same_bits_in_every_order(cluster: Callable[..., None]) -> None:
 @needs_compiler
 @pytest.mark.parametrize("vocabulary", [1024, 1999])
 @pytest.mark.parametrize("inplace", [False, True])
-def test_what_is_copied_out_was_fenced(inplace: bool, vocabulary: int, cluster: Callable[..., None]) -> None:
+def test_shared_memory_is_fenced_before_it_is_copied_out(inplace: bool, vocabulary: int, cluster: Callable[..., None]) -> None:
     """The copy engine is not ordered with ordinary stores to shared memory: the writer must fence, which no order of threads tests."""
     rows = torch.tensor([[True, False, True, True, True, True]])
     given = call(6, vocabulary, torch.bfloat16, mask=rows)
@@ -294,7 +294,7 @@ def test_without_a_gradient(cluster: Callable[..., None]) -> None:
 @needs_compiler
 @pytest.mark.parametrize("impl", ["cluster", None])
 def test_a_nan_ratio_shows(impl: str | None, cluster: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where finite ratios come after it; the sums' and the maximum's metrics alike. (A GPU's values are not looked at beforehand.)"""
+    """Also where finite ratios follow, in sums and in maxima. (On a GPU, values are not checked beforehand.)"""
     monkeypatch.setattr(checks, "value_checks_wanted", lambda tensor: False)
     given = call(6, 130, torch.float32)
     old = gf.token_logprobs(given["logits"], given["token_ids"], temperature=0.8).logprobs - 0.1
@@ -305,7 +305,7 @@ def test_a_nan_ratio_shows(impl: str | None, cluster: Callable[..., None], monke
 
 @needs_compiler
 def test_a_peak_that_comes_late(cluster: Callable[..., None]) -> None:
-    """Entropies of a row whose peak stands apart from the target, wherever it stands: references that were guessed lost 1e-6 here."""
+    """The entropy of a row whose largest logit is not the target's, at any column: an estimated reference of the sums lost 1e-6 here."""
     cluster(cluster=2, stages=2, clusters=1, seed=10)
     given = call(8, 3001, torch.float32, temperature=0.6)
     given["logits"] *= 0.6
@@ -364,7 +364,7 @@ def check_compiled(device: str, backend: str) -> None:
 
 @needs_compiler
 def test_a_shape_for_measuring(cluster: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """GRPO_FAST_CLUSTER is obeyed: the sums are made of other parts; more than there is is refused."""
+    """GRPO_FAST_CLUSTER sets the number of blocks: the sums have other parts; a number that the GPU does not have raises an error."""
     given = call(8, 4001, torch.float32)
     entropies = []
     for blocks in (1, 4):
@@ -397,7 +397,7 @@ def test_compile_without_graph_breaks(cluster: Callable[..., None]) -> None:
 # ---- the choice
 
 
-def test_impl_is_refused_where_it_cannot_be() -> None:
+def test_impl_is_rejected_where_it_is_not_available() -> None:
     given = call(3, 20, torch.float32)
     with pytest.raises(ValueError, match="impl is 'cuda'; expected None or one of"):
         gf.grpo_loss(**given, impl="cuda")
@@ -453,7 +453,7 @@ def test_few_instructions(tmp_path: Path) -> None:
 
 
 def none_here(why: str) -> NoReturn:
-    """Older GPUs have no clusters. On one that has, a test that is skipped would hide that its kernel is not there."""
+    """Skip on older GPUs, which have no clusters. On a GPU that has them, a skipped test would hide a missing kernel."""
     capability = torch.cuda.get_device_capability()
     if torch.version.hip is None and capability >= (9, 0):
         pytest.fail(f"a GPU of compute capability {capability} has clusters, but {why}", pytrace=False)
@@ -482,7 +482,7 @@ def gpu() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", test_grpo_loss.DTYPES, ids=str)
 def test_gpu_the_float64_truth(dtype: torch.dtype, gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In clusters of every size: left to themselves, vocabularies as small as these have one block."""
+    """In clusters of every size: by default, vocabularies as small as these use one block."""
     from test_triton import gpu_case
 
     monkeypatch.setattr(test_grpo_loss, "random_case", gpu_case)
@@ -506,7 +506,7 @@ def check_vocabulary(call: dict[str, Any], *, inplace: bool = False, elsewhere: 
 @needs_compiler
 @pytest.mark.parametrize("dtype", test_grpo_loss.DTYPES, ids=str)
 def test_whole_vocabularies(dtype: torch.dtype, cluster: Callable[..., None]) -> None:
-    """What the tests below ask of a GPU."""
+    """The requirements of the tests below on the GPU."""
     cluster(cluster=2, stages=2, clusters=1, seed=12)
     for entropy_coef, softcap, inplace, elsewhere in ((0.1, None, True, False), (0.1, 30.0, False, False), (0.0, None, False, True)):
         call = with_options(big(3, 3001, dtype, "cpu"), entropy_coef=entropy_coef, softcap=softcap)
@@ -594,7 +594,7 @@ torch.cuda.synchronize()
 """
 
 
-BARRIERS = ("--num-cuda-barriers", "64")  # more than a block has; no cuda::barrier stands for them, from which tools would know
+BARRIERS = ("--num-cuda-barriers", "64")  # more than a block has; the kernel uses no cuda::barrier from which the tool could count them
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""LossConfig: what it refuses and how it says so, what it takes, and the table of loss types behind it."""
+"""LossConfig: the settings that it rejects, the messages, the settings that it accepts, and the table of loss types."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_a_value_out_of_range(name: str, value: Any, expected: str) -> None:
         {"log_ratio_clamp": 80.0},
         {"dual_clip": 1.001},
         {"beta": 0},
-        {"entropy_coef": -0.1},  # a penalty of entropy is a thing one may want
+        {"entropy_coef": -0.1},  # a penalty on entropy is allowed
         {"vespo_k_pos": 0.0},
         {"vespo_lambda_pos": 0.0},
         {"loss_type": "dppo_tv", "dppo_mask_low": 0, "dppo_mask_high": 1.0},
@@ -151,7 +151,7 @@ def test_a_name_cannot_be_left_out(name: str) -> None:
 @pytest.mark.parametrize("loss_type", [name for name, row in LOSS_TYPES.items() if row.surrogate != "clip"])
 @pytest.mark.parametrize("name", ["delta", "dual_clip"])
 def test_bounds_of_the_clip_belong_to_the_clip(loss_type: str, name: str) -> None:
-    """Silently without effect otherwise."""
+    """Without the error the setting would have no effect, silently."""
     fix = f"drop {name}, or take a loss_type that clips"
     refused(ValueError, f"{name} is 9.0; expected None with loss_type='{loss_type}'", fix, loss_type=loss_type, **{name: 9.0})
 
@@ -283,7 +283,7 @@ def test_the_numbers_that_the_kernels_take() -> None:
 
 
 @pytest.mark.skipif(not extension.load(), reason=f"the extension is not loaded: {extension.status().why}")
-def test_an_extension_that_knows_other_settings_says_so() -> None:
+def test_an_extension_with_other_settings_is_reported() -> None:
     one, ids = torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int64)
     call = (torch.zeros(1, 1, 3), ids, ids == 0, one, one, *[None] * 5, 1.0, 0.0, 1.0, 1.0)
     settings = loss_settings(LossConfig())

@@ -66,7 +66,9 @@ def test_encode_prompt(tokenizer):
 
     assert decoded("12") == "12"
     assert decoded(user("12")) == "<think>12<eos><answer>"
-    assert decoded([*user("12"), {"role": "assistant", "content": "4"}]) == "<think>12<eos><answer>4"  # begun for it: it goes on
+    assert (
+        decoded([*user("12"), {"role": "assistant", "content": "4"}]) == "<think>12<eos><answer>4"
+    )  # the prompt begins the answer, and the model continues it
     assert decoded(user("12"), extra="7") == "<think>12<eos><answer>7"
 
 

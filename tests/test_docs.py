@@ -1,4 +1,4 @@
-"""The guides' code is run, and what stands before and after gives the same numbers."""
+"""The code of the guides runs, and the code before and after a change gives the same numbers."""
 
 from __future__ import annotations
 

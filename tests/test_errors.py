@@ -1,7 +1,7 @@
-"""What grpo_loss and token_logprobs refuse, argument by argument: the error says what was wrong and what to do, and nothing is written.
+"""The arguments that grpo_loss and token_logprobs reject, one by one: the error names the problem and its fix, and no tensor is written.
 
 Every case is a change of arguments that are right, the error it must raise, and the pieces its message must hold: the argument, what
-it was, what was expected, and the cure.
+it was, what was expected, and the fix.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def to(value: Any) -> Callable[[dict[str, Any]], Any]:
 
 
 def with_item(index: tuple[int, ...] | int, value: float) -> Callable[[Any], Tensor]:
-    """The right tensor but for one element."""
+    """The valid tensor with one element replaced."""
 
     def change(x: Tensor) -> Tensor:
         x = x.clone()
@@ -80,27 +80,25 @@ def with_item(index: tuple[int, ...] | int, value: float) -> Callable[[Any], Ten
 
 
 def item_of(name: str, index: tuple[int, ...], value: float, dtype: torch.dtype | None = None) -> Callable[[dict[str, Any]], Tensor]:
-    """The right argument of this name, converted to dtype, but for one element."""
+    """The valid argument of this name, converted to dtype, with one element replaced."""
     return lambda x: with_item(index, value)(x[name].to(dtype or x[name].dtype))
 
 
 def converted(name: str, dtype: torch.dtype) -> Callable[[dict[str, Any]], Tensor]:
-    """The right argument of this name in another dtype."""
+    """The valid argument of this name in another dtype."""
     return lambda x: x[name].detach().to(dtype)
 
 
 def of_every_tensor(name: str, shape: str, packed: bool = False, floating: bool = True) -> list[Case]:
-    """What every tensor argument refuses: other types, devices, layouts, and shapes with a size or a dimension too many."""
-    cure = rf"Wrap it: torch.as_tensor\({name}" if name != "logits" else "A model's output holds it as .logits"
+    """What every tensor argument rejects: other types, devices, layouts, and shapes with a size or a dimension too many."""
+    fix = rf"Wrap it: torch.as_tensor\({name}" if name != "logits" else "A model's output holds it as .logits"
     dense = r"expected a dense tensor. Convert it: " + name
     return [
-        Case(f"{name}-list", lambda x: x[name].tolist(), TypeError, (f"^{name} is a list", "expected a .*torch.Tensor", cure), packed),
-        Case(
-            f"{name}-array", lambda x: x[name].detach().numpy(), TypeError, (f"^{name} is a ndarray", "expected a .*Tensor", cure), packed
-        ),
+        Case(f"{name}-list", lambda x: x[name].tolist(), TypeError, (f"^{name} is a list", "expected a .*torch.Tensor", fix), packed),
+        Case(f"{name}-array", lambda x: x[name].detach().numpy(), TypeError, (f"^{name} is a ndarray", "expected a .*Tensor", fix), packed),
         Case(f"{name}-device", lambda x: x[name].to("meta"), ValueError, (f"{name} is on meta, logits are on cpu", "Move it"), packed)
         if name != "logits"
-        else Case("logits-str", to("logits"), TypeError, ("^logits is a str", "expected a floating-point torch.Tensor", cure), packed),
+        else Case("logits-str", to("logits"), TypeError, ("^logits is a str", "expected a floating-point torch.Tensor", fix), packed),
         Case(
             f"{name}-sparse", lambda x: x[name].detach().to_sparse(), TypeError, (f"^{name} has the layout torch.sparse_coo", dense), packed
         ),
@@ -263,8 +261,8 @@ CASES: list[Case] = [
     Case("temperature-packed", lambda x: with_item(3, NAN)(x["temperature"]), ValueError, (r"temperature of token \[3\] is nan",), True),
     # soft cap and logit scale
     *[
-        Case(f"{name}-{value!r}", to(value), ValueError, (f"{name} is {re.escape(repr(value))}; expected a finite number > 0", cure))
-        for name, cure in (("softcap", "Pass None for a model without"), ("logit_scale", "Pass 1.0 for a model that does not"))
+        Case(f"{name}-{value!r}", to(value), ValueError, (f"{name} is {re.escape(repr(value))}; expected a finite number > 0", fix))
+        for name, fix in (("softcap", "Pass None for a model without"), ("logit_scale", "Pass 1.0 for a model that does not"))
         for value in (0, 0.0, -30.0, NAN, INF)
     ],
     *[
@@ -272,9 +270,9 @@ CASES: list[Case] = [
             f"{name}-{type(value).__name__}",
             to(value),
             TypeError,
-            (rf"{name} is .*\({type(value).__name__}\); expected a number > 0", cure),
+            (rf"{name} is .*\({type(value).__name__}\); expected a number > 0", fix),
         )
-        for name, cure in (("softcap", "Pass None for a model without"), ("logit_scale", "Pass 1.0 for a model that does not"))
+        for name, fix in (("softcap", "Pass None for a model without"), ("logit_scale", "Pass 1.0 for a model that does not"))
         for value in (True, "30", [30.0], torch.tensor(30.0))
     ],
     Case("logit_scale-none", to(None), TypeError, ("logit_scale is None .NoneType.; expected a number > 0", "Pass 1.0")),
@@ -452,8 +450,8 @@ def test_token_logprobs_refuses(case: Case, backend: str) -> None:
 
 @on_every_backend
 @pytest.mark.parametrize("packed", [False, True])
-def test_the_right_arguments_are_right(packed: bool, backend: str) -> None:
-    """Else every case above could fail for another reason; and written they are, so that the check of that can fail."""
+def test_valid_arguments_are_accepted(packed: bool, backend: str) -> None:
+    """The unchanged arguments are accepted, so that each case fails for its own reason; and inplace=True does write over their logits."""
     with gf.use_backend(backend):
         arguments = right(packed)
         logits, before = arguments["logits"], arguments["logits"].detach().clone()
@@ -517,7 +515,7 @@ def test_inplace_refuses_memory_that_is_not_its_own(
     with gf.use_backend(backend):
         assert_refused(case, gf.grpo_loss, arguments)
         assert torch.equal(z.detach(), before)
-        out = gf.grpo_loss(**{**arguments, "inplace": False})  # the cure
+        out = gf.grpo_loss(**{**arguments, "inplace": False})  # the fix
     assert torch.autograd.grad(out.loss, z)[0].isfinite().all()
     assert torch.equal(z.detach(), before)
 
@@ -542,7 +540,7 @@ def test_inplace_writes_nothing_where_there_is_no_gradient_or_no_row(how: str, l
 
 @on_every_backend
 @pytest.mark.parametrize("loss_type", ["dapo", "gspo"])
-def test_inplace_says_so_to_others_who_need_the_logits(loss_type: str, backend: str) -> None:
+def test_inplace_marks_the_logits_as_modified_for_autograd(loss_type: str, backend: str) -> None:
     """exp saves its output for backward; a gradient written over it would be a wrong gradient, silently."""
     arguments = {**right(False), "config": LossConfig(loss_type)}
     arguments["logits"] = torch.randn(B, T, V, requires_grad=True).exp()
@@ -594,7 +592,7 @@ def test_a_mask_of_zeros_and_ones_of_any_type(dtype: torch.dtype, backend: str) 
 @pytest.mark.parametrize("loss_type", ["dapo", "gspo", "vespo", "sapo"])
 @pytest.mark.parametrize("name", ["advantages", "old_logprobs", "ref_logprobs", "rollout_weights", "temperature", "0-d temperature"])
 def test_all_but_the_logits_are_constants(name: str, loss_type: str, backend: str) -> None:
-    """Where they come with a graph of their own, as a reference model's log-probabilities without no_grad do, nothing flows into it."""
+    """No gradient flows into arguments that require one, as the log-probabilities of a reference model without no_grad do."""
     arguments = {**right(False), "inplace": False, "config": LossConfig(loss_type, beta=0.1, bias_corrected_kl=True)}
     if name == "0-d temperature":
         name, arguments["temperature"] = "temperature", torch.tensor(0.7)
@@ -609,7 +607,7 @@ def test_all_but_the_logits_are_constants(name: str, loss_type: str, backend: st
 
 @on_every_backend
 def test_no_token_at_all_counts_in_the_whole_step(backend: str) -> None:
-    """num_items may be 0: a step whose every completion was cut off has no loss, and is no error."""
+    """num_items may be 0: a step in which every completion was truncated has no loss and raises no error."""
     arguments = {**right(False), "inplace": False, "mask": torch.zeros(B, T)}
     with gf.use_backend(backend):
         for nothing in (0, 0.0, torch.tensor(0)):
@@ -644,7 +642,7 @@ def test_a_value_that_would_make_the_loss_nan(name: str, value: float, packed: b
 @on_every_backend
 @pytest.mark.parametrize("loss_type", ["dapo", "gspo", "sapo"])
 def test_a_token_that_the_sampler_could_not_have_drawn(loss_type: str, backend: str) -> None:
-    """Its log-ratio is clamped; and a sum of finite values that overflows is no error either."""
+    """The log-ratio is clamped, and a sum of finite values that overflows raises no error."""
     arguments = {**right(False), "inplace": False, "config": LossConfig(loss_type)}
     arguments["old_logprobs"][0, 1], arguments["old_logprobs"][1, 1] = -INF, -3e38
     arguments["rollout_weights"] = arguments["rollout_weights"].double() * 0 + 1e-3

@@ -1,4 +1,4 @@
-"""What people type first, and what the message then says: near misses of names, whole results in place of a field, a model's name."""
+"""The messages for the first mistakes of a new user: misspelt names, a whole result in place of a field, a name in place of a model."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_a_forward_mode_tangent_is_an_error_and_not_a_zero(call: Callable[[Tenso
         with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode tangent"):
             call(forward_ad.make_dual(x.clone().requires_grad_(requires_grad), tangent))
         with forward_ad.dual_level():
-            call(x)  # no tangent, nothing to lose
+            call(x)  # without a tangent there is no error
 
 
 def test_the_reference_has_forward_derivatives() -> None:

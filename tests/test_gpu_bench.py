@@ -34,7 +34,7 @@ def gpu_bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture
 def few(gpu_bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Without the libraries, which take seconds to import."""
+    """The module without the other libraries, which take seconds to import."""
     monkeypatch.setattr(gpu_bench, "imported", lambda module, name: None)
     return gpu_bench
 
@@ -95,7 +95,7 @@ def test_the_command(tmp_path: Path) -> None:
 
 
 def test_what_was_measured_is_in_the_file_before_the_next_case(few: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine that is lost in the middle: not even an Exception."""
+    """A machine that stops during the run: a BaseException that is no Exception."""
 
     def lost(*arguments: Any) -> None:
         raise KeyboardInterrupt
@@ -114,7 +114,7 @@ def test_what_was_measured_is_in_the_file_before_the_next_case(few: ModuleType, 
     assert list(tmp_path.iterdir()) == [output]
 
 
-def test_what_was_measured_stands_beside_what_is_asked(few: ModuleType) -> None:
+def test_summary_shows_each_measurement_beside_its_target(few: ModuleType) -> None:
     def entry(step: str, name: str, rows: int, **measured: float) -> dict[str, Any]:
         return {"step": step, "name": name, "rows": rows, "vocabulary": 128256, **measured}
 
@@ -331,7 +331,7 @@ def bare_environment(folder: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="a shell script for machines with a GPU")
 def test_the_script_in_a_bare_checkout(tmp_path: Path) -> None:
-    """From a checkout that nobody has installed, as on a machine that was lent: built, every GPU test found, both parts measured."""
+    """From a checkout that is not installed: it is built, every GPU test is found, and both parts are measured."""
     checkout, out = tmp_path / "checkout", tmp_path / "out"
     unwanted = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info", "results")
     for name in ("csrc", "grpo_fast", "kernels", "tests", "bench", "tools"):

@@ -104,7 +104,7 @@ class Backend:
 
 @pytest.fixture
 def cuda_kernel() -> None:
-    """The kernel computes what is on a GPU. Without it the reference would, and every test be green."""
+    """Checks that the kernel computes tensors on a GPU. Without it the reference would compute them, and every test would pass."""
     assert advantages_module._has_kernel("cuda"), f"the CUDA kernel is not there: {extension.status()}"
     assert advantages_module._operator_computes(torch.device("cuda")), "the kernel is there, and is not what computes"
 
@@ -466,7 +466,7 @@ def test_cuda_kernel_on_a_large_batch(cuda_on_host, scale, launches):
 @pytest.mark.parametrize("offsets", [[2, 4, 8], [0, 4, 6], [0, 6, 4, 8], [-5, 4, 99], [9, 9, 9], [0, -3, 8]])
 @pytest.mark.parametrize("scale", [1, 2])
 def test_cuda_kernel_survives_nonsense_offsets(cuda_on_host, offsets, scale):
-    """On a GPU nobody has looked at them: nothing may be read or written out of bounds, or left as it was, and it must show."""
+    """On a GPU, values are not checked: no access is out of bounds, every output is written, and the error is visible."""
     rewards = torch.randn(24)[8:16]  # neighbours to step on
     result = GroupAdvantages(*cuda_on_host.group_advantages(rewards, torch.tensor(offsets), 0, None, scale, False, False, 1e-4))
     assert result.advantages.isnan().any() or result.mean.isnan().any()

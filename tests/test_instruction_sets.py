@@ -1,6 +1,6 @@
 """The numeric tests under the instruction sets of other processors than this one: of ATen, of oneDNN and of our own kernels.
 
-Each library reads its environment variable once, so every run is one of pytest in a process of its own.
+Each library reads its environment variable once, so each run is a separate pytest process.
 """
 
 from __future__ import annotations

@@ -197,7 +197,7 @@ def test_luspo_with_weights_per_token_is_the_formula_and_not_ligers(given: dict[
     assert theirs != pytest.approx(formula, rel=0.05), "then the guide need not say so"
 
 
-def test_what_is_masked_has_no_effect(given: dict[str, Tensor]) -> None:
+def test_masked_values_have_no_effect(given: dict[str, Tensor]) -> None:
     """A log-ratio beyond 88 under the mask makes the gradient of Liger's chunked loss NaN."""
     ours = LigerFusedLinearGRPOLoss(temperature=TEMPERATURE, beta=0.1)
     expected = run(ours, given)

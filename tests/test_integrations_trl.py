@@ -678,7 +678,7 @@ def test_refused_by_name(options: dict[str, Any], message: str, model_path: Path
         build(GRPOTrainer, model_path, tmp_path, **options)
 
 
-def test_what_is_no_plain_lora_is_refused(model_path: Path, tmp_path: Path) -> None:
+def test_adapters_other_than_plain_lora_are_rejected(model_path: Path, tmp_path: Path) -> None:
     from grpo_fast.integrations.trl import GRPOTrainer
 
     adapter = lora("lm_head")

@@ -82,7 +82,7 @@ def test_other_types(hidden_type: torch.dtype, weight_type: torch.dtype, autocas
         assert 0 < error <= 2 * of_stock
 
 
-def test_what_is_not_asked_for_is_none() -> None:
+def test_outputs_that_were_not_requested_are_none() -> None:
     from grpo_fast.integrations.trl.lm_head import FusedLogProbFunction
 
     out = FusedLogProbFunction.apply(torch.randn(2, 4), torch.randn(5, 4), None, torch.tensor([1, 2]), 1.0, 16, None, 1.0, ("log_probs",))

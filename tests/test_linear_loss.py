@@ -137,7 +137,7 @@ def test_no_token_at_all(shape: tuple[int, int], loss_type: str, extra: int) -> 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("frozen", [("weight",), ("hidden",), ("hidden", "weight")])
-def test_what_is_frozen_gets_no_gradient_and_changes_no_other(config: gf.LossConfig, frozen: tuple[str, ...]) -> None:
+def test_frozen_tensors_get_no_gradient_and_change_no_other(config: gf.LossConfig, frozen: tuple[str, ...]) -> None:
     a = arguments()
     out, gradients = run(a, config=config)
     if len(frozen) == 2:

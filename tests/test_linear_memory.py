@@ -109,7 +109,7 @@ def test_the_limit_of_a_container_is_seen(tmp_path: Path) -> None:
     assert 0 < memory.free_bytes(torch.device("cpu")) <= memory._free_of_machine() < sys.maxsize
 
 
-def test_without_gradient_nothing_stays(generator: torch.Generator) -> None:
+def test_without_gradient_no_memory_is_kept(generator: torch.Generator) -> None:
     hidden, weight = torch.randn(B, T, D, generator=generator), torch.randn(V, D, generator=generator).requires_grad_()
     token_ids = torch.randint(V, (B, T), generator=generator)
     gc.collect()
@@ -121,7 +121,7 @@ def test_without_gradient_nothing_stays(generator: torch.Generator) -> None:
     assert left < 20 * out.logprobs.numel() * 4
 
 
-def test_what_is_kept_for_backward_fits_into_keep_bytes(generator: torch.Generator) -> None:
+def test_saved_tensors_fit_into_keep_bytes(generator: torch.Generator) -> None:
     hidden, weight = (torch.randn(*shape, generator=generator).requires_grad_() for shape in ((B, T, D), (V, D)))
     token_ids = torch.randint(V, (B, T), generator=generator)
     for number in (0, 3, B * T // ROWS):

@@ -143,7 +143,7 @@ def test_each_family(name: str) -> None:
     assert vars(model.get_output_embeddings()).keys() == forward.keys()  # nothing is left on the module
 
 
-def test_what_the_families_do_to_logits_is_seen() -> None:
+def test_logit_transforms_of_model_families_are_recognised() -> None:
     """The settings above matter: without them the logits would be others."""
     assert gf.head_of(tiny("Gemma2")).softcap == 3.0 and gf.head_of(tiny("Gemma3")).softcap == 2.0
     assert gf.head_of(tiny("Granite")).logit_scale == pytest.approx(1 / 3) and gf.head_of(tiny("Cohere")).logit_scale == 0.4
@@ -235,7 +235,7 @@ class Int8(Tensor):
         raise NotImplementedError(f"{func} of a quantised weight")
 
 
-def test_a_quantised_weight_that_says_it_is_a_matrix() -> None:
+def test_a_quantised_weight_that_looks_like_a_plain_tensor() -> None:
     model = tiny("Qwen2")
     scale = model.lm_head.weight.detach().abs().max() / 127
     weight = Int8((model.lm_head.weight.detach() / scale).round().to(torch.int8), scale)
@@ -346,7 +346,7 @@ class Normalising(nn.Linear):
 
 
 class Capped(transformers.Qwen3ForCausalLM):
-    """A soft cap under a name of its own."""
+    """A model that names its soft cap differently."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         out = super().forward(*args, **kwargs)

@@ -116,7 +116,7 @@ def test_sections_of_a_well_formed_completion():
         ("<think>3 + 4\nso 7</think><answer>7</answer>", 1.0),
         ("<think>3 + 4\nso 7</think><answer>8</answer>", 2 / 3),  # answer and reasoning disagree
         ("<think>3 + 4 is 17</think><answer>7</answer>", 2 / 3),  # 7 is not the whole word 17
-        ("<think>7\n3 + 4</think><answer>7</answer>", 2 / 3),  # it stands in the first step, not in the last
+        ("<think>7\n3 + 4</think><answer>7</answer>", 2 / 3),  # the answer is in the first step, not in the last
         ("<think>so 7</think><answer>7</answer>", 2 / 3),  # takes up no number of the question
         ("<think>3, so 7</think><answer>7</answer>", (1 + 1 + 1 / 2) / 3),  # takes up one of two
         ("<think>3 + 4\n3 + 4\n3 +", 1 / 3),  # breaks off: the question is taken up, nothing else holds

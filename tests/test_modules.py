@@ -1,4 +1,4 @@
-"""The modules are the functions with their settings held."""
+"""The modules compute what the functions compute, with settings that are kept in the module."""
 
 from __future__ import annotations
 
@@ -89,7 +89,9 @@ def test_the_temperature_may_change_and_a_call_goes_before_the_module(given: dic
         ({"epsilon_high": 0.3}, TypeError, r"Loss has no argument epsilon_high; .*config=LossConfig\(epsilon_high=\.\.\.\)"),
     ],
 )
-def test_what_is_refused_when_it_is_made(kind: type[nn.Module], settings: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_invalid_settings_are_rejected_at_construction(
+    kind: type[nn.Module], settings: dict[str, Any], error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         kind(**settings)
 

@@ -73,7 +73,7 @@ WRONG: list[tuple[str, Any, str]] = [
 
 @pytest.mark.parametrize(("name", "change", "named"), WRONG)
 @pytest.mark.parametrize("call", [logprobs, lambda **k: logprobs_backward(False, **k), lambda **k: logprobs_backward(True, **k)])
-def test_log_probabilities_refuse_what_they_cannot_read(call: Any, name: str, change: Any, named: str) -> None:
+def test_token_logprobs_rejects_invalid_arguments(call: Any, name: str, change: Any, named: str) -> None:
     call()
     with pytest.raises(RuntimeError, match=named):
         call(**{name: change(arguments()[name])})
@@ -89,7 +89,7 @@ def test_the_backward_refuses_wrong_gradients_and_statistics(name: str, inplace:
 
 @pytest.mark.parametrize(("name", "change", "named"), WRONG)
 @pytest.mark.parametrize("inplace", [False, True])
-def test_the_loss_refuses_what_it_cannot_read(inplace: bool, name: str, change: Any, named: str) -> None:
+def test_grpo_loss_rejects_invalid_arguments(inplace: bool, name: str, change: Any, named: str) -> None:
     loss(inplace)
     with pytest.raises(RuntimeError, match=named):
         loss(inplace, **{name: change(arguments()[name])})

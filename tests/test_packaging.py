@@ -111,7 +111,7 @@ def test_every_folder_of_modules_is_a_package():
             assert (folder / "__init__.py").is_file(), f"{folder.relative_to(ROOT)} has modules but no __init__.py"
 
 
-def test_the_version_stands_once():
+def test_the_version_is_defined_once():
     assert importlib.metadata.version("grpo_fast") == grpo_fast.__version__
 
 
@@ -128,7 +128,7 @@ def test_every_extra_that_is_named_exists():
 
 
 def test_no_fix_installs_this_package_from_a_registry():
-    """It comes as a checkout: the name on a registry may be somebody else's."""
+    """It comes as a checkout: the name on a package registry may belong to another project."""
     files = [
         *ROOT.glob("*.md"),
         *(path for folder in ("docs", "bench", "examples", "grpo_fast", "tests") for path in (ROOT / folder).rglob("*")),
@@ -250,7 +250,7 @@ def test_a_wrong_value_of_the_switch_stops_the_build_with_the_allowed_ones(tree,
 
 
 def test_the_import_is_quiet_and_takes_under_three_tenths_of_a_second_beyond_torch():
-    """No subprocess, no compilation, no CUDA context, no word, and none of the packages that only some commands need."""
+    """No subprocess, no compilation, no CUDA context, no output, and none of the packages that only some commands need."""
     code = """if True:
         import sys, time, torch
         before = set(sys.modules)

@@ -28,7 +28,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def examples(count: int) -> Any:
-    """The same examples everywhere and always; what a fixture set up for the first holds for all."""
+    """The same examples on every machine and in every run; a function-scoped fixture is set up once for all of them."""
     return settings(
         max_examples=count,
         derandomize=True,
@@ -247,7 +247,7 @@ def test_finite_in_finite_out(backend: str, problem: Problem) -> None:
 @on_every_backend
 @given(problem=problems(EXTREME))
 @examples(60)
-def test_what_does_not_count_has_no_gradient(backend: str, problem: Problem) -> None:
+def test_masked_and_inactive_tokens_have_no_gradient(backend: str, problem: Problem) -> None:
     """Exactly 0 on masked tokens, on the position after the last token, and on tokens that are not active."""
     out, gradient = problem.run(backend, metrics_on="active")
     length = problem.arguments["token_ids"].shape[-1]
@@ -261,7 +261,7 @@ def test_what_does_not_count_has_no_gradient(backend: str, problem: Problem) -> 
 @given(problem=problems(EXTREME))
 @examples(60)
 def test_tokens_that_are_not_active_have_no_gradient_either_way(backend: str, problem: Problem) -> None:
-    """metrics_on tells what is computed: loss and gradient do not notice."""
+    """metrics_on chooses what is computed, and does not change the loss or its gradient."""
     everything, gradient = problem.run(backend, metrics_on="all")
     active, same = problem.run(backend, metrics_on="active")
     assert torch.equal(everything.active, problem.mask)
@@ -274,7 +274,7 @@ def test_tokens_that_are_not_active_have_no_gradient_either_way(backend: str, pr
 @given(problem=problems(EXTREME, dtypes=(torch.float32,), softcaps=False))
 @examples(60)
 def test_gradient_rows_sum_to_zero(backend: str, problem: Problem) -> None:
-    """Adding a number to all logits changes no probability; so does the entropy not change. A soft cap would."""
+    """Adding a number to all logits changes no probability and no entropy. With a soft cap it would."""
     out, gradient = problem.run(backend)
     assume(out.logprobs.numel() > 0)
     largest = gradient.double().abs().amax(-1)
@@ -362,7 +362,7 @@ def away_from_the_corners(truth: gf.GRPOOutput, problem: Problem) -> bool:
 
 
 def test_the_properties_can_fail() -> None:
-    """A gradient that is wrong by a part in a thousand is none that the comparison above accepts, nor one that is zero or doubled."""
+    """The comparison above rejects a gradient that is wrong by a part in a thousand, zeroed or doubled."""
     generator = torch.Generator().manual_seed(0)
     logits, ids = torch.randn(2, 3, 9, generator=generator), torch.randint(9, (2, 3), generator=generator)
     advantages = torch.tensor([1.0, -1.0])

@@ -1039,7 +1039,7 @@ def cast(batch: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
 @pytest.mark.parametrize("poison", [NAN, -INF, 1e30])
 @pytest.mark.parametrize(("loss_type", "level"), FORMS)
-def test_what_is_masked_has_no_effect(
+def test_masked_values_have_no_effect(
     backend: str, dtype: torch.dtype, loss_type: str, level: str | None, poison: float, generator: torch.Generator
 ) -> None:
     batch = cast(random_batch(generator), dtype)
@@ -1099,7 +1099,7 @@ def test_an_empty_batch_has_no_loss(backend: str, dtype: torch.dtype, loss_type:
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
 @pytest.mark.parametrize("log_ratio", [200.0, -200.0])
 @pytest.mark.parametrize(("loss_type", "level"), FORMS)
-def test_huge_log_ratios_where_nothing_is_to_learn(
+def test_huge_log_ratios_of_tokens_without_a_gradient(
     backend: str, dtype: torch.dtype, loss_type: str, level: str | None, log_ratio: float, generator: torch.Generator
 ) -> None:
     """exp(200) overflows float32, and 0 * inf is NaN. On a token with A = 0 the loss and its gradient are 0, as without the log-ratio; a

@@ -182,7 +182,7 @@ def test_token_logprobs_is_differentiable_in_both_outputs() -> None:
 
 
 def test_ids_out_of_range_turn_the_loss_into_nan_where_values_are_not_checked() -> None:
-    """As on a GPU: nothing is read out of bounds, and nobody trains on it unnoticed."""
+    """As on a GPU: nothing is read out of bounds, and the loss is NaN, so that training cannot continue unnoticed."""
     a = arguments()
     ids = a["ids"].clone()
     ids[0, 0], ids[1, 1] = -1, 10**12

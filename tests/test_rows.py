@@ -78,7 +78,7 @@ def test_gradients_are_rounded_to_nearest_even(dtype: torch.dtype) -> None:
     assert neighbours.max() <= 1  # the two compilations may contract a product differently: then at most the neighbour
 
 
-def test_a_row_of_nothing_but_minus_infinity_beside_the_target() -> None:
+def test_a_row_whose_other_logits_are_all_minus_infinity() -> None:
     logits = torch.full((1, 3, 40), -math.inf)
     ids = torch.tensor([[5, 0, 39]])
     logits.scatter_(-1, ids.unsqueeze(-1), 2.0)

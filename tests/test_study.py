@@ -125,7 +125,7 @@ def test_completions_are_ordered_by_prompt_and_round(here: Path, monkeypatch: py
     sampler.asked.clear()
     told.clear()
     greedy = TemperatureSampler(study, model).generate(0.0, lambda temperature, done, total: told.append((done, total)))
-    assert told[-1][1] == math.ceil(4 / int(width)), "one completion stands for a group, so that more prompts go at once"
+    assert told[-1][1] == math.ceil(4 / int(width)), "one completion replaces a group, so that a batch holds more prompts"
     assert greedy.texts == [f"{digit}{numbers[0]}" for digit in last for _ in range(6)]
     assert set(sampler.asked.values()) == {1}, "greedy decoding is not done twice"
     sampler.asked.clear()

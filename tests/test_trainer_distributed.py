@@ -38,7 +38,7 @@ def settings(name: str, processes: int) -> dict[str, Any]:
 
 
 class Known(Scripted):
-    """One completion per prompt whoever asks: a group's members differ by their seat, which two processes count differently."""
+    """One completion per prompt, on every process: a completion depends on its index in the call, which differs between processes."""
 
     def __init__(self, first: int) -> None:
         super().__init__()

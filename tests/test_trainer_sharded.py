@@ -1,6 +1,6 @@
 """Whole runs whose model is divided between two processes by FSDP2, as accelerate sets it up: drawing, evaluating, saving, resuming, LoRA.
 
-accelerate has FSDP for accelerators only: here it is told that two processes on a CPU are two GPUs.
+accelerate supports FSDP on accelerators only: the test makes it believe that two processes on a CPU are two GPUs.
 """
 
 from __future__ import annotations

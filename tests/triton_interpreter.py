@@ -1,6 +1,6 @@
 """The Triton kernels in Triton's interpreter, on CPU tensors, against the float64 reference.
 
-Whether a kernel is interpreted is decided when it is defined, so test_triton.py runs this file in a process of its own. By hand:
+Whether a kernel is interpreted is decided when it is defined, so test_triton.py runs this file in a separate process. By hand:
 TRITON_INTERPRET=1 python -m pytest tests/triton_interpreter.py
 """
 

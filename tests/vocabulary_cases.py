@@ -42,7 +42,7 @@ def loss_and_gradient(call: dict[str, Any], *, elsewhere: bool = False, **change
     given = call["logits"] * 1
     if elsewhere:
         given = apart(given)
-        assert given.data_ptr() % 16 != 0, "the case is of no use: memory of its own begins on such a boundary"
+        assert given.data_ptr() % 16 != 0, "the case tests nothing: newly allocated memory begins on such a boundary"
     out = gf.grpo_loss(**{**call, "logits": given, **changed})
     (gradient,) = torch.autograd.grad(out.loss, given)
     return out, gradient

@@ -1,4 +1,4 @@
-// csrc/cuda/group_advantages_cuda.cu, run on the CPU by cuda_runtime.h beside this file, as an operator of its own for the tests.
+// csrc/cuda/group_advantages_cuda.cu, run on the CPU by cuda_runtime.h beside this file, as a separate operator for the tests.
 #include <torch/csrc/stable/library.h>
 
 #include "group_advantages.h"
