@@ -136,6 +136,7 @@ def test_everything_on_the_command_line(here: Path) -> None:
     pytest.importorskip("peft", reason="LoRA options need peft")
     trainer = train(
         *("--model", "model", "--dataset", "rows.jsonl", "--rewards", "accuracy", "format", "--use_cpu", "--report_to", "none"),
+        *("--output_dir", "run"),
         *("--dataset_split", "train[:4]", "--eval_dataset", "rows.jsonl", "--eval_split", "x[4:6]", "--system_prompt", "Think."),
         *("--prompt_template", "Q: {question}", "--temperature_schedule", '{"kind": "linear", "start": 0.8, "end": 1.2, "steps": 9}'),
         *("--use_peft", "--lora_r", "3", "--lora_target_modules", "q_proj", "v_proj", "--packing", "true", "--delta", "none"),
@@ -181,7 +182,8 @@ def test_everything_on_the_command_line(here: Path) -> None:
         (["config.yaml", "--eval_strategy", "steps"], "there is no eval_dataset"),
         (["config.yaml", "--sampler_options", "{batch_size: 4"], "expected JSON"),
         (["--dataset", "rows.jsonl"], "model is not set"),
-        (["--dataset", "rows.jsonl", "--model", "model", "--use_cpu"], "rewards is not set"),
+        (["--dataset", "rows.jsonl", "--model", "model", "--use_cpu", "--output_dir", "run"], "rewards is not set"),
+        (["--dataset", "rows.jsonl", "--model", "model", "--rewards", "accuracy", "--use_cpu"], "output_dir is not set"),
         (["config.yaml", "--tokenizer", "nobody/nothing"], "the tokenizer of 'nobody/nothing' cannot be loaded"),
         (["config.yaml", "--max_prompt_length", "2"], "max_prompt_length is 2, and every one of the 8 prompts is longer"),
     ],
@@ -311,7 +313,7 @@ def test_every_field_is_an_option_and_in_the_help(capsys: pytest.CaptureFixture[
     names = {each.name for kind in (TrainOptions, GRPOConfig) for each in dataclasses.fields(kind) if each.init}
     assert set(read_options([TrainOptions, GRPOConfig])) == names and len(names) > 150
     with pytest.raises(SystemExit) as ended:
-        command.app(["--help"])
+        command.app(["--help-all"])
     assert ended.value.code == 0
     shown = capsys.readouterr().out
     assert set(BUILT_IN) | set(SAMPLERS) <= {line.split()[0] for line in shown.splitlines() if line and not line.startswith(" ")}
@@ -366,7 +368,7 @@ def test_the_real_trainer(here: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_a_task_brings_rows_and_its_reward(here: Path) -> None:
-    own = ("--model", "model", "--use_cpu", "--report_to", "none")
+    own = ("--model", "model", "--use_cpu", "--report_to", "none", "--output_dir", "run")
     trainer = train(
         *own, "--dataset", "sorting(digits=3)", "--dataset_size", "5", "--eval_dataset", "sorting(digits=3)", "--eval_size", "3"
     )

@@ -1,5 +1,5 @@
 """``python -m grpo_fast.cli``: the same as ``grpo-fast``."""
 
-from grpo_fast.cli.main import app
+from grpo_fast.cli.main import start
 
-app()
+start()

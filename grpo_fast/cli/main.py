@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import Annotated, NamedTuple
 
 import typer
@@ -11,7 +12,7 @@ from grpo_fast.utils.install_hints import install
 from grpo_fast.version import __version__
 
 # Unexpected errors get Python's plain traceback: a traceback in a frame is hard to read and to search in the log of a run.
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 class Mounted(NamedTuple):
@@ -21,6 +22,21 @@ class Mounted(NamedTuple):
     extra: str  # of pyproject.toml, that installs the packages it needs
     help: str
 
+
+# What the extras install, as it is imported; the absence of any other module is an error to see in full.
+_OF_EXTRAS = {
+    "accelerate",
+    "datasets",
+    "griffe",
+    "httpx",
+    "liger_kernel",
+    "matplotlib",
+    "scipy",
+    "tokenizers",
+    "transformers",
+    "trl",
+    "yaml",
+}
 
 MOUNTED = {
     "train": Mounted("grpo_fast.cli.train", "train", "Train a language model by GRPO, from a settings file and the command line."),
@@ -61,10 +77,14 @@ def doctor() -> None:
 
 def _run_mounted(command: str, args: list[str]) -> None:
     module_name, extra, _ = MOUNTED[command]
+    module = None
     try:
         module = importlib.import_module(module_name)
+        module.app(args=args, prog_name=f"grpo-fast {command}")
     except ModuleNotFoundError as error:
         missing = error.name or str(error)
+        if module is not None and missing.partition(".")[0] not in _OF_EXTRAS:
+            raise
         if module_name == missing or module_name.startswith(f"{missing}."):
             problem = f"this install has no {module_name}. Fix: install the whole package again"
         elif missing.startswith("grpo_fast."):
@@ -73,7 +93,6 @@ def _run_mounted(command: str, args: list[str]) -> None:
             problem = f"it needs the package {missing!r}, which is not installed. Fix: {install(extra)}"
         typer.echo(f"grpo-fast {command}: {problem}", err=True)
         raise typer.Exit(2) from error
-    module.app(args=args, prog_name=f"grpo-fast {command}")
 
 
 def _mount(command: str, description: str) -> None:
@@ -85,5 +104,14 @@ def _mount(command: str, description: str) -> None:
 for _command, _mounted in MOUNTED.items():
     _mount(_command, _mounted.help)
 
-if __name__ == "__main__":
+
+def start() -> None:
+    """Run the command line: the entry point of ``grpo-fast`` and of ``python -m grpo_fast.cli``."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that lacks a character shows another in its place, and the command goes on
+            stream.reconfigure(errors="replace")
     app()
+
+
+if __name__ == "__main__":
+    start()

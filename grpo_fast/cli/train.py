@@ -19,9 +19,10 @@ from grpo_fast.data.tasks import Task
 from grpo_fast.generation import SamplerError, check_options
 from grpo_fast.rewards import RewardError, RewardRunner
 from grpo_fast.trainer.run_settings import TrainOptions, parse
-from grpo_fast.trainer.run_settings_help import help_tables
+from grpo_fast.trainer.run_settings_help import help_tables, usual_tables
 from grpo_fast.utils.errors import SettingsError
 from grpo_fast.utils.files import write_text
+from grpo_fast.utils.install_hints import require_packages
 from grpo_fast.utils.redaction import redact
 
 if TYPE_CHECKING:
@@ -60,13 +61,18 @@ def app(args: Sequence[str] | None = None, prog_name: str = "grpo-fast train", *
         trainer_class: a class to use in place of GRPOTrainer.
     """
     args = list(sys.argv[1:] if args is None else args)
+    wants_all = "--help-all" in args
+    with exit_on_wrong_settings(prog_name):
+        require_packages("transformers", "datasets", "accelerate", "griffe", extras=("train",), needed_by="training")
     from grpo_fast.trainer.config import GRPOConfig
 
-    if not args or "--help" in args or "-h" in args:
+    if not args or wants_all or "--help" in args or "-h" in args:
         console = Console()
         console.print(USAGE, highlight=False, markup=False, soft_wrap=True)
-        for table in help_tables(GRPOConfig):
+        for table in help_tables(GRPOConfig) if wants_all else usual_tables(GRPOConfig):
             console.print(table)
+        if not wants_all:
+            console.print(f"\nAll settings, rewards and samplers: {prog_name} --help-all", highlight=False)
         raise SystemExit(0 if args else 2)
     with exit_on_wrong_settings(prog_name):
         prepared = prepare(args, GRPOConfig)
@@ -85,6 +91,8 @@ def prepare(args: Sequence[str], config_class: type[GRPOConfig]) -> PreparedTrai
         SettingsError, ValueError, TypeError: names the setting, what it was, what was expected and the fix.
     """
     options, config, overrides = parse(args, config_class, TrainOptions)
+    if not overrides.get("output_dir"):
+        raise SettingsError("output_dir is not set; expected the folder of this run, in the settings file or as --output_dir.")
     assert options.model and options.dataset and config.output_dir
     resume_from = _checkpoint(config)
     _check_writable(config.output_dir)

@@ -10,9 +10,10 @@ import difflib
 import math
 import numbers
 import sys
-import warnings
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
+
+from grpo_fast.utils.warn import warn
 
 __all__ = ["AGGREGATIONS", "KL_ESTIMATORS", "LEVELS", "LOSS_TYPES", "SURROGATES", "LossConfig", "LossRow"]
 
@@ -224,11 +225,10 @@ class LossConfig:
         """Warn once per bound. LossConfig.like gives no warning."""
         if self.surrogate == "cispo" and self.epsilon_high < 1 and self.epsilon_high not in _warned_cispo_bounds:
             _warned_cispo_bounds.add(self.epsilon_high)
-            warnings.warn(
+            warn(
                 f"LossConfig: epsilon_high is {self.epsilon_high:g} with loss_type='cispo', where it is the bound of the ratio itself, not "
                 "its distance from 1: every ratio becomes at most that. 5.0 is usual.",
                 UserWarning,
-                stacklevel=4,
             )
 
     @classmethod

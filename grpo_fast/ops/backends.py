@@ -9,7 +9,6 @@ import importlib.util
 import os
 import platform
 import sys
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -17,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from grpo_fast.ops import extension
+from grpo_fast.utils.warn import warn
 
 __all__ = ["BACKENDS", "BackendStatus", "backends", "forced", "select", "use_backend"]
 
@@ -218,4 +218,4 @@ def installed_version(package: str) -> str | None:
 def _warn_once(key: str, text: str) -> None:
     if key not in _warned:
         _warned.add(key)
-        warnings.warn(f"grpo_fast: {text}", RuntimeWarning, stacklevel=4)
+        warn(f"grpo_fast: {text}", RuntimeWarning)

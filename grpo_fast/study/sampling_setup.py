@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
@@ -24,6 +23,7 @@ from grpo_fast.trainer.run_settings import TrainOptions, parse, parse_overrides
 from grpo_fast.utils.errors import SettingsError
 from grpo_fast.utils.files import check_output
 from grpo_fast.utils.redaction import is_secret_name, redact
+from grpo_fast.utils.warn import warn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -150,7 +150,7 @@ def prepare_sampling(args: Sequence[str]) -> SamplingStudy:
     assert not isinstance(chat, str)  # GRPOConfig parses JSON
     rows = prompt_rows(options.dataset, options.dataset_split, task, options, tokenizer, runner, chat=chat, limit=options.prompts)
     if len(rows) < options.prompts and "prompts" in given:
-        warnings.warn(f"prompts is {options.prompts}, and only {len(rows)} rows can be used.", stacklevel=2)
+        warn(f"prompts is {options.prompts}, and only {len(rows)} rows can be used.")
     new = {
         "kind": "temperature_sampling",
         "quick": options.quick,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -14,6 +13,7 @@ from grpo_fast.study.options import ScheduleConfig, check_count, sampling_temper
 from grpo_fast.study.result_files import JSONObject, differing_versions, load_study, versions
 from grpo_fast.trainer.run_settings import parse_overrides
 from grpo_fast.utils.files import check_output
+from grpo_fast.utils.warn import warn
 
 __all__ = ["BEFORE", "CURVES", "TrainingOptions", "TrainingStudy", "prepare_training"]
 
@@ -126,4 +126,4 @@ def _warn_of_other_versions(study: TrainingStudy) -> None:
     if finished and any(study.missing(seed) for seed in range(study.seeds)):
         differing = differing_versions([*finished, {"made_with": versions()}])
         if differing is not None:
-            warnings.warn(f"the runs to be added to {study.path} differ from the finished ones in {differing}.", stacklevel=3)
+            warn(f"the runs to be added to {study.path} differ from the finished ones in {differing}.")

@@ -16,7 +16,28 @@ from grpo_fast.trainer.run_settings import TrainOptions
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["help_tables", "option_table", "reward_table"]
+__all__ = ["help_tables", "option_table", "reward_table", "usual_tables"]
+
+USUAL = {  # what --help shows of each class; --help-all shows everything
+    "What is trained": ("model", "dataset", "rewards", "dataset_split", "eval_dataset", "max_prompt_length", "system_prompt", "use_peft"),
+    "GRPO": (
+        *(
+            "num_generations",
+            "max_completion_length",
+            "steps_per_generation",
+            "temperature",
+            "beta",
+            "loss_type",
+            "epsilon",
+            "epsilon_high",
+        ),
+        *("scale_rewards", "reward_weights", "sampler", "sampler_options", "log_completions"),
+    ),
+    "Training": (
+        *("output_dir", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs"),
+        *("bf16", "save_steps", "eval_strategy", "eval_steps", "logging_steps", "report_to", "seed", "resume_from_checkpoint"),
+    ),
+}
 
 
 def help_tables(config_class: type) -> list[Table]:
@@ -25,12 +46,8 @@ def help_tables(config_class: type) -> list[Table]:
     Args:
         config_class: `grpo_fast.trainer.GRPOConfig`, or a subclass.
     """
-    bases = [base for base in config_class.__mro__[1:] if dataclasses.is_dataclass(base)]
-    inherited = {field.name for base in bases for field in dataclasses.fields(base)}
-    meanings = {name: text for base in (*reversed(bases), config_class, TrainOptions) for name, text in _described_fields(base).items()}
-    for name, text in _loss_meanings().items():
-        if meanings.get(name, "see LossConfig").startswith("see LossConfig"):
-            meanings[name] = text
+    inherited = {field.name for base in _bases(config_class) for field in dataclasses.fields(base)}
+    meanings = _meanings(config_class)
     own = [field.name for field in dataclasses.fields(config_class) if field.init]
     samplers = [(name, _parameters(sampler_class(name)), _first_sentence(sampler_class(name))) for name in SAMPLERS]
     return [
@@ -39,6 +56,18 @@ def help_tables(config_class: type) -> list[Table]:
         _help_table("Samplers (--sampler, --sampler_options)", ("name", "options", "meaning"), samplers, ratio=(2, 3)),
         option_table("GRPO (grpo_fast.trainer.config.GRPOConfig)", config_class, [name for name in own if name not in inherited], meanings),
         option_table("Training (transformers.TrainingArguments)", config_class, [name for name in own if name in inherited], meanings),
+    ]
+
+
+def usual_tables(config_class: type) -> list[Table]:
+    """Rich tables of the settings that most runs set: a screen, where `help_tables` has hundreds of lines.
+
+    Args:
+        config_class: `grpo_fast.trainer.GRPOConfig`, or a subclass.
+    """
+    meanings = _meanings(config_class)
+    return [
+        option_table(title, TrainOptions if title == "What is trained" else config_class, names, meanings) for title, names in USUAL.items()
     ]
 
 
@@ -75,6 +104,19 @@ def _help_table(title: str, columns: tuple[str, str, str], rows: list[tuple[str,
     for first, *rest in rows:
         table.add_row(Text(first, style="bold"), *map(Text, rest))
     return table
+
+
+def _bases(config_class: type) -> list[type]:
+    return [base for base in config_class.__mro__[1:] if dataclasses.is_dataclass(base)]
+
+
+def _meanings(config_class: type) -> dict[str, str]:
+    classes = (*reversed(_bases(config_class)), config_class, TrainOptions)
+    meanings = {name: text for base in classes for name, text in _described_fields(base).items()}
+    for name, text in _loss_meanings().items():
+        if meanings.get(name, "see LossConfig").startswith("see LossConfig"):
+            meanings[name] = text
+    return meanings
 
 
 def _loss_meanings() -> dict[str, str]:

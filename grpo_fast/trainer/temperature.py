@@ -16,10 +16,11 @@ arXiv:2506.13284). T may rise from stage to stage as diversity falls (POLARIS, h
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from grpo_fast.utils.warn import warn
 
 __all__ = ["KINDS", "ScheduleState", "TemperatureSchedule", "TemperatureSpec", "check_positive"]
 
@@ -111,12 +112,11 @@ class TemperatureSchedule:
                 "{'kind': 'constant', 'value': 1.0}."
             )
         if schedule.lowest < WARN_BELOW:
-            warnings.warn(
+            warn(
                 f"temperature goes down to {schedule.lowest:g}: training below {WARN_BELOW:g} tends to collapse. Measured by Skywork-OR1 "
                 "(arXiv:2505.22312, section 3.2.4): at 0.6 the entropy starts near zero, or gets there within some 100 steps, and learning "
                 "slows; at 1.0 it starts slower and ends higher. Fix: train at 1.0 and keep 0.6 for evaluation.",
                 UserWarning,
-                stacklevel=2,
             )
         return schedule
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from grpo_fast.rewards.accuracy import canonical_answer, extract_answer
 from grpo_fast.rewards.common import Completion, check_range, check_same_length, text_of
 from grpo_fast.rewards.pool import CallResult, WorkerPool
 from grpo_fast.utils.install_hints import install
+from grpo_fast.utils.warn import warn
 
 if TYPE_CHECKING:
     from reasoning_gym.dataset import ProceduralDataset
@@ -142,7 +142,7 @@ def reasoning_gym_task(
             raise ValueError(
                 f"reasoning_gym_task: name is {name!r}, whose {problem}, and it stores no answers to compare with. Take another one."
             )
-        warnings.warn(f"reasoning_gym_task: {name}'s {problem}; answers are compared with the stored one instead.", stacklevel=2)
+        warn(f"reasoning_gym_task: {name}'s {problem}; answers are compared with the stored one instead.")
         reward = ReasoningGymReward(name, settings, exact=True, floor=floor)
     rows = [
         {
