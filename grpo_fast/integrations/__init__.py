@@ -1,1 +1,1 @@
-"""The loss in other libraries, one module per library. A library is imported, and TRL patched, only when its module is used."""
+"""Adapters that put the loss into other libraries, one module per library. A library is imported only when its module is imported."""

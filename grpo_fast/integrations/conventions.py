@@ -1,4 +1,4 @@
-"""What other libraries' options mean here: their names, their defaults, and the conventions that differ under one name.
+"""Conversion of other libraries' options to settings of this package: their names, their defaults, and conventions that differ.
 
     loss_config(library, options)             LossConfig.like: the loss
     rollout_settings(library, ...)            the arguments of gf.rollout_weights
@@ -11,7 +11,7 @@ The same word can mean different things:
 - A fully masked row counts in a mean over sequences in TRL, Liger and ms-swift, and does not in verl and OpenRLHF.
 - verl always applies the dual clip. TRL multiplies the KL by the ratio by default.
 
-An option without a counterpart is refused by name, and so is a library in another version than those of versions.py.
+An option without a counterpart raises an error that names it, and so does a version of a library that versions.py does not list.
 """
 
 from __future__ import annotations
@@ -46,18 +46,18 @@ LIBRARIES = tuple(_LOSS_CONFIGS)
 
 
 def loss_config(library: str, options: Mapping[str, Any]) -> LossConfig:
-    """LossConfig.like; see there.
+    """Implement LossConfig.like, which documents the arguments.
 
     Raises:
         ValueError: the library or an option is unknown or has no counterpart; the message names it and the fix.
-        ImportError: the library is installed in a version that was not compared with.
+        ImportError: the installed version of the library is not one of those that this package was compared with.
     """
     if library not in _LOSS_CONFIGS:
         raise ValueError(f"LossConfig.like: library is {library!r}; expected one of {', '.join(LIBRARIES)}.")
     distribution = {"liger": "liger-kernel", "swift": "ms-swift"}.get(library, library)
     refuse_other_versions(distribution, f"LossConfig.like({library!r})", "Its options may mean something else there: make a LossConfig.")
     taken = LibraryOptions(library, options)
-    with warnings.catch_warnings():  # LossConfig warns of a small bound of CISPO's, which is some libraries' default
+    with warnings.catch_warnings():  # LossConfig warns of a small CISPO bound, which is the default of some libraries
         warnings.simplefilter("ignore", UserWarning)
         config = _LOSS_CONFIGS[library](taken)
     taken.check_all_taken()
@@ -65,13 +65,13 @@ def loss_config(library: str, options: Mapping[str, Any]) -> LossConfig:
 
 
 def rollout_settings(library: str, mode: str, *, high: float | None = None, low: float | None = None) -> Settings:
-    """A library's correction for the mismatch of sampler and trainer, as arguments of gf.rollout_weights.
+    """Return a library's correction for the mismatch of sampler and trainer, as arguments of gf.rollout_weights.
 
     Args:
         library: ``"trl"`` (vllm_importance_sampling_mode), ``"swift"`` (rollout_importance_sampling_mode) or ``"verl"`` (rollout_is).
-        mode: of TRL and ms-swift ``token_truncate``, ``token_mask``, ``sequence_truncate`` or ``sequence_mask``; of verl ``token`` or
+        mode: for TRL and ms-swift ``token_truncate``, ``token_mask``, ``sequence_truncate`` or ``sequence_mask``; for verl ``token`` or
             ``sequence``.
-        high, low: the library's threshold or bounds; None = its default (TRL 3.0, the others 2.0; no lower one).
+        high, low: the library's threshold or bounds; None = its default (TRL 3.0, the others 2.0; no lower bound).
 
     Raises:
         ValueError: the library or mode is unknown or has no counterpart; the message names it and the fix.
@@ -100,16 +100,16 @@ def rollout_settings(library: str, mode: str, *, high: float | None = None, low:
 
 
 def advantage_settings(library: str, estimator: str = "group") -> Settings:
-    """A library's group-relative advantages, as arguments of gf.group_advantages: baseline, scale, and the epsilon of its std.
+    """Return a library's group-relative advantages as arguments of gf.group_advantages: baseline, scale, and the epsilon added to the std.
 
-    All libraries divide by the unbiased standard deviation. Equal rewards give exactly 0 here, and a rounding error over epsilon there. A
-    group of one gives 0 here, and the reward itself in verl.
+    All libraries divide by the unbiased standard deviation. Equal rewards give exactly 0 in this package, and a rounding error divided by
+    epsilon in the libraries. A group of one completion gives 0 in this package, and the reward itself in verl.
 
     Args:
         library: ``"trl"``, ``"swift"``, ``"verl"`` or ``"openrlhf"``.
-        estimator: of TRL and ms-swift scale_rewards (``"group"``, ``"batch"``, ``"none"``; ``"gdpo"``); of verl adv_estimator (``"grpo"``,
-            ``"rloo"``; ``"dr_grpo"`` for norm_adv_by_std_in_grpo=False); of OpenRLHF the estimator (``"group_norm"``, ``"rloo"``,
-            ``"dr_grpo"``).
+        estimator: for TRL and ms-swift scale_rewards (``"group"``, ``"batch"``, ``"none"``; ``"gdpo"``); for verl adv_estimator
+            (``"grpo"``, ``"rloo"``; ``"dr_grpo"`` for norm_adv_by_std_in_grpo=False); for OpenRLHF the estimator (``"group_norm"``,
+            ``"rloo"``, ``"dr_grpo"``).
 
     Raises:
         ValueError: the library or estimator is unknown or has no counterpart.

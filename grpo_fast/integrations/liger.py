@@ -1,4 +1,4 @@
-"""Liger-Kernel 0.8: its two GRPO losses, with their names, arguments and results, so that one import changes.
+"""Liger-Kernel 0.8: its two GRPO losses with the same names, arguments and results, so that only the import changes.
 
     from grpo_fast.integrations.liger import LigerFusedLinearGRPOLoss   # was: from liger_kernel.chunked_loss import ...
     from grpo_fast.integrations.liger import triton_grpo_loss           # was: from liger_kernel.transformers.grpo_loss import ...
@@ -7,9 +7,9 @@ Where Liger departs from the formula, this module follows the formula:
     loss_type="luspo"         the mean over sequences of the sum over a sequence's tokens. Liger's Triton path multiplies each token by its
                               sequence's length and averages over the padded length, and so does its chunked loss where a ratio, weight or
                               KL is per token.
-    masked tokens             have no effect. In Liger's chunked loss a log-ratio beyond 88 under the mask makes the gradient NaN.
-    a ratio beyond exp(20)    is clamped, and has no gradient there.
-It also accepts what Liger does not: sequences of any length, advantages per token, a temperature per sequence or token.
+    masked tokens             have no effect. In Liger's chunked loss a log-ratio above 88 of a masked token makes the gradient NaN.
+    a ratio above exp(20)     is clamped, and has no gradient there.
+Unlike Liger, it accepts sequences of any length, advantages per token, and a temperature per sequence or token.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def triton_grpo_loss(
     """Liger's ``triton_grpo_loss``, on every device.
 
     Args:
-        inplace: the gradient may overwrite the logits. Ignored for logits that are a leaf.
+        inplace: allow the gradient to overwrite the logits. Ignored for logits that are a leaf.
         num_items_in_batch: tokens of the whole batch, over all processes; None = those of this call, averaged over the processes.
 
     Returns:
@@ -111,9 +111,9 @@ def triton_grpo_loss(
 
 
 class LigerFusedLinearGRPOLoss(nn.Module):
-    """Liger's loss from hidden states and the weight of the LM head; constructor, arguments and results as there.
+    """Liger's loss from hidden states and the weight of the LM head; constructor, arguments and results are those of Liger's class.
 
-    ``compiled`` and ``chunk_size`` are accepted and have no effect: nothing is compiled, and memory decides the size of chunks.
+    ``compiled`` and ``chunk_size`` are accepted and have no effect: nothing is compiled, and the free memory determines the chunk size.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         vllm_is_ratio: Tensor | None = None,  # [B, T], [B, 1] or [B]
         num_items_in_batch: int | float | Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The loss and its metrics: kl (where beta is not 0) and the clip ratio.
+        """Compute the loss and its metrics: kl (if beta is not 0) and the clip ratio.
 
         Raises:
             TypeError, ValueError: names the argument, what it was, what was expected and the fix.
@@ -213,7 +213,7 @@ def _per_token_or_column(weights: Tensor | None) -> Tensor | None:
 
 
 def _num_items(mask: Tensor, num_items_in_batch: int | float | Tensor | None) -> int | float | Tensor | None:
-    """Tokens of the whole batch divided by the number of processes, as Liger counts them."""
+    """Return the tokens of the whole batch divided by the number of processes, as Liger counts them."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     processes = torch.distributed.get_world_size() if distributed else 1
     if num_items_in_batch is not None:

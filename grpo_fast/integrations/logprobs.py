@@ -1,8 +1,8 @@
-"""The loss for trainers that hand over log-probabilities: everything after the logits, in plain PyTorch over [B, T].
+"""The loss for trainers that pass log-probabilities: all computations after the logits, in plain PyTorch over [B, T].
 
-Such a trainer has already computed the logits, so no memory or time of the vocabulary is saved here. What it gains is the same
-specification, gradients that a masked token cannot make NaN, and metrics that stay on the device. `gf.linear_token_logprobs` computes the
-log-probabilities themselves from hidden states.
+Such a trainer has already computed the logits, so this function saves neither their memory nor their time. Its advantages are the same
+specification as the fused loss, gradients that a masked token cannot make NaN, and metrics that stay on the device.
+`gf.linear_token_logprobs` computes log-probabilities from hidden states.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def logprob_loss(
     num_items: int | float | Tensor | None = None,
     loss_scale: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """gf.grpo_loss from the policy's log-probabilities in place of its logits; arguments and metrics as there.
+    """Compute gf.grpo_loss from the policy's log-probabilities in place of its logits; arguments and metrics are those of gf.grpo_loss.
 
     Args:
-        entropy: of the policy; required with ``config.entropy_coef``. Without it its metric is 0.
+        entropy: the entropy of the policy; required with ``config.entropy_coef``. If it is None, the metric is 0.
 
     Returns:
         The loss, 0-d and differentiable with respect to logprobs and entropy, and its metrics, 0-d tensors.
@@ -82,7 +82,7 @@ def logprob_loss_inputs(
     num_items: int | float | Tensor | None = None,
     loss_scale: float = 1.0,
 ) -> LossInputs:
-    """Validate the arguments of logprob_loss, and bring them into the form that policy_loss and token_losses take.
+    """Validate the arguments of logprob_loss, and return them in the form that policy_loss and token_losses take.
 
     Raises:
         TypeError, ValueError: names the argument, what it was, what was expected and the fix.
@@ -106,18 +106,18 @@ def logprob_loss_inputs(
 
 @torch.no_grad()
 def importance_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """exp of the log-ratio, clamped to ±20; 1 where masked. All [B, T]."""
+    """Return exp of the log-ratio, clamped to ±20; 1 where masked. All tensors are [B, T]."""
     return torch.where(mask != 0, logprobs - old_logprobs, 0).clamp(-20.0, 20.0).exp()
 
 
 def mean_over_tokens(x: Tensor, mask: Tensor) -> Tensor:
-    """The mean over the unmasked tokens, 0-d; 0 if there are none."""
+    """Return the mean over the unmasked tokens, 0-d; 0 if all tokens are masked."""
     unmasked = mask != 0
     return torch.where(unmasked, x, 0).sum(dtype=torch.float32) / unmasked.sum().clamp(min=1)
 
 
 def cispo_lower_bound_weights(ratio: Tensor, low: float, high: float) -> Tensor:
-    """Rollout weights that turn min(ratio, high) into clamp(ratio, low, high): MiniMax-M1 and LossConfig have no lower bound."""
+    """Return rollout weights that turn min(ratio, high) into clamp(ratio, low, high): MiniMax-M1 and LossConfig have no lower bound."""
     return ratio.clamp(low, high) / ratio.clamp(max=high)
 
 

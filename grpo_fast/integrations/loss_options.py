@@ -1,4 +1,4 @@
-"""What the loss options of each library mean: from the library's names and defaults to a LossConfig."""
+"""Conversion of the loss options of each library, with its names and defaults, to a LossConfig."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = [
 
 T = TypeVar("T")
 
-_CALL_ARGUMENTS = {  # options that are arguments of grpo_loss and linear_grpo_loss: what they become
+_CALL_ARGUMENTS = {  # options that are arguments of grpo_loss and linear_grpo_loss, and the argument that each becomes
     "temperature": "temperature=",
     "num_items_in_batch": "num_items=",
     "vllm_is_ratio": "rollout_weights=",
@@ -34,18 +34,18 @@ _CALL_ARGUMENTS = {  # options that are arguments of grpo_loss and linear_grpo_l
 
 
 class LibraryOptions:
-    """The options that a caller gave under a library's names. Each is taken once, with the library's default; the rest is refused."""
+    """The options that a caller gave under a library's names. Each is read once, with the library's default; unread ones are an error."""
 
     def __init__(self, library: str, given: Mapping[str, Any]) -> None:
         self.library, self.given, self.known = library, dict(given), set[str]()
 
     def take(self, name: str, default: T) -> T:
-        """The option's value, or the library's default."""
+        """Return the option's value, or the library's default."""
         self.known.add(name)
         return self.given.get(name, default)
 
     def take_or(self, name: str, default: T) -> T:
-        """The same for an option whose default None stands for another value."""
+        """Return the value of an option whose default None means ``default``."""
         value: T | None = self.take(name, None)
         return default if value is None else value
 
@@ -54,14 +54,14 @@ class LibraryOptions:
         raise ValueError(f"LossConfig.like({self.library!r}): {name} is {value!r}; {why}")
 
     def loss_type(self, default: str, allowed: tuple[str, ...], name: str = "loss_type") -> str:
-        """The option that chooses the loss; one of ``allowed``."""
+        """Return the option that selects the loss; raise ValueError if it is not one of ``allowed``."""
         value = self.take(name, default)
         if value not in allowed:
             self.refuse(name, value, f"expected one of {', '.join(allowed)}: the others have no counterpart here.")
         return str(value)
 
     def check_all_taken(self) -> None:
-        """Refuse the options that nobody took."""
+        """Raise a ValueError if an option was given that has not been read."""
         for name in self.given:
             if name in self.known:
                 continue
@@ -90,12 +90,12 @@ def trl_loss_config(options: LibraryOptions) -> LossConfig:
     return LossConfig(
         loss_type=loss_type,
         epsilon_low=epsilon,
-        epsilon_high=epsilon_high,  # with CISPO the bound of the ratio itself
+        epsilon_high=epsilon_high,  # for CISPO this is the bound of the ratio itself
         delta=delta if _clips(loss_type) else None,  # TRL ignores it with the other losses
         beta=options.take("beta", 0.0),
         bias_corrected_kl=options.take("use_bias_correction_kl", True),
         entropy_coef=options.take("entropy_coef", 0.0),
-        entropy_aggregation="token_mean",  # whatever the loss type
+        entropy_aggregation="token_mean",  # for every loss type
         importance_sampling_level=options.take("importance_sampling_level", "token"),  # with LUSPO too, unlike its paper
         **_sapo_and_vespo_settings(options),
         max_completion_length=options.take("max_completion_length", 512),
@@ -264,7 +264,7 @@ def openrlhf_loss_config(options: LibraryOptions) -> LossConfig:
 
 
 def _refuse_capped_kl(options: LibraryOptions, name: str, beta: float, why: str, got: object = None) -> None:
-    """Refuse a KL that the library caps, unless the caller leaves the cap out with uncapped_kl=True."""
+    """Raise a ValueError for a KL that the library caps, unless the caller omits the cap with uncapped_kl=True."""
     if not options.take("uncapped_kl", False) and beta != 0:
         why += ", which LossConfig does not do. Fix: uncapped_kl=True leaves the cap out."
         options.refuse(name, beta if got is None else got, why)

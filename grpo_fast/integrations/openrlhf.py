@@ -21,7 +21,7 @@ __all__ = ["PolicyLoss"]
 
 
 class PolicyLoss(nn.Module):
-    """The clipped policy loss over log-probabilities; arguments as OpenRLHF's own class has them.
+    """The clipped policy loss over log-probabilities; arguments are those of OpenRLHF's class.
 
     Raises:
         ValueError: names the option, its value and what was expected.
@@ -82,7 +82,8 @@ class PolicyLoss(nn.Module):
         batch_num_tokens: float | None = None,
         global_batch_size: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """The loss, and as OpenRLHF logs them: clip ratio, KL to the old policy, KL to the sampler's, share filtered (None if off)."""
+        """Return the loss and the four values that OpenRLHF logs: clip ratio, KL to the old policy, KL to the sampler's policy, and the
+        filtered share (None if the correction is off)."""
         mask = torch.ones_like(log_probs, dtype=torch.bool) if action_mask is None else action_mask != 0
         config, old, weights = self.config, old_log_probs, None
         vllm_kl = filtered = None
@@ -119,7 +120,8 @@ class PolicyLoss(nn.Module):
 
     @torch.no_grad()
     def _correction(self, old: Tensor, rollout: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """The weight that corrects each token for the mismatch of sampler and trainer, and the share of filtered tokens or sequences."""
+        """Return the weight that corrects each token for the mismatch of sampler and trainer, and the share of filtered tokens or
+        sequences."""
         low, high = self.is_correction_threshold
         by_sequence = self.is_correction_level == "seq"
         log_weight = torch.where(mask, old - rollout, 0)

@@ -20,20 +20,20 @@ _USED = {"trainer_logprobs", "inference_logprobs", "advantages", "loss_mask", "r
 
 
 def policy_loss(inputs: Any, **options: Any) -> Any:
-    """The loss that prime-rl calls for each sequence: the sum over its tokens, which prime-rl adds up and divides by its own scale.
+    """Compute the loss of one sequence for prime-rl: the sum over its tokens. prime-rl sums over sequences and divides by its own scale.
 
-    The ratio is to the sampler's log-probabilities, the only ones prime-rl has.
+    The ratio is taken against the sampler's log-probabilities, the only ones that prime-rl has.
 
     Args:
         inputs: prime-rl's LossInputs, all [T]; ``loss_weights`` of later versions multiplies each token.
-        options: of LossConfig. ``aggregation="sequence_mean"`` divides each sequence by its length first.
+        options: settings of LossConfig. ``aggregation="sequence_mean"`` divides each sequence's sum by its length.
 
     Returns:
         prime-rl's LossOutputs, with metrics that are 0-d tensors.
 
     Raises:
         ValueError: names the option, what it was and what was expected.
-        ImportError: inputs have a field that is not known here, of a teacher or of another version.
+        ImportError: inputs have an unknown field, of a teacher or of another version.
     """
     from prime_rl.trainer.rl.loss import LossOutputs
 

@@ -31,7 +31,7 @@ POLICY_LOSSES = ("regular", "dual_clip", "gspo", "cispo", "sapo")
 
 
 def register() -> None:
-    """Put the losses into SkyRL's registry, as ``grpo_fast_<name>``.
+    """Register the losses with SkyRL as ``grpo_fast_<name>``.
 
     Raises:
         ImportError: skyrl is not installed, or reduces its losses in another way than the version this was written for.
@@ -58,11 +58,11 @@ def policy_loss(
     *,
     policy_loss_type: str = "regular",
 ) -> tuple[Tensor, dict[str, float]]:
-    """What SkyRL's registry calls: the sum over the tokens of a micro-batch, and ``clip_ratio`` with the metrics of SkyRL's own off-policy
-    correction.
+    """The function in SkyRL's registry: return the sum over the tokens of a micro-batch, and ``clip_ratio`` with the metrics of SkyRL's own
+    off-policy correction.
 
     Args:
-        config: SkyRL's AlgorithmConfig, of which the options of the loss are read.
+        config: SkyRL's AlgorithmConfig; its options of the loss are read.
         policy_loss_type: one of POLICY_LOSSES.
 
     Raises:

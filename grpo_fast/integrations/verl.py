@@ -35,10 +35,10 @@ _OPTIONS = ("clip_ratio", "clip_ratio_low", "clip_ratio_high", "clip_ratio_c", "
 
 
 def register() -> None:
-    """Put the losses and the advantages into verl's registries, as ``grpo_fast_<mode>`` and ``grpo_fast``.
+    """Register the losses and the advantages with verl as ``grpo_fast_<mode>`` and ``grpo_fast``.
 
-    With another version of verl they are registered too, and raise when they are called: verl ignores a plugin that cannot be imported, and
-    would report unknown names only.
+    With another version of verl they are registered too, and raise an error when they are called: verl ignores a plugin that cannot be
+    imported, and would only report an unknown name.
 
     Raises:
         ImportError: verl is not installed, or has no such registries.
@@ -61,15 +61,15 @@ def policy_loss(
     *,
     loss_mode: str = "vanilla",
 ) -> tuple[Tensor, dict[str, float]]:
-    """The function in verl's registry: the loss of a micro-batch, scaled as verl's ``agg_loss`` scales it, and verl's metrics.
+    """The function in verl's registry: return the loss of a micro-batch, scaled as verl's ``agg_loss`` scales it, and verl's metrics.
 
     Args:
-        config: verl's ActorConfig, of which the options of the loss and ``global_batch_info`` are read.
+        config: verl's ActorConfig; its options of the loss and ``global_batch_info`` are read.
         loss_mode: one of LOSS_MODES.
 
     Raises:
         ValueError: an option has no counterpart; the message names it and the fix.
-        ImportError: the version of verl was not compared with.
+        ImportError: the installed version of verl is not one that this package was compared with.
     """
     _refuse_other_versions()
     options = {name: getattr(config, name) for name in _OPTIONS if getattr(config, name, None) is not None}
@@ -98,7 +98,8 @@ def _refuse_other_versions() -> None:
 
 
 def _scaling(mode: str, mask: Tensor, info: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """verl's aggregation as one of LossConfig and arguments of the call, from the counts of the whole batch if verl passes them."""
+    """Return verl's aggregation as a name of AGGREGATIONS and arguments of the call, from the counts of the whole batch if verl passes
+    them."""
     dp_size, tokens, sequences = info.get("dp_size") or 1, info.get("batch_num_tokens"), info.get("global_batch_size")
     if mode == "token-mean":
         _known("batch_num_tokens", tokens, dp_size)
@@ -160,13 +161,13 @@ def group_relative_advantages(
     config: Any = None,
     **_: object,
 ) -> tuple[Tensor, Tensor]:  # [B, T], [B, T]
-    """The function in verl's registry of advantages: its ``grpo``, and Dr. GRPO by ``norm_adv_by_std_in_grpo=False``.
+    """The function in verl's registry of advantages: verl's ``grpo``, and Dr. GRPO with ``norm_adv_by_std_in_grpo=False``.
 
-    Equal rewards give exactly 0, where verl's give a rounding error over epsilon. A prompt with one response gives 0, and in verl the
+    Equal rewards give exactly 0, and in verl a rounding error divided by epsilon. A prompt with one response gives 0, and in verl the
     reward.
 
     Raises:
-        ImportError: the version of verl was not compared with.
+        ImportError: the installed version of verl is not one that this package was compared with.
     """
     _refuse_other_versions()
     groups: dict[Hashable, int] = {}
@@ -188,9 +189,9 @@ def linear_cross_entropy(
     reduction: str = "none",
     dist_process_group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """verl's ``verl.utils.kernel.linear_cross_entropy.linear_cross_entropy``: log-probability of each label, and the entropy; flat.
+    """verl's ``verl.utils.kernel.linear_cross_entropy.linear_cross_entropy``: log-probability of each label, and the entropy, flattened.
 
-    The temperature may differ from sample to sample or token to token, and hidden may have any width and lie on any device.
+    The temperature may differ from sample to sample or token to token, and hidden may have any width and be on any device.
 
     Args:
         reduction: ``"none"``; verl's own callers use no other.

@@ -1,5 +1,5 @@
-"""The versions of other libraries that this package was compared with. Any other installed version is refused, because its options may mean
-something else without an error to show for it."""
+"""The versions of other libraries that this package was compared with. Any other installed version raises an error, because its options may
+have another meaning, which nothing would report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["COMPARED", "refuse_other_versions"]
 COMPARED = {  # by the name of the distribution
     "trl": ("1.15.0", "1.16.0"),  # 1.14 has no fused LM head to replace
     "liger-kernel": ("0.8.1", "0.8.2", "0.8.3", "0.8.4", "0.8.5"),  # 0.8.0 corrects the KL of a sequence-level ratio by each token's ratio
-    "verl": ("0.9.1",),  # 0.9.0 averages GSPO over sequences whatever loss_agg_mode says
+    "verl": ("0.9.1",),  # 0.9.0 averages GSPO over sequences for every loss_agg_mode
     "openrlhf": ("0.11.2",),
     "ms-swift": ("4.6.0",),
 }

@@ -1,1 +1,1 @@
-"""What the package knows of transformers' model classes: unwrapping, the LM head, hidden states, forward passes, packing, loading."""
+"""All code that depends on transformers' model classes: unwrapping, the LM head, hidden states, forward passes, packing, loading."""

@@ -1,4 +1,4 @@
-"""linear_loss_from and linear_logprobs_from: the fused head of a transformers model, called with the model's own inputs."""
+"""linear_loss_from and linear_logprobs_from: the fused head of a transformers model, called with the inputs of the model."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ def linear_loss_from(
     advantages: Tensor,  # [B], [B, T] or [L]
     **options: Any,
 ) -> GRPOOutput:
-    """linear_grpo_loss of a transformers causal language model: runs it up to its head, and the head by chunks.
+    """Compute linear_grpo_loss of a transformers causal language model: run the model up to its head, and the head in chunks.
 
     Args:
         model: bare or wrapped (PEFT, DistributedDataParallel, FSDP2, DeepSpeed, whose ``engine.backward(out.loss)`` then takes the loss).
-        model_inputs: the arguments of the model's forward: ``input_ids`` [B, P + T], ``attention_mask`` and whatever else it takes.
-            Without ``position_ids``, positions follow the attention mask, so that padding on the left does not shift them.
+        model_inputs: the arguments of the model's forward: ``input_ids`` [B, P + T], ``attention_mask`` and any others that it takes.
+            Without ``position_ids``, positions are derived from the attention mask, so that padding on the left does not shift them.
         token_ids: [B, T]: the last T tokens of ``input_ids``, each scored by the position before it. [L], with packed ``input_ids`` [1, L]:
-            ``token_ids[i]`` is scored by position i, so shift them yourself and mask the tokens that are not to be scored.
+            ``token_ids[i]`` is scored by position i, so the caller must shift them and mask the tokens that are not to be scored.
         advantages: one per sequence or per token.
-        options: as of linear_grpo_loss, but for softcap, logit_scale, bias and adapter, which are the model's.
+        options: those of linear_grpo_loss, except softcap, logit_scale, bias and adapter, which are read from the model.
 
     Returns:
-        GRPOOutput(loss, logprobs, entropy, active, metrics), as of grpo_loss.
+        GRPOOutput(loss, logprobs, entropy, active, metrics), as in grpo_loss.
 
     Raises:
         TypeError, ValueError: names the argument, what it was, what was expected and the fix; or the model's head is not supported.
@@ -58,17 +58,17 @@ def linear_logprobs_from(
     token_ids: Tensor,  # int64 [B, T] or [L]
     **options: Any,
 ) -> TokenLogprobs:
-    """linear_token_logprobs of a transformers causal language model.
+    """Compute linear_token_logprobs of a transformers causal language model.
 
     Args:
-        model, model_inputs, token_ids: as of linear_loss_from.
-        options: as of linear_token_logprobs, but for softcap, logit_scale, bias and adapter, which are the model's.
+        model, model_inputs, token_ids: as in linear_loss_from.
+        options: those of linear_token_logprobs, except softcap, logit_scale, bias and adapter, which are read from the model.
 
     Returns:
-        TokenLogprobs(logprobs, entropy), as of token_logprobs.
+        TokenLogprobs(logprobs, entropy), as in token_logprobs.
 
     Raises:
-        TypeError, ValueError: as of linear_loss_from.
+        TypeError, ValueError: as in linear_loss_from.
 
     Example:
         >>> out = linear_logprobs_from(model, {"input_ids": ids, "attention_mask": mask}, ids[:, -8:])  # doctest: +SKIP
@@ -78,7 +78,7 @@ def linear_logprobs_from(
 
 
 def _head_call(model: nn.Module, model_inputs: ModelInputs, token_ids: Tensor, options: dict[str, Any]) -> tuple[Tensor, HeadArguments]:
-    """The hidden states of the scored tokens, [B, T + 1, D] or [L, D], and the head's arguments."""
+    """Return the hidden states of the scored tokens, [B, T + 1, D] or [L, D], and the head's arguments."""
     check_model(model)
     checks.tensor("token_ids", token_ids, like=None, floating=False)
     if token_ids.dim() not in (1, 2):
@@ -115,7 +115,7 @@ def _head_call(model: nn.Module, model_inputs: ModelInputs, token_ids: Tensor, o
 
 
 def _with_defaults(model: nn.Module, model_inputs: ModelInputs, logits_to_keep: int | None) -> ModelInputs:
-    """The inputs without a cache, with positions by the attention mask, and with no more hidden states than are scored."""
+    """Add defaults to the model's inputs: no cache, positions from the attention mask, and no more positions than are scored."""
     base = unwrap(model)
     parameters = inspect.signature(base.forward).parameters
     embeddings = getattr(getattr(base, "base_model", None), "embeddings", None)

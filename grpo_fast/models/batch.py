@@ -1,4 +1,4 @@
-"""Sequences to be scored, as plain numbers: what the forward passes take, and what a rollout of the trainer is."""
+"""The sequences to be scored: the input of the forward passes, and the base class of a rollout of the trainer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ModelInputs = Mapping[str, Any]  # the keyword arguments of a model's forward, w
 
 @dataclass
 class ForwardBatch:
-    """B prompts with their completions, which have N tokens in total, and what the loss needs to know about them.
+    """B prompts with their completions, which have N tokens in total, and the data that the loss needs about them.
 
     Values per sequence are on the CPU, because they decide what is computed. Values per token are on the device of the model.
 
@@ -29,8 +29,8 @@ class ForwardBatch:
         completion_ids: token ids of each completion, end token included, B lists.
         temperature: float32 [B], the temperature at which each completion was drawn and is scored.
         advantages: float32 [B].
-        loss_mask: bool [B]; False leaves the completion out of the loss.
-        tokens: float32 [N] each, as far as they are needed: the log-probabilities ``"sampler"`` (reported by the sampler), ``"old"``
+        loss_mask: bool [B]; False excludes the completion from the loss.
+        tokens: float32 [N] each, those that are needed: the log-probabilities ``"sampler"`` (reported by the sampler), ``"old"``
             (policy at sampling time) and ``"ref"`` (reference policy), and ``"weights"``, which multiply the surrogate.
 
     Example:
@@ -51,11 +51,11 @@ class ForwardBatch:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each completion."""
+        """The number of tokens of each completion."""
         return [len(ids) for ids in self.completion_ids]
 
     def select(self, rows: Sequence[int]) -> Self:
-        """The sequences with these indices, in this order."""
+        """Return the sequences with these indices, in this order."""
         parts = {name: column.split(self.lengths) for name, column in self.tokens.items()}
         index = torch.tensor(rows, dtype=torch.long)
         return dataclasses.replace(

@@ -1,5 +1,5 @@
-"""Forward passes of a micro-batch: its loss, or its log-probabilities; packed or padded, from hidden states by the fused head where the
-model's head allows it, else from the model's logits.
+"""Forward passes of a micro-batch, packed or padded, that compute its loss or its log-probabilities: from hidden states with the fused head
+if the model's head allows it, else from the model's logits.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from grpo_fast.models.unwrap import eval_mode, inner_model, is_fsdp2, is_sharded
 
 __all__ = ["ModelForward"]
 
-LARGEST_LEAK = 1e-2  # rounding changes logits by less; a sequence that attends to its neighbour, by tenths
+LARGEST_LEAK = 1e-2  # rounding changes logits by less than this; attention to a neighbouring sequence changes them by more than 0.1
 
 logger = logging.get_logger(__name__)
 T = TypeVar("T")
 
 
 class ModelForward:
-    """How sequences are scored; the same for the policy, the old policy and the reference.
+    """Scores sequences, in the same way for the policy, the old policy and the reference policy.
 
     Args:
         accelerator: for its device and its autocast.
         pad_token_id: fills the rest of the rows.
-        packing: lay several sequences into one row: True, False, or ``"auto"`` for wherever the model runs flash attention.
+        packing: put several sequences into one row: True, False, or ``"auto"``: if the model runs flash attention.
         fused_head: compute from hidden states where the model's head allows it; False: from logits.
     """
 
@@ -63,7 +63,7 @@ class ModelForward:
         loss_scale: float = 1.0,
         metrics_on: str = "active",
     ) -> GRPOOutput:
-        """The loss of the batch, differentiable; arguments and result are those of grpo_loss, with N tokens."""
+        """Compute the differentiable loss of the batch; arguments and result are those of grpo_loss, with N tokens."""
         packed = self.pack(model, batch)
         advantages = packed.per_token(batch.advantages)
         options: dict[str, Any] = {
@@ -87,14 +87,14 @@ class ModelForward:
 
     @torch.no_grad()
     def logprobs(self, model: nn.Module, batch: ForwardBatch, *, batch_size: int) -> TokenLogprobs:
-        """Log-probabilities and entropies of all tokens, [N], each at its sequence's temperature, without gradient or dropout.
+        """Compute log-probabilities and entropies of all tokens, [N], each at its sequence's temperature, without gradient or dropout.
 
         Args:
             batch_size: sequences per forward pass.
         """
         found = []
         starts = range(0, len(batch), batch_size)
-        # The processes of a sharded model must make the same number of forward passes: those with fewer sequences score a dummy.
+        # All processes of a sharded model must run the same number of forward passes: those with fewer sequences score a dummy sequence.
         dummies = max(gather_object([len(starts)])) - len(starts) if is_sharded(model) else 0
         with eval_mode(model):
             for start in starts:
@@ -109,18 +109,18 @@ class ModelForward:
 
     @torch.no_grad()
     def logprobs_at(self, model: nn.Module, batch: ForwardBatch, temperature: Tensor) -> Tensor:  # [B]; [N]
-        """The tokens' log-probabilities at other temperatures than those of the batch."""
+        """Compute the tokens' log-probabilities at temperatures other than those of the batch."""
         with eval_mode(model):
             return self._logprobs(model, batch, temperature).logprobs
 
     def logits(self, model: nn.Module, packed: PackedBatch) -> Tensor:  # [N, V]
-        """The model's logits of the scored tokens."""
+        """Compute the model's logits of the scored tokens."""
         inputs, scored_at = _scored_positions(model, packed)
         with self.accelerator.autocast():
             return model(**inputs).logits.flatten(0, 1)[scored_at]
 
     def pack(self, model: nn.Module, batch: ForwardBatch) -> PackedBatch:
-        """Lay out the batch as this model needs it."""
+        """Pack or pad the batch as this model needs it."""
         device = self.accelerator.device
         if self._layout is None:
             self._layout = self._choose_layout(model, device)
@@ -156,7 +156,7 @@ class ModelForward:
     def _score(
         self, model: nn.Module, packed: PackedBatch, from_hidden: Callable[[Tensor, HeadArguments], T], from_logits: Callable[[Tensor], T]
     ) -> T:
-        """Run the model, and one of the two functions on its hidden states or logits of the scored tokens."""
+        """Run the model, and call one of the two functions on the hidden states or on the logits of the scored tokens."""
         with self.accelerator.autocast():
             inputs, scored_at = _scored_positions(model, packed)
             found = self._hidden_states(model, inputs)
@@ -166,12 +166,12 @@ class ModelForward:
             return from_hidden(hidden, found.head.arguments(hidden))
 
     def _hidden_states(self, model: nn.Module, inputs: ModelInputs) -> HiddenStates | None:
-        """None, with one warning per ModelForward, where the head's product cannot be computed here."""
+        """Run the model up to its head. Return None, with one warning per ModelForward, if the fused head does not support its head."""
         if not self._use_fused_head:
             return None
         try:
             if hasattr(head_of(model).weight, "ds_id"):
-                raise ValueError("DeepSpeed's ZeRO-3 keeps the head's weight in parts.")
+                raise ValueError("DeepSpeed ZeRO-3 partitions the head's weight.")
             return hidden_states_of(model, inputs)
         except ValueError as error:
             self._use_fused_head = False
@@ -197,8 +197,8 @@ class ModelForward:
 
 
 def _scored_positions(model: nn.Module, packed: PackedBatch) -> tuple[ModelInputs, Tensor]:
-    """The model's inputs, and where the scored tokens are in its flattened output, from which positions that score no token are left out
-    if the model can do so (``logits_to_keep``)."""
+    """Return the model's inputs, and the positions of the scored tokens in its flattened output. If the model supports ``logits_to_keep``,
+    columns in which no position scores a token are left out of the output."""
     if "logits_to_keep" not in inspect.signature(inner_model(model).forward).parameters:
         return packed.inputs, packed.scored_at
     width = packed.inputs["input_ids"].shape[1]

@@ -1,6 +1,6 @@
-"""Is a model's head what is assumed of it: a matrix product, a bias, a scale and a soft cap? Two comparisons answer it: the product at one
-position of each row, and what the model makes of known numbers in place of logits. (The logits of a model at the beginning of its training
-are too small to show a soft cap.)
+"""Check that a model's head is a matrix product with a bias, a scale and a soft cap. Two comparisons are made: of the product at one
+position of each row, and of the model's output if known numbers take the place of the head's output. (The logits of an untrained model are
+too small to show a soft cap.)
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from torch import Tensor
 
 __all__ = ["check_head", "probe_values"]
 
-# Largest difference: of the product relative to the largest logit, of what follows it relative to each logit.
+# Largest allowed differences: of the product, relative to the largest logit; of scale and soft cap, relative to each logit.
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 4e-2, torch.float16: 1e-2}
 _LARGEST_PROBE = 1000.0
 
 
 def probe_values(like: Tensor) -> Tensor:  # [B, 1, V] -> [V]
-    """Numbers from -1000 to 1000, more of them near 0."""
+    """Return numbers from -1000 to 1000, denser near 0."""
     return torch.linspace(-1, 1, like.shape[-1], device=like.device).pow(3).mul(_LARGEST_PROBE).to(like.dtype)
 
 
@@ -25,22 +25,22 @@ def check_head(
     model_name: str,
     product: Tensor,  # [B, 1, V], hidden @ weight.T + bias
     head_output: Tensor,  # [B, 1, V], of the model's own head
-    probe_output: Tensor,  # [B, 1, V], what the model made of probe_values in place of the head's output
+    probe_output: Tensor,  # [B, 1, V], the model's logits with probe_values in place of the head's output
     *,
     softcap: float | None,
     logit_scale: float,
 ) -> None:
-    """Compare a model with what is assumed of its head.
+    """Check that a model computes its logits from the hidden states as its weight, bias, scale and soft cap say.
 
     Raises:
-        ValueError: the model does something else to its hidden states.
+        ValueError: the model computes something else.
     """
     difference = _product_difference(product, head_output) or _function_difference(head_output, probe_output, softcap, logit_scale)
     if difference:
         raise ValueError(
             f"the logits of {model_name} are not f(hidden @ weight.T + bias) with f a scale and a soft cap: {difference}. "
-            "Its head does something that is not known here: pass its logits to grpo_loss, or hidden states, weight, softcap and "
-            "logit_scale to linear_grpo_loss."
+            "Its head computes something else, which is not supported: pass its logits to grpo_loss, or hidden states, weight, softcap "
+            "and logit_scale to linear_grpo_loss."
         )
 
 

@@ -1,5 +1,5 @@
-"""The head of a transformers causal language model: its weight, the hidden states that it is called with, and what the model does to its
-logits. No other module of the package looks for a head or captures hidden states.
+"""The head of a transformers causal language model: its weight, the hidden states that it is called with, and the scale and soft cap that
+the model applies to its logits. No other module of the package looks for a head or captures hidden states.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["HeadArguments", "HiddenStates", "LoraAdapter", "ModelHead", "head_of", "hidden_states_of"]
 
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # their names in configurations
-# Names under which configurations keep a factor of the logits, and whether the logits are divided by it.
+# Names of a factor of the logits in configurations, and whether the logits are divided by it.
 _SCALES = (("logit_scale", False), ("output_multiplier", False), ("lm_head_multiplier", False), ("logits_scaling", True))
 _MULTIPLY_BY_LOGITS_SCALING = ("hyperclovax",)  # model types
 _SCALE_NOT_OF_LOGITS = ("minicpm3", "mpt")  # model types that divide the hidden states instead, or ignore the setting
@@ -35,7 +35,7 @@ _verified: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules of heads th
 
 
 class HeadArguments(TypedDict):
-    """The head's share in the arguments of linear_grpo_loss and linear_token_logprobs."""
+    """The arguments of linear_grpo_loss and linear_token_logprobs that follow from the model's head."""
 
     weight: Tensor | Callable[[Tensor], Tensor]
     bias: Tensor | None
@@ -54,13 +54,13 @@ class LoraAdapter(NamedTuple):
 
     @property
     def is_random(self) -> bool:
-        """Whether its dropout is on."""
+        """Whether its dropout is active, so that its output is random."""
         return self.dropout.training and getattr(self.dropout, "p", 0) > 0
 
 
 @dataclass(frozen=True)
 class ModelHead:
-    """What a model does to its last hidden states: ``logits = f(hidden @ weight.T + bias)`` with f as in grpo_loss."""
+    """How a model computes logits from its last hidden states: ``logits = f(hidden @ weight.T + bias)`` with f as in grpo_loss."""
 
     module: nn.Module  # called by the model with the hidden states
     weight: Tensor | nn.Module  # [V, D]; the module itself if it has no such matrix
@@ -70,7 +70,7 @@ class ModelHead:
     adapters: tuple[LoraAdapter, ...] = ()
 
     def arguments(self, hidden: Tensor) -> HeadArguments:
-        """Of linear_grpo_loss and linear_token_logprobs, for these hidden states."""
+        """Return the arguments of linear_grpo_loss and linear_token_logprobs for these hidden states."""
         weight = unpartitioned(self.weight) if isinstance(self.weight, Tensor) else self.weight
         if isinstance(weight, Tensor) and type(weight) not in (Tensor, nn.Parameter):  # sharded: FSDP computes in the dtype of the states
             weight = weight.to(hidden.dtype)
@@ -87,8 +87,8 @@ class ModelHead:
         }
 
     def plain_logits(self, hidden: Tensor, logits: Tensor) -> Tensor:
-        """``hidden @ weight.T + bias`` with LoRA, in the dtype of ``logits``, which the module made of the same hidden states; these
-        themselves where they cannot be computed here: the module has no weight matrix, or its dropout is random."""
+        """Compute ``hidden @ weight.T + bias`` with LoRA, in the dtype of ``logits``, the module's output for the same hidden states.
+        Return ``logits`` unchanged if the module has no weight matrix, or if dropout makes its output random."""
         if not isinstance(self.weight, Tensor) or any(lora.is_random for lora in self.adapters):
             return logits
         bias = None if self.bias is None else _whole(self.bias).to(logits.dtype)
@@ -99,7 +99,7 @@ class ModelHead:
 
 
 def check_model(model: object) -> None:
-    """Raise a TypeError for what is no model, such as the name of one."""
+    """Raise a TypeError unless ``model`` is an nn.Module; a model's name is not."""
     if not isinstance(model, nn.Module):
         fix = f"Load it: AutoModelForCausalLM.from_pretrained({model!r})." if isinstance(model, str) else "Pass the model itself."
         shown = repr(model) if isinstance(model, str) else f"a {type(model).__name__}"
@@ -110,10 +110,10 @@ def head_of(model: nn.Module) -> ModelHead:
     """Find the head of a causal language model of transformers, bare or wrapped by PEFT, data parallelism or torch.compile.
 
     Soft cap and scale are read from the model's configuration (Gemma 2: ``final_logit_softcapping``; Cohere: ``logit_scale``; Granite:
-    ``logits_scaling``; Falcon-H1: ``lm_head_multiplier``). LoRA on the head (PEFT) is taken apart, so that its merged weight is never made.
+    ``logits_scaling``; Falcon-H1: ``lm_head_multiplier``). LoRA on the head (PEFT) is applied separately, without a merged weight.
 
     Raises:
-        ValueError: the model has no head, or one that is more than a matrix.
+        ValueError: the model has no head, or its head is not a single matrix with bias and LoRA.
 
     Example:
         >>> head = head_of(model)  # doctest: +SKIP
@@ -143,7 +143,7 @@ def head_of(model: nn.Module) -> ModelHead:
 
 
 class HiddenStates(NamedTuple):
-    """What a model's forward pass gives to its head."""
+    """The hidden states that a model's forward pass gives to its head."""
 
     hidden: Tensor  # [B, L, D]
     head: ModelHead
@@ -151,16 +151,16 @@ class HiddenStates(NamedTuple):
 
 
 def hidden_states_of(model: nn.Module, model_inputs: ModelInputs, *, forward: Callable[..., ModelOutput] | None = None) -> HiddenStates:
-    """Run the model, and return the hidden states that it passes to its head, and the head. The head inside computes logits of the last
-    position only.
+    """Run the model, and return the hidden states that it passes to its head, and the head. During the forward pass the model's own head
+    computes the logits of the last position only.
 
     Args:
-        model: bare or wrapped. Its own forward is called, so that wrappers (DistributedDataParallel, FSDP, PEFT, hooks) do their work.
-        forward: called in place of the model, by code that is itself part of the wrapped model's forward. Then the check below is left to
-            the caller, because it reads values.
+        model: bare or wrapped. Its own forward is called, so that wrappers (DistributedDataParallel, FSDP, PEFT, hooks) take effect.
+        forward: called in place of the model, by code that is itself part of the wrapped model's forward. The caller is then responsible
+            for the check below, because it reads values.
 
     Raises:
-        ValueError: the model's logits are not what its head's weight, bias, soft cap and scale make of the hidden states. That is checked
+        ValueError: the model's logits do not follow from its hidden states by the head's weight, bias, soft cap and scale. This is checked
             once per head: see `check_head`.
     """
     head = head_of(model)
@@ -187,8 +187,8 @@ def hidden_states_of(model: nn.Module, model_inputs: ModelInputs, *, forward: Ca
 
 @contextmanager
 def _captured_calls(module: nn.Module, *, probe: bool) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Collect the module's input, and its output for the last position, which is all it computes. The model goes on with that output, or
-    with `probe_values` in its place."""
+    """Collect the module's input, and its output for the last position, the only one that it computes. The model continues with that
+    output, or with `probe_values` in its place."""
     calls: list[tuple[Tensor, Tensor]] = []
     forward, of_instance = module.forward, vars(module).get("forward")  # accelerate's hooks are an attribute of the instance
 
@@ -209,8 +209,8 @@ def _captured_calls(module: nn.Module, *, probe: bool) -> Iterator[list[tuple[Te
 
 
 class _BackwardByOutput(torch.autograd.Function):
-    """The identity on the hidden states, whose backward also sends a gradient of 0 to the model's output. From that one FSDP2 and DeepSpeed
-    learn that backward begins, and gather the parameters that they freed after forward."""
+    """The identity on the hidden states, whose backward also sends a gradient of 0 to the model's output. By that gradient FSDP2 and
+    DeepSpeed detect that backward begins, and gather the parameters that they freed after the forward pass."""
 
     @staticmethod
     def forward(ctx: AutogradContext, hidden: Tensor, output: Tensor) -> Tensor:
@@ -243,7 +243,7 @@ def _softcap_and_scale(config: PretrainedConfig) -> tuple[float | None, float]:
 
 
 def _without_lora(module: Any) -> tuple[nn.Module, tuple[LoraAdapter, ...]]:
-    """A head's own layer, and the LoRA adapters of PEFT that are active on it."""
+    """Return the base layer of a head, and the active LoRA adapters of PEFT on it."""
     saved = getattr(module, "modules_to_save", None)
     if isinstance(saved, nn.ModuleDict):  # a copy that is trained whole
         active = [name for name in module.active_adapters if name in saved]

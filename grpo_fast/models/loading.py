@@ -1,4 +1,4 @@
-"""A model and its tokenizer, loaded by name or taken as given, ready to be trained."""
+"""Loading of a model and its tokenizer, by name or from given objects, and their preparation for training."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def load_policy(
     gradient_checkpointing: bool = False,
     disable_dropout: bool = True,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the model and its tokenizer where they are given by name, and prepare both for training.
+    """Load the model and its tokenizer if they are given by name, and prepare both for training.
 
     Args:
         model: a causal language model of transformers, a PEFT model, or the name of one.
-        tokenizer: None = the model's own, by name.
-        peft_config: makes a PEFT model of the model.
-        quantization_config, model_init_kwargs, trust_remote_code: of ``from_pretrained``, for a model given by name.
+        tokenizer: None = the tokenizer of the model's name.
+        peft_config: if given, the model is wrapped in a PEFT model.
+        quantization_config, model_init_kwargs, trust_remote_code: arguments of ``from_pretrained``, for a model given by name.
         half_precision: whether the model is run under autocast in 16 bits, so that flash attention can be chosen.
         gradient_checkpointing: whether it will be on, for which a PEFT model needs gradients of its inputs.
         disable_dropout: set every dropout to 0.
@@ -89,7 +89,7 @@ def _from_pretrained_options(
 
 
 def without_dropout(model: nn.Module) -> None:
-    """Set every dropout to 0: of modules, and of attention, where transformers keeps it as a number."""
+    """Set every dropout to 0: that of modules, and that of attention, which transformers stores as a number."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -1,9 +1,9 @@
-"""From sequences of different lengths to the inputs of a model, with little padding or none, and back to one [N] column of tokens.
+"""Conversion of sequences of different lengths to the inputs of a model, with little or no padding, and back to N completion tokens.
 
-Sequences are laid one after the other into rows, each with positions that begin at 0. From these positions transformers derives an
-attention mask that keeps the sequences apart, provided that it is given neither an attention mask nor a cache. A model that ignores the
-positions would let sequences attend to each other without an error, which is why `packing_leak` measures it. Such a model gets one row
-per sequence, padded on the right, where causal attention does not reach.
+Sequences are placed one after the other in rows, each with positions that begin at 0. From these positions transformers derives an
+attention mask that separates the sequences, provided that it is given neither an attention mask nor a cache. In a model that ignores the
+positions, sequences would attend to each other without an error; `packing_leak` therefore measures it. Such a model gets one row per
+sequence, padded on the right, where causal attention does not look.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class PackedBatch:
     lengths: Tensor  # int64 [S], on the CPU: tokens of each completion
 
     def per_token(self, x: Tensor) -> Tensor:  # [S] -> [N]
-        """Repeat each sequence's number, given on the CPU, for each of its tokens."""
+        """Repeat each sequence's value, given on the CPU, for each of its tokens."""
         return x.repeat_interleave(self.lengths).to(self.token_ids.device)
 
 
 def pack(batch: ForwardBatch, *, layout: Layout, pad_token_id: int, device: torch.device) -> PackedBatch:
-    """Lay out the sequences of a batch.
+    """Arrange the sequences of a batch in rows.
 
     Args:
         layout: ``"one_row"`` (R = 1, no padding, for flash attention), ``"rows"`` (the width is that of the longest sequence, and a row
@@ -65,7 +65,7 @@ def pack(batch: ForwardBatch, *, layout: Layout, pad_token_id: int, device: torc
         scored_at.append(torch.arange(first, first + len(sequence) - len(prompt)))
     if not layout.startswith("padded"):
         for row, end in enumerate(filled):
-            position_ids[row, end:] = torch.arange(width - end)  # the padding is a sequence of its own
+            position_ids[row, end:] = torch.arange(width - end)  # the padding is treated as a separate sequence
     inputs: dict[str, Tensor | int | bool] = {"input_ids": input_ids.to(device), "use_cache": False}
     if layout != "padded_without_positions":
         inputs["position_ids"] = position_ids.to(device)
@@ -83,7 +83,7 @@ def pack(batch: ForwardBatch, *, layout: Layout, pad_token_id: int, device: torc
 
 
 def _places(sizes: Sequence[int], layout: Layout) -> tuple[list[tuple[int, int]], int]:
-    """(row, first column) of each sequence, and the width of the rows."""
+    """Return (row, first column) of each sequence, and the width of the rows."""
     if layout == "one_row":
         starts = torch.tensor([0, *sizes]).cumsum(0).tolist()
         return [(0, start) for start in starts[:-1]], starts[-1]
@@ -92,7 +92,7 @@ def _places(sizes: Sequence[int], layout: Layout) -> tuple[list[tuple[int, int]]
         return [(row, 0) for row in range(len(sizes))], width
     places: list[tuple[int, int]] = [(0, 0)] * len(sizes)
     filled: list[int] = []
-    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):  # the longest first, each into the first row that has room
+    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):  # the longest first, each into the first row with enough space
         row = next((r for r, used in enumerate(filled) if used + sizes[index] <= width), len(filled))
         if row == len(filled):
             filled.append(0)
@@ -102,12 +102,12 @@ def _places(sizes: Sequence[int], layout: Layout) -> tuple[list[tuple[int, int]]
 
 
 def attention_of(model: object) -> str:
-    """The name of the attention implementation that a model runs."""
+    """Return the name of the attention implementation of a model."""
     return str(getattr(getattr(model, "config", None), "_attn_implementation", None) or "eager")
 
 
 def choose_attention(*, half: bool) -> str:
-    """Flash attention where it can be imported, a GPU can run it, and the model computes in the 16 bits that it takes; else sdpa."""
+    """Return flash attention if it can be imported, the GPU supports it, and the model computes in 16 bits, as it requires; else sdpa."""
     if half and torch.cuda.is_available():
         from transformers.utils import import_utils
 
@@ -119,13 +119,13 @@ def choose_attention(*, half: bool) -> str:
 
 
 def takes_positions(model: nn.Module) -> bool:
-    """Whether the model's forward has an argument for positions."""
+    """Return whether the model's forward has an argument for positions."""
     return "position_ids" in inspect.signature(model.forward).parameters
 
 
 @torch.no_grad()
 def packing_leak(model: nn.Module, pad_token_id: int, device: torch.device) -> float:
-    """The largest change of a sequence's logits with the sequence that is packed before it: 0 up to rounding if they are kept apart."""
+    """Return the largest change of a sequence's logits if another sequence is packed before it: 0 up to rounding if they are separated."""
     vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     watched = [token % vocabulary for token in (7, 11, 13, 17, 19)]
     found = []

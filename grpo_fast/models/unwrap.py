@@ -1,4 +1,4 @@
-"""From a wrapped model (PEFT, data parallelism, torch.compile) to the transformers model inside. The package has no other unwrapper."""
+"""Unwrapping: from a wrapped model (PEFT, data parallelism, torch.compile) to the transformers model inside."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _FSDP1 = "FullyShardedDataParallel"
 
 
 def without_wrappers(model: Any) -> Any:
-    """The model without DistributedDataParallel, FSDP, DeepSpeed and torch.compile. A PEFT model stays one."""
+    """Return the model without DistributedDataParallel, FSDP, DeepSpeed and torch.compile. A PEFT model remains a PEFT model."""
     while True:
         inner = getattr(model, "_orig_mod", None)  # torch.compile
         if inner is None and not hasattr(type(model), "generate"):  # of the class: FSDP and DeepSpeed pass attributes of the inner model on
@@ -38,16 +38,16 @@ def without_wrappers(model: Any) -> Any:
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
-    """The transformers model without any wrapper. LoRA layers are part of it and stay in force."""
+    """Return the transformers model without any wrapper. LoRA layers are part of it and stay active."""
     model = without_wrappers(model)
     return without_wrappers(model.get_base_model()) if is_peft(model) else model  # type: ignore[operator]
 
 
 def inner_model(model: nn.Module) -> PreTrainedModel:
-    """`unwrap`, for callers that run the inner model itself.
+    """Return `unwrap(model)`, for callers that run the inner model itself.
 
     Raises:
-        ValueError: the adapter is one of prompt learning, which the inner model does not have.
+        ValueError: the adapter uses prompt learning, which is not part of the inner model.
     """
     peft = without_wrappers(model)
     if is_peft(peft) and any(getattr(config, "is_prompt_learning", False) for config in peft.peft_config.values()):
@@ -59,24 +59,24 @@ def inner_model(model: nn.Module) -> PreTrainedModel:
 
 
 def end_tokens_of(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a completion: the tokenizer's, and those of the model's generation_config."""
+    """Return the tokens that end a completion: the tokenizer's, and those of the model's generation_config."""
     known = getattr(getattr(inner_model(model), "generation_config", None), "eos_token_id", None)
     more = known if isinstance(known, list) else [known]
     return list(dict.fromkeys(token for token in [tokenizer.eos_token_id, *more] if token is not None))
 
 
 def is_peft(model: object) -> bool:
-    """Whether the model is a PEFT model, not wrapped further."""
+    """Return whether the model is a PEFT model without another wrapper."""
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
 def is_fsdp2(module: object) -> bool:
-    """Whether `fully_shard` was applied to the module. An isinstance check would cost a second of imports."""
+    """Return whether `fully_shard` was applied to the module. An isinstance check would take a second of imports."""
     return hasattr(module, "set_requires_gradient_sync") and hasattr(module, "unshard")
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether each process holds a part of the parameters only: then all must make the same number of forward passes."""
+    """Return whether each process holds only a part of the parameters; all must then run the same number of forward passes."""
     while True:
         if type(model).__name__ in (_FSDP1, "DeepSpeedEngine") or any(base.__name__ == "FSDPModule" for base in type(model).__mro__):
             return True
@@ -88,7 +88,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Switch dropout and gradient checkpointing off; afterwards put every module back into the mode that it was in."""
+    """Switch dropout and gradient checkpointing off, and restore the mode of every module afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -99,7 +99,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def whole_parameters(model: Any) -> AbstractContextManager[None]:
-    """A context in which FSDP1's flat parameters outside of the layers are gathered, as `generate` of the inner model needs them."""
+    """Return a context in which FSDP1's flat parameters outside of the layers are gathered, which `generate` of the inner model needs."""
     if type(model).__name__ == _FSDP1:
         return model.summon_full_params(model, recurse=False, writeback=False)
     return nullcontext()

@@ -27,7 +27,7 @@ Batch = dict[str, Any]  # of TRL: tensors, and strings for its log
 
 
 class LossScaling(TypedDict):
-    """The arguments of the loss that decide what its sum over tokens is divided by."""
+    """The arguments of the loss that determine the denominator of its sum over tokens."""
 
     config: LossConfig
     num_items: Tensor | None
@@ -56,8 +56,8 @@ class GRPOTrainer(trl.GRPOTrainer):
 
     Args:
         metrics_on: ``"all"``: TRL's metrics over all tokens. ``"active"``: tokens that cannot change the gradient are not computed at all;
-            the entropy is then the mean over the others, and a masked token counts as not clipped. With use_adaptive_entropy, whose
-            controller needs the entropy of all tokens, ``"active"`` means ``"all"``.
+            the entropy is then the mean over the others, and a token that is not computed counts as not clipped. With
+            use_adaptive_entropy, whose controller needs the entropy of all tokens, ``"active"`` means ``"all"``.
         args, kwargs: those of TRL's GRPOTrainer.
 
     Raises:
@@ -102,7 +102,7 @@ class GRPOTrainer(trl.GRPOTrainer):
             self.generation_kwargs["temperature"] = self._temperature
 
     def _generate_and_score_completions(self, inputs: list[Batch]) -> Batch:
-        sampled_at = torch.tensor(self.temperature, dtype=torch.float64)  # on the CPU, where reading it needs no synchronisation
+        sampled_at = torch.tensor(self.temperature, dtype=torch.float64)  # on the CPU, so that reading it does not synchronise
         return {**super()._generate_and_score_completions(inputs), "temperature": sampled_at}
 
     def _refuse_unsupported(self, model: nn.Module) -> None:
@@ -180,7 +180,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         return loss
 
     def _scaling(self, num_items: Tensor, mode: str, accumulation_steps: int) -> LossScaling:
-        """The arguments of the loss that normalise it: config, num_items (tokens of all micro-batches of all processes) and loss_scale."""
+        """Return the arguments that normalise the loss: config, num_items (tokens of all micro-batches of all processes), loss_scale."""
         coefficient = self._entropy_coef_now()
         config = self._loss_config(coefficient)
         if config.resolved_aggregation != "global_token_mean":
@@ -190,7 +190,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         return {"config": config, "num_items": num_items, "loss_scale": micro_batches / accumulation_steps}
 
     def _advantages(self, head: HeadCall, inputs: Batch, mask: Tensor) -> Tensor:
-        """The advantages, with 0 for the tokens that the off-policy or top-entropy mask leaves out: the head skips tokens without a
+        """Return the advantages, with 0 for the tokens that the off-policy or top-entropy mask excludes: the head skips tokens without a
         gradient."""
         advantages = inputs["advantages"]
         if self.top_entropy_quantile >= 1.0 and self.off_policy_mask_threshold is None:
@@ -235,7 +235,8 @@ class GRPOTrainer(trl.GRPOTrainer):
             self._metrics[mode]["entropy_coef"].append(self.entropy_coef)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """TRL's own, after the metrics of the micro-batches since the last call were read with one synchronisation and one collective."""
+        """Call TRL's log, after the metrics of the micro-batches since the last call are read with one synchronisation and one
+        collective."""
         mode = "train" if self.model.training else "eval"
         unlogged, self._unlogged[mode] = self._unlogged[mode], []
         if unlogged:

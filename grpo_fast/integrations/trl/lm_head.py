@@ -30,7 +30,7 @@ class HeadCall(NamedTuple):
     in_float32: bool  # cast_lm_head_to_fp32
 
     def loss(self, token_ids: Tensor, advantages: Tensor, **options: Any) -> GRPOOutput:
-        """linear_grpo_loss of the last T tokens, token_ids [B, T]; ``options`` are those of linear_grpo_loss."""
+        """Compute linear_grpo_loss of the last T tokens, token_ids [B, T]; ``options`` are those of linear_grpo_loss."""
         hidden = self._hidden_of(token_ids)
         with self._autocast():
             return linear_grpo_loss(
@@ -43,7 +43,7 @@ class HeadCall(NamedTuple):
             )
 
     def logprobs(self, token_ids: Tensor, mask: Tensor) -> TokenLogprobs:
-        """linear_token_logprobs of the last T tokens; token_ids and mask [B, T]."""
+        """Compute linear_token_logprobs of the last T tokens; token_ids and mask [B, T]."""
         hidden = self._hidden_of(token_ids)
         with self._autocast():
             return linear_token_logprobs(
@@ -77,7 +77,11 @@ def install_head_forward(model: nn.Module, temperature: Callable[[], float], in_
         aux_loss = output.aux_loss if kwargs.get("output_router_logits") else None
         if callable(fused_lm_head):
             out = fused_lm_head(call)
-            return out.loss, out, aux_loss  # the loss as a tensor of its own, because some wrappers do not look into dataclasses
+            return (
+                out.loss,
+                out,
+                aux_loss,
+            )  # the loss also as a separate tensor, because some wrappers do not search dataclasses for tensors
         assert labels is not None  # TRL's own call
         targets = labels[:, 1:].to(hidden.device)
         scored = call.logprobs(targets, targets != -100)
@@ -109,12 +113,12 @@ def fused_lm_head() -> Iterator[None]:
 
 
 def _skip_unlabelled(device: torch.device) -> bool:
-    """In place of TRL's ``_use_triton``, which decides whether positions without a label are left out or scored and discarded."""
+    """Replaces TRL's ``_use_triton``, which decides whether positions without a label are skipped, or scored and discarded."""
     return True
 
 
 class FusedLogProbFunction:
-    """Stands in for TRL's ``_ChunkedLogProbFunction``: same arguments and results."""
+    """Replaces TRL's ``_ChunkedLogProbFunction``, with the same arguments and results."""
 
     @staticmethod
     def apply(
@@ -128,7 +132,7 @@ class FusedLogProbFunction:
         logit_scale: float = 1.0,
         outputs: tuple[str, ...] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """Log-probabilities [N], and the statistics that ``outputs`` names, else None.
+        """Return log-probabilities [N], and the statistics that ``outputs`` names; None for the others.
 
         Raises:
             ValueError: DeepSpeed has partitioned the weight.
@@ -157,7 +161,7 @@ def _other_statistics(
     softcap: float | None,
     logit_scale: float,
 ) -> dict[str, Tensor]:
-    """The statistics that SFT and DPO log, in a separate pass over chunks; logits have the dtype of the hidden states, as in TRL."""
+    """Compute the statistics that SFT and DPO log, in a separate pass over chunks; logits have the dtype of the hidden states."""
     rows = max(1, _STATISTICS_ROWS // weight.shape[0])
     weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
     log_sum_sq_probs = hidden.new_empty(targets.shape, dtype=torch.float32)

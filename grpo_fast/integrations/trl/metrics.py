@@ -19,14 +19,14 @@ __all__ = ["Metric", "MetricBatch", "MicroBatchMetrics", "append_reduced"]
 
 
 class Metric(NamedTuple):
-    """A metric, and how the values of several processes become one: mean (of a sum and a count), min, max, or average."""
+    """A metric, and how the values of several processes are reduced: mean (of a sum and a count), min, max, or average."""
 
     name: str
     reduction: str
 
     @property
     def size(self) -> int:
-        """How many values it has in each process."""
+        """The number of its values in each process."""
         return 2 if self.reduction == "mean" else 1
 
 
@@ -64,7 +64,7 @@ class MicroBatchMetrics:
         self.values += [value.float() for value in values]
 
     def batch(self) -> MetricBatch:
-        """All metrics, in one tensor."""
+        """Return all metrics in one tensor."""
         return tuple(self.metrics), torch.stack(self.values)
 
     @torch.no_grad()

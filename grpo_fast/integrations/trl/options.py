@@ -1,4 +1,4 @@
-"""Which options of TRL's GRPOConfig this package's GRPOTrainer honours."""
+"""The options of TRL's GRPOConfig that this package's GRPOTrainer supports."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _READ_BY_TRL = {  # of generation, rewards, advantages and logging: the code bef
 
 
 def refuse_unknown_options(args: trl.GRPOConfig) -> None:
-    """Raise a ValueError for an option of GRPOConfig that is neither read here nor by TRL's own code, and that is not at its default."""
+    """Raise a ValueError for an option of GRPOConfig that is not at its default and is read neither by this package nor by TRL's code."""
     known = {*_READ_HERE, *_READ_BY_TRL, *(field.name for field in dataclasses.fields(TrainingArguments))}
     for field in dataclasses.fields(trl.GRPOConfig):
         if field.name not in known and getattr(args, field.name) != field.default:
