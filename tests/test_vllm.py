@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import re
 import socket
 import sys
 import threading
@@ -21,7 +22,7 @@ pytest.importorskip("transformers", reason="the stand-in server is backed by a t
 
 from vllm_stand_in import SHUTDOWN, TRANSFER, StandIn, serving, vllm_installed
 
-from grpo_fast.generation import Completion, SamplerError, SamplingParams, make_sampler, vllm_http
+from grpo_fast.generation import Completion, SamplerError, SamplingParams, WeightsLostError, make_sampler, vllm_http
 from grpo_fast.generation.merged_weights import merged_state_dict
 from grpo_fast.generation.vllm import VLLMSampler
 from grpo_fast.generation.vllm_http import ServerClient
@@ -757,3 +758,103 @@ def test_the_patience_is_a_setting(tmp_path: Path) -> None:
         run.train()
     with pytest.raises(ValueError, match="sampler_tolerance_patience is 0; expected a whole number of at least 1"):
         config(tmp_path, sampler_tolerance_patience=0)
+
+
+# --- a server that loses its weights ---------------------------------------------------------------------------------------------------
+
+
+def test_a_server_that_was_restarted_is_noticed(stand_in: StandIn, url: str) -> None:
+    sampler = connect(url)
+    sampler.generate(PROMPTS, params(TEMPERATURES))  # before any weights were sent there are none to lose
+    sampler.update_weights(tiny(1), 1)
+    sampler.generate(PROMPTS, params(TEMPERATURES))
+    stand_in.restart()
+    with pytest.raises(WeightsLostError, match=r"has the weights 'default'; expected 'grpo_fast-1-.*not used"):
+        sampler.generate(PROMPTS, params(TEMPERATURES))
+    sampler.update_weights(tiny(1), 1)
+    assert_drawn_from(tiny(1), sampler.generate(PROMPTS, params(TEMPERATURES))[0], not_from=tiny(0))
+    stand_in.weight_version = "of another trainer"
+    with pytest.raises(WeightsLostError, match="'of another trainer'"):
+        sampler.generate(PROMPTS, params(TEMPERATURES))
+    sampler.close()
+
+
+def test_a_restart_while_weights_are_sent_is_noticed(stand_in: StandIn, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it happens before the server has read the weights or after: their name is lost with it."""
+    sampler = connect(url)
+    reload = stand_in.reload
+    monkeypatch.setattr(stand_in, "reload", lambda body: (stand_in.restart(), reload(body))[1])
+    sampler.update_weights(tiny(1), 1)
+    with pytest.raises(WeightsLostError):
+        sampler.generate(PROMPTS, params(TEMPERATURES))
+    monkeypatch.setattr(stand_in, "reload", lambda body: (reload(body), stand_in.restart())[0])
+    sampler.update_weights(tiny(1), 1)
+    with pytest.raises(WeightsLostError):
+        sampler.generate(PROMPTS, params(TEMPERATURES))
+    sampler.close()
+
+
+def test_without_names_a_lost_connection_counts_as_a_restart() -> None:
+    stand_in = StandIn(tiny(), versions=False)
+    with serving(stand_in) as address:
+        sampler = connect(address)
+        sampler.update_weights(tiny(1), 1)
+        sampler.generate(PROMPTS, params(TEMPERATURES))
+        stand_in.faults = ["broken"]
+        with pytest.raises(WeightsLostError, match="a connection was lost since the weights were sent"):
+            sampler.generate(PROMPTS, params(TEMPERATURES))
+        sampler.update_weights(tiny(1), 1)
+        sampler.generate(PROMPTS, params(TEMPERATURES))
+        sampler.close()
+
+
+@pytest.mark.parametrize("versions", [True, False])
+def test_the_trainer_sends_lost_weights_again(tmp_path: Path, versions: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """A server that is restarted in the middle of the second rollout: every step is trained on completions of its own weights."""
+    from trainer_cases import model, trainer
+
+    stand_in = StandIn(model(3).eval(), versions=versions)
+    with serving(stand_in) as address:
+        stand_in.restart_at = 2 + 16 + 7  # two requests check the temperature, and a rollout has 16
+        if not versions:
+            stand_in.faults = [""] * (stand_in.restart_at - 1) + ["broken"]
+        options = {"url": address, "weight_sync": "disk", "concurrency": 4}
+        run = trainer(
+            tmp_path,
+            rewards=_dead_until(0),
+            sampler_options=options,
+            use_vllm=True,
+            vllm_server_base_url=address,
+            max_steps=3,
+            learning_rate=0.05,
+            sampler_tolerance=1e-3,
+        )
+        run.train()
+    gaps = [record["sampling/sampling_logp_difference/max"] for record in run.state.log_history if "loss" in record]
+    assert len(gaps) == 3 and max(gaps) < 1e-4
+    assert stand_in.calls.count("/collective_rpc") == 4
+    assert sum("sent again" in record.getMessage() for record in caplog.records) == 1
+    assert all(record["step_time/weight_sync"] > 0 for record in run.state.log_history if "loss" in record)
+
+
+def test_a_model_of_other_sizes_is_refused_before_weights_are_sent(stand_in: StandIn, url: str) -> None:
+    for name, value in (("vocab_size", 31), ("hidden_size", 32), ("num_hidden_layers", 3)):
+        other = tiny()
+        setattr(other.config, name, value)
+        sampler = connect(url, other)
+        with pytest.raises(SamplerError, match=rf"server's model has {name} = \d+, the one that is trained {value}; .*Nothing was sent"):
+            sampler.update_weights(other, 1)
+        sampler.close()
+    assert "/collective_rpc" not in stand_in.calls
+
+
+def test_a_client_that_waits_says_so(stand_in: StandIn, url: str, caplog: pytest.LogCaptureFixture) -> None:
+    sampler = connect(url)
+    sampler.generate([[5]], params([1.0]))
+    assert caplog.records == []
+    stand_in.faults = ["500"] * 4
+    sampler.generate([[5]], params([1.0]))
+    said = [record.getMessage() for record in caplog.records if "Waiting" in record.getMessage()]
+    assert len(said) == 1 and said[0].startswith(f"{url}: the server answers 500: ")
+    assert re.search(r"engine says no.*Waiting for the server, for up to \d\d s more \(retry_seconds\)\.$", said[0])
+    sampler.close()

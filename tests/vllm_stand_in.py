@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 import threading
@@ -32,8 +33,12 @@ class StandIn:
     connection closes before the announced length), "other prompt", "short" (a finish_reason that does not fit), "no logprobs".
     """
 
-    def __init__(self, model: Any, *, logprobs_mode: str = "processed_logprobs", dev_mode: bool = True) -> None:
+    def __init__(self, model: Any, *, logprobs_mode: str = "processed_logprobs", dev_mode: bool = True, versions: bool = True) -> None:
         self.model, self.logprobs_mode, self.dev_mode = model, logprobs_mode, dev_mode
+        self.versions = versions  # whether it names its weights, as vLLM 0.32 does and older ones do not
+        self.base, self.weight_version = copy.deepcopy(model), "default"
+        self.version_calls: list[str] = []  # /weight_info, /update_weight_version and questions about the model
+        self.restart_at = -1  # the request for a completion at which it is restarted
         self.faults: list[str] = []
         self.change: Callable[[dict[str, Any]], Any] | None = None  # what it makes of each answer
         self.requests: list[dict[str, Any]] = []  # of completions
@@ -93,6 +98,18 @@ class StandIn:
                 }
             ],
         }
+
+    def restart(self) -> None:
+        """It has the weights that it was started with, and their name."""
+        with self.lock:
+            self.model, self.weight_version, self.phase = copy.deepcopy(self.base), "default", ""
+
+    def inspection(self) -> dict[str, Any]:
+        """What ``get_model_inspection`` of vLLM 0.32 prints, as far as the client reads it."""
+        config = self.model.config
+        vocabulary = f"num_embeddings={config.vocab_size + 3}, embedding_dim={config.hidden_size}, org_vocab_size={config.vocab_size}"
+        layers = f"(layers): ModuleList()(\n (0-{config.num_hidden_layers - 1}): {config.num_hidden_layers} x Qwen2DecoderLayer()(\n"
+        return {"results": [f"Qwen2ForCausalLM()(\n (embed_tokens): VocabParallelEmbedding({vocabulary}, tp_size=1)\n {layers})))"]}
 
     def reload(self, body: dict[str, Any]) -> dict[str, Any]:
         from transformers import AutoModelForCausalLM
@@ -209,7 +226,13 @@ def serving(stand_in: StandIn) -> Iterator[str]:
 
         def do_GET(self) -> None:
             stand_in.calls.append(self.path)
-            if self.path == "/v1/models":
+            if self.path == "/weight_info" and stand_in.versions and stand_in.dev_mode:
+                stand_in.version_calls.append(stand_in.calls.pop())
+                self.answer(200, {"weight_version": stand_in.weight_version})
+            elif self.path == "/weight_info":
+                stand_in.version_calls.append(stand_in.calls.pop())
+                self.answer(404, {"detail": "Not Found"})
+            elif self.path == "/v1/models":
                 self.answer(200, {"data": [{"id": "stand-in"}]})
             elif self.path == "/get_world_size" and stand_in.dev_mode:
                 self.answer(200, {"world_size": 2})
@@ -221,8 +244,15 @@ def serving(stand_in: StandIn) -> Iterator[str]:
             if self.path == "/v1/completions":
                 self.completions(body)
                 return
-            stand_in.calls.append(self.path)
-            if not stand_in.dev_mode:
+            asked = self.path == "/update_weight_version" or body.get("method") == "get_model_inspection"
+            (stand_in.version_calls if asked else stand_in.calls).append(self.path)
+            if asked and stand_in.dev_mode and stand_in.versions:
+                if body.get("method"):
+                    self.answer(200, stand_in.inspection())
+                else:
+                    stand_in.weight_version = body["new_version"]
+                    self.answer(200, {"success": True, "new_version": body["new_version"]})
+            elif not stand_in.dev_mode:
                 self.answer(404, {"detail": "Not Found"})
             elif self.path == "/collective_rpc":
                 try:
@@ -244,6 +274,8 @@ def serving(stand_in: StandIn) -> Iterator[str]:
 
         def completions(self, body: dict[str, Any]) -> None:
             stand_in.requests.append(body)
+            if len(stand_in.requests) == stand_in.restart_at:
+                stand_in.restart()
             with stand_in.lock:
                 fault = stand_in.faults.pop(0) if stand_in.faults else None
             if fault in ("500", "400"):

@@ -13,13 +13,23 @@ import inspect
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
-from grpo_fast.generation.protocol import Completion, Sampler, SamplerError, SamplingParams
+from grpo_fast.generation.protocol import Completion, Sampler, SamplerError, SamplingParams, WeightsLostError
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["SAMPLERS", "Completion", "Sampler", "SamplerError", "SamplingParams", "check_options", "make_sampler", "sampler_class"]
+__all__ = [
+    "SAMPLERS",
+    "Completion",
+    "Sampler",
+    "SamplerError",
+    "SamplingParams",
+    "WeightsLostError",
+    "check_options",
+    "make_sampler",
+    "sampler_class",
+]
 
 SAMPLERS = ("transformers", "continuous_batching", "vllm")
 

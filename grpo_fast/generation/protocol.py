@@ -11,11 +11,15 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-__all__ = ["Completion", "Sampler", "SamplerError", "SamplingParams", "check_prompts", "end_tokens"]
+__all__ = ["Completion", "Sampler", "SamplerError", "SamplingParams", "WeightsLostError", "check_prompts", "end_tokens"]
 
 
 class SamplerError(RuntimeError):
     """A sampler could not draw completions. The message says what was called, what came back, and how to fix it."""
+
+
+class WeightsLostError(SamplerError):
+    """Completions may have been drawn under other weights than the last that were sent. Fix: `update_weights`, then `generate` again."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from grpo_fast.generation.protocol import Completion, SamplerError, SamplingParams, check_prompts, end_tokens
 from grpo_fast.generation.vllm_answer import START_COMMAND, AnswerReader, is_count
 from grpo_fast.generation.vllm_http import ServerClient
+from grpo_fast.generation.vllm_versions import WeightVersions
 from grpo_fast.generation.vllm_weights import WeightSync, make_weight_sync
 from grpo_fast.models.unwrap import unwrap
 
@@ -88,6 +89,7 @@ class VLLMSampler:
         self._logprobs_checked = False
         try:
             self.served_model = served_model or self._listed_model()
+            self._versions = WeightVersions(self.server, enabled=weight_sync != "none")
         except BaseException:
             self.close()
             raise
@@ -97,6 +99,7 @@ class VLLMSampler:
 
         Raises:
             ValueError: ``params`` do not fit the prompts, or vLLM would raise a temperature.
+            WeightsLostError: the server may have drawn under other weights than those of the last `update_weights`: it was restarted.
             SamplerError: the server does not answer, or its answer is wrong.
         """
         check_prompts(prompts, params)
@@ -119,6 +122,7 @@ class VLLMSampler:
         for future in futures:
             if not future.cancelled() and (error := future.exception()) is not None:
                 raise error
+        self._versions.check()
         return [future.result() for future in futures]
 
     def update_weights(self, model: PreTrainedModel | nn.Module, step: int) -> None:
@@ -126,7 +130,11 @@ class VLLMSampler:
 
         Every process must call it: the first sends the weights, the others take part in gathering sharded ones, and all wait for the end.
         """
+        version, same_server = self._versions.begin(model, step)
+        if not same_server:
+            self._sync.close()  # a server that was restarted is not in the NCCL group
         self._sync.send(model, step)
+        self._versions.finish(version)
 
     def close(self) -> None:
         """Close connections and threads, and remove the folder of the weights. The server keeps running, and keeps its weights.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
 import time
@@ -13,11 +14,18 @@ import httpx
 
 from grpo_fast.generation.protocol import SamplerError
 
-__all__ = ["ServerClient"]
+__all__ = ["NotServedError", "ServerClient"]
+
+logger = logging.getLogger("grpo_fast")
+NOTICE_SECONDS = 30.0  # between two messages that the client waits for the server
 
 _BUSY = (429, 500, 502, 503, 504)  # a server that starts, restarts or is overloaded; any other status is its answer
 _DEV_MODE = "Fix: start the server with VLLM_SERVER_DEV_MODE=1 in its environment; without it vLLM does not serve this address."
 LARGEST_ANSWER = 64 << 20  # bytes; a completion of 100,000 tokens with its log-probabilities has about 5 MB
+
+
+class NotServedError(SamplerError):
+    """The server does not serve an address: an older version, or not in development mode."""
 
 
 class ServerClient:
@@ -54,6 +62,8 @@ class ServerClient:
         self._headers = headers
         self._connections: _Connections | None = None
         self._lock = threading.Lock()
+        self._next_notice = 0.0
+        self.lost_connections = 0  # how often a connection was refused or broke
 
     def get(self, path: str) -> Any:
         """Send a GET request and return the decoded JSON of the answer; see `post`."""
@@ -103,8 +113,20 @@ class ServerClient:
                     raise SamplerError(
                         f"{method} {self.url}{path}: {failure.reason}, after {tries} tries. {failure.fix}"
                     ) from failure.__cause__
+                failure_reason = failure.reason
+            if tries > 2:
+                self._say_waiting(failure_reason, deadline)
             time.sleep(pause)
             pause = min(2 * pause, 5.0)
+
+    def _say_waiting(self, reason: str, deadline: float) -> None:
+        """Say that requests wait for the server, once for all that wait at a time."""
+        now = time.monotonic()
+        with self._lock:
+            if now < self._next_notice:
+                return
+            self._next_notice = now + NOTICE_SECONDS
+        logger.warning("%s: %s. Waiting for the server, for up to %.0f s more (retry_seconds).", self.url, reason, deadline - now)
 
     def _attempt(self, client: httpx.Client, method: str, path: str, payload: bytes | None) -> Any:
         late = _RetryableError(
@@ -114,11 +136,13 @@ class ServerClient:
             with client.stream(method, self.url + path, content=payload) as response:
                 status, text = response.status_code, self._body(response, late)
         except httpx.ConnectError as error:
+            self.lost_connections += 1
             reason = "connection refused" if "refused" in str(error).lower() else f"no connection ({error})"
             raise _RetryableError(reason, "Is the server up? Start it: vllm serve MODEL --port PORT.", sent=False) from error
         except httpx.TimeoutException as error:
             raise late from error
         except httpx.TransportError as error:
+            self.lost_connections += 1
             reason = f"the connection broke ({type(error).__name__}: {error})"
             raise _RetryableError(reason, "Did the server stop? Its log has the reason.") from error
         if status in _BUSY:
@@ -126,7 +150,8 @@ class ServerClient:
             raise _RetryableError(f"the server answers {status}: {_excerpt(text)}", fix)
         if status >= 400:
             fix = _DEV_MODE if status in (404, 405) and not path.startswith("/v1") else "The server refused the request: see its message."
-            raise SamplerError(f"{method} {self.url}{path}: the server answers {status}: {_excerpt(text)}. {fix}")
+            kind = NotServedError if status in (404, 405) else SamplerError
+            raise kind(f"{method} {self.url}{path}: the server answers {status}: {_excerpt(text)}. {fix}")
         try:
             return json.loads(text) if text.strip() else None
         except (ValueError, RecursionError) as error:

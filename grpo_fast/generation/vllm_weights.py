@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +24,10 @@ from grpo_fast.models.unwrap import inner_model, is_peft, is_sharded
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["WEIGHT_SYNCS", "DiskSync", "NCCLSync", "NoSync", "WeightSync", "make_weight_sync"]
+__all__ = ["WEIGHT_SYNCS", "DiskSync", "NCCLSync", "NoSync", "WeightSync", "make_weight_sync", "run_on_first"]
 
 logger = logging.getLogger("grpo_fast")
+T = TypeVar("T")
 WEIGHT_SYNCS = ("auto", "nccl", "disk", "none")
 
 
@@ -231,3 +232,17 @@ def _run_on_all(act: Callable[[], object]) -> None:
             failure = SamplerError(f"process 0: {messages[0]}")
     if failure is not None:
         raise failure
+
+
+def run_on_first(act: Callable[[], T]) -> T:
+    """Call ``act`` in the first process, and return its result in all; if it fails, all raise."""
+    results: list[T | None] = [None]
+
+    def run() -> None:
+        if _rank() == 0:
+            results[0] = act()
+
+    _run_on_all(run)
+    if _distributed():
+        torch.distributed.broadcast_object_list(results, src=0)
+    return cast("T", results[0])

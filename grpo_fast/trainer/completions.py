@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from grpo_fast.data.prompts import encode_prompt
-from grpo_fast.generation import Completion, SamplingParams
+from grpo_fast.generation import Completion, SamplerError, SamplingParams, WeightsLostError
 from grpo_fast.models.unwrap import end_tokens_of, is_sharded
 from grpo_fast.trainer.prompt_source import Row
 from grpo_fast.trainer.rollout import Rollout
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
     from grpo_fast.trainer.grpo_trainer import GRPOTrainer
 
 __all__ = ["CompletionRunner", "GeneratedCompletion"]
+
+logger = logging.getLogger("grpo_fast")
+ATTEMPTS = 3  # to draw completions from a sampler that loses its weights
 
 
 class GeneratedCompletion(NamedTuple):
@@ -63,7 +68,6 @@ class CompletionRunner:
             ValueError: the sampler returned another number of completions.
         """
         trainer, tokenizer = self.trainer, self.trainer.processing_class
-        self._send_weights()
         prompts = self._encode(rows)
         # A sharded model needs every process in each forward pass: a process without rows draws a completion that nobody uses.
         unused = int(not rows and is_sharded(trainer.model_wrapped))
@@ -79,8 +83,7 @@ class CompletionRunner:
             eos_token_id=end_tokens_of(trainer.model, tokenizer),
             pad_token_id=tokenizer.pad_token_id,
         )
-        with trainer.metrics.timed("step_time/generate"), trainer.model_forward.unsharded(trainer.model_wrapped):
-            drawn = trainer.sampler.generate(prompts, params) if prompts else []
+        drawn = self._draw(prompts, params)
         drawn = drawn[: len(drawn) - unused]
         if len(drawn) != len(rows):
             raise ValueError(f"the sampler returned {len(drawn)} completions for {len(rows)} prompts; expected one for each, in order.")
@@ -128,10 +131,30 @@ class CompletionRunner:
                 each.extra[name] = value
         return table.values
 
+    def _draw(self, prompts: list[list[int]], params: SamplingParams) -> list[Completion]:
+        """Draw completions under the current weights: if the sampler has lost them in any process, all send them again and draw again."""
+        trainer = self.trainer
+        for _ in range(ATTEMPTS):
+            self._send_weights()
+            drawn, lost = [], None
+            with trainer.metrics.timed("step_time/generate"), trainer.model_forward.unsharded(trainer.model_wrapped):
+                try:
+                    drawn = trainer.sampler.generate(prompts, params) if prompts else []
+                except WeightsLostError as error:
+                    lost = error
+            losses = [message for message in gather_object([None if lost is None else str(lost)]) if message]
+            if not losses:
+                return drawn
+            self.forget_weights()
+            if trainer.accelerator.is_main_process:
+                logger.warning("%s The weights are sent again, and the completions drawn again.", losses[0])
+        raise lost or SamplerError(losses[0])
+
     def _send_weights(self) -> None:
         trainer = self.trainer
         if self._weights_step != trainer.state.global_step:
-            trainer.sampler.update_weights(trainer.model_wrapped, trainer.state.global_step)
+            with trainer.metrics.timed("step_time/weight_sync"):
+                trainer.sampler.update_weights(trainer.model_wrapped, trainer.state.global_step)
             self._weights_step = trainer.state.global_step
 
     def _encode(self, rows: Sequence[Row]) -> list[list[int]]:
