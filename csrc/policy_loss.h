@@ -136,7 +136,7 @@ GF_HOST_DEVICE inline Dual<Real> kl_penalty(Real logprob, Real ref_logprob, cons
 template <typename Real>
 GF_HOST_DEVICE inline PolicyTerms<Real> policy_terms(Real logprob, Real entropy, const PolicyToken<Real>& token,
                                                      const PolicyLossConfig& config) {
-  Real log_ratio = token.has_old ? logprob - token.old_logprob : Real(0), log_ratio_slope = 1;
+  Real log_ratio = logprob - (token.has_old ? token.old_logprob : logprob), log_ratio_slope = 1;  // on-policy: 0, or NaN for a NaN
   const Real impossible = -Real(INFINITY);
   if (logprob == impossible && (!token.has_old || token.old_logprob == impossible)) log_ratio = log_ratio_slope = 0;  // not inf - inf
   const Dual<Real> clamped = clamped_log(log_ratio, log_ratio_slope, Real(config.log_ratio_clamp));

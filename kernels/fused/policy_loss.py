@@ -91,7 +91,7 @@ def policy_terms(
     SURROGATE: tl.constexpr, HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr,
 ):  # fmt: skip
     """Return (loss, g, h, ratio, kl, clip_low, clip_high). Without HAS_OLD a token is on-policy: the log-ratio is 0 and has a gradient."""
-    log_ratio = tl.zeros_like(logprob)
+    log_ratio = tl.where(logprob == logprob, 0.0, logprob)  # on-policy: 0, or NaN for an id out of range, which the loss must show
     impossible = logprob == float("-inf")
     if HAS_OLD:
         impossible &= old_logprob == float("-inf")
