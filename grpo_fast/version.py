@@ -1,3 +1,3 @@
-"""The version of the package, for setup and for whatever writes it into a result."""
+"""The version of the package, for setup.py and for result files."""
 
 __version__ = "0.1.0"

@@ -177,6 +177,6 @@ def _message(role: str, content: str) -> dict[str, str]:
 def _load_reward(name: str, task: Task | None) -> Reward:
     if name == "task":
         if task is None:
-            raise SettingsError("rewards has 'task', and the dataset is no task, which brings its own reward; expected other rewards.")
+            raise SettingsError("rewards has 'task', but the dataset is not a task with its own reward; expected other rewards.")
         return task.reward
     return load_reward(name)

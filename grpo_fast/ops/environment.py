@@ -1,4 +1,4 @@
-"""The description of this machine that every result file and figure carries."""
+"""The description of this machine that every result file and figure contains."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def load_prebuilt() -> bool:
     global _status, _prebuilt_failure
     if _status is not None:
         return _status.loaded
-    # Only in this package: the path may hold an editable installation with an extension of its own.
+    # Only in this package: sys.path may contain an editable installation with another extension.
     spec = PathFinder.find_spec("grpo_fast._C", [str(_PACKAGE)])
     if spec is None or spec.origin is None:
         _prebuilt_failure = "this installation of grpo_fast has no compiled extension"

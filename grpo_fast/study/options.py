@@ -1,4 +1,4 @@
-"""Settings that both studies have, temperatures and counts, checked before anything is loaded."""
+"""Settings of both studies (temperatures and counts), checked before anything is loaded."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ _LEAF_OBJECT = re.compile(r"\{\n([^{}\[\]]*)\}")
 
 
 class StoredStudy(NamedTuple):
-    """What the files of a study hold."""
+    """The content of the files of a study."""
 
     measurements: JSONObject  # with the list of finished parts, which new parts are appended to
     result: JSONObject | None  # the published result, if it answers the whole question and the measurements are not there
@@ -66,7 +66,7 @@ def load_study(path: Path, new: JSONObject, study: str, *, part_keys: Sequence[s
             no file, or if a quick study replaces another quick study.
         study: its name, for messages.
         part_keys: keys that every finished part must have.
-        question: keys of the result, and the values that they must have for the result to answer what is asked.
+        question: keys of the result, and the values that they must have for the result to answer the current command.
 
     Raises:
         SettingsError: a file holds something else, or a study with other options, or a result that does not answer the question.
@@ -125,7 +125,7 @@ def _read(file: Path, new: JSONObject, parts_key: str, study: str, part_keys: Se
 
 
 def _is_study(content: object, new: JSONObject, parts_key: str, part_keys: Sequence[str]) -> bool:
-    """Whether this is the result, or the measurements, of such a study, whatever its options."""
+    """Return whether this is the result, or the measurements, of a study of this kind, with any options."""
     if not isinstance(content, dict) or content.get("kind") != new["kind"]:
         return False
     if not all(isinstance(content.get(name), type(value)) for name, value in new.items() if name not in ("quick", parts_key)):

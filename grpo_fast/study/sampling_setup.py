@@ -234,7 +234,7 @@ def _correctness_index(options: SamplingOptions, runner: RewardRunner, rewards: 
 
 
 def _coherence_reward(rewards: Sequence[Reward]) -> CoherenceReward | None:
-    """Return the one that is asked for, or one that matches the format reward."""
+    """Return the coherence reward among the rewards, or one that matches the format reward."""
     for reward in rewards:
         if isinstance(reward, CoherenceReward):
             return reward

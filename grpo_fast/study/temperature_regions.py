@@ -61,7 +61,7 @@ class TemperaturePoint:
 
 @dataclass(frozen=True)
 class ClassifiedTemperature:
-    """A temperature and the region that it lies in."""
+    """A temperature and its region."""
 
     temperature: float
     region: str

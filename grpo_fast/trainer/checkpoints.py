@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AtomicCheckpointTrainer", "last_checkpoint", "missing_from"]
 
-STATE = "grpo_state.json"  # what a GRPO run needs beside the model, the optimizer and transformers' own state
+STATE = "grpo_state.json"  # the state of a GRPO run besides the model, the optimizer and transformers' own state
 UNFINISHED = ".unfinished"  # folder in output_dir in which checkpoints are written
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 
@@ -34,7 +34,7 @@ logger = logging.get_logger(__name__)
 
 
 def missing_from(checkpoint: str | Path) -> str | None:
-    """What a checkpoint lacks for a run to resume from it, in words; None if it is complete."""
+    """Return a description of the files that a checkpoint lacks for resuming; None if it is complete."""
     checkpoint = Path(checkpoint)
     for name in ("trainer_state.json", STATE):
         try:
@@ -48,7 +48,7 @@ def missing_from(checkpoint: str | Path) -> str | None:
 
 
 def last_checkpoint(output_dir: str | Path) -> str | None:
-    """The newest complete checkpoint of a run, or None. Incomplete ones are skipped with a warning."""
+    """Return the newest complete checkpoint of a run, or None. Incomplete ones are skipped with a warning."""
     found = [
         (int(match[1]), path) for path in Path(output_dir).glob("checkpoint-*") if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
     ]
@@ -63,14 +63,14 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
 class AtomicCheckpointTrainer(Trainer):
     """transformers' ``Trainer`` with checkpoints that are complete or absent.
 
-    A subclass adds files of its own with ``save_extra_state(folder)``, which every process calls before the checkpoint is renamed, and
+    A subclass adds files with ``save_extra_state(folder)``, which every process calls before the checkpoint is renamed, and
     reads them with ``load_extra_state(folder)`` before training resumes.
     """
 
     _staging: Path | None = None  # while a checkpoint is written: the folder that stands in for output_dir
 
     def save_extra_state(self, folder: Path) -> None:
-        """Write what else a checkpoint needs into its folder. Called in every process."""
+        """Write the additional files of a checkpoint into its folder. Called in every process."""
         raise NotImplementedError
 
     def load_extra_state(self, folder: Path) -> None:

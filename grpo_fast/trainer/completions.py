@@ -36,14 +36,14 @@ class GeneratedCompletion(NamedTuple):
 
 
 class CompletionRunner:
-    """Draws and scores completions for a trainer: with its sampler, tokenizer, rewards and reference policy, and into its metrics."""
+    """Draws and scores completions with a trainer's sampler, tokenizer, rewards and reference policy, and adds metrics to the trainer's."""
 
     def __init__(self, trainer: GRPOTrainer) -> None:
         self.trainer = trainer
         self._weights_step = -1
 
     def forget_weights(self) -> None:
-        """Send the weights to the sampler before the next completions, whatever it has."""
+        """Send the weights to the sampler before the next completions, even if it has them already."""
         self._weights_step = -1
 
     def generate_completions(
@@ -60,8 +60,8 @@ class CompletionRunner:
         Args:
             rows: rows of the dataset; a group's completions share one row object.
             temperatures: one per row.
-            seed_parts: what distinguishes these completions from others of the run; the random numbers depend on them, on the run's
-                seed and on the process.
+            seed_parts: numbers that identify these completions within the run; the random numbers depend on them, on the run's seed and
+                on the process.
             top_p, top_k, min_p: truncation of the sampler's distribution.
 
         Raises:
@@ -69,7 +69,7 @@ class CompletionRunner:
         """
         trainer, tokenizer = self.trainer, self.trainer.processing_class
         prompts = self._encode(rows)
-        # A sharded model needs every process in each forward pass: a process without rows draws a completion that nobody uses.
+        # A sharded model needs every process in each forward pass: a process without rows draws a completion that is discarded.
         unused = int(not rows and is_sharded(trainer.model_wrapped))
         if unused:
             prompts, temperatures = [[tokenizer.eos_token_id]], [1.0]
@@ -158,7 +158,7 @@ class CompletionRunner:
             self._weights_step = trainer.state.global_step
 
     def _encode(self, rows: Sequence[Row]) -> list[list[int]]:
-        """Token ids of the rows' prompts; a row that occurs several times is encoded once."""
+        """Return the token ids of the rows' prompts; a row that occurs several times is encoded once."""
         distinct = {id(row): row["prompt"] for row in rows}
         tokenizer, options = self.trainer.processing_class, self.trainer.args.chat_template_kwargs
         encoded = {key: encode_prompt(prompt, tokenizer, options) for key, prompt in distinct.items()}
@@ -166,7 +166,7 @@ class CompletionRunner:
 
     @torch.no_grad()
     def _reference_logprobs(self, completions: Sequence[GeneratedCompletion], temperatures: Sequence[float]) -> list[list[float]]:
-        """Log-probabilities of each completion's tokens under the reference policy, for rewards that read them."""
+        """Return the log-probabilities of each completion's tokens under the reference policy, for rewards that read them."""
         trainer, zeros = self.trainer, torch.zeros(len(completions))
         token_ids = [each.completion.token_ids for each in completions]
         rollout = Rollout([each.prompt_ids for each in completions], token_ids, zeros + torch.tensor(temperatures), zeros, zeros == 0)

@@ -70,33 +70,33 @@ class GRPOConfig(TrainingArguments):
 
         loss_type, epsilon, epsilon_high, delta, dual_clip, importance_sampling_level, kl_estimator, entropy_coef: see LossConfig, of which
             `loss_config` makes one; epsilon_high: None = epsilon. The settings of single losses (``sapo_temperature_pos``, ...) are
-            taken over from there.
+            copied from LossConfig.
         scale_rewards: ``"group"``, ``"batch"`` or ``"none"`` (True and False mean the first and the last).
         reward_weights: weights of the rewards, one each; None = all 1.
         multi_objective_aggregation: ``"sum_then_normalize"``, or ``"normalize_then_sum"`` (GDPO, arXiv:2601.05242).
         reward_timeout: seconds for one call of a reward, None = no limit.
         reward_on_error: what happens when a reward raises, exceeds its time limit or returns something invalid: ``"raise"`` ends the run
             with an error that names it, ``"not_applicable"`` counts as None for these completions.
-        reward_isolation: ``"thread"``, or ``"process"``: rewards run in processes of their own, which are killed at the time limit.
-        mask_truncated_completions: leave completions that were cut at the length limit out of the loss.
-        soft_punish_cache: DAPO's soft overlong punishment: a reward that falls from 0 to -1 over the last so many tokens below
+        reward_isolation: ``"thread"``, or ``"process"``: rewards run in separate processes, which are killed at the time limit.
+        mask_truncated_completions: exclude completions that were cut at the length limit from the loss.
+        soft_punish_cache: DAPO's soft overlong punishment: a reward that falls from 0 to -1 over this many tokens before
             ``max_completion_length``. None = off.
         top_entropy_quantile: train on this share of the tokens only, those with the highest entropy (arXiv:2506.01939).
         vllm_importance_sampling_correction: weight each token by the ratio of the trainer's probability to the sampler's, for any sampler;
             None = for all but ``"transformers"``, which runs the trainer's own model.
         vllm_importance_sampling_mode: ``"token_truncate"``, ``"token_mask"``, ``"sequence_truncate"`` or ``"sequence_mask"``.
-        vllm_importance_sampling_clip_min: lower bound of that weight; None = none.
-        vllm_importance_sampling_clip_max: upper bound of that weight; None = none.
+        vllm_importance_sampling_clip_min: lower bound of that weight; None = no bound.
+        vllm_importance_sampling_clip_max: upper bound of that weight; None = no bound.
         sampler_tolerance: largest mean difference of a token's log-probability between sampler and trainer, in nats, on the first step;
             a larger one stops the run. None = 0.02 in float32, 0.1 otherwise. Each later rollout is compared too.
         sampler_tolerance_patience: how many rollouts in a row may differ by more than ``sampler_tolerance`` before the run stops; the
             first of them warns.
 
-        packing: remove padding by laying sequences one after the other: ``"true"`` (or True), ``"false"``, or ``"auto"``: with flash
-            attention.
+        packing: remove padding by placing sequences one after the other in a row: ``"true"`` (or True), ``"false"``, or ``"auto"``: only
+            with flash attention.
         fused_head: compute the loss from hidden states wherever the model's head allows it; False = from logits.
-        metrics_on: ``"active"``: sequences with an advantage of 0 are not run through the model where they cannot change the gradient;
-            ``"all"``: they are, and count in entropy and clip ratios.
+        metrics_on: ``"active"``: sequences with an advantage of 0 are not run through the model if they cannot change the gradient;
+            ``"all"``: they are, and are included in entropy and clip ratios.
         log_completions: write the completions of each logged step to ``output_dir/completions``.
         num_completions_to_print: with ``log_completions``, how many completions to write; None = all.
 

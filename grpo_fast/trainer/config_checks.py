@@ -31,7 +31,7 @@ IMPORTANCE_SAMPLING_MODES = ("token_truncate", "token_mask", "sequence_truncate"
 
 
 def bad_setting(name: str, value: object, expected: str) -> ValueError:
-    """The error for a setting."""
+    """Return the error for an invalid setting."""
     return ValueError(f"GRPOConfig: {name} is {redact(value, name=name)!r}; expected {expected}.")
 
 
@@ -49,7 +49,7 @@ def convert_types(config: GRPOConfig, annotations: Mapping[str, str]) -> None:
 
 
 def parse_bool(value: T) -> T | bool:
-    """True or False for these words, as a command line gives them; any other value unchanged.
+    """Convert "true" and "false", as a command line gives them, to bool; return any other value unchanged.
 
     A field of the type ``str | bool`` would be parsed as a bool by transformers' command line, so such fields are annotated as str.
     """
@@ -77,7 +77,7 @@ def _are_finite(value: object) -> bool:
 
 
 def _is_mapping(value: object) -> bool:
-    """Whether it is a dictionary, or JSON for one as a command line gives it."""
+    """Return whether the value is a dictionary, or JSON for one as a command line gives it."""
     if not isinstance(value, str):
         return isinstance(value, Mapping)
     try:
@@ -109,7 +109,7 @@ def check_sampler(config: GRPOConfig) -> None:
         if is_on:
             config.sampler = name
     if config.use_vllm and config.vllm_mode != "server":
-        raise bad_setting("vllm_mode", config.vllm_mode, "'server': vLLM runs as a process of its own, see grpo_fast.generation.vllm")
+        raise bad_setting("vllm_mode", config.vllm_mode, "'server': vLLM runs as a separate process, see grpo_fast.generation.vllm")
     if config.use_vllm:
         url = config.vllm_server_base_url or f"http://{config.vllm_server_host}:{config.vllm_server_port}"
         config.sampler_options = {"url": url, **config.sampler_arguments}

@@ -58,7 +58,7 @@ def measure_rewards(metrics: MetricAccumulator, names: Sequence[str], rewards: T
 
 
 def mean_weighted_reward(rewards: Tensor, weights: Tensor) -> Tensor:
-    """Mean over the completions of the weighted sum of the rewards that apply; completions to which none applies do not count.
+    """Return the mean over the completions of the weighted sum of the rewards that apply; completions without a reward are left out.
 
     Args:
         rewards: float32 [B, R], NaN where a reward does not apply.
@@ -115,7 +115,7 @@ def measure_loss(metrics: MetricAccumulator, out: gf.GRPOOutput, batch: MicroBat
 
 
 def full_norm(norm: T) -> T:
-    """The whole value of a gradient norm that FSDP2 returns as a DTensor; every process must call this. Other norms are returned as is."""
+    """Return the full value of a gradient norm that FSDP2 returns as a DTensor; every process must call this. Other norms are unchanged."""
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
@@ -127,7 +127,7 @@ def gradient_norm(model: nn.Module) -> Tensor:
 def describe_nonfinite(
     losses: Sequence[tuple[gf.GRPOOutput, MicroBatch]], norm: float | Tensor | None, model: nn.Module, where: str
 ) -> str:
-    """Describe why a step is refused: which micro-batch, completion and input of the loss is not finite, and how to fix it.
+    """Describe why a step is rejected: which micro-batch, completion and input of the loss is not finite, and how to fix it.
 
     Args:
         losses: the outputs and micro-batches of the step in this process.

@@ -1,4 +1,4 @@
-"""Evaluation: several completions per prompt at the temperature of use, averaged over rounds, with the standard error over the rounds."""
+"""Evaluation: several completions per prompt at ``eval_temperature``, averaged over rounds, with the standard error over the rounds."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["EvaluatedCompletion", "evaluate_dataset", "summarize_round", "summar
 
 
 class EvaluatedCompletion(NamedTuple):
-    """What an evaluation keeps of a completion."""
+    """The values of a completion that an evaluation keeps."""
 
     rewards: list[float]  # R, NaN where a reward does not apply
     length: int  # tokens

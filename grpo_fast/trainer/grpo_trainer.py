@@ -2,10 +2,10 @@
 
     a rollout      get_batch_samples -> RolloutGenerator.generate: prompts, completions, rewards, advantages, old and reference policy
     a step         compute_loss for each micro-batch of the rollout; backward, optimizer and the training loop are transformers'
-    an evaluation  evaluate -> evaluate_dataset: several completions per prompt at the temperature of use
+    an evaluation  evaluate -> evaluate_dataset: several completions per prompt at eval_temperature
 
-Each has a file of its own: rollout_generator.py, completions.py, evaluation.py. sampler_check.py holds the check of the first step,
-checkpoints.py and run_state.py what is saved, diagnostics.py what is measured.
+The parts are in separate files: rollout_generator.py, completions.py and evaluation.py. sampler_check.py holds the check of the first step,
+checkpoints.py and run_state.py save the state of a run, and diagnostics.py computes the metrics.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ class GRPOTrainer(AtomicCheckpointTrainer):
         return 6 * tokens * sum(p.numel() for p in inner_model(self.model).parameters())
 
     def _track_num_input_tokens(self, inputs: MicroBatch) -> None:
-        """Do nothing: `RolloutGenerator` counts the tokens when it draws them."""
+        """Do nothing: `RolloutGenerator` counts the tokens when it draws the completions."""
 
     def training_step(self, model: nn.Module, inputs: MicroBatch, num_items_in_batch: int | None = None) -> Tensor:
         """Run transformers' training step, and measure the seconds of its backward pass."""
@@ -218,7 +218,7 @@ class GRPOTrainer(AtomicCheckpointTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: MicroBatch, return_outputs: bool = False, num_items_in_batch: int | None = None
     ) -> Any:  # Tensor, or (Tensor, GRPOOutput) with return_outputs
-        """The loss of a micro-batch, as its share of the loss of the step.
+        """Return the loss of a micro-batch as its share of the loss of the step.
 
         Gradients are averaged over processes and summed over micro-batches. So sums are divided by the size of the whole step and
         multiplied by the number of processes: any split of the step gives the same loss and gradient.

@@ -1,4 +1,4 @@
-"""Takes the settings of a loss from LossConfig over into GRPOConfig, so that a new loss does not need to be declared twice."""
+"""Copies the settings of the loss from LossConfig to GRPOConfig, so that the settings of a new loss are declared only once."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _SET_BY_LOSS_TYPE = ("aggregation", "entropy_aggregation", "log_ratio_clamp")
 def add_loss_fields(cls: type[T]) -> type[T]:
     """Class decorator, below ``@dataclass``: add every field of LossConfig that the class does not declare itself.
 
-    Left out are fields that have another name in GRPOConfig, fields that the loss type decides, and fields whose type a command line cannot
-    give.
+    It skips fields that have another name in GRPOConfig, fields that the loss type determines, and fields whose type a command line cannot
+    express.
     """
     for each in fields(LossConfig):
         annotation = str(each.type)

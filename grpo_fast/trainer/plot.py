@@ -118,7 +118,7 @@ def _draw_panel(axis: Axes, panel: tuple[str, str, str, int], data: Sequence[tup
         dotted |= _draw_dotted(axis, records, pattern, colour)
     axis.set(title=f"{title} (dotted: {dotted_what})" if dotted else title, xlabel="step", ylabel=label)
     axis.title.set_fontsize(10)
-    if factor == 100:  # a share: the axis starts at 0, so that a flat line of zeros lies at the bottom
+    if factor == 100:  # a share: the axis starts at 0, so that a flat line of zeros is at the bottom
         axis.set_ylim(0, max(axis.get_ylim()[1], 1))
     axis.grid(color="#dddddd", linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
@@ -138,7 +138,7 @@ def _draw_curve(
 
 
 def _draw_dotted(axis: Axes, records: Sequence[Record], pattern: str, colour: str) -> bool:
-    """Draw the metrics whose keys match a pattern, dotted. Returns whether there are any."""
+    """Draw the metrics whose keys match a pattern, dotted. Return whether any key matches."""
     keys = dict.fromkeys(key for record in records for key in record if re.fullmatch(pattern, key))
     for key in keys:
         steps, values = metric_series(records, key)

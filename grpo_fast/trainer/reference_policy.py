@@ -30,7 +30,7 @@ class ReferencePolicy:
     Args:
         model: the model before training, not wrapped.
         args: the settings ``beta``, ``sync_ref_model``, ``ref_model_sync_steps`` and ``ref_model_mixup_alpha``.
-        for_rewards: a reward reads ``ref_logprobs``, which needs a reference whatever ``beta`` is.
+        for_rewards: a reward reads ``ref_logprobs``, which needs a reference policy even if ``beta`` is 0.
 
     Raises:
         ValueError: the settings cannot be used with this model.
@@ -52,7 +52,7 @@ class ReferencePolicy:
 
     @contextmanager
     def of(self, model: nn.Module, unwrapped: Any) -> Iterator[nn.Module]:
-        """The model to call in place of the policy, inside the ``with``.
+        """Yield the model to call as the reference policy.
 
         Args:
             model: the policy as it is called, wrapped or not.
@@ -81,14 +81,14 @@ class ReferencePolicy:
             reference.lerp_(policy.to(reference.dtype), self.args.ref_model_mixup_alpha)
 
     def save(self, folder: Path) -> None:
-        """Write the reference into a checkpoint, if it follows the policy; otherwise the run starts from it anyway."""
+        """Write the reference to a checkpoint if it follows the policy; a fixed reference is made again when the run resumes."""
         from safetensors.torch import save_model
 
         if self.args.sync_ref_model and self.copy is not None:
             save_model(self.copy, str(folder / FILE))
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote, if anything."""
+        """Read the file that `save` wrote, if there is one."""
         from safetensors.torch import load_model
 
         if self.args.sync_ref_model and self.copy is not None and (folder / FILE).exists():
@@ -97,7 +97,7 @@ class ReferencePolicy:
 
 @torch.no_grad()
 def _broadcast_from_first_process(model: nn.Module) -> None:
-    """Give every process the weights of the first: by default FSDP loads them in one process only, until the policy is sharded."""
+    """Broadcast the weights of the first process: by default FSDP loads them in one process only, until the policy is sharded."""
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         for tensor in (*model.parameters(), *model.buffers()):
             torch.distributed.broadcast(tensor, src=0)

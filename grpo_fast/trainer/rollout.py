@@ -1,4 +1,4 @@
-"""A rollout, completions and everything that the loss needs to know about them, and its micro-batches."""
+"""A rollout (completions and the data that the loss needs about them) and its micro-batches."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["MicroBatch", "Rollout"]
 
 @dataclass
 class Rollout(ForwardBatch):
-    """B completions with N tokens in total, and what the loss needs to know about them.
+    """B completions with N tokens in total, and the data that the loss needs about them.
 
     Values per completion are on the CPU, because they decide which rows are computed. Values per token are on the training device.
 

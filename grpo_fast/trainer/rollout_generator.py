@@ -49,11 +49,11 @@ class RolloutGenerator:
     def __init__(self, trainer: GRPOTrainer, prompts: PromptSource, completions: CompletionRunner) -> None:
         self.trainer, self.prompts, self.completions = trainer, prompts, completions
         corrects = trainer.args.vllm_importance_sampling_correction
-        # TransformersSampler runs the trainer's own model, so its distribution needs no correction unless it is asked for.
+        # TransformersSampler runs the trainer's model, so by default its distribution needs no correction.
         self.corrects_sampler = not isinstance(trainer.sampler, TransformersSampler) if corrects is None else corrects
 
     def generate(self, number: int) -> Rollout:
-        """Draw and score the completions of a rollout, given by its number from 0; this process's part of it."""
+        """Draw and score this process's completions of a rollout, which is given by its number, counted from 0."""
         trainer, args, local = self.trainer, self.trainer.args, self._local_indices()
         temperatures = trainer.temperatures.temperatures(trainer.state.global_step, args.prompts_per_rollout, args.num_generations)
         groups = self._sample_groups(number, temperatures, local)
@@ -126,8 +126,8 @@ class RolloutGenerator:
         return all_rewards, groups
 
     def _local_indices(self) -> list[int]:
-        """Which completions of the rollout this process draws: a part of each optimizer step's, so that a step consists of the same rows
-        for any number of processes.
+        """Return which completions of the rollout this process draws: a share of the rows of each optimizer step, so that a step consists
+        of the same rows for any number of processes.
         """
         args, accelerator = self.trainer.args, self.trainer.accelerator
         assert args.generation_batch_size is not None
@@ -144,7 +144,7 @@ class RolloutGenerator:
     # Log-probabilities and weights -----------------------------------------------------------------------------------------------
 
     def _add_token_values(self, rollout: Rollout) -> None:
-        """Add the log-probabilities of the old policy and of the reference, and the weights, as far as the settings need them."""
+        """Add the log-probabilities of the old policy and of the reference, and the weights, if the settings need them."""
         trainer, args = self.trainer, self.trainer.args
         corrects = self.corrects_sampler and "sampler" in rollout.tokens
         needs_old = args.updates_per_rollout > 1
@@ -164,8 +164,8 @@ class RolloutGenerator:
             rollout.tokens["ref"] = rollout.scatter_tokens(ref.logprobs, rows)
 
     def _token_weights(self, rows: Rollout, old: gf.TokenLogprobs, corrects: bool) -> Tensor | None:
-        """What multiplies each token's surrogate, float32 [n]: importance weights that correct for the sampler's distribution, and the mask
-        of the tokens with the highest entropy (arXiv:2506.01939). None = nothing does.
+        """Return the factor of each token's surrogate, float32 [n]: importance weights that correct for the sampler's distribution, times
+        the mask of the tokens with the highest entropy (arXiv:2506.01939). None = no factor.
         """
         args = self.trainer.args
         mask = rows.loss_mask.repeat_interleave(torch.tensor(rows.lengths)).to(old.logprobs.device)  # bool [n]

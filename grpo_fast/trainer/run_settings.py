@@ -17,7 +17,7 @@ __all__ = ["TrainOptions", "parse", "parse_overrides", "read_settings"]
 
 @dataclass
 class TrainOptions:
-    """What is trained, on what, and for which rewards. How is in GRPOConfig.
+    """The model, the data and the rewards of a run. The settings of the training itself are those of GRPOConfig.
 
     Args:
         model: name on the hub, or folder, of the causal language model.
@@ -27,10 +27,10 @@ class TrainOptions:
             package.module:function; path/to/file.py:function; or task, the reward of a generated dataset, which is the default there.
         dataset_config: configuration of a dataset on the hub, such as 'main'.
         dataset_split: split to train on; slices as in 'train[:1000]'.
-        dataset_size: rows to generate, where the dataset is a task.
+        dataset_size: rows to generate if the dataset is a task.
         eval_dataset: dataset to evaluate on, written like dataset; by default there is none.
-        eval_split: its split.
-        eval_size: its rows, where it is a task; they are drawn with another seed than the training rows.
+        eval_split: split to evaluate on.
+        eval_size: rows to generate if the evaluation dataset is a task; with another seed than the training rows.
         max_prompt_length: leave out rows whose prompt has more tokens than this; by default none.
         prompt_column: column that holds the prompt, if it is not called 'prompt'.
         prompt_template: makes the prompt from the columns, as in 'Question: {question} Answer: '.
@@ -38,10 +38,10 @@ class TrainOptions:
         tokenizer: name or folder of the tokenizer, if it is not the model's.
         use_peft: train a LoRA adapter in place of all weights (needs peft).
         lora_r: rank of the adapter.
-        lora_alpha: scale of the adapter; what it adds is multiplied by lora_alpha / lora_r.
+        lora_alpha: scale of the adapter; its output is multiplied by lora_alpha / lora_r.
         lora_dropout: dropout before the adapter; above 0 the policy that is trained is not quite the one that sampled.
-        lora_target_modules: modules that get one; by default all linear layers but the head.
-        lora_modules_to_save: modules that are trained whole.
+        lora_target_modules: modules that get an adapter; by default all linear layers except the head.
+        lora_modules_to_save: modules whose full weights are trained.
     """
 
     model: str | None = None

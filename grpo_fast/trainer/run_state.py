@@ -1,4 +1,4 @@
-"""The file of a checkpoint that holds what a GRPO run needs beside model, optimizer and transformers' own state."""
+"""The checkpoint file with the state of a GRPO run besides model, optimizer and transformers' own state."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class RunState:
     """The contents of ``grpo_state.json``.
 
     Args:
-        batches: what decides which rows a step has, see `batch_geometry`.
+        batches: the settings that determine the rows of a step, see `batch_geometry`.
         temperature: the state of the temperature schedule.
         step_tokens: tokens of each optimizer step of an unfinished rollout; empty at the end of a rollout.
         version: of the format.
@@ -56,6 +56,6 @@ class RunState:
 
 
 def batch_geometry(args: GRPOConfig, num_processes: int) -> dict[str, int]:
-    """The settings that decide how a rollout is split into steps."""
+    """Return the settings that determine how a rollout is split into steps."""
     names = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "num_iterations")
     return {"processes": num_processes} | {name: getattr(args, name) for name in names}

@@ -38,7 +38,7 @@ class SettingsLoader(yaml.SafeLoader):
     def __init__(self, stream: Any) -> None:
         super().__init__(stream)
         self._nodes, self._depth = 0, 0
-        self._sizes: dict[str, int] = {}  # by anchor: the nodes that an alias of it stands for
+        self._sizes: dict[str, int] = {}  # anchor -> number of nodes that an alias to it expands to
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """Compose a node, and count it."""

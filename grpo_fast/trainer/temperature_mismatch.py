@@ -27,7 +27,7 @@ class Mismatch(NamedTuple):
         return self.gap <= share * self.assumed_gap
 
     def sentence(self, assumed: float) -> str:
-        """A message for a log or an error: what is wrong and how to fix it. ``assumed`` is the temperature that was assumed."""
+        """Return a message for a log or an error with the cause and the fix. ``assumed`` is the temperature that was assumed."""
         found = f"The sampler's log-probabilities differ from ours at T = {assumed:g} by {self.assumed_gap:.3g} nats a token"
         if not self.explains():
             return (
@@ -52,7 +52,7 @@ def explain_mismatch(
     tolerance: float = 1e-3,
     max_tokens: int = 512,
 ) -> Mismatch:
-    """Find the temperature T* at which our log-probabilities come closest to the sampler's.
+    """Find the temperature T* at which the trainer's log-probabilities are closest to the sampler's.
 
     The mean of abs(l(T) - l_sampler) is evaluated on a grid, then minimised by golden-section search around its best point.
 

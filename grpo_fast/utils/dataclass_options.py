@@ -30,7 +30,7 @@ _EXPECTED: dict[type, str] = {bool: "true or false", int: "a whole number", floa
 
 @dataclass(frozen=True)
 class Option:
-    """How the values of one field are written and converted."""
+    """The type of one field, and how its values are written on a command line and converted."""
 
     name: str
     kind: type  # of one value: bool, int, float, str, or a class that only Python code can make
@@ -45,7 +45,7 @@ class Option:
 
     @property
     def expected(self) -> str:
-        """What a value must be, for messages."""
+        """Describe the expected value, for messages."""
         if self.choices:
             return f"one of {', '.join(self.choices)}"
         return _EXPECTED.get(self.kind, f"a {self.kind.__name__}, which only Python code can make")

@@ -11,7 +11,7 @@ def derived_seed(*parts: object) -> int:
     """Derive a 63-bit seed from the parts alone: the same on every machine, in every process and after a run is resumed.
 
     Args:
-        parts: whatever identifies the use, such as a run's seed, a name and a step; compared by their ``str``.
+        parts: values that identify the use, such as a run's seed, a name and a step; compared by their ``str``.
 
     Example:
         >>> derived_seed(0, "rollout", 3) == derived_seed(0, "rollout", 3) != derived_seed(0, "rollout", 4)

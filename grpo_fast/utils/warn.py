@@ -1,4 +1,4 @@
-"""Warnings that point at the user's line, however many of this package's functions lie between."""
+"""Warnings that point at the user's line, for any number of this package's functions in between."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all tasks share: the result type, and the instruction that asks for the format that the rewards read."""
+"""Shared by all tasks: the result type, and the instruction that asks for the format that the rewards read."""
 
 from __future__ import annotations
 

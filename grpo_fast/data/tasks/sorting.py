@@ -1,7 +1,7 @@
 """Sort the digits of a number: ``sort 5281=`` has the answer ``1258``. A task that a model of 0.1 million parameters can learn.
 
 ``grpo-fast demo`` trains on it, with the completion format ``<think>1258;1258</think><answer>1258</answer>``, in which writing the sorted
-digits a second time is the model's check of its own work. `make_tokenizer` knows the characters of this task and no others.
+digits a second time is the model's check of its answer. `make_tokenizer` knows only the characters of this task.
 """
 
 from __future__ import annotations
