@@ -8,9 +8,10 @@ is what is timed. All implementations are this trainer, on one batch and one mod
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -19,7 +20,7 @@ from torch import Tensor
 import grpo_fast as gf
 from grpo_fast.benchmark.eager import eager_logprobs, eager_loss
 from grpo_fast.benchmark.harness.gate import Answer, compare
-from grpo_fast.benchmark.harness.measure import measure
+from grpo_fast.benchmark.harness.measure import Measurement, measure
 from grpo_fast.benchmark.harness.suite import BenchmarkSettings, Progress, Result, Suite, mebibytes, require, setting, table
 from grpo_fast.models.batch import ForwardBatch
 from grpo_fast.models.forward import ModelForward
@@ -28,7 +29,7 @@ from grpo_fast.trainer.grpo_trainer import GRPOTrainer
 from grpo_fast.trainer.rollout import MicroBatch, Rollout
 
 __all__ = ["LABELS", "SUITE", "EagerForward", "LossStageSettings", "TrainerStageSettings"]
-__all__ += ["make_batch", "make_model", "make_tokenizer", "print_loss_stage", "run", "trainer_arguments"]
+__all__ += ["make_batch", "make_model", "make_tokenizer", "measure_stage", "print_loss_stage", "run", "trainer_arguments"]
 
 LABELS = {
     "eager": "eager PyTorch over logits",
@@ -37,6 +38,7 @@ LABELS = {
 }
 LOGGED = ("entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "ratio/mean", "ratio/max")
 TOLERANCE = 1e-4  # relative, of the loss, of what is logged, and of each parameter's gradient
+T = TypeVar("T")
 _NOISE = 0.2  # nats between the old log-probabilities and the model's: ratios on both sides of the clip band
 
 
@@ -159,18 +161,23 @@ def make_micro_batch(settings: LossStageSettings) -> MicroBatch:
     return MicroBatch(rows, settings.sequences * settings.tokens, settings.sequences, on_policy=True)
 
 
-def repetition(trainer: GRPOTrainer, forward: ModelForward, batch: MicroBatch, threads: int) -> Answer:
-    """One loss stage. Its outputs: the loss, what is logged, and each parameter's gradient."""
-    trainer.model_forward = forward
+def measure_stage(trainer: Any, batch: Any, log: Callable[[], T], threads: int) -> Measurement[tuple[Tensor, T]]:
+    """Run a loss stage once; ``log`` reads the metrics. The result is the loss and what ``log`` returns."""
     trainer.model.train()
     trainer.model.zero_grad(set_to_none=True)
 
-    def stage() -> tuple[Tensor, dict[str, float]]:
+    def stage() -> tuple[Tensor, T]:
         loss: Tensor = trainer.compute_loss(trainer.model, batch)
         loss.backward()
-        return loss, trainer.metrics.read()
+        return loss, log()
 
-    measured = measure(stage, threads)
+    return measure(stage, threads)
+
+
+def repetition(trainer: GRPOTrainer, forward: ModelForward, batch: MicroBatch, threads: int) -> Answer:
+    """One loss stage. Its outputs: the loss, what is logged, and each parameter's gradient."""
+    trainer.model_forward = forward
+    measured = measure_stage(trainer, batch, trainer.metrics.read, threads)
     loss, logged = measured.result
     trainer.metrics = type(trainer.metrics)()
     gradients = {f"gradient of {name}": p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}

@@ -16,10 +16,17 @@ import torch
 from torch import Tensor
 
 from grpo_fast.benchmark.harness.gate import Answer, compare
-from grpo_fast.benchmark.harness.measure import measure
 from grpo_fast.benchmark.harness.suite import Progress, Result, Suite
 from grpo_fast.benchmark.harness.worker import WorkerProcess
-from grpo_fast.benchmark.trainer_stage import LossStageSettings, make_batch, make_model, make_tokenizer, print_loss_stage, trainer_arguments
+from grpo_fast.benchmark.trainer_stage import (
+    LossStageSettings,
+    make_batch,
+    make_model,
+    make_tokenizer,
+    measure_stage,
+    print_loss_stage,
+    trainer_arguments,
+)
 from grpo_fast.integrations.versions import refuse_other_versions
 
 __all__ = ["LABELS", "SUITE", "TOLERANCE", "TrlWorker", "run"]
@@ -72,18 +79,9 @@ class TrlWorker:
         trainer, advantages = self.trainer, self.batch["advantages"]
         alive = torch.arange(len(advantages)) < round(active * len(advantages))
         inputs = {**self.batch, "advantages": advantages * alive}
-        trainer.model.train()
-        trainer.model.zero_grad(set_to_none=True)
         trainer.current_gradient_accumulation_steps = 1
-
-        def stage() -> Tensor:
-            loss: Tensor = trainer.compute_loss(trainer.model, inputs)
-            loss.backward()
-            trainer.log({})
-            return loss
-
-        measured = measure(stage, self.settings.threads)
-        outputs = {"loss": [measured.result.item()]}
+        measured = measure_stage(trainer, inputs, lambda: trainer.log({}), self.settings.threads)
+        outputs = {"loss": [measured.result[0].item()]}
         for name, parameter in trainer.model.named_parameters():
             if parameter.grad is not None:
                 outputs[f"norm of {name}"] = [parameter.grad.norm().item()]

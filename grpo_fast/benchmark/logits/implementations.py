@@ -7,6 +7,7 @@ import statistics
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +34,7 @@ LABELS = {
 # is touched beforehand, and for the estimate that refuses a run that would swap.
 FOOTPRINT = {"roofline": 1.5, "ours": 2.5, "ours_inplace": 0.5, "eager": 6.0, "compile": 5.0, "trl": 6.0}
 
-Score = Callable[[Batch], tuple[Tensor, Tensor | None]]  # log-probabilities and, if wanted, entropy: [B, T]
+Score = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]  # of logits and token_ids the logprobs and, if wanted, entropy: [B, T]
 
 
 class Outputs(NamedTuple):
@@ -68,24 +69,27 @@ def make(name: str, *, temperature: float, entropy: bool, threads: int) -> Imple
         return _roofline(threads)
     if name in ("ours", "ours_inplace"):
         return _ours(name, temperature)
-    if name == "trl":
-        return _baseline(name, _trl_score(temperature, entropy), arithmetic="own")
 
-    def score(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+    def eager_score(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor | None]:
         return eager_logprobs(logits.float(), token_ids, temperature, entropy=entropy)
 
-    def loss(logits: Tensor, token_ids: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Any:
+    score = _trl_score(temperature, entropy) if name == "trl" else eager_score
+
+    def loss(logits: Tensor, token_ids: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
         logprobs, metric = score(logits, token_ids)
         return eager_loss(logprobs, old_logprobs, advantages, mask), metric
 
-    if name == "eager":
-        return _baseline(name, lambda batch: score(batch.logits, batch.token_ids))
-    score, loss = _compiled(score, threads), _compiled(loss, threads)
-    return _baseline(
-        name,
-        lambda batch: score(batch.logits, batch.token_ids),
-        lambda batch: loss(batch.logits, batch.token_ids, batch.old_logprobs, batch.advantages, batch.mask)[0],
-    )
+    if name == "compile":
+        score, loss = _compiled(score, threads), _compiled(loss, threads)
+
+    def forward(batch: Batch) -> Outputs:
+        with torch.no_grad():
+            return Outputs(*score(batch.logits, batch.token_ids))
+
+    def forward_backward(batch: Batch) -> Outputs:
+        return _with_gradient(loss(batch.logits, batch.token_ids, batch.old_logprobs, batch.advantages, batch.mask)[0], batch)
+
+    return Implementation(name, forward, forward_backward, arithmetic="own" if name == "trl" else "float32")
 
 
 # The gate ---------------------------------------------------------------------------------------------------------------------------------
@@ -195,7 +199,7 @@ def _ours(name: str, temperature: float) -> Implementation:
     def forward(batch: Batch) -> Outputs:
         with torch.no_grad():
             out = gf.token_logprobs(batch.logits, batch.token_ids, mask=batch.mask, temperature=temperature)
-        return Outputs(logprobs=out.logprobs, entropy=out.entropy)
+        return Outputs(out.logprobs, out.entropy)
 
     def forward_backward(batch: Batch) -> Outputs:
         given: dict[str, Any] = {"config": CONFIG, "old_logprobs": batch.old_logprobs, "mask": batch.mask, "temperature": temperature}
@@ -203,21 +207,6 @@ def _ours(name: str, temperature: float) -> Implementation:
         return _with_gradient(out.loss, batch)
 
     return Implementation(name, forward if name == "ours" else None, forward_backward, arithmetic="float64_sums")
-
-
-def _baseline(name: str, score: Score, loss: Callable[[Batch], Tensor] | None = None, *, arithmetic: str = "float32") -> Implementation:
-    """From what computes log-probabilities, under the eager loss unless ``loss`` computes both together."""
-
-    def forward(batch: Batch) -> Outputs:
-        with torch.no_grad():
-            logprobs, metric = score(batch)
-        return Outputs(logprobs=logprobs, entropy=metric)
-
-    def forward_backward(batch: Batch) -> Outputs:
-        value = eager_loss(score(batch)[0], batch.old_logprobs, batch.advantages, batch.mask) if loss is None else loss(batch)
-        return _with_gradient(value, batch)
-
-    return Implementation(name, forward, forward_backward, arithmetic)
 
 
 def _compiled(function: Callable[..., Any], threads: int) -> Callable[..., Any]:
@@ -243,5 +232,5 @@ def _trl_score(temperature: float, entropy: bool) -> Score:
             f"trl.trainer.utils has no {name} ({type(error).__name__}: {error}). Fix: pip install 'trl>=1.16'"
         ) from error
     if entropy:
-        return lambda batch: function(batch.logits, batch.token_ids, entropy_requires_grad=False, temperature=temperature)
-    return lambda batch: (function(batch.logits, batch.token_ids, temperature=temperature), None)
+        return partial(function, entropy_requires_grad=False, temperature=temperature)
+    return lambda logits, token_ids: (function(logits, token_ids, temperature=temperature), None)
