@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import threading
 import time
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from grpo_fast.rewards.common import Reward
+from grpo_fast.rewards.event_loop import run_async
 from grpo_fast.rewards.pool import CallResult
 
 __all__ = ["BackgroundCall", "RewardCall", "RewardValues", "Signature", "attempt", "copy_containers", "describe_error", "is_async"]
@@ -40,7 +40,7 @@ class RewardCall:
         with torch.no_grad():  # a setting of each thread: that of the caller does not apply here
             values: Any = self.reward(**keywords)
             if inspect.isawaitable(values):
-                values = asyncio.run(_await(values))
+                values = run_async(_await(values))
         grown = Counter(counters) - before if isinstance(counters, Counter) else Counter()
         return RewardValues(values, dict(grown), time.perf_counter() - begin)
 
@@ -72,6 +72,7 @@ class Signature(NamedTuple):
     names: frozenset[str]
     required: tuple[str, ...]
     takes_any: bool  # it has **kwargs, or its parameters cannot be inspected
+    bound: str | None = None  # name of the parameter that a method is bound to: no column of that name can be passed
 
     @classmethod
     def of(cls, reward: Reward) -> Signature:
@@ -82,7 +83,7 @@ class Signature(NamedTuple):
             return cls(frozenset(), (), True)
         by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         required = tuple(p.name for p in by_name if p.default is p.empty)
-        return cls(frozenset(p.name for p in by_name), required, any(p.kind is p.VAR_KEYWORD for p in parameters))
+        return cls(frozenset(p.name for p in by_name), required, any(p.kind is p.VAR_KEYWORD for p in parameters), _bound_name(reward))
 
 
 def attempt(call: Callable[[], object]) -> CallResult:
@@ -110,6 +111,15 @@ def describe_error(error: BaseException) -> str:
 def is_async(reward: Reward) -> bool:
     """Whether a reward function, or the ``__call__`` of a reward object, is a coroutine function."""
     return inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(getattr(reward, "__call__", None))  # noqa: B004
+
+
+def _bound_name(reward: object) -> str | None:
+    method = reward if inspect.ismethod(reward) else getattr(type(reward), "__call__", None)  # noqa: B004
+    function = getattr(method, "__func__", method)
+    if inspect.isfunction(reward) or not inspect.isfunction(function):
+        return None
+    first = next(iter(inspect.signature(function).parameters.values()), None)
+    return first.name if first is not None and first.kind is first.POSITIONAL_OR_KEYWORD else None
 
 
 async def _await(values: Awaitable[Sequence[float | None]]) -> Sequence[float | None]:

@@ -98,7 +98,7 @@ def rows_of(where: str, name: str, rows: TokenValues | None, completion_ids: Seq
     return result
 
 
-def check_same_length(where: str, **lists: Sized) -> None:
+def check_same_length(where: str, /, **lists: Sized) -> None:
     """Check that all lists have as many items as ``prompts``, which must be among them.
 
     Raises:

@@ -12,7 +12,9 @@ from typing import cast
 
 from grpo_fast.rewards.calls import BackgroundCall, RewardCall, RewardValues, attempt, describe_error, is_async
 from grpo_fast.rewards.common import Reward
+from grpo_fast.rewards.event_loop import replace_loop, run_async
 from grpo_fast.rewards.pool import CallResult, WorkerPool
+from grpo_fast.rewards.signals import used_signals, watch_signals
 
 __all__ = ["ProcessExecution", "ThreadExecution"]
 
@@ -44,8 +46,8 @@ class ThreadExecution:
         asynchronous = [i for i, reward in enumerate(self.reward_funcs) if is_async(reward)]
         self._check_abandoned(asynchronous)
         background = None
-        if asynchronous:  # in an event loop of their own: the caller may have one running
-            background = BackgroundCall(lambda: asyncio.run(self._gather(asynchronous, keywords)))
+        if asynchronous:  # in the shared event loop: the caller may have one running
+            background = BackgroundCall(lambda: run_async(self._gather(asynchronous, keywords)))
         for i, reward in enumerate(self.reward_funcs):
             if i not in asynchronous:
                 results[i] = self._call(i, partial(RewardCall(reward), keywords[i]))
@@ -54,6 +56,7 @@ class ThreadExecution:
             result = background.result(None if self.timeout is None else self.timeout + 1.0)
             if result is None:
                 self._abandon(asynchronous, background)
+                replace_loop()
                 results |= dict.fromkeys(asynchronous, self._late("it, or another async reward, blocked the event loop, and"))
             else:
                 results |= result.value
@@ -66,8 +69,14 @@ class ThreadExecution:
         if self.timeout is None:
             return attempt(call)
         self._check_abandoned([i])
-        background = BackgroundCall(call)
-        result = background.result(self.timeout)
+        with watch_signals():
+            background = BackgroundCall(call)
+            result = background.result(self.timeout)
+        if used_signals(background.thread):
+            return CallResult(
+                error="it sets signal handlers (signal.signal), which Python allows in the main thread only; with a time limit it runs in "
+                "another, and what it returns cannot be trusted. Fix: isolation='process' (GRPOConfig's reward_isolation), or no timeout"
+            )
         if result is None:
             self._abandon([i], background)
             return self._late("it")
@@ -103,7 +112,7 @@ class ThreadExecution:
                 if self.timeout is not None and time.perf_counter() - begin >= self.timeout:
                     return CallResult(error=f"it took longer than {self.timeout:g} s and was cancelled", timed_out=True)
                 return CallResult(value=error, error=describe_error(error))  # a timeout of the function's own
-            except Exception as error:
+            except (Exception, SystemExit) as error:  # sys.exit would end the shared loop
                 return CallResult(value=error, error=describe_error(error))
             return CallResult(value=RewardValues(values, {}, time.perf_counter() - begin))
 

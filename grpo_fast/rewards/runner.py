@@ -112,6 +112,7 @@ class RewardRunner:
 
     def __call__(
         self,
+        /,  # a column may be called self
         prompts: Sequence[Completion],
         completions: Sequence[Completion],
         completion_ids: Sequence[Sequence[int]],
@@ -182,7 +183,9 @@ class RewardRunner:
         signature = self._signatures[i]
         self._check_given(i, {*given, *extras}, [name for name in given if name not in _BATCH_COLUMNS])
         keywords: dict[str, object] = {
-            name: list(values) for name, values in given.items() if signature.takes_any or name in signature.names
+            name: list(values)
+            for name, values in given.items()
+            if (signature.takes_any and name != signature.bound) or name in signature.names
         }
         in_processes = self.isolation == "process"
         passes_extras = signature.takes_any and not in_processes

@@ -13,6 +13,7 @@ from torch import Tensor
 from grpo_fast.data.prompts import encode_prompt
 from grpo_fast.generation import Completion, SamplerError, SamplingParams, WeightsLostError
 from grpo_fast.models.unwrap import end_tokens_of, is_sharded
+from grpo_fast.rewards import RewardError
 from grpo_fast.trainer.prompt_source import Row
 from grpo_fast.trainer.rollout import Rollout
 from grpo_fast.utils.seeds import derived_seed
@@ -127,6 +128,11 @@ class CompletionRunner:
             if not name.endswith(("/mean", "/std")):  # those are computed over all processes, by measure_rewards
                 trainer.metrics.add_mean(name, value)
         for name, values in logged_columns.items():
+            if len(values) != len(completions):
+                raise RewardError(
+                    f"log_extra({name!r}, ...) was given {len(values)} values for {len(completions)} completions; expected one for each, "
+                    "from one reward."
+                )
             for each, value in zip(completions, values, strict=True):
                 each.extra[name] = value
         return table.values
