@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 CPP = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test sweep bench check format wheel clean
+.PHONY: demo test sweep bench check format wheel sanitize clean
 
 demo:  ## a small language model learns by GRPO (make demo ARGS="--temperature 0.6")
 	@PYTHON="$(PYTHON)" tools/bootstrap.sh demo
@@ -40,6 +40,10 @@ wheel:  ## dist/*.whl and dist/*.tar.gz; GRPO_FAST_BUILD=none|cpu|cuda chooses w
 	@PYTHON="$(PYTHON)" tools/bootstrap.sh test
 	@$(BIN)/pip wheel -q --no-build-isolation --no-deps -w dist .
 	@$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')" >/dev/null && ls -l dist
+
+sanitize:  ## the C++ operators under AddressSanitizer and UndefinedBehaviorSanitizer
+	@PYTHON="$(PYTHON)" tools/bootstrap.sh test
+	@tools/sanitize.sh
 
 clean:  ## remove what was built, .venv included; the next call makes it again
 	@rm -rf .venv build dist *.egg-info grpo_fast/_C*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
