@@ -27,6 +27,7 @@ check:  ## ruff, clang-format, mypy, the direction of imports, and nvcc over eve
 	@$(BIN)/ruff format --check .
 	@$(BIN)/clang-format --dry-run -Werror $(CPP)
 	@$(BIN)/mypy
+	@$(BIN)/mypy --config-file tests/mypy.ini
 	@$(BIN)/lint-imports --no-cache
 	@$(BIN)/python tools/generate_loss_settings.py --check
 	@$(BIN)/python tools/nvcc_check.py

@@ -176,7 +176,7 @@ def test_what_cannot_be_drawn_is_said(text: str | None, message: str, tmp_path: 
 
 def test_without_matplotlib_nothing_is_drawn_and_the_fix_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *package: None)
-    result = {"results": [{}], "skipped": []}
+    result: dict[str, Any] = {"results": [{}], "skipped": []}
     stand_in = replace(suite.SUITE, run=lambda *_: result, print_report=lambda *_: None)
     app = bench_command.bench_app(stand_in)
     done = CliRunner().invoke(app, ["--output", str(tmp_path / "found.json")])

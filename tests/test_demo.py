@@ -81,7 +81,8 @@ def test_a_correct_completion_earns_the_largest_reward(tokenizer):
     row = question("9770")
     text = f"<think>{solve('9770')}</think><answer>{row['answer']}</answer>"
     batch = {"prompts": [row["prompt"]], "completions": [text], "completion_ids": [tokenizer(text)["input_ids"]], "answer": [row["answer"]]}
-    values = {reward.__name__: reward(**batch)[0] for reward in REWARDS}
+    rewards: list[Any] = [*REWARDS]
+    values = {reward.__name__: reward(**batch)[0] for reward in rewards}
     assert values == {"accuracy_reward": 1.0, "format_reward": 1.0, "coherence_reward": 1.0, "repetition_penalty": 0.0}
     assert coherence(row["prompt"], text, key_pattern=r"\d") == 1.0
 

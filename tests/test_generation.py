@@ -245,7 +245,8 @@ def test_wrapped_models_are_unwrapped() -> None:
     plain = TransformersSampler(model).generate(PROMPTS, params(TEMPERATURES))
     assert TransformersSampler(Wrapper(model)).generate(PROMPTS, params(TEMPERATURES)) == plain
     assert inner_model(Wrapper(Wrapper(model))) is model
-    assert inner_model(torch.compile(Wrapper(model), backend="eager")) is model
+    compiled: Any = torch.compile(Wrapper(model), backend="eager")
+    assert inner_model(compiled) is model
     assert not is_sharded(Wrapper(model))
 
 
@@ -325,8 +326,9 @@ def test_continuous_batching_says_what_is_missing(monkeypatch: pytest.MonkeyPatc
     ],
 )
 def test_bad_params(change: dict[str, Any], words: str) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 3, "temperatures": [1.0], "eos_token_id": EOS, "pad_token_id": PAD} | change
     with pytest.raises(ValueError, match=words):
-        SamplingParams(**({"max_new_tokens": 3, "temperatures": [1.0], "eos_token_id": EOS, "pad_token_id": PAD} | change))
+        SamplingParams(**options)
 
 
 def test_a_completion_has_one_logprob_for_each_token() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -115,7 +116,7 @@ from grpo_fast.trainer.config import GRPOConfig  # noqa: E402
 from grpo_fast.trainer.run_settings import TrainOptions, parse_overrides  # noqa: E402
 
 
-def config(folder: Path, **more: object) -> GRPOConfig:
+def config(folder: Path, **more: Any) -> GRPOConfig:
     options = {"url": "http://host", "api_key": SECRET}
     return GRPOConfig(
         str(folder),
@@ -133,6 +134,7 @@ def test_what_trackers_and_logs_get(tmp_path: Path) -> None:
     settings = config(tmp_path)
     for shown in (str(settings), repr(settings), settings.to_json_string(), str(settings.to_dict()), str(settings.to_sanitized_dict())):
         assert SECRET not in shown and REDACTED in shown
+    assert isinstance(settings.model_init_kwargs, dict)
     assert settings.hub_token == settings.sampler_arguments["api_key"] == settings.model_init_kwargs["token"] == SECRET
 
 

@@ -7,6 +7,7 @@ import math
 import pickle
 import pkgutil
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -83,7 +84,7 @@ def test_accuracy_takes_numbers_in_the_column():
 
 
 def test_an_empty_completion_earns_nothing_and_costs_nothing():
-    empty = {"prompts": ["What is 3 + 4?"] * 2, "completions": ["", []], "completion_ids": [[], []]}
+    empty: dict[str, Any] = {"prompts": ["What is 3 + 4?"] * 2, "completions": ["", []], "completion_ids": [[], []]}
     assert accuracy_reward(**empty, answer=["7", "7"]) == [0.0, 0.0]
     assert format_reward(**empty) == [0.0, 0.0]
     assert CoherenceReward()(**empty) == [0.0, 0.0]
@@ -96,10 +97,11 @@ def test_no_completions_at_all():
 
 
 def test_messages_in_parts_and_without_content():
-    parts = [
+    parts: list[Any] = [
         {"role": "assistant", "content": [{"type": "text", "text": "<answer>"}, {"type": "image"}, {"type": "text", "text": "7</answer>"}]}
     ]
-    assert accuracy_reward(["q"] * 2, [parts, [{"role": "assistant", "content": None}]], answer=["7", "7"]) == [1.0, 0.0]
+    empty: list[Any] = [{"role": "assistant", "content": None}]
+    assert accuracy_reward(["q"] * 2, [parts, empty], answer=["7", "7"]) == [1.0, 0.0]
 
 
 def test_format_and_chat_messages():
@@ -112,7 +114,7 @@ def test_a_prompt_that_opens_the_reasoning():
     chat = [{"role": "assistant", "content": rest}]
     for reward, whole in ((FormatReward, 1.0), (TagCountReward, 1.0), (CoherenceReward, 1.0)):
         assert reward(think_opened=True)(["What is 3 + 4?"] * 3, [rest, chat, f"<think>{rest}"])[:2] == [whole, whole]
-        assert reward()(["What is 3 + 4?"], [f"<think>{rest}"]) == [whole] and reward()(["What is 3 + 4?"], [rest])[0] < whole
+        assert reward()(["What is 3 + 4?"], [f"<think>{rest}"]) == [whole] and reward()(["What is 3 + 4?"], [rest])[0] < whole  # type: ignore[operator]  # not None
     assert FormatReward(think_opened=True)(["q"], [f"<think>{rest}"]) == [0.0]  # then it is there twice
 
 
@@ -173,9 +175,9 @@ REWARDS = (
     SentenceReward(2),
     ReferenceFluencyReward(0.5),
     LengthReward(),
-    CosineLengthReward(8, right=[2.0, 1.0]),
+    CosineLengthReward(8, right=[2.0, 1.0]),  # type: ignore[arg-type]  # as JSON has it
     SoftOverlongPunishment(8, 4),
-    LanguageConsistencyReward(["Han", "Hiragana"]),
+    LanguageConsistencyReward(["Han", "Hiragana"]),  # type: ignore[arg-type]
 )
 
 
@@ -398,10 +400,10 @@ def test_language_consistency_looks_at_the_reasoning():
         (lambda: CertainRunPenalty(run=0), ValueError, "run is 0"),
         (lambda: CertainRunPenalty(threshold=1.0), ValueError, "threshold is 1.0; expected a probability"),
         (lambda: CosineLengthReward(0), ValueError, "max_length is 0"),
-        (lambda: CosineLengthReward(5, right=(1.0,)), ValueError, "right is .*; expected two numbers"),
+        (lambda: CosineLengthReward(5, right=(1.0,)), ValueError, "right is .*; expected two numbers"),  # type: ignore[arg-type]
         (lambda: CosineLengthReward(5, wrong=(1.0, math.nan)), ValueError, "wrong is nan"),
         (lambda: SoftOverlongPunishment(5, 6), ValueError, "margin is 6; expected a finite number of at least 1 and at most 5"),
-        (lambda: SoftOverlongPunishment("5", 1), TypeError, r"max_length is '5' \(str\); expected a number"),
+        (lambda: SoftOverlongPunishment("5", 1), TypeError, r"max_length is '5' \(str\); expected a number"),  # type: ignore[arg-type]
         (lambda: LanguageConsistencyReward(()), ValueError, "script is empty"),
     ],
 )

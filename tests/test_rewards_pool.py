@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from hang import HANG
@@ -54,7 +55,7 @@ def act(item):
 
 
 @pytest.fixture(scope="module")
-def target(tmp_path_factory) -> tuple[str, str]:
+def target(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     path = tmp_path_factory.mktemp("pool") / "actions.py"
     path.write_text(FUNCTION)
     return str(path), "act"
@@ -138,7 +139,7 @@ def test_the_children_of_a_killed_worker_die_with_it(target, tmp_path, monkeypat
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_AS is not enforced everywhere")
 def test_memory_limit(target):
     with WorkerPool(target, memory_limit=1 << 30) as pool:
-        assert "MemoryError" in pool.map(["memory"], timeout=HANG)[0].error
+        assert "MemoryError" in (pool.map(["memory"], timeout=HANG)[0].error or "")
 
 
 def test_many_threads_take_turns_and_get_their_own(pool):
@@ -194,7 +195,7 @@ print([outcome.value for outcome in pool.map(["ab", "c"], timeout=1500)], flush=
 """
 
 
-def run_script(tmp_path, code: str) -> str:
+def run_script(tmp_path: Path, code: str) -> str:
     script = tmp_path / "script.py"
     script.write_text(BY_PATH + code)
     run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False, timeout=HANG)

@@ -10,6 +10,8 @@ import threading
 import time
 from collections import Counter
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,8 +29,9 @@ from grpo_fast.rewards import (
     load_reward,
     reward_matrix,
 )
+from grpo_fast.rewards.execution import ProcessExecution, ThreadExecution
 
-BATCH = {"prompts": ["p", "p", "q"], "completions": ["a", "bb", "ccc"], "completion_ids": [[1], [1, 2], [1, 2, 3]]}
+BATCH: dict[str, Any] = {"prompts": ["p", "p", "q"], "completions": ["a", "bb", "ccc"], "completion_ids": [[1], [1, 2], [1, 2, 3]]}
 NAN = math.nan
 
 
@@ -74,7 +77,7 @@ def test_one_value_and_none():
 
 
 def test_a_function_gets_what_it_names():
-    seen = {}
+    seen: dict[str, Any] = {}
 
     def picky(completions, trainer_state):
         seen["picky"] = (completions, trainer_state)
@@ -124,8 +127,10 @@ def test_columns_are_checked_before_training():
 
 
 def test_what_counts_as_numbers():
-    assert RewardRunner(lambda completions: torch.tensor([1.0, 2.0, 3.0]))(**BATCH).values.flatten().tolist() == [1, 2, 3]
-    assert RewardRunner(lambda completions: np.array([1, 2, 3]))(**BATCH).values.flatten().tolist() == [1, 2, 3]
+    tensor: Any = lambda completions: torch.tensor([1.0, 2.0, 3.0])  # noqa: E731
+    array: Any = lambda completions: np.array([1, 2, 3])  # noqa: E731
+    assert RewardRunner(tensor)(**BATCH).values.flatten().tolist() == [1, 2, 3]
+    assert RewardRunner(array)(**BATCH).values.flatten().tolist() == [1, 2, 3]
     mixed = [True, np.float32(0.5), torch.tensor(2)]
     assert RewardRunner(lambda completions: mixed)(**BATCH).values.flatten().tolist() == [1.0, 0.5, 2.0]
 
@@ -224,7 +229,9 @@ def test_a_hung_thread_is_left_behind_and_the_rest_goes_on():
         RewardRunner([hangs], timeout=0.5)(**BATCH)
     release.set()
     deadline = time.monotonic() + HANG
-    while any(thread.is_alive() for thread in runner._execution.abandoned[0]) and time.monotonic() < deadline:
+    assert isinstance(runner._execution, ThreadExecution)
+    abandoned = runner._execution.abandoned
+    while any(thread.is_alive() for thread in abandoned[0]) and time.monotonic() < deadline:
         time.sleep(0.01)
     check(runner(**BATCH).values, [[0, 1], [0, 2], [0, 3]])  # those threads have ended: it may try again
 
@@ -232,7 +239,7 @@ def test_a_hung_thread_is_left_behind_and_the_rest_goes_on():
 def test_async_functions_run_at_the_same_time():
     together = []
 
-    def waiting(name: str):
+    def waiting(name: str) -> Any:
         async def reward(completions, **columns):
             together.append(name)
             for _ in range(2000):  # each waits for the other: one after the other this would never end
@@ -337,7 +344,7 @@ number = 5
 
 
 @pytest.fixture
-def my_rewards(tmp_path, monkeypatch) -> str:
+def my_rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     name = f"my_rewards_{os.getpid()}_{tmp_path.name}"
     (tmp_path / f"{name}.py").write_text(MODULE)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -355,6 +362,7 @@ def test_in_processes(my_rewards):
         assert metrics["rewards/hangs/timeouts"] == 1 and metrics["rewards/crashes/errors"] == 1
         assert metrics["rewards/Counting/seen"] == 3
         assert runner.counters["Counting"] == Counter(seen=3)
+        assert isinstance(runner._execution, ProcessExecution)
         assert runner._execution.pools[0]._workers and not runner._execution.pools[1]._workers  # the one that hung is gone
     finally:
         runner.close()
@@ -404,7 +412,7 @@ def test_no_gradient_is_recorded():
             ValueError,
             "cannot be pickled .* Fix: define it in a module",
         ),
-        (lambda: RewardRunner([3]), TypeError, r"a reward function is 3 \(int\); expected a function"),
+        (lambda: RewardRunner([3]), TypeError, r"a reward function is 3 \(int\); expected a function"),  # type: ignore[list-item]
         (lambda: RewardRunner([torch.nn.Linear(1, 1)]), TypeError, r"is a module \(Linear\); expected a function of texts"),
         (lambda: RewardRunner([accuracy_reward])(**BATCH, solution=["7"] * 3), ValueError, "needs 'answer', .*; the columns are: solution"),
         (lambda: RewardRunner([lengths])(**BATCH, x=[1, 2, 3], extras={"x": 1}), ValueError, "x is given twice"),

@@ -94,7 +94,8 @@ class StubTrainer:
 
 
 def train(*args: str) -> StubTrainer:
-    command.app(list(args), trainer_class=StubTrainer)
+    stub: Any = StubTrainer
+    command.app(list(args), trainer_class=stub)
     return StubTrainer.made[-1]
 
 
@@ -112,7 +113,8 @@ def test_file_and_command_line_make_a_trainer(here: Path) -> None:
     config = trainer.args
     assert isinstance(config, GRPOConfig)
     assert (config.learning_rate, config.num_generations, config.max_steps, config.seed) == (2e-6, 2, 3, 7)
-    assert (config.scale_rewards, config.packing, config.use_cpu, config.sampler_options) == ("none", False, True, {"batch_size": 2})
+    found: tuple[Any, ...] = (config.scale_rewards, config.packing, config.use_cpu, config.sampler_options)
+    assert found == ("none", False, True, {"batch_size": 2})
     assert config.reward_weights == [1.0, 0.5, 0.1] and config.report_to == []
     assert trainer.arguments["model"] == "./model" and trainer.arguments["peft_config"] is None
     assert trainer.arguments["train_dataset"].column_names == ["prompt", "question", "answer"]
@@ -257,16 +259,16 @@ def test_how_a_run_ended_is_said_in_a_few_lines(here: Path, capsys: pytest.Captu
 
     failed = RewardError("reward 'mine' failed: KeyError: 'gold'")
     try:
-        {}["gold"]
+        dict[str, str]()["gold"]
     except KeyError as error:
         failed.__cause__ = error
     message = ended(failed, 1)
     assert '{}["gold"]' in message and "reward 'mine' failed" in message and message.count("Traceback") == 1  # of the user's code alone
     assert "7 steps were done. There is no checkpoint yet" in message
     checkpoint(5)
-    for error in (SamplerError("the server is gone"), FloatingPointError("the loss is not finite")):
-        message = ended(error, 1)
-        assert str(error) in message and "checkpoint-5 is complete. To go on from there" in message and "Traceback" not in message
+    for cause in (SamplerError("the server is gone"), FloatingPointError("the loss is not finite")):
+        message = ended(cause, 1)
+        assert str(cause) in message and "checkpoint-5 is complete. To go on from there" in message and "Traceback" not in message
     assert "interrupted." in ended(KeyboardInterrupt(), 130)
     monkeypatch.setattr(StubTrainer, "ends_in", ZeroDivisionError())
     with pytest.raises(ZeroDivisionError):  # a mistake of ours
@@ -327,7 +329,8 @@ def test_every_field_is_an_option_and_in_the_help(capsys: pytest.CaptureFixture[
 
 
 def test_the_parser_leaves_types_as_they_were_said() -> None:
-    for text, expected in (("true", True), ("False", False), ("batch", "batch")):
+    cases: tuple[tuple[str, Any], ...] = (("true", True), ("False", False), ("batch", "batch"))
+    for text, expected in cases:
         _, config, _ = parse(
             ["--model", "m", "--dataset", "d", "--rewards", "format", "--scale_rewards", text, "--use_cpu", "--report_to", "none"],
             GRPOConfig,

@@ -84,6 +84,11 @@ def url(stand_in: StandIn) -> Iterator[str]:
         yield address
 
 
+def sync_of(sampler: Any) -> Any:
+    """The private object that sends the weights to the server."""
+    return sampler._sync
+
+
 def connect(url: str, model: Any = None, **options: Any) -> VLLMSampler:
     defaults: dict[str, Any] = {"retry_seconds": 60.0, "timeout": HANG, "concurrency": 4, "weight_sync": "disk"}
     sampler = make_sampler("vllm", model if model is not None else tiny(), None, url=url, **(defaults | options))
@@ -485,7 +490,7 @@ def test_a_folder_of_its_own_is_removed(url: str) -> None:
     model = tiny(1)
     sampler = connect(url, model)
     sampler.update_weights(model, 1)
-    folder = sampler._sync._directory  # type: ignore[union-attr]
+    folder = sync_of(sampler)._directory
     assert folder is not None and folder.is_dir()
     sampler.close()
     assert not folder.exists()
@@ -509,9 +514,9 @@ def test_weights_are_in_memory_only_until_the_server_has_read_them(
 def test_a_sampler_that_nobody_closes_removes_its_folder(url: str) -> None:
     sampler = connect(url)
     sampler.update_weights(tiny(1), 1)
-    folder = sampler._sync._directory  # type: ignore[union-attr]
+    folder = sync_of(sampler)._directory
     assert folder is not None and folder.is_dir()
-    remove = sampler._sync._remove  # type: ignore[union-attr]
+    remove = sync_of(sampler)._remove
     assert remove is not None and remove.atexit  # when the interpreter ends
     del sampler
     gc.collect()  # and when the sampler is collected
@@ -635,7 +640,7 @@ def test_a_training_run_draws_each_step_from_the_weights_of_that_step(tmp_path: 
         rewards = lambda completions, **_: [float(sum(map(ord, text)) % 7) for text in completions]  # noqa: E731  (all different: a gradient)
         trainer = GRPOTrainer(model, rewards, config, train_dataset=sorting_task(8).rows, processing_class=tokenizer)
         trainer.train()
-        assert trainer.sampler._sync._directory is None  # the trainer has closed the sampler
+        assert sync_of(trainer.sampler)._directory is None  # the trainer has closed the sampler
     gaps = [record["sampling/sampling_logp_difference/max"] for record in trainer.state.log_history if "reward" in record]
     assert len(gaps) == 3 and max(gaps) < 1e-4
     assert stand_in.calls.count("/collective_rpc") == 3

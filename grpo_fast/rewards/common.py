@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Awaitable, Callable, Sequence, Sized
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from grpo_fast.utils.text_statistics import parse_sections
@@ -16,6 +16,7 @@ __all__ = [
     "TRAINER_ARGUMENTS",
     "Completion",
     "Reward",
+    "SyncReward",
     "check_range",
     "check_same_length",
     "name_of",
@@ -26,7 +27,8 @@ __all__ = [
 ]
 
 Completion: TypeAlias = "str | Sequence[dict[str, str]]"
-Reward: TypeAlias = Callable[..., "list[float | None]"]
+SyncReward: TypeAlias = Callable[..., "Sequence[float | None]"]
+Reward: TypeAlias = "SyncReward | Callable[..., Awaitable[Sequence[float | None]]]"
 TokenValues: TypeAlias = "Tensor | Sequence[Sequence[float] | Tensor | None]"  # [B, T], one number per token; None = no numbers
 
 # What the trainer passes to a reward that has a parameter of this name, in addition to the columns of the dataset.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from grpo_fast.rewards.accuracy import accuracy_reward
-from grpo_fast.rewards.common import Completion, Reward, check_range, check_same_length
+from grpo_fast.rewards.common import Completion, SyncReward, check_range, check_same_length
 
 __all__ = ["CosineLengthReward", "LengthReward", "SoftOverlongPunishment"]
 
@@ -33,7 +33,7 @@ class LengthReward:
         [0.5, -0.5, 0.0]
     """
 
-    correct: Reward = accuracy_reward
+    correct: SyncReward = accuracy_reward
     __name__ = "length_reward"
 
     def __call__(
@@ -79,7 +79,7 @@ class CosineLengthReward:
     right: tuple[float, float] = (1.0, 0.5)
     wrong: tuple[float, float] = (-1.0, -0.5)
     exceeded: float = -1.0
-    correct: Reward = accuracy_reward
+    correct: SyncReward = accuracy_reward
     __name__ = "cosine_length_reward"
 
     def __post_init__(self) -> None:
@@ -137,7 +137,9 @@ class SoftOverlongPunishment:
         return [-min(max((len(ids) - free) / self.margin, 0.0), 1.0) + 0.0 for ids in completion_ids]
 
 
-def _judged(where: str, correct: Reward, prompts: Any, completions: Any, completion_ids: Any, columns: dict[str, Any]) -> list[bool | None]:
+def _judged(
+    where: str, correct: SyncReward, prompts: Any, completions: Any, completion_ids: Any, columns: dict[str, Any]
+) -> list[bool | None]:
     check_same_length(where, prompts=prompts, completions=completions, completion_ids=completion_ids)
     values = correct(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
     check_same_length(f"{where}: what its `correct` returned", prompts=prompts, values=values)
