@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TOY = DropInSettings(tokens=6, width=16, vocabulary=101, rounds=1)
 SHOWN = {
     "plain.md": ("plain", "`gf.linear_grpo_loss`"),
-    "liger.md": ("liger", "this one"),
+    "liger.md": ("liger", "grpo_fast's"),
     "verl.md": ("verl", "`linear_cross_entropy`"),
 }
 
