@@ -388,7 +388,7 @@ def test_task_errors(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     assert "unexpected keyword argument 'colour'" in refused(capsys, "config.yaml", "--dataset", "sorting(colour=1)")
     assert "digits is 0" in refused(capsys, "config.yaml", "--dataset", "sorting(digits=0)")
     assert "Expected arithmetic, sorting or reasoning_gym:TASK" in refused(capsys, "config.yaml", "--dataset", "sorting(3)")
-    assert "the dataset is no task" in refused(capsys, "config.yaml", "--rewards", "task", "--reward_weights", "1")
+    assert "the dataset is not a task" in refused(capsys, "config.yaml", "--rewards", "task", "--reward_weights", "1")
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     assert "reasoning-gym package, which is not installed" in refused(capsys, "config.yaml", "--dataset", "reasoning_gym:chain_sum")
 
