@@ -122,6 +122,13 @@ def check_rows(rows: Any, who: str) -> bool:
     Raises:
         ValueError, TypeError: names the row or column, what it was, what was expected and the fix.
     """
+    if hasattr(rows, "iloc"):  # a DataFrame has a length, and its rows by number are something else
+        raise TypeError(f"{who} is a {type(rows).__name__}; expected a Dataset or a list of dictionaries. Fix: Dataset.from_pandas(frame).")
+    if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
+        raise TypeError(
+            f"{who} is a {type(rows).__name__} without a length; expected a Dataset or a list of dictionaries. "
+            "Fix for a stream: datasets.Dataset.from_generator, or list(itertools.islice(stream, n))."
+        )
     if len(rows) == 0:
         raise ValueError(f"{who}: there are no rows; expected at least one prompt.")
     if not isinstance(rows, list) and not hasattr(rows, "column_names"):
@@ -135,14 +142,15 @@ def check_rows(rows: Any, who: str) -> bool:
     reserved = [name for name in names if name in _RESERVED]
     if reserved:
         raise ValueError(f"{who}: the column {reserved[0]!r} has a name that rewards know for something else. Fix: rename or remove it.")
-    prompts = enumerate(_column(rows, "prompt"))
-    first = _is_conversation(next(prompts)[1], 0, who)
-    for position, prompt in prompts:
+    first = None
+    for position, prompt in enumerate(_column(rows, "prompt")):
         kind = _is_conversation(prompt, position, who)
+        _check_text(prompt, position, who)
+        first = kind if first is None else first
         if kind != first:
             kinds = f"{_describe_kind(kind)}, and that of row 0 {_describe_kind(first)}"
             raise ValueError(f"{who}: the prompt of row {position} is {kinds}; expected one kind.")
-    return first
+    return bool(first)
 
 
 def check_evaluation(dataset: Any, strategy: str) -> None:
@@ -295,6 +303,21 @@ def _is_conversation(prompt: Any, position: int, who: str) -> bool:
         f"{who}: the prompt of row {position} is {text if len(text) <= 60 else text[:57] + '...'}; expected a text, or a list of "
         "messages {'role': ..., 'content': ...}."
     )
+
+
+def _check_text(prompt: Prompt, position: int, who: str) -> None:
+    texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+    if not any(texts):
+        raise ValueError(f"{who}: the prompt of row {position} has no tokens: it is empty; expected a question. Fix: leave the row out.")
+    for text in texts:
+        try:
+            if isinstance(text, str) and not text.isascii():
+                text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{who}: the prompt of row {position} has {text[error.start]!r} at character {error.start}, half of a surrogate "
+                "pair, which tokenizers do not take. Fix: read the data in its encoding, or text.encode('utf-8', 'replace').decode()."
+            ) from None
 
 
 def _describe_kind(conversation: bool) -> str:

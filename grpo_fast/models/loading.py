@@ -65,6 +65,7 @@ def load_policy(
         raise ValueError("processing_class has no eos_token_id; expected one: a completion ends with it.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    _check_token_ids(model, tokenizer)
     if peft_config is not None:
         from peft import get_peft_model
 
@@ -74,6 +75,18 @@ def load_policy(
     if disable_dropout:
         without_dropout(model)
     return model, tokenizer
+
+
+def _check_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    size = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    for name in ("eos_token_id", "pad_token_id"):
+        token = getattr(tokenizer, name)
+        if size is not None and not 0 <= token < size:
+            raise ValueError(
+                f"processing_class has {name} = {token}, and the model's embedding has {size} rows; expected an id below that. Fix: "
+                "model.resize_token_embeddings(len(tokenizer)), or another token of the vocabulary, such as tokenizer.pad_token = "
+                "tokenizer.eos_token."
+            )
 
 
 def _from_pretrained_options(

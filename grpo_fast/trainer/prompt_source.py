@@ -35,6 +35,8 @@ class PromptSource:
     """
 
     def __init__(self, dataset: RowDataset, count: int, *, seed: int, shuffle: bool) -> None:
+        if hasattr(dataset, "iloc"):  # a DataFrame
+            check_rows(dataset, "train_dataset")
         if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
             raise TypeError(
                 f"train_dataset is a {type(dataset).__name__} without a length; expected a Dataset or a list of dictionaries. "
