@@ -513,6 +513,7 @@ def test_settings_that_trl_has_too_mean_the_same_unless_the_page_says_so(tmp_pat
     explained = {
         *("disable_dropout", "importance_sampling_level"),  # on; None: the loss type's own, which is "token" for all but LUSPO and GSPO
         *("vllm_mode", "vllm_importance_sampling_correction", "logging_nan_inf_filter"),
+        "vllm_importance_sampling_mode",  # None: TRL's "sequence_mask", but with truncated sampling a weight per token
     }
     differ = {
         name for name in set(theirs) & set(ours) if ours[name] != theirs[name] and not isinstance(ours[name], type(dataclasses.MISSING))

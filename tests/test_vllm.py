@@ -863,3 +863,58 @@ def test_a_client_that_waits_says_so(stand_in: StandIn, url: str, caplog: pytest
     assert len(said) == 1 and said[0].startswith(f"{url}: the server answers 500: ")
     assert re.search(r"engine says no.*Waiting for the server, for up to \d\d s more \(retry_seconds\)\.$", said[0])
     sampler.close()
+
+
+# --- truncated sampling ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cut", [{"top_p": 0.97}, {"top_k": 20}, {"min_p": 0.05}], ids=str)
+def test_truncation_has_weights_per_token(tmp_path: Path, cut: dict[str, Any]) -> None:
+    from trainer_cases import config, trainer
+
+    assert config(tmp_path).vllm_importance_sampling_mode == "sequence_mask"
+    assert config(tmp_path, use_vllm=True, **cut).vllm_importance_sampling_mode == "token_mask"
+    for mode in ("sequence_mask", "sequence_truncate"):
+        refused = rf"vllm_importance_sampling_mode is '{mode}'; expected a mode per token .*1\.7e-7.*Fix: 'token_mask'"
+        with pytest.raises(ValueError, match=refused):
+            config(tmp_path, use_vllm=True, vllm_importance_sampling_mode=mode, **cut)
+        with pytest.raises(ValueError, match=refused):
+            config(tmp_path, vllm_importance_sampling_correction=True, vllm_importance_sampling_mode=mode, **cut)
+        with pytest.raises(ValueError, match=refused):  # a sampler of which the settings do not know
+            trainer(tmp_path, sampler=Gapped(), vllm_importance_sampling_mode=mode, **cut)
+        config(tmp_path, use_vllm=True, vllm_importance_sampling_correction=False, vllm_importance_sampling_mode=mode, **cut)
+        config(tmp_path, vllm_importance_sampling_mode=mode, **cut)  # the trainer's own model, which is not corrected
+        config(tmp_path, use_vllm=True, vllm_importance_sampling_mode=mode)  # no truncation
+
+
+def test_truncated_sampling_with_vllm_learns(tmp_path: Path) -> None:
+    """The mean weight is the probability of the kept tokens, and not its product over a sequence."""
+    from trainer_cases import model, trainer
+
+    with serving(StandIn(model().eval())) as address:
+        options = {"url": address, "weight_sync": "disk", "concurrency": 4}
+        run = trainer(tmp_path, rewards=_dead_until(0), use_vllm=True, sampler_options=options, top_p=0.6, vllm_server_base_url=address)
+        run.train()
+    weights = run.rollout.tokens["weights"]
+    kept = (run.rollout.tokens["sampler"] != 0) & (weights != 0)
+    assert 0.4 < weights[kept].mean() < 1 and weights[kept].min() > 0.1
+
+
+# --- the command line ------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_gap_at_the_first_step_is_one_sentence_on_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The difference looks like that of a server in another precision."""
+    from trainer_cases import ROWS, TOKENIZER, config, model
+
+    from grpo_fast.cli.train import PreparedTraining, run
+
+    monkeypatch.setattr("grpo_fast.trainer.grpo_trainer.make_sampler", lambda *_, **__: Gapped(0.045))
+    arguments = {"model": model(), "reward_funcs": _dead_until(0), "args": config(tmp_path), "train_dataset": ROWS}
+    with pytest.raises(SystemExit) as caught:
+        run(PreparedTraining(arguments | {"processing_class": TOKENIZER}, None, {}))
+    said = capsys.readouterr().err
+    assert caught.value.code == 1 and "Traceback" not in said
+    assert all(fix in said for fix in ("Nothing was trained", "--dtype float32", "--bf16", "sampler_tolerance"))

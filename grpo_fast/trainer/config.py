@@ -84,7 +84,8 @@ class GRPOConfig(TrainingArguments):
         top_entropy_quantile: train on this share of the tokens only, those with the highest entropy (arXiv:2506.01939).
         vllm_importance_sampling_correction: weight each token by the ratio of the trainer's probability to the sampler's, for any sampler;
             None = for all but ``"transformers"``, which runs the trainer's own model.
-        vllm_importance_sampling_mode: ``"token_truncate"``, ``"token_mask"``, ``"sequence_truncate"`` or ``"sequence_mask"``.
+        vllm_importance_sampling_mode: ``"token_truncate"``, ``"token_mask"``, ``"sequence_truncate"`` or ``"sequence_mask"``. None =
+            ``"sequence_mask"``, and ``"token_mask"`` with ``top_p``, ``top_k`` or ``min_p``, which a weight per sequence cannot correct.
         vllm_importance_sampling_clip_min: lower bound of that weight; None = no bound.
         vllm_importance_sampling_clip_max: upper bound of that weight; None = no bound.
         sampler_tolerance: largest mean difference of a token's log-probability between sampler and trainer, in nats, on the first step;
@@ -177,7 +178,7 @@ class GRPOConfig(TrainingArguments):
     soft_punish_cache: int | None = None
     top_entropy_quantile: float = 1.0
     vllm_importance_sampling_correction: bool | None = None
-    vllm_importance_sampling_mode: str = "sequence_mask"
+    vllm_importance_sampling_mode: str | None = None
     vllm_importance_sampling_clip_min: float | None = None
     vllm_importance_sampling_clip_max: float | None = 3.0
     sampler_tolerance: float | None = None

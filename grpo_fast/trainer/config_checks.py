@@ -18,6 +18,7 @@ __all__ = [
     "TYPES",
     "bad_setting",
     "check_batches",
+    "check_importance_weights",
     "check_rewards",
     "check_sampler",
     "check_sampling",
@@ -193,7 +194,11 @@ def check_rewards(config: GRPOConfig) -> None:
     if config.soft_punish_cache is not None and not 0 < config.soft_punish_cache <= config.max_completion_length:
         expected = f"between 1 and max_completion_length = {config.max_completion_length}"
         raise bad_setting("soft_punish_cache", config.soft_punish_cache, expected)
+    if config.vllm_importance_sampling_mode is None:
+        config.vllm_importance_sampling_mode = "token_mask" if config.truncates else "sequence_mask"
     _one_of("vllm_importance_sampling_mode", config.vllm_importance_sampling_mode, IMPORTANCE_SAMPLING_MODES)
+    correction = config.vllm_importance_sampling_correction
+    check_importance_weights(config, config.sampler != "transformers" if correction is None else correction)
     low, high = config.vllm_importance_sampling_clip_min, config.vllm_importance_sampling_clip_max
     if low is not None and not 0 <= low < math.inf:
         raise bad_setting("vllm_importance_sampling_clip_min", low, "a finite number of at least 0, or None: a weight is never below 0")
@@ -203,6 +208,24 @@ def check_rewards(config: GRPOConfig) -> None:
         raise bad_setting("vllm_importance_sampling_clip_min", low, f"less than vllm_importance_sampling_clip_max = {high}")
     if not 0 < config.top_entropy_quantile <= 1:
         raise bad_setting("top_entropy_quantile", config.top_entropy_quantile, "a share in (0, 1]; 1 trains on all tokens")
+
+
+def check_importance_weights(config: GRPOConfig, corrects: bool) -> None:
+    """Check that truncated sampling is not corrected by a weight per sequence.
+
+    Args:
+        config: the settings.
+        corrects: whether the sampler's distribution is corrected.
+    """
+    mode = str(config.vllm_importance_sampling_mode)
+    if corrects and config.truncates and mode.startswith("sequence"):
+        truncation = f"top_p = {config.top_p}, top_k = {config.top_k}, min_p = {config.min_p}"
+        expected = (
+            f"a mode per token with truncated sampling ({truncation}). Each token's weight is the probability of the kept tokens, and "
+            "their product over a sequence vanishes: 0.97 over 512 tokens is 1.7e-7, so that nothing is learned. Fix: 'token_mask', or no "
+            "truncation"
+        )
+        raise bad_setting("vllm_importance_sampling_mode", mode, expected)
 
 
 def check_training(config: GRPOConfig) -> None:

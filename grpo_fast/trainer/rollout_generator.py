@@ -18,6 +18,7 @@ import grpo_fast as gf
 from grpo_fast.generation.transformers_sampler import TransformersSampler
 from grpo_fast.models.unwrap import is_sharded
 from grpo_fast.trainer.completions import CompletionRunner, GeneratedCompletion
+from grpo_fast.trainer.config_checks import check_importance_weights
 from grpo_fast.trainer.diagnostics import completion_records, measure_rewards, measure_rollout
 from grpo_fast.trainer.prompt_source import PromptSource, Row
 from grpo_fast.trainer.rollout import Rollout
@@ -51,6 +52,7 @@ class RolloutGenerator:
         corrects = trainer.args.vllm_importance_sampling_correction
         # TransformersSampler runs the trainer's model, so by default its distribution needs no correction.
         self.corrects_sampler = not isinstance(trainer.sampler, TransformersSampler) if corrects is None else corrects
+        check_importance_weights(trainer.args, self.corrects_sampler)  # the settings do not know of a sampler that the caller made
 
     def generate(self, number: int) -> Rollout:
         """Draw and score this process's completions of a rollout, which is given by its number, counted from 0."""
@@ -180,7 +182,7 @@ class RolloutGenerator:
     def _importance_weights(self, rows: Rollout, old_logprobs: Tensor, mask: Tensor) -> Tensor:
         """Ratio of the trainer's probability of each token to the sampler's, truncated or masked, float32 [n]."""
         args, metrics = self.trainer.args, self.trainer.metrics
-        level, mode = args.vllm_importance_sampling_mode.split("_")
+        level, mode = str(args.vllm_importance_sampling_mode).split("_")
         lengths = torch.tensor(rows.lengths)
         weights = gf.rollout_weights(
             old_logprobs,
