@@ -24,7 +24,7 @@ class WeightsLostError(SamplerError):
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How completions are drawn: from softmax(z/T), truncated by top-k, top-p and min-p in this order.
+    """The settings of sampling: completions are drawn from softmax(z/T), truncated by top-k, top-p and min-p in this order.
 
     Args:
         max_new_tokens: length limit of a completion, in tokens, the end token included.

@@ -22,7 +22,7 @@ __all__ = ["RowSampler", "TransformersSampler"]
 class TransformersSampler:
     """Samples with `generate` of the model that is trained, with a temperature per row.
 
-    - `RowSampler` draws the tokens with a generator of its own. The state of torch's global generator does not change, so a resumed run
+    - `RowSampler` draws the tokens with its own generator. The state of torch's global generator does not change, so a resumed run
       draws the same completions as an uninterrupted one.
     - The model's generation_config is not used, so that do_sample=False, a top-k of 50 or a repetition penalty in it has no effect.
     - The model is in eval mode while completions are drawn; afterwards every module is in its previous mode.

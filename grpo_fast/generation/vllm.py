@@ -33,7 +33,7 @@ class VLLMSampler:
 
     ``--dtype`` is that of the trainer: float32, or bfloat16 with ``bf16``. By default vLLM takes bfloat16 for a model in float32.
 
-    Each completion is a request of its own, with its own temperature and seed, because one request with a seed would draw all members of
+    Each completion is a separate request with its own temperature and seed, because one request with a seed would draw all members of
     a group from the same random numbers. The server's prefix cache shares the work on equal prompts. The server's defaults
     (generation_config.json) are not used, and the end tokens are those of the params.
 

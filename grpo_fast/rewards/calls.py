@@ -20,9 +20,9 @@ __all__ = ["BackgroundCall", "RewardCall", "RewardValues", "Signature", "attempt
 
 
 class RewardValues(NamedTuple):
-    """What a call of a reward function returned."""
+    """The result of a call of a reward function."""
 
-    values: object  # whatever it returned; checked by RewardRunner
+    values: object  # as returned by the function; RewardRunner checks it
     counters: dict[str, int]  # by how much the reward's own counters grew
     seconds: float
 
@@ -50,7 +50,7 @@ class BackgroundCall:
 
     def __init__(self, call: Callable[[], object]) -> None:
         self._result: CallResult | None = None
-        reference = weakref.ref(self)  # a call that nobody waits for any more must not keep its result alive
+        reference = weakref.ref(self)  # a call that is no longer waited for must not keep its result alive
 
         def run() -> None:
             result = attempt(call)

@@ -13,7 +13,7 @@ __all__ = ["CoherenceReward"]
 
 @dataclass(frozen=True)
 class CoherenceReward:
-    """How coherent a completion is, from 0 to 1: the mean of three rules, see `grpo_fast.utils.text_statistics.coherence`.
+    """The coherence of a completion, from 0 to 1: the mean of three rules, see `grpo_fast.utils.text_statistics.coherence`.
 
     The tags are well formed; the answer agrees with the reasoning (it occurs in the last step); the reasoning agrees with the question (it
     mentions the question's keys, by default its numbers). A coherent completion may be wrong: combine this with `accuracy_reward`. The

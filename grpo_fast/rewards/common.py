@@ -1,4 +1,4 @@
-"""What all rewards share: the types, the text and the reasoning of a completion, and the checks of lengths and settings."""
+"""Shared by all rewards: the types, the text and the reasoning of a completion, and the checks of lengths and settings."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SyncReward: TypeAlias = Callable[..., "Sequence[float | None]"]
 Reward: TypeAlias = "SyncReward | Callable[..., Awaitable[Sequence[float | None]]]"
 TokenValues: TypeAlias = "Tensor | Sequence[Sequence[float] | Tensor | None]"  # [B, T], one number per token; None = no numbers
 
-# What the trainer passes to a reward that has a parameter of this name, in addition to the columns of the dataset.
+# Values that the trainer passes to a reward that has a parameter of this name, in addition to the columns of the dataset.
 TRAINER_ARGUMENTS = ("trainer_state", "log_extra", "log_metric", "logprobs", "ref_logprobs")
 
 _TAG = re.compile(r"</?(?:think|answer)>")

@@ -1,4 +1,4 @@
-"""Where reward functions run: in threads of this process, or each in a worker process of its own."""
+"""Where reward functions run: in threads of this process, or each in a separate worker process."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ class ThreadExecution:
 
 
 class ProcessExecution:
-    """Calls each reward function in a worker process of its own, all at the same time. A late or crashed process is replaced.
+    """Calls each reward function in a separate worker process, all at the same time. A late or crashed process is replaced.
 
     Args:
         reward_funcs: R picklable functions.

@@ -1,4 +1,4 @@
-"""Runs reward functions on a batch and checks what they return: every value belongs to its completion, whatever a function does."""
+"""Runs reward functions on a batch and checks their results, so that every value belongs to its completion."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class RewardError(ValueError):
 
 
 class RewardTable(NamedTuple):
-    """What a `RewardRunner` returns."""
+    """The result of a `RewardRunner`."""
 
     values: Tensor  # [B, R] float32, on the CPU: NaN where a reward does not apply
     metrics: dict[str, float]  # rewards/<name>/mean, std, applicable, seconds; and timeouts, errors if there were any
