@@ -7,13 +7,14 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from grpo_fast.rewards import RewardError, RewardRunner
 from grpo_fast.rewards.event_loop import run_async
 
-BATCH = {"prompts": ["p", "p"], "completions": ["a", "b"], "completion_ids": [[1], [2]]}
+BATCH: dict[str, Any] = {"prompts": ["p", "p"], "completions": ["a", "b"], "completion_ids": [[1], [2]]}
 
 
 @pytest.mark.parametrize("timeout", [None, 60.0])
@@ -93,7 +94,7 @@ def test_columns_may_be_called_like_our_parameters(column: str) -> None:
         def __call__(self, completions, **columns):  # type: ignore[no-untyped-def]
             return [float(column in columns)] * len(completions)
 
-    columns = {column: [3.0, 4.0]}
+    columns: dict[str, Any] = {column: [3.0, 4.0]}
     bound = float(column != "self")  # **kwargs of a method cannot hold its own self
     assert RewardRunner([reads, Judge()])(**BATCH, **columns).values.tolist() == [[3.0, bound], [4.0, bound]]
     assert RewardRunner(["format", "repetition"])(**BATCH, **columns).values.shape == (2, 2)

@@ -788,11 +788,21 @@ def test_a_restart_while_weights_are_sent_is_noticed(stand_in: StandIn, url: str
     """Whether it happens before the server has read the weights or after: their name is lost with it."""
     sampler = connect(url)
     reload = stand_in.reload
-    monkeypatch.setattr(stand_in, "reload", lambda body: (stand_in.restart(), reload(body))[1])
+
+    def restart_then_reload(body: Any) -> Any:
+        stand_in.restart()
+        return reload(body)
+
+    def reload_then_restart(body: Any) -> Any:
+        answer = reload(body)
+        stand_in.restart()
+        return answer
+
+    monkeypatch.setattr(stand_in, "reload", restart_then_reload)
     sampler.update_weights(tiny(1), 1)
     with pytest.raises(WeightsLostError):
         sampler.generate(PROMPTS, params(TEMPERATURES))
-    monkeypatch.setattr(stand_in, "reload", lambda body: (reload(body), stand_in.restart())[0])
+    monkeypatch.setattr(stand_in, "reload", reload_then_restart)
     sampler.update_weights(tiny(1), 1)
     with pytest.raises(WeightsLostError):
         sampler.generate(PROMPTS, params(TEMPERATURES))
