@@ -1,4 +1,4 @@
-"""Prompts: where they come from, how they are encoded, which are left out, and what is wrong with a data set in plain words."""
+"""Prompts: their sources, their encoding, which are filtered out, and the errors for an invalid data set."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def test_a_worker_that_has_lost_its_gpu_is_replaced(tmp_path: Path) -> None:
     said = run_lost(tmp_path, "gpu", "-n", "1", "--dist", "worksteal")
     assert "test_on_it[2]: the GPU is lost, and this worker with it: an illegal memory access was encountered" in said
     assert "crashed while running 'test_lost.py::test_on_it[2]'" in said, said
-    assert "1 failed, 6 passed" in said, said  # it had passed, before its kernels had come to their end
+    assert "1 failed, 6 passed" in said, said  # it had passed before its kernels had finished
 
 
 def test_without_workers_the_run_ends_with_its_report(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ print(*arguments[:arguments.index({python!r})], "caching", os.environ["PYTORCH_N
 
 @pytest.fixture
 def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """A compute-sanitizer of one's own, made of Python code; ``program`` is what it is to run."""
+    """A stand-in for compute-sanitizer, made of Python code; ``program`` is the command that it runs."""
 
     def install(what: str) -> None:
         file = tmp_path / "compute-sanitizer"

@@ -1,4 +1,4 @@
-"""A library in a version that was not compared with is refused, by its version and by those that were."""
+"""A library in a version that was not compared with is rejected; the error names its version and the tested ones."""
 
 from __future__ import annotations
 

@@ -241,7 +241,7 @@ def test_a_second_derivative_is_refused() -> None:
 
 @pytest.mark.parametrize("trainable", [True, False])
 def test_hidden_states_changed_before_backward_are_noticed(trainable: bool) -> None:
-    """What was looked at must be looked at again: PyTorch's version counter says so rather than giving a wrong gradient."""
+    """A tensor saved for backward was changed in place: PyTorch's version counter raises an error, in place of a wrong gradient."""
     hidden, weight = tensors(trainable)
     source = hidden * 1
     out = call(source, weight, keep_bytes=0)

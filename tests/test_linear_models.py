@@ -140,7 +140,7 @@ def test_each_family(name: str) -> None:
     forward = dict(vars(model.get_output_embeddings()))
     found = check(model)
     assert len(found) == len(list(model.parameters()))
-    assert vars(model.get_output_embeddings()).keys() == forward.keys()  # nothing is left on the module
+    assert vars(model.get_output_embeddings()).keys() == forward.keys()  # the module is unchanged
 
 
 def test_logit_transforms_of_model_families_are_recognised() -> None:
@@ -323,7 +323,7 @@ def attempt(model: Any) -> Any:
 
 
 class Doubled(transformers.Qwen3ForCausalLM):
-    """Does something to its logits that no configuration tells."""
+    """Changes its logits in a way that its configuration does not show."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         out = super().forward(*args, **kwargs)

@@ -101,7 +101,7 @@ SURROGATES: list[tuple[dict[str, Any], float, float, float, float, int, int]] = 
     # dual clip with c = 3: A < 0 loses at most 3 |A|
     ({"dual_clip": 3.0}, -2.0, 2.0, 4.0, 4.0, 0, 0),
     ({"dual_clip": 3.0}, -2.0, 5.0, 6.0, 0.0, 0, 0),  # 3 * 2 in place of 5 * 2
-    ({"dual_clip": 3.0}, 2.0, 5.0, -2.4, 0.0, 0, 1),  # A > 0 does not know it
+    ({"dual_clip": 3.0}, 2.0, 5.0, -2.4, 0.0, 0, 1),  # no effect for A > 0
     ({"dual_clip": 3.0, "delta": 4.0}, -2.0, 3.5, 6.0, 0.0, 0, 0),
     ({"dual_clip": 5.0, "delta": 4.0}, -2.0, 9.0, 8.0, 0.0, 0, 0),
     # cispo with a raw bound of 2: loss = -min(r, 2) A ln(3/4), g = -min(r, 2) A, whatever the sign

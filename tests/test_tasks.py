@@ -100,7 +100,7 @@ def test_a_score_function_that_raises_means_wrong(reasoning_gym):
     raw = reasoning_gym.create_dataset("prime_factorization", size=2, seed=0)
     with pytest.raises(ValueError, match="invalid literal"):
         raw.score_answer("junk", raw[0])
-    assert scorer_of(task).counters == {}  # the probing has left no trace
+    assert scorer_of(task).counters == {}  # probing the generator does not count
     assert answers(task, ["junk", task.rows[1]["answer"]]) == [0.0, 1.0]
     assert scorer_of(task).counters == {"scorer_raised": 1}
 
@@ -138,7 +138,7 @@ def test_how_a_task_is_scored_does_not_depend_on_its_seed(reasoning_gym):
 
 @pytest.mark.sweep
 def test_every_generator(reasoning_gym):
-    """Each is refused, or pays 1 for the truth and nothing for junk."""
+    """Each task is rejected, or gives 1 for the true answer and 0 for junk."""
     from reasoning_gym.factory import DATASETS
 
     refused = []

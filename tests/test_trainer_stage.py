@@ -1,4 +1,4 @@
-"""The benchmark of the trainer's loss stage: what it compares is equal work, and it reports nothing where results differ."""
+"""The benchmark of the trainer's loss stage: both sides do equal work, and it reports no time where results differ."""
 
 from __future__ import annotations
 
