@@ -277,7 +277,7 @@ def test_rewards_that_fail_are_named_once(tmp_path: Path) -> None:
 def test_add_default_callbacks_replaces_transformers_own(tmp_path: Path) -> None:
     from transformers import ProgressCallback, Trainer, TrainingArguments
 
-    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=False)  # its default follows the log level
     trainer = Trainer(torch.nn.Linear(1, 1), args)
     for _ in range(2):
         add_default_callbacks(trainer)

@@ -57,6 +57,10 @@ class HeadCall(NamedTuple):
         return self.hidden[:, -token_ids.shape[1] - 1 :]
 
 
+# torch.compile compiles the model's own frames below this call and not the call itself, which replaces the head's forward for its duration.
+_hidden_states_of = torch.compiler.disable(hidden_states_of, recursive=False)
+
+
 def install_head_forward(model: nn.Module, temperature: Callable[[], float], in_float32: bool) -> None:
     """Let ``model(..., fused_lm_head=f)`` run the model and then f on its HeadCall, both within the forward pass that the model's wrappers
     (data parallelism, mixed precision) see. TRL's own ``fused_lm_head=True`` computes TRL's output from the same HeadCall.
@@ -72,7 +76,7 @@ def install_head_forward(model: nn.Module, temperature: Callable[[], float], in_
         if fused_lm_head is False:
             return model_forward(*args, **kwargs) if labels is None else model_forward(*args, labels=labels, **kwargs)
         run = functools.partial(model_forward, *args)
-        hidden, head, output = hidden_states_of(self, {**kwargs, "use_cache": False}, forward=run)
+        hidden, head, output = _hidden_states_of(self, {**kwargs, "use_cache": False}, forward=run)
         call = HeadCall(hidden.float() if in_float32 else hidden, head, temperature(), in_float32)
         aux_loss = output.aux_loss if kwargs.get("output_router_logits") else None
         if callable(fused_lm_head):
