@@ -31,10 +31,10 @@ struct PolicyTerms {
   bool clip_low, clip_high;
 };
 
-// c * x, and 0 for c = 0 whatever x is: a log-probability of -inf, times an advantage or a weight of 0, is no loss.
+// c * x, and 0 for c = 0 also where x is infinite: a log-probability of -inf times an advantage or weight of 0 is no loss. NaN stays NaN.
 template <typename Real>
 GF_HOST_DEVICE inline Real product(Real c, Real x) {
-  return c == 0 ? Real(0) : c * x;
+  return c == 0 && x == x ? Real(0) : c * x;
 }
 
 // A value and its derivative with respect to the token's log-probability.

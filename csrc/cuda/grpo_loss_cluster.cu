@@ -111,8 +111,8 @@ struct Exchanges {  // slots for the rows that have sums: two, in alternation
   }
 };
 
-// f(z): z, or tanh(z * cap_scale) with a soft cap: Cephes' polynomial near 0 (S. Moshier), 1 - c elsewhere, c = 2 e^-2|x| / (1 + e^-2|x|).
-// cap_slope becomes its derivative c (2 - c), which keeps its digits where f is almost 1 and 1 - f^2 has none.
+// f(z): z, or tanh(z * cap_scale) with a soft cap: Cephes' polynomial near 0 (S. Moshier), 1 - 2 q elsewhere, q = e^-2|x| / (1 + e^-2|x|).
+// cap_slope becomes q - q^2, a quarter of its derivative, which keeps its digits where f is almost 1 and 1 - f^2 has none.
 template <bool kCapped>
 __device__ __forceinline__ float scored(float z, float cap_scale, float* cap_slope) {
   if (!kCapped) return z;
@@ -122,8 +122,8 @@ __device__ __forceinline__ float scored(float z, float cap_scale, float* cap_slo
   p = fmaf(x2, p, 1.33314422036e-1f);
   p = fmaf(x2, p, -3.33332819422e-1f);
   const float e = exp2_approx(a * static_cast<float>(-2 * kLog2E));
-  const float c = divide_approx(e + e, 1.0f + e), large = copysignf(1.0f - c, x);
-  *cap_slope = c * (2.0f - c);
+  const float q = divide_approx(e, 1.0f + e), large = copysignf(fmaf(q, -2.0f, 1.0f), x);
+  *cap_slope = fmaf(-q, q, q);
   return a >= 0.625f ? large : fmaf(x * x2, p, x);  // NaN stays NaN
 }
 
@@ -508,6 +508,7 @@ __device__ void finish_rows(const ClusterLossArgs& args, Shared& shared, int sta
       slot.pivot = static_cast<float>(row.lse2);
       slot.constant = -(g + h * row.entropy) * slope * exp2f(static_cast<float>(slot.pivot - row.lse2));
       slot.linear = -h * static_cast<float>(kLn2) * slope;
+      if (kCapped) slot.constant *= 4, slot.linear *= 4;  // scored() returns a quarter of the soft cap's derivative
       // From 1 - p = -expm1(log p), which is accurate also for p near 1.
       slot.at_target = (g * -expm1f(row.logprob) - (p > 0 ? h * p * (row.logprob + row.entropy) : 0.0f)) * slope;
       if (kCapped) slot.at_target *= slot.cap_slope;

@@ -13,8 +13,8 @@ from .rowwise import LN_2, exp, expm1
 
 @triton.jit
 def product(c, x):
-    """Return c * x, and 0 for c = 0 for any x: a log-probability of -inf times an advantage or weight of 0 contributes 0 to the loss."""
-    return tl.where(c == 0, 0.0, c * x)
+    """Return c * x, and 0 for c = 0 also where x is infinite (a log-probability of -inf). NaN stays NaN."""
+    return tl.where((c == 0) & (x == x), 0.0, c * x)
 
 
 @triton.jit
