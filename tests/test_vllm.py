@@ -905,6 +905,7 @@ def test_truncated_sampling_with_vllm_learns(tmp_path: Path) -> None:
         options = {"url": address, "weight_sync": "disk", "concurrency": 4}
         run = trainer(tmp_path, rewards=_dead_until(0), use_vllm=True, sampler_options=options, top_p=0.6, vllm_server_base_url=address)
         run.train()
+    assert run.rollout is not None
     weights = run.rollout.tokens["weights"]
     kept = (run.rollout.tokens["sampler"] != 0) & (weights != 0)
     assert 0.4 < weights[kept].mean() < 1 and weights[kept].min() > 0.1
