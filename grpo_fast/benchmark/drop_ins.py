@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from grpo_fast.benchmark.harness.gate import Answer, UnavailableError, compare
+from grpo_fast.benchmark.harness.gate import UnavailableError, compare
+from grpo_fast.benchmark.harness.measure import Record
 from grpo_fast.benchmark.harness.suite import BenchmarkSettings, Progress, Result, Suite, mebibytes, setting
 from grpo_fast.benchmark.head.implementations import HeadCase, Step, make, make_cases, measure_gradients
 
@@ -44,7 +45,7 @@ class DropInSettings(BenchmarkSettings):
         return dict(zip((1.0, 0.5), cases, strict=True))
 
 
-def measured(step: Step, case: HeadCase, threads: int) -> Answer:
+def measured(step: Step, case: HeadCase, threads: int) -> Record:
     """One loss and its gradients; compared are the loss, the gradient of the hidden states, and sampled rows of the weight's."""
     found = measure_gradients(step, case, True, threads)
     loss, d_hidden, d_weight = found.result
@@ -77,7 +78,7 @@ def run(settings: DropInSettings, progress: Progress) -> Result:
             left_out[pair] = str(error)
             continue
 
-        def ask(side: str, active: float, steps: dict[Any, Step] = steps) -> Answer:
+        def ask(side: str, active: float, steps: dict[Any, Step] = steps) -> Record:
             return measured(steps[side, active], cases[active], settings.threads)
 
         labels = {"theirs": label, "ours": f"{pair}: grpo_fast"}

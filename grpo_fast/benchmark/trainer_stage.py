@@ -19,8 +19,8 @@ from torch import Tensor
 
 import grpo_fast as gf
 from grpo_fast.benchmark.eager import eager_logprobs, eager_loss
-from grpo_fast.benchmark.harness.gate import Answer, compare
-from grpo_fast.benchmark.harness.measure import Measurement, measure
+from grpo_fast.benchmark.harness.gate import compare
+from grpo_fast.benchmark.harness.measure import Measurement, Record, measure
 from grpo_fast.benchmark.harness.suite import BenchmarkSettings, Progress, Result, Suite, mebibytes, require, setting, table
 from grpo_fast.models.batch import ForwardBatch
 from grpo_fast.models.forward import ModelForward
@@ -81,7 +81,7 @@ def make_model(settings: LossStageSettings) -> Any:
     return Qwen2ForCausalLM(Qwen2Config(**sizes, **layers, **tokens, initializer_range=1.5 / settings.width**0.5))
 
 
-def trainer_arguments(settings: LossStageSettings, folder: str) -> dict[str, Any]:
+def trainer_arguments(settings: LossStageSettings, folder: str) -> Record:
     """The arguments that both libraries' GRPOConfig take; the rest are their defaults."""
     sizes = {"num_generations": settings.group, "per_device_train_batch_size": settings.sequences}
     quiet = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True}
@@ -174,7 +174,7 @@ def measure_stage(trainer: Any, batch: Any, log: Callable[[], T], threads: int) 
     return measure(stage, threads)
 
 
-def repetition(trainer: GRPOTrainer, forward: ModelForward, batch: MicroBatch, threads: int) -> Answer:
+def repetition(trainer: GRPOTrainer, forward: ModelForward, batch: MicroBatch, threads: int) -> Record:
     """One loss stage. Its outputs: the loss, what is logged, and each parameter's gradient."""
     trainer.model_forward = forward
     measured = measure_stage(trainer, batch, trainer.metrics.read, threads)
@@ -208,14 +208,14 @@ def run(settings: LossStageSettings, progress: Progress) -> Result:
         trainer, batch = make_trainer(settings, folder), make_micro_batch(settings)
         fused = trainer.model_forward
 
-        over_logits: dict[str, Any] = {"packing": fused.packing, "fused_head": False}
+        over_logits: Record = {"packing": fused.packing, "fused_head": False}
         forwards: dict[str, ModelForward] = {
             "fused": fused,
             "logits": ModelForward(fused.accelerator, fused.pad_token_id, **over_logits),
             "eager": EagerForward(fused.accelerator, fused.pad_token_id, **over_logits),
         }
 
-        def ask(name: str, active: float) -> Answer:
+        def ask(name: str, active: float) -> Record:
             return repetition(trainer, forwards[name], batch, settings.threads)
 
         found = compare(LABELS, settings.active, settings.rounds, ask, tolerance=TOLERANCE, progress=progress)

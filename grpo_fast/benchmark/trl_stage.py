@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_fast.benchmark.harness.gate import Answer, compare
+from grpo_fast.benchmark.harness.gate import compare
+from grpo_fast.benchmark.harness.measure import Record
 from grpo_fast.benchmark.harness.suite import Progress, Result, Suite
 from grpo_fast.benchmark.harness.worker import WorkerProcess
 from grpo_fast.benchmark.trainer_stage import (
@@ -74,7 +75,7 @@ class TrlWorker:
             **({"metrics_on": "active"} if name == "ours_active" else {}),
         )
 
-    def repetition(self, active: float) -> Answer:
+    def repetition(self, active: float) -> Record:
         """One loss stage. Its outputs: the loss, and of each parameter's gradient the norm and _ENTRIES of its entries."""
         trainer, advantages = self.trainer, self.batch["advantages"]
         alive = torch.arange(len(advantages)) < round(active * len(advantages))
@@ -118,7 +119,7 @@ def run(settings: LossStageSettings, progress: Progress) -> Result:
         torch.save(make_batch(settings), path)
         workers = {name: stack.enter_context(start_worker(name, path, settings)) for name in LABELS}
 
-        def ask(name: str, active: float) -> Answer:
+        def ask(name: str, active: float) -> Record:
             return workers[name].ask("repetition", active=active)
 
         found = compare(LABELS, settings.active, settings.rounds, ask, tolerance=TOLERANCE, progress=progress, smallest=1e-6)

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from grpo_fast.benchmark.harness.measure import Record
 from grpo_fast.benchmark.harness.suite import Suite, load, print_result, run_suite
 from grpo_fast.utils.files import check_output, write_json
 from grpo_fast.utils.install_hints import install
@@ -76,7 +77,7 @@ def _options(suite: Suite[Any]) -> list[tuple[Any, str]]:
     return [(field, text) for field, text in options if text and (suite.options is None or field.name in suite.options)]
 
 
-def _given_settings(suite: Suite[Any], context: typer.Context, options: dict[str, Any]) -> dict[str, Any]:
+def _given_settings(suite: Suite[Any], context: typer.Context, options: Record) -> Record:
     """The settings that the command line names."""
     values = {}
     for field, _ in _options(suite):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from grpo_fast.benchmark.harness.measure import Record
 from grpo_fast.utils.files import write_atomically
 
 if TYPE_CHECKING:
@@ -64,25 +65,25 @@ def write_bars(path: Path, title: str, panels: list[Panel], text: str) -> None:
     figure = Figure(figsize=(11, inches), dpi=150)
     FigureCanvasAgg(figure)
     figure.set_layout_engine("constrained", rect=(0, 0.55 / inches, 1, 1 - 1.35 / inches), h_pad=0.12)
-    handles: dict[str, Any] = {}
+    handles: Record = {}
     drawn = zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True)
     for axes, panel in sorted(drawn, key=lambda pair: -len(pair[1].bars)):  # the fullest panel decides the order of the legend
         handles |= _draw_panel(axes, panel)
     figure.text(0.5, 1 - 0.25 / inches, title, ha="center", va="center", fontsize=13, fontweight="bold")
     columns = len(handles) if sum(map(len, handles)) < 80 else 4  # one line, unless the labels are too long for it
-    place: dict[str, Any] = {"loc": "center", "bbox_to_anchor": (0.5, 1 - 0.62 / inches), "ncols": columns}
+    place: Record = {"loc": "center", "bbox_to_anchor": (0.5, 1 - 0.62 / inches), "ncols": columns}
     figure.legend(handles.values(), handles.keys(), frameon=False, fontsize=9, **place)
     figure.text(0.5, 0.28 / inches, text, ha="center", va="center", fontsize=8.5, color="#333333")
     write_atomically(path, lambda partial: figure.savefig(partial, format="png"))
 
 
-def _draw_panel(axes: Axes, panel: Panel) -> dict[str, Any]:
+def _draw_panel(axes: Axes, panel: Panel) -> Record:
     """Draw the bars; return a handle for the legend for each label."""
     groups, labels = list(dict.fromkeys(bar.group for bar in panel.bars)), list(dict.fromkeys(bar.label for bar in panel.bars))
     width, highest = 0.84 / max(len(labels), 1), 1.0
-    handles: dict[str, Any] = {}
-    style: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "fontsize": 7.5}
-    above: dict[str, Any] = {"xytext": (0, 2), "va": "bottom"}
+    handles: Record = {}
+    style: Record = {"textcoords": "offset points", "ha": "center", "fontsize": 7.5}
+    above: Record = {"xytext": (0, 2), "va": "bottom"}
     for bar in panel.bars:
         if bar.value is None:
             continue
@@ -118,7 +119,7 @@ def _number(value: float, panel: Panel) -> str:
     return format(value, panel.number or (".1f" if value < 9.95 else ".0f"))
 
 
-def write_gpu_figure(result: dict[str, Any], path: Path) -> None:
+def write_gpu_figure(result: Record, path: Path) -> None:
     """One PNG of a result of bench/gpu_bench.py: loss and gradient in multiples of a copy, a panel for each vocabulary, a group of bars for
     each number of rows; pale: less precise than the gate asks of grpo_fast.
 

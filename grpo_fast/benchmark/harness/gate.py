@@ -10,18 +10,14 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from grpo_fast.benchmark.harness.measure import Record
 from grpo_fast.benchmark.harness.suite import Progress, Result, summary
 
-__all__ = ["Answer", "UnavailableError", "Verdict", "compare", "relative_difference", "row_error"]
-
-# Of one repetition: "seconds", "peak_bytes", "outputs" (tensors or lists of numbers by name, compared with the baseline's; "loss" is one).
-# What else it has goes into the entry of the results, as it was in the first repetition.
-Answer = dict[str, Any]
+__all__ = ["UnavailableError", "Verdict", "compare", "relative_difference", "row_error"]
 
 
 class UnavailableError(RuntimeError):
@@ -72,7 +68,7 @@ def compare(
     labels: Mapping[str, str],
     shares: Iterable[float],
     rounds: int,
-    ask: Callable[[str, float], Answer],
+    ask: Callable[[str, float], Record],
     *,
     tolerance: float,
     progress: Progress,
@@ -84,7 +80,8 @@ def compare(
     Args:
         labels: the implementations by name, with what messages call them; the first is the baseline.
         shares: of the sequences or groups that are active; every implementation is measured at each.
-        ask: runs an implementation at a share once.
+        ask: runs an implementation at a share once. Its record has "seconds", "peak_bytes" and "outputs" (tensors or lists of numbers by
+            name, "loss" among them, which are compared with the baseline's); other keys of the first repetition go into the result.
         tolerance: the largest relative difference from the baseline's first results at that share.
         progress: is told what is measured.
         smallest: see relative_difference.
@@ -96,7 +93,7 @@ def compare(
     baseline = next(iter(labels))
     gate = dict.fromkeys(labels, 0.0)
     expected: dict[float, dict[str, Tensor]] = {}
-    found: dict[tuple[str, float], list[Answer]] = {}
+    found: dict[tuple[str, float], list[Record]] = {}
     for number in range(rounds + 1):
         for active, name in ((active, name) for active in shares for name in labels):
             if number and skip(name, active):

@@ -8,13 +8,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
-__all__ = ["Measurement", "keep_freed_memory", "measure", "reset_peak", "resident_peak", "trim"]
+__all__ = ["Measurement", "Record", "keep_freed_memory", "measure", "reset_peak", "resident_peak", "trim"]
 
 T = TypeVar("T")
+Record = dict[str, Any]  # a JSON object: a measurement, the answer of a worker, a part of a result
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h

@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from grpo_fast.benchmark.harness.measure import Record
 from grpo_fast.ops.backends import installed_version
 from grpo_fast.ops.environment import caption, describe, load_average
 
@@ -24,7 +25,7 @@ __all__ += ["load", "mebibytes", "print_result", "require", "run_suite", "settin
 
 SCHEMA = 2
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-Result = dict[str, Any]  # what is written to the JSON file
+Result = Record  # what is written to the JSON file
 Progress = Callable[[str], None]  # is told what is being done
 S = TypeVar("S", bound="BenchmarkSettings")
 
@@ -118,7 +119,7 @@ def run_suite(suite: Suite[S], settings: S, progress: Progress) -> Result:
     }
 
 
-def summary(seconds: Iterable[float], peaks: Iterable[int | None]) -> dict[str, Any]:
+def summary(seconds: Iterable[float], peaks: Iterable[int | None]) -> Record:
     """Every repetition's time, their median, and the largest peak of memory, of an entry of "results"."""
     times = list(seconds)
     return {

@@ -17,6 +17,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from grpo_fast.benchmark.harness.measure import Record
+
 __all__ = ["ALIGNMENT", "SharedMemory", "WorkerDiedError", "WorkerError", "WorkerProcess", "aligned_bytes"]
 
 ALIGNMENT = 4096
@@ -52,7 +54,7 @@ class WorkerProcess:
     def __enter__(self) -> WorkerProcess:
         return self
 
-    def ask(self, method: str, **arguments: Any) -> dict[str, Any]:
+    def ask(self, method: str, **arguments: Any) -> Record:
         """Call a method of the object and wait for its answer.
 
         Raises:
@@ -61,7 +63,7 @@ class WorkerProcess:
         """
         try:
             self._connection.send((method, arguments))
-            answer: dict[str, Any] = self._connection.recv()
+            answer: Record = self._connection.recv()
         except (EOFError, ConnectionError) as error:
             self._process.join()
             code, last = self._process.exitcode, (self._log.read().strip().splitlines() or ["it wrote nothing"])[-1]

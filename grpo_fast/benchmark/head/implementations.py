@@ -20,7 +20,7 @@ from torch import Tensor
 import grpo_fast as gf
 from grpo_fast.benchmark.eager import CONFIG, eager_logprobs, eager_loss
 from grpo_fast.benchmark.harness.gate import UnavailableError, Verdict, row_error
-from grpo_fast.benchmark.harness.measure import Measurement, measure
+from grpo_fast.benchmark.harness.measure import Measurement, Record, measure
 
 __all__ = ["COMPILED", "IMPLEMENTATIONS", "LABELS", "SEQUENCES", "TEMPERATURE", "Gradients", "HeadCase", "Step", "Truth"]
 __all__ += ["arguments", "compare_with_truth", "make", "make_cases", "measure_gradients"]
@@ -133,7 +133,7 @@ def _truth(
     return Truth(loss.item(), tokens, d_hidden, entries, d_logits(torch.arange(ids.numel()), entries).T @ flat)
 
 
-def arguments(case: HeadCase) -> dict[str, Any]:
+def arguments(case: HeadCase) -> Record:
     """Of linear_grpo_loss and grpo_loss."""
     return {"config": CONFIG, "old_logprobs": case.old_logprobs, "mask": case.mask, "temperature": TEMPERATURE}
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
 from grpo_fast.benchmark.harness.figure import Bar, Panel, write_bars
+from grpo_fast.benchmark.harness.measure import Record
 from grpo_fast.benchmark.harness.suite import BenchmarkSettings, Progress, Result, Suite, mebibytes, require, setting, summary, table
 from grpo_fast.benchmark.harness.worker import WorkerError, WorkerProcess
 from grpo_fast.benchmark.head.implementations import (
@@ -67,7 +68,7 @@ class HeadWorker:
     def __init__(self, threads: int):
         self.threads = threads
 
-    def measure(self, name: str, path: Path, trainable: bool, rounds: int) -> dict[str, Any]:
+    def measure(self, name: str, path: Path, trainable: bool, rounds: int) -> Record:
         """Count the operations at a small size, which also warms up everything but compiled code; then time. The first result is held to
         the truth. What is compiled for this number of tokens is called once more beforehand."""
         case: HeadCase = torch.load(path, weights_only=False)  # our own file, made a moment ago
@@ -108,8 +109,8 @@ def _addmm_flops(total: Any, a: Any, b: Any, *_: Any, **__: Any) -> int:  # shap
 
 def run(settings: HeadSettings, progress: Progress) -> Result:
     """Measure everything."""
-    results: dict[tuple[Any, ...], dict[str, Any]] = {}
-    skipped: list[dict[str, Any]] = []
+    results: dict[tuple[Any, ...], Record] = {}
+    skipped: list[Record] = []
     for tokens, dtype in itertools.product(settings.tokens, settings.dtypes):
         progress(f"{tokens} tokens, {dtype}: truth in float64")
         cases = make_cases(tokens, settings.width, settings.vocabulary, getattr(torch, dtype), settings.active, settings.seed)
@@ -141,7 +142,7 @@ def run(settings: HeadSettings, progress: Progress) -> Result:
     }
 
 
-def _measure(entry: dict[str, Any], path: Path, settings: HeadSettings) -> dict[str, Any]:
+def _measure(entry: Record, path: Path, settings: HeadSettings) -> Record:
     """What the worker answers; raises a WorkerError where there is no time to report."""
     name, tokens = entry["implementation"], entry["tokens"]
     needed, available = FOOTPRINT.get(name, 1) * tokens * settings.vocabulary * 4, available_memory()
@@ -154,7 +155,7 @@ def _measure(entry: dict[str, Any], path: Path, settings: HeadSettings) -> dict[
     return answer
 
 
-def ask_worker(name: str, path: Path, trainable: bool, rounds: int, threads: int) -> dict[str, Any]:
+def ask_worker(name: str, path: Path, trainable: bool, rounds: int, threads: int) -> Record:
     """Measure in a process of its own."""
     with WorkerProcess(partial(HeadWorker, threads), threads) as worker:
         return worker.ask("measure", name=name, path=path, trainable=trainable, rounds=rounds)
@@ -163,7 +164,7 @@ def ask_worker(name: str, path: Path, trainable: bool, rounds: int, threads: int
 # The report -------------------------------------------------------------------------------------------------------------------------------
 
 
-def _by_case(result: Result) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+def _by_case(result: Result) -> Iterator[tuple[str, list[Record]]]:
     """Title and entries of each case, in the order of LABELS."""
     ordered = sorted(result["results"], key=lambda entry: (IMPLEMENTATIONS.index(entry["implementation"]), -entry["active"]))
     for key in dict.fromkeys(tuple(entry[name] for name in KEY) for entry in result["results"]):
@@ -172,7 +173,7 @@ def _by_case(result: Result) -> Iterator[tuple[str, list[dict[str, Any]]]]:
         yield title, [entry for entry in ordered if tuple(entry[name] for name in KEY) == key]
 
 
-def _label(entry: dict[str, Any]) -> str:
+def _label(entry: Record) -> str:
     return LABELS[entry["implementation"]] + ("" if entry["active"] == 1 else f", {entry['active']:.0%} active")
 
 
@@ -202,7 +203,7 @@ def markdown(result: Result) -> list[str]:
 def write_figure(result: Result, path: Path) -> None:
     """Time in multiples of the bare products, and memory, for each case at full activity; grpo_fast at the others too."""
 
-    def bars(value: Callable[[dict[str, Any]], float | None]) -> list[Bar]:
+    def bars(value: Callable[[Record], float | None]) -> list[Bar]:
         return [
             Bar(title.replace(", ", "\n", 1), entry["implementation"], _label(entry), value(entry), alpha=entry["active"])
             for title, entries in _by_case(result)

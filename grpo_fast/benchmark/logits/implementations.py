@@ -16,7 +16,7 @@ from torch import Tensor
 import grpo_fast as gf
 from grpo_fast.benchmark.eager import CONFIG, eager_logprobs, eager_loss
 from grpo_fast.benchmark.harness.gate import UnavailableError, Verdict, row_error
-from grpo_fast.benchmark.harness.measure import measure
+from grpo_fast.benchmark.harness.measure import Record, measure
 from grpo_fast.benchmark.logits.cases import Batch
 from grpo_fast.ops.environment import cache_bytes
 
@@ -202,7 +202,7 @@ def _ours(name: str, temperature: float) -> Implementation:
         return Outputs(out.logprobs, out.entropy)
 
     def forward_backward(batch: Batch) -> Outputs:
-        given: dict[str, Any] = {"config": CONFIG, "old_logprobs": batch.old_logprobs, "mask": batch.mask, "temperature": temperature}
+        given: Record = {"config": CONFIG, "old_logprobs": batch.old_logprobs, "mask": batch.mask, "temperature": temperature}
         out = gf.grpo_loss(batch.logits, batch.token_ids, batch.advantages, **given, inplace=name == "ours_inplace")
         return _with_gradient(out.loss, batch)
 

@@ -13,6 +13,7 @@ import torch
 
 import grpo_fast as gf
 from grpo_fast.benchmark.eager import CONFIG
+from grpo_fast.benchmark.harness.measure import Record
 from grpo_fast.loss.aggregation import aggregation_weights
 from grpo_fast.loss.sequences import Sequences
 from grpo_fast.loss.token_inputs import token_inputs
@@ -22,7 +23,7 @@ __all__ = ["measure_overhead"]
 SHAPE = (8, 100)
 
 
-def measure_overhead(*, blocks: int = 40, calls: int = 50) -> dict[str, Any]:
+def measure_overhead(*, blocks: int = 40, calls: int = 50) -> Record:
     """Microseconds of thread CPU time per call, the median over blocks of calls.
 
     The split: ``checks`` is token_inputs, ``weights`` aggregation_weights, ``operator`` the registered operator with the very arguments of

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import statistics
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from grpo_fast.benchmark.harness.figure import Bar, Panel, write_bars
+from grpo_fast.benchmark.harness.measure import Record
 from grpo_fast.benchmark.harness.suite import Result, table
 from grpo_fast.benchmark.logits.cases import IMPLEMENTATIONS, MALLOC_MODES, PASSES
 from grpo_fast.benchmark.logits.implementations import LABELS
@@ -30,10 +30,10 @@ def clock(threads: int) -> str:
     return "cpu_ms" if threads == 1 else "wall_ms"
 
 
-def summarise(measurements: list[dict[str, Any]], threads: int) -> list[dict[str, Any]]:
+def summarise(measurements: list[Record], threads: int) -> list[Record]:
     """Each measurement with median, minimum, spread, and its multiples of the roofline's and of grpo_fast's time in the same case."""
 
-    def key(entry: dict[str, Any], name: str = "") -> tuple[str, ...]:
+    def key(entry: Record, name: str = "") -> tuple[str, ...]:
         return entry["malloc"], entry["case"], entry["step"], name or entry["implementation"]
 
     medians = {key(entry): statistics.median(entry[clock(threads)]) for entry in measurements}
@@ -69,7 +69,7 @@ def print_report(result: Result, console: Console) -> None:
         console.print(line, highlight=False, markup=False)
 
 
-def _table(title: str, entries: list[dict[str, Any]], *, memory: bool) -> Table:
+def _table(title: str, entries: list[Record], *, memory: bool) -> Table:
     out = table(title, ("ms", "min", "IQR", "GB/s", "x roofline", "x ours", *(["memory"] if memory else [])), ())
     for case in dict.fromkeys(entry["case"] for entry in entries):
         out.add_row(case, style="italic")
@@ -85,7 +85,7 @@ def _table(title: str, entries: list[dict[str, Any]], *, memory: bool) -> Table:
     return out
 
 
-def _overhead_table(overhead: dict[str, Any]) -> Table:
+def _overhead_table(overhead: Record) -> Table:
     labels = {"no_grad": "no gradient wanted", "grad": "forward, gradient wanted", "forward_backward": "forward + backward"}
     rows = [(label, f"{overhead['microseconds'][name]:.1f}") for name, label in labels.items()]
     rows += [(f"   of it {name}", f"{value:.1f}") for name, value in overhead["split_of_forward_backward"].items()]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_fast.benchmark.harness.measure import Measurement, keep_freed_memory, measure, trim
+from grpo_fast.benchmark.harness.measure import Measurement, Record, keep_freed_memory, measure, trim
 from grpo_fast.benchmark.harness.suite import DTYPES, Progress, Result, Suite
 from grpo_fast.benchmark.harness.worker import SharedMemory, WorkerDiedError, WorkerError, WorkerProcess
 from grpo_fast.benchmark.logits.cases import (
@@ -69,13 +69,13 @@ def repetition(
 class LogitsWorker:
     """The implementations of a process, and the case that is being measured."""
 
-    def __init__(self, options: dict[str, Any], memory: SharedMemory, flush_bytes: int):
+    def __init__(self, options: Record, memory: SharedMemory, flush_bytes: int):
         self.options, self.memory = options, memory
         self.flush = torch.zeros(flush_bytes // 8, dtype=torch.int64)
         self.keeps_memory = False
         self.implementations: dict[str, Implementation] = {}
 
-    def begin(self, case: LogitsCase, malloc: str, names: list[str]) -> dict[str, Any]:
+    def begin(self, case: LogitsCase, malloc: str, names: list[str]) -> Record:
         """Free the memory of the last case and take up this one, in a malloc mode; there is no way back from "touched"."""
         self.storage = torch.empty(0)
         gc.collect()
@@ -89,7 +89,7 @@ class LogitsWorker:
             torch.zeros(int(self.case.rows * self.case.vocabulary * max(FOOTPRINT[name] for name in names)))
         return {}
 
-    def prepare(self, name: str, step: str, gate: bool) -> dict[str, Any]:
+    def prepare(self, name: str, step: str, gate: bool) -> Record:
         """Compare a pass with float64 and measure its memory, in a repetition that holds nothing back from earlier calls."""
         if name not in self.implementations:
             self.implementations[name] = make(name, **self.options)
@@ -105,14 +105,14 @@ class LogitsWorker:
         measured = self._measure(name, step, return_freed_memory=not self.keeps_memory)
         return {"has_pass": True, "verdict": verdict, "peak_bytes": None if self.keeps_memory else measured.peak_bytes}
 
-    def time(self, name: str, step: str) -> dict[str, Any]:
+    def time(self, name: str, step: str) -> Record:
         """One timed repetition, whose loss is held to one made from float32 log-probabilities."""
         measured = self._measure(name, step)
         loss, limit = measured.result.loss, self._limits(name)["loss"] + 2e-5
         right = loss is None or abs(float(loss) - expected_loss(self.shared)) <= limit
         return {"wall_ms": measured.wall_ms, "cpu_ms": measured.cpu_ms, "right": right}
 
-    def overhead(self) -> dict[str, Any]:
+    def overhead(self) -> Record:
         return measure_overhead()
 
     def _limits(self, name: str) -> dict[str, float]:
@@ -173,9 +173,9 @@ class _Run:
         self.workers: dict[str, WorkerProcess] = {}  # of each implementation that takes part
         for names in settings.processes:
             self.workers |= dict.fromkeys(names, stack.enter_context(WorkerProcess(make_worker, settings.threads)))
-        self.measurements: list[dict[str, Any]] = []  # by malloc, case, step and implementation; a value for each repetition
-        self.gates: list[dict[str, Any]] = []
-        self.skipped: list[dict[str, Any]] = []
+        self.measurements: list[Record] = []  # by malloc, case, step and implementation; a value for each repetition
+        self.gates: list[Record] = []
+        self.skipped: list[Record] = []
 
     def run(self) -> Result:
         self.progress("the cost of a small call")
@@ -205,7 +205,7 @@ class _Run:
             names = [name for name, other in self.workers.items() if other is worker]
             if self._ask(names[0], "begin", where, case=case, names=names, malloc=malloc) is not None:
                 ready += names
-        entries: list[dict[str, Any]] = []
+        entries: list[Record] = []
         for step, name in product(PASSES, ready):
             self.progress(f"{title}: {'checking' if gate else 'warming up'} {name}")
             entry = {**where, **asdict(case), "step": step, "implementation": name}
@@ -235,7 +235,7 @@ class _Run:
         seed = (self.settings.seed * 1000 + number) * 1000 + round_number  # others in every case and round; the same in both malloc modes
         fill(batch, temperature=self.settings.temperature, active_fraction=self.settings.active_fraction, seed=seed)
 
-    def _passed(self, entry: dict[str, Any], verdict: dict[str, Any] | None) -> bool:
+    def _passed(self, entry: Record, verdict: Record | None) -> bool:
         """Whether a pass may be timed; a verdict is kept."""
         if verdict is None:
             return True
@@ -245,7 +245,7 @@ class _Run:
             self._skip(entry["implementation"], entry, f"differs from float64: {errors}, allowed {verdict['tolerance']}")
         return bool(verdict["passed"])
 
-    def _ask(self, name: str, method: str, where: dict[str, Any], /, **arguments: Any) -> dict[str, Any] | None:
+    def _ask(self, name: str, method: str, where: Record, /, **arguments: Any) -> Record | None:
         """The answer of an implementation's worker. None where the command failed, which is noted; where the process ended, all of its
         implementations are taken out."""
         if name not in self.workers:
@@ -261,7 +261,7 @@ class _Run:
             self._skip(name, where, str(error))
         return None
 
-    def _skip(self, name: str, where: dict[str, Any], reason: str) -> None:
+    def _skip(self, name: str, where: Record, reason: str) -> None:
         """Note what an implementation is left out of: None stands for all cases, passes or malloc modes."""
         place = {key: where.get(key) for key in ("case", "step", "malloc")}
         self.skipped.append({"implementation": name, **place, "reason": reason})
