@@ -1,4 +1,4 @@
-"""An install without extras, an ASCII terminal, and warnings: what is said, in one sentence, and where it points."""
+"""An install without extras, an ASCII terminal, and warnings: one sentence each, which points at the place to change."""
 
 from __future__ import annotations
 

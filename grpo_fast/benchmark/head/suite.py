@@ -50,7 +50,7 @@ class HeadSettings(BenchmarkSettings):
     dtypes: tuple[str, ...] = setting(("float32",), "float32, bfloat16; may be repeated.", option="dtype", choices=("float32", "bfloat16"))
     active: tuple[float, ...] = setting((1.0, 0.6, 0.3), "Share of tokens that can change the gradient; may be repeated.")
     implementations: tuple[str, ...] = setting(
-        IMPLEMENTATIONS, f"{', '.join(IMPLEMENTATIONS)}; may be repeated.", option="implementation contestant", choices=IMPLEMENTATIONS
+        IMPLEMENTATIONS, f"{', '.join(IMPLEMENTATIONS)}; may be repeated.", option="implementation", choices=IMPLEMENTATIONS
     )
     rounds: int = setting(2, "Repetitions of the smallest number of tokens; of more tokens in proportion fewer, at least one.", least=1)
 

@@ -52,7 +52,7 @@ class LogitsSettings(BenchmarkSettings):
         ("float32", "bfloat16"), f"{', '.join(DTYPES)}; may be repeated.", option="dtype", choices=tuple(DTYPES)
     )
     implementations: tuple[str, ...] = setting(
-        IMPLEMENTATIONS, f"{', '.join(IMPLEMENTATIONS)}; may be repeated.", option="implementation contestant", choices=IMPLEMENTATIONS
+        IMPLEMENTATIONS, f"{', '.join(IMPLEMENTATIONS)}; may be repeated.", option="implementation", choices=IMPLEMENTATIONS
     )
     malloc: tuple[str, ...] = setting(MALLOC_MODES, f"{', '.join(MALLOC_MODES)}; may be repeated.", choices=MALLOC_MODES)
     temperature: float = setting(0.9, "Above 0.")
