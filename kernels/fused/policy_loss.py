@@ -14,7 +14,7 @@ from .rowwise import LN_2, exp, expm1
 @triton.jit
 def product(c, x):
     """Return c * x, and 0 for c = 0 also where x is infinite (a log-probability of -inf). NaN stays NaN."""
-    return tl.where((c == 0) & (x == x), 0.0, c * x)
+    return tl.where(c == 0, tl.where(x == x, 0.0, x), c * x)
 
 
 @triton.jit

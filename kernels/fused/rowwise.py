@@ -58,10 +58,10 @@ def scored(z, cap_scale, HAS_SOFTCAP: tl.constexpr):
 
 @triton.jit
 def tanh(x):
-    """tanh(x) within 4 ulp, and a quarter of its derivative.
+    """tanh(x) within 4 ulp, and its derivative.
 
-    tanh is an odd polynomial near 0 (Cephes, S. Moshier) and 1 - 2 q elsewhere, q = e^-2|x| / (1 + e^-2|x|). The derivative 4 (q - q^2)
-    keeps its digits where tanh is almost ±1 and 1 - tanh(x)^2 has none; the caller multiplies by 4 what does not change along the row.
+    tanh is an odd polynomial near 0 (Cephes, S. Moshier) and 1 - c elsewhere, c = 2 e^-2|x| / (1 + e^-2|x|). The derivative c (2 - c)
+    keeps its digits where tanh is almost ±1 and 1 - tanh(x)^2 has none.
     """
     x2 = x * x
     p = x2 * -5.70498872745e-3 + 2.06390887954e-2
@@ -70,9 +70,9 @@ def tanh(x):
     p = x2 * p - 3.33332819422e-1
     e = tl.exp2(tl.abs(x) * (-2.0 * LOG2_E))
     r = tl.rsqrt(1.0 + e)
-    q = (e * r) * r
-    large = tl.fma(q, -2.0, 1.0)
-    return tl.where(tl.abs(x) < 0.625, x + x * x2 * p, tl.where(x < 0, -large, large)), tl.fma(-q, q, q)
+    c = (e * r) * (r + r)
+    large = 1.0 - c
+    return tl.where(tl.abs(x) < 0.625, x + x * x2 * p, tl.where(x < 0, -large, large)), c * (2.0 - c)
 
 
 @triton.jit
@@ -337,8 +337,6 @@ def row_gradient(
     head, middle = row_edges(phase, vocabulary, VECTOR)
     first, last = row_slice(part, parts, middle, BLOCK_V)
     plain, apart, target_block = blocks_apart(first, last, middle, target - head, BLOCK_V)
-    if HAS_SOFTCAP:
-        slope *= 4.0  # tanh() returns a quarter of its derivative
     vectors_ptr = row_ptr + head
     if SAME_PHASE:
         vectors_ptr = tl.multiple_of(vectors_ptr, 16)
