@@ -57,13 +57,13 @@ def _parameters(suite: Suite[Any]) -> Iterator[inspect.Parameter]:
     if suite.write_figure:
         yield parameter("files", list[Path] | None, None, typer.Argument(help="With --plot: results to draw."))
     for field, text in _options(suite):
-        value, names = field.default, [f"--{name.replace('_', '-')}" for name in (field.metadata["option"] or field.name).split()]
+        value, name = field.default, f"--{(field.metadata['option'] or field.name).replace('_', '-')}"
         if isinstance(value, tuple):
             kind: Any = str if field.metadata["parse"] else type(value[0])
             shown = "" if "Default" in text else f" Default: {', '.join(map(str, value))}."
-            yield parameter(field.name, list[kind] | None, None, typer.Option(*names, help=text + shown))
+            yield parameter(field.name, list[kind] | None, None, typer.Option(name, help=text + shown))
         else:
-            yield parameter(field.name, type(value), value, typer.Option(*names, help=text))
+            yield parameter(field.name, type(value), value, typer.Option(name, help=text))
     yield parameter("output", Path, Path(suite.output), typer.Option(help="The result as JSON; a figure goes beside it as PNG."))
     if suite.quick:
         yield parameter("quick", bool, False, typer.Option("--quick", help="Tiny sizes, few repetitions: does it run?"))

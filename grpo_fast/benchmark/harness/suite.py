@@ -38,8 +38,7 @@ def setting(
     Args:
         default: its value unless given. A tuple becomes an option that may be repeated.
         help: text of the command-line option; without it there is no option.
-        option: name of the option where it differs from the field's, as "shape" for ``shapes``, and other names that it has, separated by
-            spaces. Error messages use the first.
+        option: name of the option, and of the setting in error messages, where it differs from the field's, as "shape" for ``shapes``.
         least: the smallest number that is accepted.
         choices: the names that are accepted.
         parse: turns the text of a repeated option into an element.
@@ -68,7 +67,7 @@ class BenchmarkSettings:
     def __post_init__(self) -> None:
         for each in fields(self):
             value, least, choices = getattr(self, each.name), each.metadata.get("least"), each.metadata.get("choices")
-            name = (each.metadata.get("option") or each.name).split()[0]
+            name = each.metadata.get("option") or each.name
             values = value if isinstance(value, tuple) else (value,)
             require(len(values) > 0, name, "empty", f"at least one of {', '.join(choices)}" if choices else "at least one")
             for element in values:
