@@ -1,43 +1,18 @@
-// The row kernels, compiled by rows_portable.cpp, rows_avx2.cpp and rows_avx512.cpp with GF_TARGET naming the instruction set. Plain loops
-// that the compiler vectorises, no intrinsics: any architecture works.
+// The row kernels, compiled once per instruction set (kernels_*.cpp). Plain loops that the compiler vectorises, no intrinsics: any
+// architecture works.
 //
 // A row is read in blocks that fit in the first-level cache. Statistics: sum e and sum e*t, e = 2^t relative to the largest logit so far,
 // without the target column. Gradient: a second read, of a row that is still in the cache.
 #pragma once
-#include <cmath>
-#include <cstring>
-#include <limits>
-#include <type_traits>
-
+#include "float_types.h"
 #include "rows.h"
-
-#if defined(GF_TARGET)
-#define GF_STRINGIFY(x) #x
-#define GF_PRAGMA(x) _Pragma(GF_STRINGIFY(x))
-#if defined(__clang__)
-GF_PRAGMA(clang attribute push(__attribute__((target(GF_TARGET))), apply_to = function))
-#else
-#pragma GCC push_options
-GF_PRAGMA(GCC target(GF_TARGET))
-#endif
-#endif
 
 namespace grpo_fast {
 namespace {  // internal linkage: each instruction set keeps its own copy
 
-#define GF_INLINE inline __attribute__((always_inline))
-
 constexpr int64_t kBlock = 512;  // values: two blocks, one of them being prefetched, fit in the first-level cache
 constexpr double kLog2E = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
 constexpr float kExponentFloor = -126.0f;  // smaller 2^t are rounded up to the smallest normal float, 1e-38 of the row's sum
-
-template <typename To, typename From>
-GF_INLINE To bits(From x) {
-  static_assert(sizeof(To) == sizeof(From), "bits: same size only");
-  To y;
-  std::memcpy(&y, &x, sizeof(y));
-  return y;
-}
 
 // 2^t for -126 <= t < 127, NaN for NaN: within 1.7e-7 of it, rounding included. The polynomial is the degree-5 minimax of 2^f on [-1/2,
 // 1/2] that is 1 at 0 (relative error 9.2e-8); the exponent is set by integer arithmetic.
@@ -74,40 +49,6 @@ GF_INLINE float tanh_fast(float x) {
   const float e = exp2_fast(at_least(kExponentFloor, a * static_cast<float>(-2 * kLog2E)));  // e^-2|x|
   const float large = std::copysign((1.0f - e) / (1.0f + e), x);
   return a < 0.625f ? small : large;
-}
-
-struct Half {
-  uint16_t bits;
-};
-struct BFloat {
-  uint16_t bits;
-};
-
-GF_INLINE float to_float(float x) { return x; }
-GF_INLINE float to_float(BFloat x) { return bits<float>(static_cast<uint32_t>(x.bits) << 16); }
-GF_INLINE float to_float(Half x) {
-  const uint32_t shifted = static_cast<uint32_t>(x.bits & 0x7fff) << 13, exponent = shifted & 0x0f800000u;
-  const uint32_t normal = shifted + 0x38000000u;
-  const float subnormal = bits<float>(normal + 0x00800000u) - bits<float>(0x38800000u);
-  uint32_t u = exponent == 0x0f800000u ? normal + 0x38000000u : normal;  // infinity and NaN
-  u = exponent == 0 ? bits<uint32_t>(subnormal) : u;
-  return bits<float>(u | static_cast<uint32_t>(x.bits & 0x8000) << 16);
-}
-
-// Rounded to the nearest, ties to even.
-GF_INLINE void from_float(float x, float* out) { *out = x; }
-GF_INLINE void from_float(float x, BFloat* out) {  // a NaN from a bfloat16 has its low bits clear, so it stays NaN
-  const uint32_t u = bits<uint32_t>(x);
-  out->bits = static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
-}
-GF_INLINE void from_float(float x, Half* out) {
-  const uint32_t u = bits<uint32_t>(x), a = u & 0x7fffffffu;
-  const uint32_t normal = (a - 0x38000000u + 0xfffu + ((a >> 13) & 1u)) >> 13;
-  const uint32_t subnormal = bits<uint32_t>(bits<float>(a) + 0.5f) - 0x3f000000u;
-  const uint32_t overflow = a > 0x7f800000u ? 0x7e00u : 0x7c00u;
-  uint32_t v = a < 0x38800000u ? subnormal : normal;
-  v = a >= 0x47800000u ? overflow : v;
-  out->bits = static_cast<uint16_t>(v | ((u >> 16) & 0x8000u));
 }
 
 // The derivative of tanh, c (2 - c) with c = 1 - |tanh x| = 2 e^-2|x| / (1 + e^-2|x|): it keeps its digits where 1 - tanh(x)^2 has none.
@@ -320,9 +261,3 @@ void gradient(const void* row, void* gradient, int64_t vocabulary, int64_t targe
   const RowKernels table[3] = {                                                                                                \
       {&statistics<float>, &gradient<float>}, {&statistics<BFloat>, &gradient<BFloat>}, {&statistics<Half>, &gradient<Half>}}; \
   }
-
-#if defined(GF_TARGET)
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
-#endif

@@ -1,9 +1,16 @@
+// The CPU kernels for processors with AVX-512.
 #if defined(__x86_64__) && defined(__GNUC__)
 #if defined(__clang__)
 #define GF_TARGET "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"
 #else
 #define GF_TARGET "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512"
 #endif
+// clang-format off: the order of these matters
+#include "rows.h"
+#include "target_begin.h"
 #include "rows_impl.h"
+#include "target_end.h"
+// clang-format on
+
 GF_DEFINE_ROWS(kRowsAvx512)
 #endif

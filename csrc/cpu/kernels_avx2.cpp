@@ -1,0 +1,12 @@
+// The CPU kernels for processors with AVX2 and FMA.
+#if defined(__x86_64__) && defined(__GNUC__)
+#define GF_TARGET "avx2,fma"
+// clang-format off: the order of these matters
+#include "rows.h"
+#include "target_begin.h"
+#include "rows_impl.h"
+#include "target_end.h"
+// clang-format on
+
+GF_DEFINE_ROWS(kRowsAvx2)
+#endif

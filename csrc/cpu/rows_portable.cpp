@@ -1,2 +1,0 @@
-#include "rows_impl.h"
-GF_DEFINE_ROWS(kRowsPortable)
