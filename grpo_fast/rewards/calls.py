@@ -8,6 +8,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,17 @@ from grpo_fast.rewards.common import Reward
 from grpo_fast.rewards.event_loop import run_async
 from grpo_fast.rewards.pool import CallResult
 
-__all__ = ["BackgroundCall", "RewardCall", "RewardValues", "Signature", "attempt", "copy_containers", "describe_error", "is_async"]
+__all__ = [
+    "BackgroundCall",
+    "CallThread",
+    "RewardCall",
+    "RewardValues",
+    "Signature",
+    "attempt",
+    "copy_containers",
+    "describe_error",
+    "is_async",
+]
 
 
 class RewardValues(NamedTuple):
@@ -53,7 +64,7 @@ class BackgroundCall:
         reference = weakref.ref(self)  # a call that is no longer waited for must not keep its result alive
 
         def run() -> None:
-            result = attempt(call)
+            result = attempt(call, interrupts=True)
             if (background := reference()) is not None:
                 background._result = result
 
@@ -66,12 +77,47 @@ class BackgroundCall:
         return self._result
 
 
+class CallThread:
+    """A daemon thread that makes one call after the other."""
+
+    def __init__(self) -> None:
+        self._calls: SimpleQueue[_PendingCall | None] = SimpleQueue()
+        self.thread = threading.Thread(target=_serve, args=(self._calls,), daemon=True, name="grpo_fast rewards")
+        self.thread.start()
+        weakref.finalize(self, self._calls.put, None)
+
+    def call(self, call: Callable[[], object], timeout: float) -> CallResult | None:
+        """Make a call in the thread and wait for its result; None if it is not there after ``timeout`` seconds."""
+        pending = _PendingCall(call)
+        self._calls.put(pending)
+        pending.done.wait(timeout)
+        return pending.result
+
+    def close(self) -> None:
+        """End the thread after the call that it is making."""
+        self._calls.put(None)
+
+
+class _PendingCall:
+    def __init__(self, call: Callable[[], object]) -> None:
+        self.function, self.done = call, threading.Event()
+        self.result: CallResult | None = None
+
+
+def _serve(calls: SimpleQueue[_PendingCall | None]) -> None:
+    while (pending := calls.get()) is not None:
+        pending.result = attempt(pending.function, interrupts=True)
+        pending.done.set()
+        del pending  # a call that is no longer waited for must not keep its result alive
+
+
 class Signature(NamedTuple):
     """Which keyword arguments a reward function takes."""
 
     names: frozenset[str]
     required: tuple[str, ...]
     takes_any: bool  # it has **kwargs, or its parameters cannot be inspected
+    positional: tuple[str, ...] = ()  # parameters without a default that cannot be passed by name
     bound: str | None = None  # name of the parameter that a method is bound to: no column of that name can be passed
 
     @classmethod
@@ -83,14 +129,23 @@ class Signature(NamedTuple):
             return cls(frozenset(), (), True)
         by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         required = tuple(p.name for p in by_name if p.default is p.empty)
-        return cls(frozenset(p.name for p in by_name), required, any(p.kind is p.VAR_KEYWORD for p in parameters), _bound_name(reward))
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        positional = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_ONLY and p.default is p.empty)
+        return cls(frozenset(p.name for p in by_name), required, takes_any, positional, _bound_name(reward))
 
 
-def attempt(call: Callable[[], object]) -> CallResult:
-    """Call and return the value, or the error's description with the exception as the value. KeyboardInterrupt is not caught."""
+def attempt(call: Callable[[], object], *, interrupts: bool = False) -> CallResult:
+    """Call and return the value, or the error's description with the exception as the value.
+
+    Args:
+        call: the function.
+        interrupts: catch KeyboardInterrupt too: in another thread it would end that thread, and be lost.
+    """
     try:
         return CallResult(value=call())
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and not interrupts:
+            raise
         return CallResult(value=error, error=describe_error(error))
 
 

@@ -9,18 +9,20 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Coroutine
 from concurrent.futures import wait
 from contextlib import suppress
 from typing import TypeVar
+from weakref import WeakSet
 
-__all__ = ["replace_loop", "run_async", "shared_loop"]
+__all__ = ["capture_exit", "replace_loop", "run_async", "shared_loop"]
 
 T = TypeVar("T")
 POLL = 0.5  # seconds between two looks at whether the loop still runs
 _lock = threading.Lock()
 _loop: asyncio.AbstractEventLoop | None = None
 _thread: threading.Thread | None = None
+_ended: WeakSet[asyncio.AbstractEventLoop] = WeakSet()
 _owner = 0  # the process whose thread runs the loop; a fork copies the loop without its thread
 
 
@@ -29,16 +31,19 @@ def run_async(coroutine: Coroutine[object, object, T]) -> T:
 
     Raises:
         SystemExit: the coroutine called sys.exit; here, and not in the loop, which goes on. Other errors of the coroutine likewise.
-        RuntimeError: the loop ended, since a task that the coroutine started called sys.exit, or blocked the loop past its time limit.
+        RuntimeError: the coroutine was cancelled, or the loop ended, since a task that the coroutine started called sys.exit, or blocked
+            the loop past its time limit.
 
     Example:
         >>> run_async(asyncio.sleep(0, "done"))
         'done'
     """
     loop, thread = shared_loop()
-    future = asyncio.run_coroutine_threadsafe(_guarded(coroutine), loop)
+    future = asyncio.run_coroutine_threadsafe(capture_exit(coroutine), loop)
     while not wait([future], timeout=POLL).done and thread.is_alive():
         pass
+    if future.cancelled() and loop not in _ended:
+        raise RuntimeError("an async reward was cancelled (asyncio.CancelledError)")
     if not future.done() or future.cancelled():
         replace_loop(loop)
         raise RuntimeError("the event loop of the async rewards has ended: a task called sys.exit, or blocked it for too long")
@@ -76,21 +81,29 @@ def replace_loop(blocked: asyncio.AbstractEventLoop | None = None) -> None:
         _loop = None
 
 
-async def _guarded(coroutine: Coroutine[object, object, T]) -> tuple[T | None, SystemExit | None]:
+async def capture_exit(awaitable: Awaitable[T]) -> tuple[T | None, BaseException | None]:
+    """The value of an awaitable, or what it raised to end the program (SystemExit, KeyboardInterrupt, ...), which would end the loop.
+
+    A cancellation is not captured, and neither is an `Exception`.
+    """
     try:
-        return await coroutine, None
-    except SystemExit as end:  # it would end the loop
+        return await awaitable, None
+    except (Exception, asyncio.CancelledError):
+        raise
+    except BaseException as end:
         return None, end
 
 
 def _run(loop: asyncio.AbstractEventLoop) -> None:
     try:
-        with suppress(SystemExit):  # of a task that a reward has started; run_async tells the caller
+        with suppress(SystemExit, KeyboardInterrupt):  # of a task that a reward has started; run_async tells the caller
             loop.run_forever()
     finally:
+        _ended.add(loop)  # before its tasks are cancelled
         pending = asyncio.all_tasks(loop)
         for task in pending:
             task.cancel()
-        with suppress(SystemExit):
-            loop.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
+        if pending:
+            with suppress(SystemExit, KeyboardInterrupt):
+                loop.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
         loop.close()

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import numbers
 import pickle
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from grpo_fast.rewards.calls import RewardValues, Signature, copy_containers
+from grpo_fast.rewards.calls import RewardValues, Signature, copy_containers, is_async
 from grpo_fast.rewards.common import TRAINER_ARGUMENTS, Completion, Reward, check_range, check_same_length, name_of
-from grpo_fast.rewards.execution import ProcessExecution, ThreadExecution
+from grpo_fast.rewards.execution import PROCESS_FIX, ProcessExecution, ThreadExecution
 from grpo_fast.rewards.loading import load_reward
 from grpo_fast.rewards.pool import CallResult
+from grpo_fast.rewards.thread_bound import SQLITE_FIX, thread_bound_handle
 
 __all__ = ["RewardError", "RewardRunner", "RewardTable", "reward_matrix"]
 
@@ -95,6 +99,8 @@ class RewardRunner:
         self.timeout, self.on_error, self.isolation = timeout, on_error, isolation
         self.counters: dict[str, Counter[str]] = {name: Counter() for name in self.names}  # over all calls: timeouts, errors, ...
         self._signatures = [Signature.of(reward) for reward in self.reward_funcs]
+        for name, signature in zip(self.names, self._signatures, strict=True):
+            _check_parameters(name, signature)
         if isolation == "process":
             for name, reward, signature in zip(self.names, self.reward_funcs, self._signatures, strict=True):
                 _check_picklable(name, reward)
@@ -103,11 +109,14 @@ class RewardRunner:
                         f"RewardRunner: reward {name!r} takes {' and '.join(here)}, which is of the trainer's process; expected "
                         "isolation='thread' (GRPOConfig's reward_isolation) for it."
                     )
+        else:
+            for name, reward in zip(self.names, self.reward_funcs, strict=True):
+                _check_thread(name, reward, timeout)
         execution = ProcessExecution if isolation == "process" else ThreadExecution
         self._execution = execution(self.reward_funcs, self.names, timeout)
 
     def close(self) -> None:
-        """End the worker processes, if there are any. They also end with the program."""
+        """End the worker processes or the thread, if there are any. They also end with the program."""
         self._execution.close()
 
     def __call__(
@@ -221,8 +230,8 @@ class RewardRunner:
         if not isinstance(value, (int, float)) and hasattr(value, "item"):  # of NumPy or torch
             with suppress(RuntimeError, ValueError):
                 value = value.item()
-        if isinstance(value, (int, float)) and abs(value) <= _FLOAT32_MAX:  # false for NaN
-            return float(value)
+        if isinstance(value, (numbers.Real, Decimal)) and abs(float_or_nan := _to_float(value)) <= _FLOAT32_MAX:  # false for NaN
+            return float_or_nan
         counts["errors"] += 1
         self._fail(name, counts, f"returned {_short(value)} for completion {i}; expected a finite number, or None where it does not apply")
         return math.nan
@@ -256,9 +265,22 @@ def _resolve_reward(reward: Any) -> Reward:
             f"RewardRunner: a reward function is a module ({type(reward).__name__}); expected a function of texts. Fix: a function that "
             "tokenizes the completions, calls the module, and returns a list of numbers."
         )
+    if inspect.isclass(reward):
+        raise TypeError(
+            f"RewardRunner: a reward function is the class {reward.__name__}; expected a function. Fix: {reward.__name__}(...)."
+        )
     if not callable(reward):
         raise TypeError(f"RewardRunner: a reward function is {_short(reward)}; expected a function, or the name of one.")
     return reward
+
+
+def _check_parameters(name: str, signature: Signature) -> None:
+    if signature.positional or not (signature.names or signature.takes_any):
+        what = f"the positional-only parameters {', '.join(signature.positional)}" if signature.positional else "no parameters with names"
+        raise ValueError(
+            f"RewardRunner: reward {name!r} has {what}; expected parameters that can be passed by name, since rewards are called as "
+            "reward(prompts=..., completions=..., completion_ids=..., **columns). Fix: def reward(completions, **columns)."
+        )
 
 
 def _check_picklable(name: str, reward: Reward) -> None:
@@ -272,6 +294,20 @@ def _check_picklable(name: str, reward: Reward) -> None:
         raise ValueError(
             f"RewardRunner: reward {name!r} cannot be pickled ({error}); isolation='process' needs that. Fix: {fix}."
         ) from error
+
+
+def _check_thread(name: str, reward: Reward, timeout: float | None) -> None:
+    """Refuse what would be used in another thread than the one that made it."""
+    if timeout is None and not is_async(reward):
+        return
+    handle = thread_bound_handle(reward)
+    if handle is not None:
+        why = "async rewards run" if is_async(reward) else f"with timeout = {timeout:g} it runs"
+        fix = f"{SQLITE_FIX}, or {PROCESS_FIX}{'' if is_async(reward) else ', or no timeout'}"
+        raise ValueError(
+            f"RewardRunner: reward {name!r} uses {handle!r}, a handle of sqlite3 that works only in the thread that opened it, and "
+            f"{why} in another. {fix}."
+        )
 
 
 def _weights_tensor(weights: Sequence[float] | None, names: list[str]) -> Tensor:  # [R] float32
@@ -290,6 +326,13 @@ def _unique_names(names: list[str]) -> list[str]:
         seen[name] += 1
         result.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
     return result
+
+
+def _to_float(value: numbers.Real | Decimal) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def _metrics(prefix: str, values: list[float], batch: int, counts: Counter[str]) -> dict[str, float]:

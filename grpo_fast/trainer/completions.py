@@ -13,8 +13,8 @@ from torch import Tensor
 from grpo_fast.data.prompts import encode_prompt
 from grpo_fast.generation import Completion, SamplerError, SamplingParams, WeightsLostError
 from grpo_fast.models.unwrap import end_tokens_of, is_sharded
-from grpo_fast.rewards import RewardError
 from grpo_fast.trainer.prompt_source import Row
+from grpo_fast.trainer.reward_log import RewardLog
 from grpo_fast.trainer.rollout import Rollout
 from grpo_fast.utils.seeds import derived_seed
 
@@ -88,6 +88,14 @@ class CompletionRunner:
         drawn = drawn[: len(drawn) - unused]
         if len(drawn) != len(rows):
             raise ValueError(f"the sampler returned {len(drawn)} completions for {len(rows)} prompts; expected one for each, in order.")
+        for index, each in enumerate(drawn):
+            if not isinstance(each, Completion) or not each.token_ids:
+                what = "without tokens" if isinstance(each, Completion) else f"that is a {type(each).__name__}"
+                prompt = repr(rows[index]["prompt"])[:200]
+                raise SamplerError(
+                    f"the sampler returned a completion {what} for prompt {index}, {prompt}; expected a Completion with at least one "
+                    "token, and be it the end token."
+                )
         texts = tokenizer.batch_decode([each.token_ids for each in drawn], skip_special_tokens=True) if drawn else []
         return [GeneratedCompletion(ids, each, text, {}) for ids, each, text in zip(prompts, drawn, texts, strict=False)]
 
@@ -114,11 +122,11 @@ class CompletionRunner:
             each.text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": each.text}]
             for row, each in zip(rows, completions, strict=True)
         ]
-        logged_columns: dict[str, list[Any]] = {}
+        log = RewardLog(trainer.metrics, len(completions))
         extras |= {
             "trainer_state": trainer.state,
-            "log_metric": trainer.metrics.add_mean,
-            "log_extra": lambda column, values: logged_columns.setdefault(column, []).extend(values),
+            "log_metric": log.log_metric,
+            "log_extra": log.log_extra,
             "logprobs": [each.completion.logprobs for each in completions],
         }
         with trainer.metrics.timed("step_time/reward"):
@@ -127,14 +135,8 @@ class CompletionRunner:
         for name, value in table.metrics.items():
             if not name.endswith(("/mean", "/std")):  # those are computed over all processes, by measure_rewards
                 trainer.metrics.add_mean(name, value)
-        for name, values in logged_columns.items():
-            if len(values) != len(completions):
-                raise RewardError(
-                    f"log_extra({name!r}, ...) was given {len(values)} values for {len(completions)} completions; expected one for each, "
-                    "from one reward."
-                )
-            for each, value in zip(completions, values, strict=True):
-                each.extra[name] = value
+        for each, values in zip(completions, log.rows(), strict=True):
+            each.extra.update(values)
         return table.values
 
     def _draw(self, prompts: list[list[int]], params: SamplingParams) -> list[Completion]:
