@@ -13,13 +13,15 @@ from grpo_fast.loss.config import LossConfig
 from grpo_fast.loss.inputs import LossInputs
 from grpo_fast.loss.logprob_loss import policy_loss
 from grpo_fast.loss.operator_arguments import loss_arguments
+from grpo_fast.loss.support import Support
 from grpo_fast.loss.token_inputs import ANY_VOCABULARY, TokenInputs, check_ids, token_inputs
-from grpo_fast.loss.token_rows import ShardedLogprobsFunction, TokenRows
+from grpo_fast.loss.token_rows import RowLogprobsFunction, TokenRows
 from grpo_fast.loss.validation import validated_loss_inputs
 from grpo_fast.loss.vocab_parallel import gather_vocab_shards
 from grpo_fast.ops.backends import select
 from grpo_fast.ops.grpo_loss import METRICS, GrpoLossFunction
 from grpo_fast.ops.impl_checks import check_impl
+from grpo_fast.ops.kept_logprobs import KeptSets
 from grpo_fast.ops.token_logprobs import TokenLogprobsFunction
 
 __all__ = ["GRPOOutput", "TokenLogprobs", "grpo_loss", "token_logprobs"]
@@ -65,6 +67,7 @@ def grpo_loss(
     num_items: int | float | Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    support: Support | None = None,  # of B * T or N positions
     loss_scale: float = 1.0,
     metrics_on: str = "all",
     inplace: bool = False,
@@ -94,6 +97,11 @@ def grpo_loss(
             None = that of this call.
         softcap: ``c * tanh(logits / c)`` before the temperature (Gemma 2); None = no soft cap.
         logit_scale: multiplies the logits before soft cap and temperature (Cohere, Granite).
+        support: for every position the set of tokens that the sampler could have drawn (top-k, top-p, min-p), an empty one for the whole
+            vocabulary. Log-probability, entropy and gradient are then those of the softmax over the set, so that the policy is the one
+            that sampled (arXiv:2512.02556); logits outside of it are not read, and get a gradient of 0. old_logprobs must be of the
+            same sets; ref_logprobs are taken as given: for a KL penalty between truncated policies compute them over the same sets.
+            None = no restriction.
         loss_scale: multiplies the loss and its gradient at no cost, for example 1 / gradient-accumulation steps.
         metrics_on: ``"all"``: compute log-probability, entropy and metrics of every unmasked token; ``"active"``: only of the tokens that
             can change the gradient. The loss is the same.
@@ -123,7 +131,14 @@ def grpo_loss(
     """
     vocabulary = None if process_group is None else ANY_VOCABULARY
     tokens = token_inputs(
-        logits, token_ids, mask=mask, temperature=temperature, softcap=softcap, logit_scale=logit_scale, vocabulary=vocabulary
+        logits,
+        token_ids,
+        mask=mask,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        support=support,
+        vocabulary=vocabulary,
     )
     _check_inplace(inplace)
     inputs = validated_loss_inputs(
@@ -138,8 +153,9 @@ def grpo_loss(
         loss_scale=loss_scale,
         metrics_on=metrics_on,
     )
+    one_pass = process_group is None and support is None and inputs.token_level() is not None
     if impl is not None:
-        check_impl(impl, logits, select(logits.device), one_pass=process_group is None and inputs.token_level() is not None)
+        check_impl(impl, logits, select(logits.device), one_pass=one_pass)
     inplace = inplace and _can_write_over(logits)
     if process_group is None and by_reference(logits):
         with torch.autocast(logits.device.type, enabled=False):
@@ -157,14 +173,15 @@ def grpo_loss(
                 num_items=num_items,
                 softcap=softcap,
                 logit_scale=logit_scale,
+                support=support,
                 loss_scale=inputs.loss_scale,
                 metrics_on=metrics_on,
             )
         return GRPOOutput(specified.loss, specified.logprobs.detach(), specified.entropy.detach(), specified.active, specified.metrics)
     computed = tokens.mask if metrics_on == "all" else inputs.active()
-    if process_group is None and (token_level := inputs.token_level()) is not None:
+    if one_pass and (token_level := inputs.token_level()) is not None:
         loss, logprobs, entropy, metrics = _one_pass_loss(tokens, inputs, token_level, computed, inplace, cluster=impl == "cluster")
-    else:  # a ratio needs the whole sequence: the statistics are computed here, the gradient of the logits in backward
+    else:  # a ratio needs the whole sequence, or a row its kept set: the statistics are computed here, the gradient of the logits in backward
         logprobs, entropy = _statistics(tokens, computed, inplace, process_group)
         with torch.autocast(logits.device.type, enabled=False):
             loss, metrics = policy_loss(logprobs, entropy, inputs, computed)
@@ -180,6 +197,7 @@ def token_logprobs(
     temperature: float | Tensor = 1.0,  # number, 0-d, [B], [B, 1], [B, T] or [N]
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    support: Support | None = None,  # of B * T or N positions
     process_group: ProcessGroup | None = None,
 ) -> TokenLogprobs:
     """Return the log-probability of each token under ``softmax(f(logits) / temperature)`` and the entropy of that distribution, in nats.
@@ -195,6 +213,9 @@ def token_logprobs(
         temperature: the policy is ``softmax(f(logits) / temperature)``.
         softcap: ``c * tanh(logits / c)`` before the temperature (Gemma 2); None = no soft cap.
         logit_scale: multiplies the logits before soft cap and temperature (Cohere, Granite).
+        support: for every position the set of tokens that the sampler could have drawn (top-k, top-p, min-p), an empty one for the whole
+            vocabulary. Log-probability, entropy and gradient are then those of the softmax over the set, so that the policy is the one
+            that sampled (arXiv:2512.02556). None = no restriction.
         process_group: the processes that share the vocabulary, as in grpo_loss.
 
     Returns:
@@ -211,11 +232,18 @@ def token_logprobs(
     """
     vocabulary = None if process_group is None else ANY_VOCABULARY
     tokens = token_inputs(
-        logits, token_ids, mask=mask, temperature=temperature, softcap=softcap, logit_scale=logit_scale, vocabulary=vocabulary
+        logits,
+        token_ids,
+        mask=mask,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        support=support,
+        vocabulary=vocabulary,
     )
     if process_group is None and by_reference(logits):
         with torch.autocast(logits.device.type, enabled=False):
-            return TokenLogprobs(*reference.token_logprobs(logits, token_ids, mask, temperature, softcap, logit_scale))
+            return TokenLogprobs(*reference.token_logprobs(logits, token_ids, mask, temperature, softcap, logit_scale, support))
     logprobs, entropy = _statistics(tokens, tokens.mask, inplace=False, group=process_group)
     return TokenLogprobs(tokens.like_given(logprobs), tokens.like_given(entropy))
 
@@ -267,11 +295,19 @@ def scoring(tokens: TokenInputs) -> tuple[Tensor | None, float, float, float]:
 
 
 def _statistics(tokens: TokenInputs, computed: Tensor, inplace: bool, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    rows = TokenRows(tokens.token_ids, computed, *scoring(tokens))
     if group is not None:
         shard = gather_vocab_shards(tokens.scored.shape[-1], group, tokens.scored.device)
         check_ids(tokens, shard.total)
-        return ShardedLogprobsFunction.apply(tokens.scored, TokenRows(tokens.token_ids, computed, *scoring(tokens), shard))
-    arguments = (tokens.scored, tokens.token_ids, computed, *scoring(tokens))
+        rows, inplace = rows._replace(shard=shard), False
+    if tokens.support is not None:
+        rows = rows._replace(sets=KeptSets(tokens.support.token_ids, tokens.support.offsets))
+    if group is not None or (rows.sets is not None and not torch.compiler.is_compiling()):
+        return RowLogprobsFunction.apply(tokens.scored, rows, inplace)
+    if rows.sets is not None:
+        logprobs, entropy, _ = torch.ops.grpo_fast.kept_token_logprobs.default(tokens.scored, *rows.kept)
+        return logprobs, entropy
+    arguments = (tokens.scored, tokens.token_ids, computed, *rows.scoring)
     if _wants_gradient(tokens.scored) and not torch.compiler.is_compiling():
         logprobs, entropy, _ = TokenLogprobsFunction.apply(inplace, *arguments)
     else:

@@ -41,6 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grpo_fast.loss.config import LossConfig
+from grpo_fast.loss.support import Support
 
 # 1 ------------------------------------------------------------------------------------------------------------------------
 
@@ -181,17 +182,22 @@ def token_statistics(
     temperature: float | Tensor = 1.0,  # number, or [...]
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    kept: Tensor | None = None,  # bool [..., V]
 ) -> tuple[Tensor, Tensor]:  # [...], [...]
     """Return the log-probability of the sampled token, and the entropy of the policy, in nats.
 
     The log-sum-exp excludes the target: ``log p_y = -softplus(lse_{v != y}(s_v) - s_y)``. The usual ``s_y - lse`` is the difference of two
     almost equal numbers when p_y is almost 1, and in float32 it is exactly 0 for margins above about 14 nats. This form keeps full relative
     precision.
+
+    With a kept set the policy is the softmax over the set: top-k, top-p and min-p sampling draw from it (arXiv:2512.02556).
     """
     s = logits * logit_scale
     if softcap is not None:
         s = soft_cap(s, softcap)
     s = s / (temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature)
+    if kept is not None:
+        s = s.masked_fill(~kept, -math.inf)
 
     is_target = torch.arange(s.shape[-1], device=s.device) == token_ids.unsqueeze(-1)  # [..., V]
     s_target = s.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
@@ -206,6 +212,13 @@ def token_statistics(
     p = log_p.exp()
     entropy = -(p * log_p.masked_fill(p == 0, 0.0)).sum(-1)
     return logprob, entropy
+
+
+def kept_sets(set_ids: Tensor, offsets: Tensor, vocabulary: int) -> Tensor:  # [K], [N + 1] -> bool [N, V]
+    """Return which ids each position keeps: ``set_ids[offsets[n] : offsets[n + 1]]``, or all of them if that is empty."""
+    kept = (offsets[1:] == offsets[:-1]).unsqueeze(1).repeat(1, vocabulary)
+    position = torch.searchsorted(offsets[1:].contiguous(), torch.arange(set_ids.shape[0], device=offsets.device), right=True)
+    return kept.index_put((position, set_ids.long()), kept.new_ones(()))
 
 
 def soft_cap(s: Tensor, softcap: float) -> Tensor:
@@ -556,17 +569,22 @@ def token_logprobs(
     temperature: float | Tensor = 1.0,  # number, 0-d, [B], [B, 1], [B, T] or [N]
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    support: Support | None = None,  # kept sets of all positions
 ) -> tuple[Tensor, Tensor]:
     """Return the log-probability and the entropy of each token, 0 where masked."""
     logits = logits[..., : token_ids.shape[-1], :]  # [B, T + 1, V]: the last position predicts no token
     logits = logits if logits.dtype == torch.float64 else logits.float()
+    kept = None
+    if support is not None:
+        kept = kept_sets(support.token_ids, support.offsets, logits.shape[-1]).view(logits.shape)
+        kept = kept if mask is None else kept | (mask == 0).unsqueeze(-1)
     if mask is not None:
         mask = mask != 0
         logits, token_ids = torch.where(mask.unsqueeze(-1), logits, 0), torch.where(mask, token_ids, 0)
     if isinstance(temperature, Tensor):
         temperature = per_token(temperature.detach(), token_ids)
         temperature = (temperature if mask is None else torch.where(mask, temperature, 1)).to(logits.dtype)
-    logprobs, entropy = token_statistics(logits, token_ids, temperature, softcap, logit_scale)
+    logprobs, entropy = token_statistics(logits, token_ids, temperature, softcap, logit_scale, kept)
     if mask is None:
         return logprobs, entropy
     return torch.where(mask, logprobs, 0), torch.where(mask, entropy, 0)
@@ -587,6 +605,7 @@ def grpo_loss(
     num_items: int | float | Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    support: Support | None = None,  # kept sets of B * T or N positions
     loss_scale: float = 1.0,
     metrics_on: str = "all",
 ) -> ReferenceOutput:
@@ -595,7 +614,7 @@ def grpo_loss(
     computed = mask
     if metrics_on == "active":
         computed = active_tokens(mask, per_token(advantages.detach(), token_ids), cu_seqlens, config)
-    logprobs, entropy = token_logprobs(logits, token_ids, computed, temperature, softcap, logit_scale)
+    logprobs, entropy = token_logprobs(logits, token_ids, computed, temperature, softcap, logit_scale, support)
     loss, metrics = policy_loss(
         logprobs,
         entropy,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast.loss import checks
+from grpo_fast.loss.support import Support, check_support
 from grpo_fast.ops.backends import select
 
 __all__ = ["TokenBatch", "TokenInputs", "logprob_inputs", "token_inputs"]
@@ -85,6 +86,7 @@ class TokenInputs(TokenBatch):
     temperature: float
     softcap: float | None
     logit_scale: float
+    support: Support | None = None  # of all positions of [B, T]
 
     @property
     def sizes(self) -> str:
@@ -111,6 +113,7 @@ def token_inputs(
     temperature: float | Tensor,
     softcap: float | None,
     logit_scale: float,
+    support: Support | None = None,
     name: str = "logits",
     vocabulary: int | None = None,
 ) -> TokenInputs:
@@ -138,13 +141,17 @@ def token_inputs(
         temperature=number,
         softcap=softcap,
         logit_scale=logit_scale,
+        support=support,
         shape=token_ids.shape,
         name=name,
     )
     if isinstance(temperature, Tensor):
         inputs = replace(inputs, temperatures=_per_token_temperature(inputs, temperature))
+    vocabulary = scored.shape[-1] if vocabulary is None else vocabulary
     if checks.value_checks_wanted(scored):
-        _check_values(inputs, scored.shape[-1] if vocabulary is None else vocabulary)
+        _check_values(inputs, vocabulary)
+    if support is not None:
+        check_support(support, inputs.token_ids, inputs.mask, vocabulary, packed=inputs.packed)
     return inputs
 
 

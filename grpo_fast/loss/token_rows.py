@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from grpo_fast.loss.vocab_parallel import Shard, combine_over_shards
+from grpo_fast.ops.kept_logprobs import KeptArguments, KeptSets
 from grpo_fast.ops.library import call_below_autograd
 from grpo_fast.ops.token_logprobs import RowStatistics
 
-__all__ = ["RowStatistics", "ShardedLogprobsFunction", "TokenRows"]
+__all__ = ["RowLogprobsFunction", "RowStatistics", "TokenRows"]
 
 
 class TokenRows(NamedTuple):
@@ -24,6 +25,7 @@ class TokenRows(NamedTuple):
     softcap: float  # 0: no soft cap
     logit_scale: float
     shard: Shard | None = None  # None: the logits span the whole vocabulary
+    sets: KeptSets | None = None  # of all positions of token_ids; None: no token is restricted
 
     def take(self, tokens: Tensor | slice) -> TokenRows:
         """Select some tokens, by index or slice along the last dimension."""
@@ -43,39 +45,68 @@ class TokenRows(NamedTuple):
         ids = self.token_ids - self.shard.begin
         return torch.where((ids >= 0) & (ids < self.shard.size), ids, -1)
 
+    @property
+    def kept(self) -> KeptArguments:
+        """The arguments of the operators ``kept_token_logprobs`` after the logits; only with ``sets``."""
+        assert self.sets is not None
+        first_id = 0 if self.shard is None else self.shard.begin
+        return KeptArguments(self.token_ids, self.mask, *self.sets, *self.scoring, first_id, self.shard is not None)
+
     def statistics(self, logits: Tensor) -> RowStatistics:
-        """Compute log-probability, entropy and log-sum-exp over the whole vocabulary from logits ``[B, T or T + 1, V of the shard]``."""
+        """Compute log-probability, entropy and log-sum-exp over the whole vocabulary, or over the kept set where there is one.
+
+        Args:
+            logits: ``[B, T or T + 1, V of the shard]``.
+        """
         ids = self.own_ids
-        valid_ids = ids if self.shard is None else ids.clamp(min=0)  # the operator needs a valid id even if another process has the token
-        operator = torch.ops.grpo_fast.token_logprobs.default
-        statistics = RowStatistics(*call_below_autograd(operator, logits, valid_ids, self.mask, *self.scoring))
+        if self.sets is not None:
+            statistics = RowStatistics(*call_below_autograd(torch.ops.grpo_fast.kept_token_logprobs.default, logits, *self.kept))
+        else:
+            valid_ids = ids if self.shard is None else ids.clamp(min=0)  # the operator needs a valid id even if another process has the token
+            operator = torch.ops.grpo_fast.token_logprobs.default
+            statistics = RowStatistics(*call_below_autograd(operator, logits, valid_ids, self.mask, *self.scoring))
         if self.shard is None:
             return statistics
         return combine_over_shards(statistics, ids >= 0, self.mask, self.shard.group)
 
     def gradient_(self, logits: Tensor, statistics: RowStatistics, g: Tensor, h: Tensor) -> None:
         """Overwrite the logits with d loss / d logits, from ``g = d loss / d logprob`` and ``h = d loss / d entropy`` of every token."""
-        operator = torch.ops.grpo_fast.token_logprobs_backward_.default
-        call_below_autograd(operator, g, h, logits, self.own_ids, self.mask, *self.scoring, *statistics)
+        if self.sets is not None:
+            operator, arguments = torch.ops.grpo_fast.kept_token_logprobs_backward_.default, tuple(self.kept)
+        else:
+            operator = torch.ops.grpo_fast.token_logprobs_backward_.default
+            arguments = (self.own_ids, self.mask, *self.scoring)
+        call_below_autograd(operator, g, h, logits, *arguments, *statistics)
 
     def gradient(self, logits: Tensor, statistics: RowStatistics, g: Tensor, h: Tensor) -> Tensor:
         """Return d loss / d logits in new memory; arguments as in ``gradient_``."""
-        operator = torch.ops.grpo_fast.token_logprobs_backward.default
-        return call_below_autograd(operator, g, h, logits, self.own_ids, self.mask, *self.scoring, *statistics)
+        if self.sets is not None:
+            operator, arguments = torch.ops.grpo_fast.kept_token_logprobs_backward.default, tuple(self.kept)
+        else:
+            operator = torch.ops.grpo_fast.token_logprobs_backward.default
+            arguments = (self.own_ids, self.mask, *self.scoring)
+        return call_below_autograd(operator, g, h, logits, *arguments, *statistics)
 
 
-class ShardedLogprobsFunction(torch.autograd.Function):
-    """Log-probability and entropy from logits of which each process holds a shard of the vocabulary; backward fills the process's shard."""
+class RowLogprobsFunction(torch.autograd.Function):
+    """Log-probability and entropy of rows with kept sets, or of which each process holds a shard of the vocabulary.
+
+    Backward fills the gradient of this process's logits, over the logits themselves with ``inplace``.
+    """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, rows: TokenRows) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, logits: Tensor, rows: TokenRows, inplace: bool) -> tuple[Tensor, Tensor]:
         statistics = rows.statistics(logits)
-        ctx.rows = rows
+        ctx.rows, ctx.inplace = rows, inplace
         ctx.save_for_backward(logits, *statistics)
         return statistics.logprobs, statistics.entropy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, g: Tensor, h: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, g: Tensor, h: Tensor) -> tuple[Tensor, None, None]:
         logits, *statistics = ctx.saved_tensors
-        return ctx.rows.gradient(logits, RowStatistics(*statistics), g, h), None
+        if not ctx.inplace:
+            return ctx.rows.gradient(logits, RowStatistics(*statistics), g, h), None, None
+        ctx.rows.gradient_(logits, RowStatistics(*statistics), g, h)
+        torch.autograd.graph.increment_version(logits)  # so that autograd rejects a graph that saved these logits
+        return logits.detach(), None, None
