@@ -12,6 +12,9 @@ STABLE_TORCH_LIBRARY_IMPL(grpo_fast, CPU, m) {
   m.impl("token_logprobs_backward_", TORCH_BOX(&token_logprobs_backward_inplace_cpu));
   m.impl("grpo_loss", TORCH_BOX(&grpo_loss_cpu));
   m.impl("grpo_loss_", TORCH_BOX(&grpo_loss_inplace_cpu));
+  m.impl("kept_logits", TORCH_BOX(&kept_logits_cpu));
+  m.impl("kept_hidden_gradient", TORCH_BOX(&kept_hidden_gradient_cpu));
+  m.impl("add_kept_weight_gradient_", TORCH_BOX(&add_kept_weight_gradient_cpu));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(grpo_fast, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }

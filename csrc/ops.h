@@ -46,3 +46,12 @@ std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, 
     const std::optional<torch::stable::Tensor>& ref_logprobs, const std::optional<torch::stable::Tensor>& rollout_weights,
     const std::optional<torch::stable::Tensor>& temperatures, double temperature, double softcap, double logit_scale, double loss_scale,
     std::vector<double> settings, bool only_active);
+
+torch::stable::Tensor kept_logits_cpu(const torch::stable::Tensor& hidden, const torch::stable::Tensor& weight,
+                                      const torch::stable::Tensor& columns);
+
+torch::stable::Tensor kept_hidden_gradient_cpu(const torch::stable::Tensor& gradient, const torch::stable::Tensor& weight,
+                                               const torch::stable::Tensor& columns);
+
+void add_kept_weight_gradient_cpu(torch::stable::Tensor into, const torch::stable::Tensor& gradient, const torch::stable::Tensor& hidden,
+                                  const torch::stable::Tensor& columns);

@@ -2,11 +2,14 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #define GF_TARGET "avx2,fma"
 // clang-format off: the order of these matters
+#include "kept_products.h"
 #include "rows.h"
 #include "target_begin.h"
+#include "kept_products_impl.h"
 #include "rows_impl.h"
 #include "target_end.h"
 // clang-format on
 
+GF_DEFINE_KEPT_PRODUCTS(kKeptAvx2)
 GF_DEFINE_ROWS(kRowsAvx2)
 #endif

@@ -6,11 +6,14 @@
 #define GF_TARGET "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512"
 #endif
 // clang-format off: the order of these matters
+#include "kept_products.h"
 #include "rows.h"
 #include "target_begin.h"
+#include "kept_products_impl.h"
 #include "rows_impl.h"
 #include "target_end.h"
 // clang-format on
 
+GF_DEFINE_KEPT_PRODUCTS(kKeptAvx512)
 GF_DEFINE_ROWS(kRowsAvx512)
 #endif

@@ -21,6 +21,7 @@ from grpo_fast.head.operators import compiled_logprobs, compiled_loss
 from grpo_fast.head.validation import validated_bytes
 from grpo_fast.loss.api import GRPOOutput, TokenLogprobs, grpo_loss, token_logprobs
 from grpo_fast.loss.config import LossConfig
+from grpo_fast.loss.support import Support
 from grpo_fast.loss.validation import validated_loss_inputs
 
 __all__ = ["linear_grpo_loss", "linear_token_logprobs"]
@@ -47,6 +48,7 @@ def linear_grpo_loss(
     num_items: int | float | Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    support: Support | None = None,  # of B * T or N positions
     loss_scale: float = 1.0,
     metrics_on: str = "active",
     chunk_bytes: int | None = None,
@@ -70,6 +72,8 @@ def linear_grpo_loss(
         hidden: the input of the model's LM head. ``[B, T + 1, D]``: the last position is ignored without a copy.
         weight: the weight of the head. A DTensor is gathered. For a frozen head without such a matrix (a quantised one), pass the callable.
         bias: the bias of the head.
+        support: the kept sets, as in grpo_loss. A token with a set of K ids, up to V / 32, costs 2 D K operations where another costs 2 D V:
+            the logits of the set are products with rows of the weight where they stand. Larger sets are computed over the whole vocabulary.
         chunk_bytes: memory for the logits of one chunk. None: for 512 tokens on a CPU and 8192 elsewhere, or as many as fit into a quarter
             of the free memory. A call also needs memory for the gradients (those of weights in float32 until the last chunk), for the
             weight in autocast's dtype if autocast is on, and for the logits that a callable allocates for the chunk.
@@ -103,6 +107,7 @@ def linear_grpo_loss(
         temperature=temperature,
         softcap=softcap,
         logit_scale=logit_scale,
+        support=support,
         chunk_bytes=chunk_bytes,
         adapter=adapter,
         process_group=process_group,
@@ -163,6 +168,7 @@ def linear_token_logprobs(
     temperature: float | Tensor = 1.0,  # number, 0-d, [B], [B, 1], [B, T] or [N]
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    support: Support | None = None,  # of B * T or N positions
     chunk_bytes: int | None = None,
     keep_bytes: int | None = None,
     adapter: tuple[Tensor, Tensor] | None = None,  # like hidden with R in place of D, and [V, R]
@@ -200,6 +206,7 @@ def linear_token_logprobs(
         temperature=temperature,
         softcap=softcap,
         logit_scale=logit_scale,
+        support=support,
         chunk_bytes=chunk_bytes,
         adapter=adapter,
         process_group=process_group,

@@ -10,14 +10,17 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from grpo_fast.head.chunking import ChunkPlan
+from grpo_fast.head.kept import LARGEST_SHARE
 from grpo_fast.head.matrix_products import DenseHead, Head, HeadTensors, ModuleHead, NeedsGrad
 from grpo_fast.head.memory import chunk_rows
 from grpo_fast.head.validation import check_weight, product_dtype, validated_bytes, validated_module, vocabulary_of
 from grpo_fast.head.weights import gathered
 from grpo_fast.loss.api import by_reference, scoring
+from grpo_fast.loss.support import Support
 from grpo_fast.loss.token_inputs import ANY_VOCABULARY, TokenInputs, check_ids, token_inputs
 from grpo_fast.loss.token_rows import TokenRows
 from grpo_fast.loss.vocab_parallel import Shard, all_reduce_min, gather_vocab_shards
+from grpo_fast.ops.kept_logprobs import KeptSets
 
 __all__ = ["LinearCall", "validated_call"]
 
@@ -28,6 +31,7 @@ class ScoringOptions(TypedDict):
     temperature: float | Tensor
     softcap: float | None
     logit_scale: float
+    support: Support | None
 
 
 class LinearCall(NamedTuple):
@@ -69,7 +73,12 @@ class LinearCall(NamedTuple):
 
     @property
     def scoring_options(self) -> ScoringOptions:
-        return {"temperature": self.temperature, "softcap": self.tokens.softcap, "logit_scale": self.tokens.logit_scale}
+        return {
+            "temperature": self.temperature,
+            "softcap": self.tokens.softcap,
+            "logit_scale": self.tokens.logit_scale,
+            "support": self.tokens.support,
+        }
 
     def rows(self) -> TokenRows:
         """The tokens and the settings that score them, [1, N]."""
@@ -81,9 +90,13 @@ class LinearCall(NamedTuple):
         if self.group is not None:
             shard = gather_vocab_shards(self.vocabulary, self.group, tokens.scored.device)
             check_ids(tokens, shard.total)
-        return TokenRows(
+        rows = TokenRows(
             tokens.token_ids.reshape(1, -1), tokens.mask.reshape(1, -1), temperatures, temperature, softcap, logit_scale, shard
         )
+        if tokens.support is None:
+            return rows
+        largest = 0 if self.module is not None else (self.vocabulary if shard is None else shard.total) // LARGEST_SHARE
+        return rows._replace(sets=KeptSets(tokens.support.token_ids, tokens.support.offsets), largest_kept_set=largest)
 
     def head(self, tensors: HeadTensors, needs_grad: NeedsGrad, plan: ChunkPlan) -> Head:
         """The head for a plan's chunks, from the call's tensors as autograd passes them."""
@@ -124,6 +137,7 @@ def validated_call(
     temperature: float | Tensor,
     softcap: float | None,
     logit_scale: float,
+    support: Support | None,
     chunk_bytes: int | None,
     adapter: tuple[Tensor, Tensor] | None,
     process_group: ProcessGroup | None,
@@ -153,6 +167,7 @@ def validated_call(
         temperature=temperature,
         softcap=softcap,
         logit_scale=logit_scale,
+        support=support,
         name="hidden",
         vocabulary=vocabulary if process_group is None else ANY_VOCABULARY,
     )

@@ -36,12 +36,13 @@ class ChunkPlan(NamedTuple):
     token_order: Tensor | None  # int64 [n], indices of tokens; None: all tokens in the order of the batch
     grad_chunks: list[Chunk]  # tokens that get a gradient
     nograd_chunks: list[Chunk]  # tokens for which only the statistics are computed
+    has_kept_tokens: bool = False  # other tokens contribute to the gradients too: those with kept sets
     valid_mask: Tensor | None = None  # bool [N], the unmasked tokens; set only if the chunks contain masked tokens too
 
     @property
     def is_single_piece(self) -> bool:
         """Whether the gradients of all tokens are computed in a single piece."""
-        return len(self.grad_chunks) == 1 and len(self.grad_chunks[0].pieces) == 1
+        return len(self.grad_chunks) == 1 and len(self.grad_chunks[0].pieces) == 1 and not self.has_kept_tokens
 
     @property
     def max_rows(self) -> int:
@@ -76,7 +77,7 @@ def plan_chunks(
     total = computed.shape[0]
     if is_capturing(computed.device):
         chunks = _equal_chunks(0, total, rows_per_chunk) if sequences is None else [Chunk(_pieces(0, total, rows_per_chunk))]
-        return ChunkPlan(None, chunks, [], computed)
+        return ChunkPlan(None, chunks, [], valid_mask=computed)
     counts = torch.stack([active.sum(), computed.sum()])
     if sequences is not None:
         counts = torch.cat([counts, _count_per_sequence(active, sequences)])

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast.head.chunking import Chunk, ChunkPlan, plan_chunks
+from grpo_fast.head.kept import KeptTokens, separate_kept
 from grpo_fast.head.matrix_products import Head, HeadTensors
 from grpo_fast.loss.token_rows import RowStatistics, TokenRows
 
@@ -30,6 +31,7 @@ class LogprobsState(NamedTuple):
     plan: ChunkPlan
     dlogprob_dhidden: HeadTensors | None  # of a frozen head: the derivatives with respect to hidden and adapted
     kept_logits: list[Tensor]  # of the first chunks
+    kept_tokens: KeptTokens | None = None  # tokens with kept sets, and the logits of the sets
 
 
 def linear_token_logprobs_fwd(
@@ -47,12 +49,19 @@ def linear_token_logprobs_fwd(
         max_kept_tokens: tokens whose logits may be kept.
         with_derivative: also compute d logprob / d hidden.
     """
-    plan = plan_chunks(rows.mask[0], rows.mask[0], rows_per_chunk, None)
+    rows, kept_rows = separate_kept(rows)
+    plan = plan_chunks(rows.mask[0], rows.mask[0], rows_per_chunk, None)._replace(has_kept_tokens=kept_rows is not None)
     head = make_head(plan)
     statistics = RowStatistics(*(torch.zeros_like(rows.mask, dtype=torch.float32) for _ in range(3)))
     kept_chunks = 0 if with_derivative else plan.chunks_within(max_kept_tokens)
     if kept_chunks < len(plan.grad_chunks):
         head.reserve(plan.max_rows)
+    kept_tokens = None
+    if kept_rows is not None:
+        kept_tokens = KeptTokens(head, kept_rows)
+        kept_tokens.statistics_into(statistics)
+        if with_derivative:
+            kept_tokens.add_gradient(statistics, torch.ones_like(statistics.logprobs), torch.zeros_like(statistics.logprobs))
     kept: list[Tensor] = []
     for chunk in plan.grad_chunks:
         tokens = plan.tokens(chunk.begin, chunk.end)
@@ -67,7 +76,7 @@ def linear_token_logprobs_fwd(
             one, zero = torch.ones_like(found.logprobs), torch.zeros_like(found.logprobs)
             chunk_of_rows.gradient_(logits.unsqueeze(0), found, one, zero)
             head.add_gradient(logits, tokens)
-    return LogprobsState(statistics, plan, head.gradients() if with_derivative else None, kept)
+    return LogprobsState(statistics, plan, head.gradients() if with_derivative else None, kept, kept_tokens)
 
 
 def linear_token_logprobs_bwd(
@@ -80,6 +89,9 @@ def linear_token_logprobs_bwd(
     """
     plan, kept = state.plan, state.kept_logits
     head = make_head(plan)
+    rows, kept_rows = separate_kept(rows)
+    if kept_rows is not None:
+        (state.kept_tokens or KeptTokens(head, kept_rows)).add_gradient(state.statistics, g, h, head=head)
     if len(kept) < len(plan.grad_chunks) or keep_graph:
         head.reserve(plan.max_rows)
 

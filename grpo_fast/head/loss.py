@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast.head.chunking import Chunk, ChunkPlan, plan_chunks
+from grpo_fast.head.kept import KeptTokens, separate_kept
 from grpo_fast.head.matrix_products import Head, HeadTensors
 from grpo_fast.loss.inputs import LossInputs
 from grpo_fast.loss.logprob_loss import policy_loss
@@ -56,10 +57,18 @@ def linear_loss(
     computed = active if only_active else inputs.mask
     rows, token_level = rows._replace(mask=computed), inputs.token_level()
     with_grad = active if with_gradient else torch.zeros_like(active)
-    plan = plan_chunks(computed[0], with_grad[0], rows_per_chunk, inputs.sequences if token_level is None else None)
+    rows, kept_rows = separate_kept(rows)
+    plan = plan_chunks(rows.mask[0], (with_grad & rows.mask)[0], rows_per_chunk, inputs.sequences if token_level is None else None)
+    if kept_rows is not None:
+        plan = plan._replace(has_kept_tokens=True)
     head = make_head(plan)
     head.reserve(plan.max_rows)
     statistics = RowStatistics(*(torch.zeros_like(computed, dtype=torch.float32) for _ in range(3)))
+    kept = None
+    if kept_rows is not None:
+        kept = KeptTokens(head, kept_rows._replace(mask=kept_rows.mask & with_grad))
+        kept.statistics_into(statistics)
+        KeptTokens(head, kept_rows._replace(mask=kept_rows.mask & ~with_grad)).statistics_into(statistics)
 
     def compute_statistics(begin: int, end: int) -> Tensor:  # returns the logits
         tokens = plan.tokens(begin, end)
@@ -83,7 +92,10 @@ def linear_loss(
             logits = compute_statistics(begin, end)
         tokens = plan.tokens(chunk.begin, chunk.end)
         of_chunk = RowStatistics(*(x[:, tokens] for x in statistics))
-        g, h = _coefficients(of_chunk, (token_level or inputs).take(tokens), computed[:, tokens])
+        if kept is None:
+            g, h = _coefficients(of_chunk, (token_level or inputs).take(tokens), computed[:, tokens])
+        else:  # a sequence may have tokens with kept sets too; the sequences of other chunks do not matter here
+            g, h = (x[:, tokens] for x in _coefficients(statistics, token_level or inputs, computed))
         for begin, end in reversed(chunk.pieces):  # the logits of the last piece are still in memory
             tokens, within = plan.tokens(begin, end), slice(begin - chunk.begin, end - chunk.begin)
             if end != chunk.end:
@@ -95,10 +107,12 @@ def linear_loss(
     for chunk in plan.nograd_chunks:
         compute_statistics(chunk.begin, chunk.end)
     for chunk in plan.grad_chunks:
-        if token_level is not None and rows.shard is None:
+        if token_level is not None and rows.shard is None and rows.sets is None:
             one_pass(chunk.begin, chunk.end)
         else:
             two_passes(chunk)
+    if kept is not None:
+        kept.add_gradient(statistics, *_coefficients(statistics, token_level or inputs, computed))
     gradients = head.gradients()  # first, because it frees the memory of the logits
     loss, metrics = policy_loss(statistics.logprobs, statistics.entropy, inputs, computed)
     recomputed = torch.full_like(loss, plan.recomputed_tokens) / computed.sum().clamp(min=1)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+import grpo_fast.ops.kept_products  # noqa: F401  defines the operators
 from grpo_fast.head.chunking import ChunkPlan
 
 __all__ = ["DenseHead", "Head", "HeadTensors", "ModuleHead", "NeedsGrad", "per_row"]
@@ -122,6 +123,38 @@ class DenseHead:
             if self.needs_grad.adapter_weight:
                 self._accumulate("adapter_weight", gradient, self._rows("adapted", tokens))
 
+    def kept_logits(self, tokens: Tensor, columns: Tensor) -> Tensor:
+        """Compute float32 logits [n, K] at ``columns`` int64 [n, K] of these tokens; 0 where a column is negative."""
+        kept_logits = torch.ops.grpo_fast.kept_logits.default
+        logits = kept_logits(self._rows("hidden", tokens), by_rows(self.weight), columns)
+        if self.adapter_weight is not None:
+            logits += kept_logits(self._rows("adapted", tokens), by_rows(self.adapter_weight), columns)
+        if self.bias is not None:
+            logits += torch.where(columns >= 0, self.bias[columns.clamp(min=0)].float(), 0)
+        return logits
+
+    def add_kept_gradient(self, gradient: Tensor, tokens: Tensor, columns: Tensor) -> None:
+        """Add the contribution of the gradient, float32 [n, K], of kept logits to the gradients of the tensors."""
+        pairs = [("hidden", "weight", self.weight)]
+        if self.adapter_weight is not None:
+            pairs.append(("adapted", "adapter_weight", self.adapter_weight))
+        for per_token, of_head, weight in pairs:
+            if getattr(self.needs_grad, per_token):
+                rows, source = self._gradient_rows(per_token, tokens)
+                found = torch.ops.grpo_fast.kept_hidden_gradient.default(gradient, by_rows(weight), columns)
+                rows[source] = found.to(rows.dtype)
+            if getattr(self.needs_grad, of_head):
+                self._add_kept(of_head, gradient, self._rows(per_token, tokens), columns)
+        if self.needs_grad.bias:  # a weight of one column
+            self._add_kept("bias", gradient, torch.ones_like(gradient[:, :1]), columns)
+
+    def _add_kept(self, name: str, gradient: Tensor, rows: Tensor, columns: Tensor) -> None:
+        x: Tensor = getattr(self.tensors, name)
+        if name not in self._grads:
+            self._grads[name] = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        into = self._grads[name].view(x.shape[0], -1)
+        torch.ops.grpo_fast.add_kept_weight_gradient_.default(into, gradient, rows, columns)
+
     def gradients(self) -> HeadTensors:
         self._buffer = self._buffer.new_empty(0)
         out: list[Tensor | None] = []
@@ -143,13 +176,17 @@ class DenseHead:
             rows = torch.where(self.plan.valid_mask[tokens].unsqueeze(-1), rows, 0)
         return rows
 
-    def _set_rows(self, name: str, gradient: Tensor, weight: Tensor, tokens: Tensor | slice) -> None:
+    def _gradient_rows(self, name: str, tokens: Tensor | slice) -> tuple[Tensor, Tensor | slice]:
+        """Return the gradient of a tensor per token, flattened to rows, and the index of these tokens' rows."""
         x: Tensor = getattr(self.tensors, name)
         source = source_rows(tokens, self.length, x)
         if name not in self._grads:
             make = torch.empty if isinstance(source, slice) else torch.zeros  # with a slice every row is written
             self._grads[name] = make(x.shape, dtype=x.dtype if self.group is None else torch.float32, device=x.device)
-        rows = self._grads[name].view(-1, x.shape[-1])
+        return self._grads[name].view(-1, x.shape[-1]), source
+
+    def _set_rows(self, name: str, gradient: Tensor, weight: Tensor, tokens: Tensor | slice) -> None:
+        rows, source = self._gradient_rows(name, tokens)
         if isinstance(source, slice) and rows.dtype == self.dtype:
             torch.mm(gradient, weight, out=rows[source])
         else:
@@ -158,7 +195,7 @@ class DenseHead:
     def _accumulate(self, name: str, gradient: Tensor, rows: Tensor) -> None:
         """Add gradient.T @ rows to the gradient of a weight."""
         x: Tensor = getattr(self.tensors, name)
-        if self.plan.is_single_piece and x.dtype == self.dtype:
+        if self.plan.is_single_piece and x.dtype == self.dtype:  # no other contribution follows
             self._grads[name] = torch.mm(gradient.t(), rows)
             return
         beta = 1
@@ -245,6 +282,11 @@ def rows_of(x: Tensor, tokens: Tensor | slice, length: int) -> Tensor:  # [B, T 
         source = torch.arange(source.start, source.stop, device=x.device)
     positions = max(x.shape[1], 1)
     return x[source // positions, source % positions]
+
+
+def by_rows(weight: Tensor) -> Tensor:
+    """Return the weight with contiguous rows, which the operators at single columns need: itself, unless it is a transposed view."""
+    return weight if weight.stride(1) == 1 else weight.contiguous()
 
 
 def per_row(g: Tensor, hidden: Tensor) -> Tensor:  # [1, B * T] for [B, T or T + 1, D] -> [B, T or T + 1, 1]

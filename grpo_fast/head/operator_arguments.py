@@ -18,6 +18,7 @@ from grpo_fast.loss.inputs import LossInputs
 from grpo_fast.loss.kernel_settings import config_from_numbers, config_numbers
 from grpo_fast.loss.sequences import Sequences
 from grpo_fast.loss.token_rows import RowStatistics, TokenRows
+from grpo_fast.ops.kept_logprobs import KeptSets
 
 __all__ = ["BackwardArguments", "Flat", "HeadOptions", "LogprobsArguments", "LossArguments", "LossTensors", "RowArguments"]
 
@@ -42,17 +43,22 @@ class RowArguments(NamedTuple):
 
     token_ids: Tensor
     mask: Tensor
+    set_ids: Tensor | None
+    set_offsets: Tensor | None
     temperatures: Tensor | None
     temperature: float
     softcap: float
     logit_scale: float
+    largest_kept_set: int
 
     @classmethod
     def of(cls, rows: TokenRows) -> RowArguments:
-        return cls(rows.token_ids, rows.mask, *rows.scoring)
+        return cls(rows.token_ids, rows.mask, *(rows.sets or (None, None)), *rows.scoring, rows.largest_kept_set)
 
     def rows(self) -> TokenRows:
-        return TokenRows(*self)
+        sets = None if self.set_ids is None or self.set_offsets is None else KeptSets(self.set_ids, self.set_offsets)
+        scoring = (self.temperatures, self.temperature, self.softcap, self.logit_scale)
+        return TokenRows(self.token_ids, self.mask, *scoring, sets=sets, largest_kept_set=self.largest_kept_set)
 
 
 class LossTensors(NamedTuple):

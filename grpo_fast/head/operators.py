@@ -7,6 +7,7 @@ from torch import Tensor
 
 from grpo_fast.head.autograd import AutogradContext
 from grpo_fast.head.chunking import plan_chunks
+from grpo_fast.head.kept import separate_kept
 from grpo_fast.head.logprobs import LogprobsState, linear_token_logprobs_bwd, linear_token_logprobs_fwd
 from grpo_fast.head.loss import LINEAR_METRICS, linear_loss
 from grpo_fast.head.matrix_products import HeadTensors, NeedsGrad, per_row
@@ -161,7 +162,9 @@ def _linear_token_logprobs_fake(*flat: Argument) -> tuple[Tensor | None, ...]:
 
 def _linear_token_logprobs_backward(g: Tensor, h: Tensor, *flat: Argument) -> tuple[Tensor, ...]:
     (tensors, rows, options), statistics = BackwardArguments.from_flat(flat)
-    plan = plan_chunks(rows.mask[0], rows.mask[0], options.rows_per_chunk(tensors), None)
+    others, kept_rows = separate_kept(rows.rows())
+    plan = plan_chunks(others.mask[0], others.mask[0], options.rows_per_chunk(tensors), None)
+    plan = plan._replace(has_kept_tokens=kept_rows is not None)
     gradients = linear_token_logprobs_bwd(
         lambda plan: options.head(tensors, plan), rows.rows(), LogprobsState(statistics, plan, None, []), g, h, keep_graph=False
     )
@@ -181,18 +184,20 @@ def _logprobs_setup_context(ctx: AutogradContext, inputs: tuple[Argument, ...], 
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[2:])
     tensors, rows, ctx.options = LogprobsArguments.from_flat(inputs)
-    token_ids, mask, temperatures, *ctx.scoring_numbers = rows
-    ctx.save_for_backward(*tensors, token_ids, mask, temperatures, *output)
+    token_ids, mask, set_ids, set_offsets, temperatures, *ctx.scoring_numbers = rows
+    ctx.save_for_backward(*tensors, token_ids, mask, set_ids, set_offsets, temperatures, *output)
 
 
 def _logprobs_backward(ctx: AutogradContext, g: Tensor | None, h: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    *given, token_ids, mask, temperatures, logprobs, entropy, lse, dlogprob_dhidden, dlogprob_dadapted = ctx.saved_tensors
+    *given, token_ids, mask, set_ids, set_offsets, temperatures, logprobs, entropy, lse, dlogprob_dhidden, dlogprob_dadapted = (
+        ctx.saved_tensors
+    )
     needs_grad = NeedsGrad(*ctx.options.needs_grad)
     if needs_grad.frozen_head and h is None and g is not None:
         g = torch.where(mask, g, 0)  # the derivative of a masked token is 0, and 0 * NaN is NaN
         gradients = HeadTensors(hidden=_scaled_rows(dlogprob_dhidden, g), adapted=_scaled_rows(dlogprob_dadapted, g))
     else:
-        zero, rows = torch.zeros_like(logprobs), RowArguments(token_ids, mask, temperatures, *ctx.scoring_numbers)
+        zero, rows = torch.zeros_like(logprobs), RowArguments(token_ids, mask, set_ids, set_offsets, temperatures, *ctx.scoring_numbers)
         forward = LogprobsArguments(HeadTensors(*given), rows, ctx.options)
         arguments = BackwardArguments(forward, RowStatistics(logprobs, entropy, lse))
         gradients = HeadTensors(

@@ -26,11 +26,15 @@ class TokenRows(NamedTuple):
     logit_scale: float
     shard: Shard | None = None  # None: the logits span the whole vocabulary
     sets: KeptSets | None = None  # of all positions of token_ids; None: no token is restricted
+    largest_kept_set: int = 0  # a head computes the logits of larger sets over the whole vocabulary
 
     def take(self, tokens: Tensor | slice) -> TokenRows:
-        """Select some tokens, by index or slice along the last dimension."""
+        """Select some tokens of ``[1, n]``, by index or slice along the last dimension."""
         temperatures = None if self.temperatures is None else self.temperatures[:, tokens]
-        return self._replace(token_ids=self.token_ids[:, tokens], mask=self.mask[:, tokens], temperatures=temperatures)
+        sets = self.sets
+        if sets is not None:
+            sets = sets.take(torch.arange(self.token_ids.shape[1], device=self.token_ids.device)[tokens])
+        return self._replace(token_ids=self.token_ids[:, tokens], mask=self.mask[:, tokens], temperatures=temperatures, sets=sets)
 
     @property
     def scoring(self) -> tuple[Tensor | None, float, float, float]:
@@ -62,7 +66,9 @@ class TokenRows(NamedTuple):
         if self.sets is not None:
             statistics = RowStatistics(*call_below_autograd(torch.ops.grpo_fast.kept_token_logprobs.default, logits, *self.kept))
         else:
-            valid_ids = ids if self.shard is None else ids.clamp(min=0)  # the operator needs a valid id even if another process has the token
+            valid_ids = (
+                ids if self.shard is None else ids.clamp(min=0)
+            )  # the operator needs a valid id even if another process has the token
             operator = torch.ops.grpo_fast.token_logprobs.default
             statistics = RowStatistics(*call_below_autograd(operator, logits, valid_ids, self.mask, *self.scoring))
         if self.shard is None:

@@ -39,10 +39,13 @@ class KeptRows(NamedTuple):
     """Some positions whose sets are of similar size, and the columns of the logits that hold their ids."""
 
     positions: Tensor  # int64 [n], into the flattened [B, T]
-    columns: Tensor  # int64 [n, K]; 0 where not valid
-    valid: Tensor  # bool [n, K]: False for padding, and for ids that another process holds
+    columns: Tensor  # int64 [n, K]; -1 in the padding, and for ids that another process holds
     target: Tensor  # int64 [n], the place of the sampled token in the row; -1 if this process does not hold it, or it is not in the set
     elsewhere: Tensor  # bool [n]: another process holds the sampled token
+
+    @property
+    def valid(self) -> Tensor:
+        return self.columns >= 0
 
 
 class KeptArguments(NamedTuple):
@@ -75,6 +78,26 @@ class KeptArguments(NamedTuple):
         mask = torch.ones_like(target, dtype=torch.bool).unsqueeze(0)
         return TokenLogprobsArguments(target.unsqueeze(0), mask, temperatures, self.temperature, 0.0, 1.0)
 
+    def rows(self, columns: int) -> Iterator[KeptRows]:
+        """The restricted positions, see ``kept_rows``."""
+        sets = KeptSets(self.set_ids, self.set_offsets)
+        return kept_rows(sets, self.token_ids, self.mask, first_id=self.first_id, columns=columns)
+
+    def statistics(self, s: Tensor, rows: KeptRows) -> list[Tensor]:
+        """Return log-probability, entropy and log-sum-exp ``[n]`` of scaled and capped logits ``[n, K]``, -inf in the padding."""
+        target = torch.where(rows.elsewhere, 0, rows.target) if self.sharded else rows.target
+        found = torch.ops.grpo_fast.token_logprobs.default(s.unsqueeze(0), *self.of_kept(rows, target))
+        if self.sharded:  # a process that holds no id of a set has no share in its probability
+            held = rows.valid.any(1)
+            found = [torch.where(held, x, empty) for x, empty in zip(found, (0.0, 0.0, -torch.inf), strict=True)]
+        return [x.squeeze(0) for x in found]
+
+    def gradient_(self, s: Tensor, rows: KeptRows, statistics: RowStatistics, g: Tensor, h: Tensor) -> None:
+        """Overwrite scaled and capped logits ``[n, K]`` with their gradient; the other tensors are those of all positions, ``[B, T]``."""
+        g_rows, h_rows, *of_rows = (x.reshape(1, -1)[:, rows.positions] for x in (g, h, *statistics))
+        of_kept = self.of_kept(rows, rows.target)
+        torch.ops.grpo_fast.token_logprobs_backward_.default(g_rows, h_rows, s.unsqueeze(0), *of_kept, *of_rows)
+
 
 def kept_rows(sets: KeptSets, token_ids: Tensor, mask: Tensor, *, first_id: int = 0, columns: int) -> Iterator[KeptRows]:
     """Yield the restricted positions that the mask selects, grouped by the size of their sets: 1, 2, up to 4, up to 8, ... ids.
@@ -104,7 +127,7 @@ def kept_rows(sets: KeptSets, token_ids: Tensor, mask: Tensor, *, first_id: int 
             valid &= (ids >= 0) & (ids < columns)
             is_target = valid & (ids == token.unsqueeze(1))
             target = torch.where(is_target.any(1), is_target.int().argmax(1), -1)
-            yield KeptRows(positions, torch.where(valid, ids, 0), valid, target, (token < 0) | (token >= columns))
+            yield KeptRows(positions, torch.where(valid, ids, -1), target, (token < 0) | (token >= columns))
 
 
 def capped(logits: Tensor, softcap: float, logit_scale: float) -> tuple[Tensor, Tensor | float]:
@@ -132,7 +155,7 @@ define("kept_token_logprobs_backward_" + _BACKWARD.format(logits="Tensor(a!) log
 def _index(rows: KeptRows, given: KeptArguments) -> tuple[Tensor, Tensor, Tensor]:
     """Return an index of the logits ``[B, T or T + 1, V]`` at the columns of these rows, broadcastable to ``[n, K]``."""
     length = given.mask.shape[1]
-    return (rows.positions // length).unsqueeze(1), (rows.positions % length).unsqueeze(1), rows.columns
+    return (rows.positions // length).unsqueeze(1), (rows.positions % length).unsqueeze(1), rows.columns.clamp(min=0)
 
 
 def _gathered(logits: Tensor, rows: KeptRows, given: KeptArguments) -> tuple[Tensor, Tensor | float]:
@@ -144,17 +167,11 @@ def _gathered(logits: Tensor, rows: KeptRows, given: KeptArguments) -> tuple[Ten
 def _forward(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     given, columns = KeptArguments(*arguments), logits.shape[-1]
     of_vocabulary = given.of_whole_vocabulary(columns, gradient=False)
-    statistics = RowStatistics(*torch.ops.grpo_fast.token_logprobs.default(logits, *of_vocabulary))
-    sets = KeptSets(given.set_ids, given.set_offsets)
-    for rows in kept_rows(sets, given.token_ids, given.mask, first_id=given.first_id, columns=columns):
+    statistics = torch.ops.grpo_fast.token_logprobs.default(logits, *of_vocabulary)
+    for rows in given.rows(columns):
         s, _ = _gathered(logits, rows, given)
-        target = torch.where(rows.elsewhere, 0, rows.target) if given.sharded else rows.target
-        found = torch.ops.grpo_fast.token_logprobs.default(s.unsqueeze(0), *given.of_kept(rows, target))
-        if given.sharded:  # a process that holds no id of a set has no share in its probability
-            held = rows.valid.any(1)
-            found = [torch.where(held, x, empty) for x, empty in zip(found, (0.0, 0.0, -torch.inf), strict=True)]
-        for into, part in zip(statistics, found, strict=True):
-            into.view(-1)[rows.positions] = part.squeeze(0)
+        for into, part in zip(statistics, given.statistics(s, rows), strict=True):
+            into.view(-1)[rows.positions] = part
     return statistics
 
 
@@ -170,27 +187,21 @@ def _gradient(g: Tensor, h: Tensor, logits: Tensor, *arguments: Any, inplace: bo
     *of_tokens, logprobs, entropy, lse = arguments
     given, statistics, columns = KeptArguments(*of_tokens), RowStatistics(logprobs, entropy, lse), logits.shape[-1]
     g, h = g.expand_as(logprobs), h.expand_as(logprobs)
-    sets = KeptSets(given.set_ids, given.set_offsets)
-
-    def restricted() -> Iterator[KeptRows]:
-        return kept_rows(sets, given.token_ids, given.mask, first_id=given.first_id, columns=columns)
 
     def gradient_of(rows: KeptRows) -> Tensor:  # [n, K]
         s, derivative = _gathered(logits, rows, given)
-        g_rows, h_rows, *of_rows = (x.reshape(1, -1)[:, rows.positions] for x in (g, h, *statistics))
-        of_kept = given.of_kept(rows, rows.target)
-        torch.ops.grpo_fast.token_logprobs_backward_.default(g_rows, h_rows, s.unsqueeze(0), *of_kept, *of_rows)
+        given.gradient_(s, rows, statistics, g, h)
         return (s * derivative).to(logits.dtype)
 
     # The operator below writes 0 to the rows of restricted positions. Where it overwrites the logits, their gradients are computed before.
-    gradients = [gradient_of(rows) for rows in restricted()] if inplace else map(gradient_of, restricted())
+    gradients = [gradient_of(rows) for rows in given.rows(columns)] if inplace else map(gradient_of, given.rows(columns))
     of_vocabulary = given.of_whole_vocabulary(columns, gradient=True)
     if inplace:
         into = logits
         torch.ops.grpo_fast.token_logprobs_backward_.default(g, h, logits, *of_vocabulary, *statistics)
     else:
         into = torch.ops.grpo_fast.token_logprobs_backward.default(g, h, logits, *of_vocabulary, *statistics)
-    for rows, gradient in zip(restricted(), gradients, strict=True):
+    for rows, gradient in zip(given.rows(columns), gradients, strict=True):
         index = _index(rows, given)
         into[tuple(x.expand_as(rows.valid)[rows.valid] for x in index)] = gradient[rows.valid]
     return into

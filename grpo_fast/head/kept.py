@@ -1,0 +1,87 @@
+"""The tokens of a head call that have kept sets: their logits are computed at the ids of their sets only.
+
+For a set of K ids a token costs 2 D K operations for its logits and 2 D K each for the gradients of hidden states and weight, in place of
+2 D V. All logits of kept sets are in memory at once, 4 bytes an id (and the ids themselves), since they are few.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from grpo_fast.head.matrix_products import DenseHead
+from grpo_fast.head.memory import is_capturing
+from grpo_fast.loss.token_rows import RowStatistics, TokenRows
+from grpo_fast.loss.vocab_parallel import combine_over_shards
+from grpo_fast.ops.kept_logprobs import KeptRows, capped
+
+__all__ = ["LARGEST_SHARE", "KeptTokens", "separate_kept"]
+
+LARGEST_SHARE = 32  # sets of up to V / LARGEST_SHARE ids: beyond that the product of the vendor's library over all ids is faster
+
+
+def separate_kept(rows: TokenRows) -> tuple[TokenRows, TokenRows | None]:
+    """Separate the tokens whose logits are computed over the whole vocabulary from those with a small set.
+
+    Args:
+        rows: of the whole call; the mask selects the tokens that are computed.
+
+    Returns:
+        The rows of the former, with sets only if one of them has a (large) set, and of the latter; None without sets.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured.
+    """
+    if rows.sets is None:
+        return rows, None
+    if is_capturing(rows.mask.device):
+        raise RuntimeError(
+            "support was given while a CUDA graph is captured; expected no capture, since the sizes of the sets are read from the device. "
+            "Fix: call the loss outside of the graph."
+        )
+    sizes = rows.sets.offsets.diff().unsqueeze(0)
+    small = rows.mask & (sizes > 0) & (sizes <= rows.largest_kept_set)
+    others = rows.mask & ~small
+    some_have_sets = bool((others & (sizes > 0)).any())
+    return rows._replace(mask=others, sets=rows.sets if some_have_sets else None), rows._replace(mask=small)
+
+
+class KeptTokens:
+    """Some tokens of a call with the logits of their sets."""
+
+    def __init__(self, head: DenseHead, rows: TokenRows):
+        """Compute the logits.
+
+        Args:
+            rows: of the whole call, with sets; the mask selects the tokens.
+        """
+        self.head, self.rows, self.arguments = head, rows, rows.kept
+        self._groups: list[tuple[KeptRows, Tensor, Tensor | float]] = []
+        for found in self.arguments.rows(head.vocabulary):
+            s, derivative = capped(head.kept_logits(found.positions, found.columns), rows.softcap, rows.logit_scale)
+            self._groups.append((found, torch.where(found.valid, s, -torch.inf), derivative))
+
+    def statistics_into(self, statistics: RowStatistics) -> None:
+        """Write log-probability, entropy and log-sum-exp of these tokens into those of all tokens, float32 [1, N]."""
+        own = RowStatistics(*(torch.zeros_like(x) for x in statistics))
+        for found, s, _ in self._groups:
+            for into, part in zip(own, self.arguments.statistics(s, found), strict=True):
+                into[:, found.positions] = part
+        if self.rows.shard is not None:
+            own = combine_over_shards(own, self.rows.own_ids >= 0, self.rows.mask, self.rows.shard.group)
+        for into, part in zip(statistics, own, strict=True):
+            into.copy_(torch.where(self.rows.mask, part, into))
+
+    def add_gradient(self, statistics: RowStatistics, g: Tensor, h: Tensor, *, head: DenseHead | None = None) -> None:
+        """Add these tokens' contribution to the gradients of the head's tensors.
+
+        Args:
+            statistics: of all tokens, [1, N].
+            g, h: d loss / d logprob and d loss / d entropy of all tokens, [1, N].
+            head: which collects the gradients; None: the one that computed the logits.
+        """
+        for found, s, derivative in self._groups:
+            gradient = s.clone()
+            self.arguments.gradient_(gradient, found, statistics, g, h)
+            gradient = torch.where(found.valid, gradient * derivative, 0)
+            (head or self.head).add_kept_gradient(gradient, found.positions, found.columns)
