@@ -28,7 +28,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from grpo_fast.kernels import grpo_loss, scale, token_logprobs
+from grpo_fast.kernels import grpo_loss, kept_products, scale, token_logprobs
 from grpo_fast.kernels.loss_settings import LossSettings
 from grpo_fast.loss.config import SURROGATES
 
@@ -71,9 +71,10 @@ class Variant:
         return ASTSource(fn=self.kernel, signature=signature, constexprs=constants, attrs={})
 
     def pointer(self, name: str) -> str:
-        if name in ("logits_ptr", "gradient_ptr", "x_ptr"):
+        if name in ("logits_ptr", "gradient_ptr", "x_ptr", "hidden_ptr", "weight_ptr"):
             return f"*{self.dtype}"
-        return {"token_ids_ptr": "*i64", "mask_ptr": "*i1", "computed_ptr": "*i1"}.get(name, "*fp32")
+        ids = dict.fromkeys(("token_ids_ptr", "columns_ptr", "places_ptr"), "*i64")
+        return (ids | {"mask_ptr": "*i1", "computed_ptr": "*i1"}).get(name, "*fp32")
 
 
 @dataclass
@@ -109,6 +110,16 @@ def variants() -> list[Variant]:
                     form = f"gradient{name}" + "+unaligned" * (not same)
                     kernel = token_logprobs._token_gradient_kernel
                     found.append(Variant(form, kernel, dtype, constants, token_logprobs.WARPS))
+        blocks = {"BLOCK_K": kept_products.BLOCK_K, "BLOCK_D": kept_products.BLOCK_D}
+        for kernel in (
+            kept_products._kept_logits_kernel,
+            kept_products._kept_hidden_gradient_kernel,
+            kept_products._add_kept_weight_gradient_kernel,
+        ):
+            name = kernel.fn.__name__.removesuffix("_kernel").strip("_").replace("_", " ")
+            for aligned in (True, False):
+                form = name + "+unaligned" * (not aligned)
+                found.append(Variant(form, kernel, dtype, blocks | {"ALIGNED": aligned}, kept_products.WARPS))
         found.append(Variant("scale", scale._scale_kernel, dtype, {"BLOCK": scale.BLOCK}, scale.WARPS))
     tokens = {"BLOCK_N": token_logprobs.TOKENS_BLOCK}
     found.append(Variant("logprobs", token_logprobs._token_logprobs_kernel, "bf16", tokens | {"WANT_ENTROPY": True, "HAS_SOFTCAP": True}))

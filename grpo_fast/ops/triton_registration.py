@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import grpo_fast.ops.kept_products  # noqa: F401  defines operators
 from grpo_fast.kernels.grpo_loss import PolicyTensors, grpo_loss_fwd
+from grpo_fast.kernels.kept_products import add_kept_weight_gradient, kept_hidden_gradient, kept_logits
 from grpo_fast.kernels.scale import scale_
 from grpo_fast.kernels.token_logprobs import LogitRows, Scoring, token_logprobs_bwd, token_logprobs_fwd
 from grpo_fast.ops.grpo_loss import GrpoLossArguments
@@ -114,6 +116,9 @@ _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "grpo_loss": _grpo_loss,
     "grpo_loss_": _grpo_loss_inplace,
     "scale_gradient_": _scale_gradient,
+    "kept_logits": kept_logits,
+    "kept_hidden_gradient": kept_hidden_gradient,
+    "add_kept_weight_gradient_": add_kept_weight_gradient,
 }
 
 for _name, _implementation in _IMPLEMENTATIONS.items():
