@@ -72,8 +72,8 @@ def linear_grpo_loss(
         hidden: the input of the model's LM head. ``[B, T + 1, D]``: the last position is ignored without a copy.
         weight: the weight of the head. A DTensor is gathered. For a frozen head without such a matrix (a quantised one), pass the callable.
         bias: the bias of the head.
-        support: the kept sets, as in grpo_loss. A token with a set of K ids, up to V / 32, costs 2 D K operations where another costs 2 D V:
-            the logits of the set are products with rows of the weight where they stand. Larger sets are computed over the whole vocabulary.
+        support: the kept sets, as in grpo_loss. A token with a set of K ids, up to V / 32, costs D K operations where another costs D V:
+            its logits are products with single rows of the weight. The logits of larger sets are computed over the whole vocabulary.
         chunk_bytes: memory for the logits of one chunk. None: for 512 tokens on a CPU and 8192 elsewhere, or as many as fit into a quarter
             of the free memory. A call also needs memory for the gradients (those of weights in float32 until the last chunk), for the
             weight in autocast's dtype if autocast is on, and for the logits that a callable allocates for the chunk.

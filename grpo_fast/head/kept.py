@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grpo_fast.head.matrix_products import DenseHead
+from grpo_fast.head.matrix_products import DenseHead, Head
 from grpo_fast.head.memory import is_capturing
 from grpo_fast.loss.token_rows import RowStatistics, TokenRows
 from grpo_fast.loss.vocab_parallel import combine_over_shards
@@ -49,12 +49,13 @@ def separate_kept(rows: TokenRows) -> tuple[TokenRows, TokenRows | None]:
 class KeptTokens:
     """Some tokens of a call with the logits of their sets."""
 
-    def __init__(self, head: DenseHead, rows: TokenRows):
+    def __init__(self, head: Head, rows: TokenRows):
         """Compute the logits.
 
         Args:
             rows: of the whole call, with sets; the mask selects the tokens.
         """
+        assert isinstance(head, DenseHead)  # of a module largest_kept_set is 0
         self.head, self.rows, self.arguments = head, rows, rows.kept
         self._groups: list[tuple[KeptRows, Tensor, Tensor | float]] = []
         for found in self.arguments.rows(head.vocabulary):
@@ -72,7 +73,7 @@ class KeptTokens:
         for into, part in zip(statistics, own, strict=True):
             into.copy_(torch.where(self.rows.mask, part, into))
 
-    def add_gradient(self, statistics: RowStatistics, g: Tensor, h: Tensor, *, head: DenseHead | None = None) -> None:
+    def add_gradient(self, statistics: RowStatistics, g: Tensor, h: Tensor, *, head: Head | None = None) -> None:
         """Add these tokens' contribution to the gradients of the head's tensors.
 
         Args:
@@ -80,8 +81,10 @@ class KeptTokens:
             g, h: d loss / d logprob and d loss / d entropy of all tokens, [1, N].
             head: which collects the gradients; None: the one that computed the logits.
         """
+        collector = self.head if head is None else head
+        assert isinstance(collector, DenseHead)
         for found, s, derivative in self._groups:
             gradient = s.clone()
             self.arguments.gradient_(gradient, found, statistics, g, h)
             gradient = torch.where(found.valid, gradient * derivative, 0)
-            (head or self.head).add_kept_gradient(gradient, found.positions, found.columns)
+            collector.add_kept_gradient(gradient, found.positions, found.columns)

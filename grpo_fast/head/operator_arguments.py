@@ -53,7 +53,8 @@ class RowArguments(NamedTuple):
 
     @classmethod
     def of(cls, rows: TokenRows) -> RowArguments:
-        return cls(rows.token_ids, rows.mask, *(rows.sets or (None, None)), *rows.scoring, rows.largest_kept_set)
+        set_ids, set_offsets = (None, None) if rows.sets is None else rows.sets
+        return cls(rows.token_ids, rows.mask, set_ids, set_offsets, *rows.scoring, rows.largest_kept_set)
 
     def rows(self) -> TokenRows:
         sets = None if self.set_ids is None or self.set_offsets is None else KeptSets(self.set_ids, self.set_offsets)

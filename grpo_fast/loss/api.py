@@ -181,7 +181,7 @@ def grpo_loss(
     computed = tokens.mask if metrics_on == "all" else inputs.active()
     if one_pass and (token_level := inputs.token_level()) is not None:
         loss, logprobs, entropy, metrics = _one_pass_loss(tokens, inputs, token_level, computed, inplace, cluster=impl == "cluster")
-    else:  # a ratio needs the whole sequence, or a row its kept set: the statistics are computed here, the gradient of the logits in backward
+    else:  # a ratio needs the whole sequence, or a row its kept set: the gradient of the logits is computed in backward
         logprobs, entropy = _statistics(tokens, computed, inplace, process_group)
         with torch.autocast(logits.device.type, enabled=False):
             loss, metrics = policy_loss(logprobs, entropy, inputs, computed)

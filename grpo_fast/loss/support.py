@@ -54,8 +54,8 @@ class Support:
             raise TypeError(f"support.offsets has dtype {self.offsets.dtype}; expected torch.int64. Convert it: offsets.long().")
         if self.token_ids.dim() != 1 or self.offsets.dim() != 1 or self.offsets.shape[0] < 1:
             raise ValueError(
-                f"support has token_ids of shape {list(self.token_ids.shape)} and offsets of shape {list(self.offsets.shape)}; expected [K] "
-                "and [N + 1]: the ids of all sets, and 0 followed by the end of each set. Fix: build it with Support.from_lists."
+                f"support has token_ids {list(self.token_ids.shape)} and offsets {list(self.offsets.shape)}; expected [K] and [N + 1]: the "
+                "ids of all sets, and 0 followed by the end of each set. Fix: build it with Support.from_lists."
             )
         if checks.value_checks_wanted(self.offsets):
             self._check_values()
@@ -64,8 +64,8 @@ class Support:
         offsets, total = self.offsets, self.token_ids.shape[0]
         if offsets[0] != 0 or offsets[-1] != total or bool((offsets.diff() < 0).any()):
             raise ValueError(
-                f"support.offsets begin with {int(offsets[0])} and end with {int(offsets[-1])}; expected to begin with 0, never to decrease, "
-                f"and to end with K = {total}, the number of token_ids. Fix: build it with Support.from_lists."
+                f"support.offsets begin with {int(offsets[0])} and end with {int(offsets[-1])}; expected to begin with 0, never to "
+                f"decrease, and to end with K = {total}, the number of token_ids. Fix: build it with Support.from_lists."
             )
         if total == 0:
             return
@@ -80,8 +80,8 @@ class Support:
         if bool(twice.any()):
             where = int(key[checks.first_index(twice)[0]])
             raise ValueError(
-                f"the set of position {where >> 31} in support holds id {where & LARGEST_ID} twice; expected each id once, since each would "
-                "be counted in the sum of probabilities. Fix: remove duplicates, for example with torch.unique."
+                f"the set of position {where >> 31} in support holds id {where & LARGEST_ID} twice; expected each id once, since both "
+                "would be counted in the sum of probabilities. Fix: remove duplicates, for example with torch.unique."
             )
 
     # Constructors -----------------------------------------------------------------------------------------------------------
@@ -272,7 +272,7 @@ def check_support(support: object, token_ids: Tensor, mask: Tensor, vocabulary: 
         n = checks.first_index(bad)[0]
         where = [n] if packed else [n // token_ids.shape[1], n % token_ids.shape[1]]
         raise ValueError(
-            f"token_ids{where} is {int(token_ids.flatten()[n])}, which is not among the {int(sizes[n])} ids of its set in support; expected "
-            "the sampled token in its set. Fix: pass the sets that the sampler returned, without a shift, or an empty set for a token that "
-            "was not sampled, with the mask 0."
+            f"token_ids{where} is {int(token_ids.flatten()[n])}, which is not among the {int(sizes[n])} ids of its set in support; "
+            "expected the sampled token in its set. Fix: pass the sets that the sampler returned, without a shift, or an empty set for a "
+            "token that was not sampled, with the mask 0."
         )

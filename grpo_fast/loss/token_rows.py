@@ -54,7 +54,8 @@ class TokenRows(NamedTuple):
         """The arguments of the operators ``kept_token_logprobs`` after the logits; only with ``sets``."""
         assert self.sets is not None
         first_id = 0 if self.shard is None else self.shard.begin
-        return KeptArguments(self.token_ids, self.mask, *self.sets, *self.scoring, first_id, self.shard is not None)
+        tokens = (self.token_ids, self.mask, self.sets.token_ids, self.sets.offsets)
+        return KeptArguments(*tokens, *self.scoring, first_id, self.shard is not None)
 
     def statistics(self, logits: Tensor) -> RowStatistics:
         """Compute log-probability, entropy and log-sum-exp over the whole vocabulary, or over the kept set where there is one.

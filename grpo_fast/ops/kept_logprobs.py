@@ -81,7 +81,7 @@ class KeptArguments(NamedTuple):
     def rows(self, columns: int) -> Iterator[KeptRows]:
         """The restricted positions, see ``kept_rows``."""
         sets = KeptSets(self.set_ids, self.set_offsets)
-        return kept_rows(sets, self.token_ids, self.mask, first_id=self.first_id, columns=columns)
+        return kept_rows(sets, self.token_ids, self.mask, first_id=self.first_id, columns=columns, sharded=self.sharded)
 
     def statistics(self, s: Tensor, rows: KeptRows) -> list[Tensor]:
         """Return log-probability, entropy and log-sum-exp ``[n]`` of scaled and capped logits ``[n, K]``, -inf in the padding."""
@@ -99,7 +99,7 @@ class KeptArguments(NamedTuple):
         torch.ops.grpo_fast.token_logprobs_backward_.default(g_rows, h_rows, s.unsqueeze(0), *of_kept, *of_rows)
 
 
-def kept_rows(sets: KeptSets, token_ids: Tensor, mask: Tensor, *, first_id: int = 0, columns: int) -> Iterator[KeptRows]:
+def kept_rows(sets: KeptSets, token_ids: Tensor, mask: Tensor, *, first_id: int, columns: int, sharded: bool) -> Iterator[KeptRows]:
     """Yield the restricted positions that the mask selects, grouped by the size of their sets: 1, 2, up to 4, up to 8, ... ids.
 
     The number of positions of each size is read from the device: one synchronisation on a GPU.
@@ -110,6 +110,8 @@ def kept_rows(sets: KeptSets, token_ids: Tensor, mask: Tensor, *, first_id: int 
         mask: bool ``[B, T]``.
         first_id: the id of the first column of the logits.
         columns: the number of columns. Ids outside of them are never read.
+        sharded: whether other processes hold other ids. If not, a set with an id outside of the columns has no target, so that its
+            log-probability is NaN.
     """
     sizes = sets.offsets.diff()
     exponents = (2 * sizes - 1).clamp(min=1).double().log2().floor().long()  # ceil(log2(size))
@@ -124,9 +126,11 @@ def kept_rows(sets: KeptSets, token_ids: Tensor, mask: Tensor, *, first_id: int 
             valid = place < sizes[positions].unsqueeze(1)
             index = torch.where(valid, sets.offsets[positions].unsqueeze(1) + place, 0)
             ids, token = sets.token_ids[index].long() - first_id, token_ids.flatten()[positions] - first_id
-            valid &= (ids >= 0) & (ids < columns)
+            held = (ids >= 0) & (ids < columns)
+            wrong = (valid & ~held).any(1) & (not sharded)
+            valid &= held
             is_target = valid & (ids == token.unsqueeze(1))
-            target = torch.where(is_target.any(1), is_target.int().argmax(1), -1)
+            target = torch.where(is_target.any(1) & ~wrong, is_target.int().argmax(1), -1)
             yield KeptRows(positions, torch.where(valid, ids, -1), target, (token < 0) | (token >= columns))
 
 

@@ -1,8 +1,8 @@
 """The operators of an LM head at the ids of kept sets: its logits, and from their gradient those of hidden states and weight.
 
-Hidden states are ``[n, D]`` and the weight ``[V, D]``, float32, bfloat16 or float16 and contiguous along D. ``columns`` is int64 ``[n, K]``:
-the rows of the weight that token n needs, negative where it needs fewer than K. Everything is summed in float32, in an order that does not
-depend on the other tokens; no [n, V] matrix and no copy of weight rows exists.
+Hidden states are ``[n, D]`` and the weight ``[V, D]``, float32, bfloat16 or float16 and contiguous along D. ``columns``, int64 ``[n, K]``,
+are the rows of the weight that token n needs, negative where it needs fewer than K. Everything is summed in float32, in an order that does
+not depend on the other tokens; no [n, V] matrix and no copy of weight rows exists.
 """
 
 from __future__ import annotations
