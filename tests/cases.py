@@ -12,6 +12,7 @@ from torch import Tensor
 
 import grpo_fast as gf
 
+KEPT = 10_000  # seeds from here on make cases with kept sets
 POISON = (float("nan"), float("inf"), float("-inf"), 3e38)
 
 
@@ -28,6 +29,19 @@ def untouched_beside(rows: Tensor) -> bool:
     """Whether the poison of apart() is still there."""
     wide = rows.detach().as_strided((*rows.shape[:-1], rows.shape[-1] + BEFORE + AFTER), rows.stride(), rows.storage_offset() - BEFORE)
     return bool((wide[..., :BEFORE] == float("inf")).all() and wide[..., -AFTER:].isnan().all())
+
+
+def random_sets(token_ids: Tensor, vocabulary: int, generator: torch.Generator) -> list[list[int]]:
+    """Sets of all sizes with the sampled token at any place, some empty."""
+    sets = []
+    for token in token_ids.flatten().tolist():
+        ids = torch.randperm(vocabulary, generator=generator)
+        size = [1, 2, 0, 5, 17, vocabulary // 2, vocabulary][int(torch.randint(7, (1,), generator=generator))]
+        kept = ids[:size].tolist()
+        if kept and token not in kept:
+            kept[len(kept) // 2] = token
+        sets.append(kept)
+    return sets
 
 
 @dataclass
@@ -78,6 +92,7 @@ def random_config(rng: random.Random) -> gf.LossConfig:
 
 
 def random_case(seed: int, dtype: torch.dtype, *, largest_vocabulary: int = 3000) -> Case:
+    """Draw the arguments of a call; with kept sets from the seed KEPT on."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     vocabulary = rng.choice([2, 3, 17, 127, 1024, 1025, min(2311, largest_vocabulary)])
     batch, length = rng.choice([(1, 1), (2, 7), (3, 5), (4, 1)])
@@ -98,8 +113,12 @@ def random_case(seed: int, dtype: torch.dtype, *, largest_vocabulary: int = 3000
         options["temperature"] = 0.5 + torch.rand((batch,) if shape == "sequence" else (batch, length), generator=generator)
     options["softcap"] = rng.choice([None, None, 5.0, 30.0])
     options["logit_scale"] = rng.choice([1.0, 0.25])
+    sets: list[list[int]] = []
+    if seed >= KEPT:
+        sets = random_sets(token_ids, vocabulary, generator)
+        options["support"] = gf.Support.from_lists(sets)
     with gf.use_backend("reference"):
-        scoring = {name: options[name] for name in ("temperature", "softcap", "logit_scale")}
+        scoring = {name: options[name] for name in ("temperature", "softcap", "logit_scale", "support") if name in options}
         logprobs = gf.token_logprobs(logits.double(), token_ids, **scoring).logprobs.float()
     if rng.random() < 0.8:
         options["old_logprobs"] = logprobs + normal(batch, length, std=0.3)
@@ -118,6 +137,10 @@ def random_case(seed: int, dtype: torch.dtype, *, largest_vocabulary: int = 3000
     if rng.random() < 0.8:
         mask = torch.rand(batch, length, generator=generator) < 0.7
         mask[0] = True  # at least one token is unmasked
+        if seed >= KEPT:  # a masked position may have any set
+            tokens, unmasked = token_ids.flatten().tolist(), mask.flatten().tolist()
+            drawn = [[x for x in kept if keep or x != y] for kept, y, keep in zip(sets, tokens, unmasked, strict=True)]
+            options["support"] = gf.Support.from_lists(drawn)
         logits = poison(logits, mask, seed)
         token_ids = torch.where(mask, token_ids, rng.choice([-100, vocabulary + 5]))
         for name in ("old_logprobs", "ref_logprobs", "rollout_weights", "temperature"):

@@ -74,7 +74,7 @@ def random_linear_case(seed: int, dtype: torch.dtype) -> LinearCase:
 
     # Old and reference log-probabilities near the policy's, as in cases.py.
     logits = LinearCase(tensors, case.token_ids, case.advantages).logits()
-    scoring = {name: case.options[name] for name in ("temperature", "softcap", "logit_scale", "mask") if name in case.options}
+    scoring = {name: case.options[name] for name in ("temperature", "softcap", "logit_scale", "mask", "support") if name in case.options}
     logprobs = gf.token_logprobs(logits, case.token_ids, **scoring).logprobs.float()
     for name, std in (("old_logprobs", 0.3), ("ref_logprobs", 0.5)):
         if name in case.options:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import random_case
+from cases import KEPT, random_case
 from compare import assert_close, of_two_ulps
 from hang import HANG
 
@@ -50,10 +50,16 @@ def test_random_options(seed: int, dtype: torch.dtype) -> None:
     check(seed, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("seed", range(KEPT, KEPT + 30))
+def test_random_options_with_kept_sets(seed: int, dtype: torch.dtype) -> None:
+    check(seed, dtype)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_many_random_options(dtype: torch.dtype) -> None:
-    for seed in range(1000, 1400):
+    for seed in (*range(1000, 1400), *range(KEPT + 1000, KEPT + 1200)):
         check(seed, dtype)
 
 
@@ -61,7 +67,8 @@ def test_many_random_options(dtype: torch.dtype) -> None:
 def test_the_other_instruction_sets(isa: str) -> None:
     """The variants that this machine would not choose: the instruction set is read once per process, so in another one."""
     code = "import sys, torch; sys.path.insert(0, sys.argv[1]); torch.set_num_threads(1); from test_grpo_loss import check\n"
-    code += "for dtype in (torch.float32, torch.bfloat16, torch.float16):\n    for seed in range(25): check(seed, dtype)\n"
+    code += "for dtype in (torch.float32, torch.bfloat16, torch.float16):\n"
+    code += f"    for seed in (*range(25), *range({KEPT}, {KEPT} + 10)): check(seed, dtype)\n"
     code += "print('isa', torch.ops.grpo_fast.cpu_isa())"
     environment = {**os.environ, "GRPO_FAST_ISA": isa}
     done = subprocess.run(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import KEPT
 from compare import assert_close
 from linear_cases import LinearCase, random_linear_case
 
@@ -81,8 +82,14 @@ def test_random_options(seed: int, dtype: torch.dtype) -> None:
     check(seed, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("seed", range(KEPT, KEPT + 30))
+def test_random_options_with_kept_sets(seed: int, dtype: torch.dtype) -> None:
+    check(seed, dtype)
+
+
 @pytest.mark.slow
 def test_many_random_options() -> None:
     """In float32: rounded logits put one token in thousands on the other side of the clip band."""
-    for seed in range(1000, 1400):
+    for seed in (*range(1000, 1400), *range(KEPT + 1000, KEPT + 1200)):
         check(seed, torch.float32)

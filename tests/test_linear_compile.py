@@ -30,9 +30,12 @@ def head(dtype: torch.dtype, everything: bool, extra: int) -> list[Tensor | None
     return [x.to(dtype).requires_grad_() if i < 2 or everything else None for i, x in enumerate(tensors)]
 
 
-def rows() -> tuple[Any, ...]:
-    mask = torch.tensor([[True, True, False, True, True, True]])
-    return torch.randint(V, (1, B * T)), mask, torch.full((1, B * T), 0.8), 1.0, 5.0, 0.5
+def rows(kept: bool = False) -> tuple[Any, ...]:
+    """Token ids, mask, kept sets (of one id, of two, of none) and scoring."""
+    mask, ids = torch.tensor([[True, True, False, True, True, True]]), torch.randint(V, (1, B * T))
+    sets = [[int(y), (int(y) + 1) % V][: n % 3] for n, y in enumerate(ids[0])]
+    support = gf.Support.from_lists(sets)
+    return ids, mask, *((support.token_ids, support.offsets) if kept else (None, None)), torch.full((1, B * T), 0.8), 1.0, 5.0, 0.5, V
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=ids_of)
@@ -42,7 +45,7 @@ def test_opcheck_loss(config: gf.LossConfig, dtype: torch.dtype, everything: boo
     per_token = [torch.rand(1, B * T) for _ in range(6)]
     segment = torch.arange(B).repeat_interleave(T)
     how = (dtype, T, 4 * V * dtype.itemsize, [x is not None for x in tensors])
-    arguments = (*tensors, *rows(), *per_token[:3], per_token[3] - 3, per_token[4] - 3, per_token[5], segment, B, False, 0.5)
+    arguments = (*tensors, *rows(everything), *per_token[:3], per_token[3] - 3, per_token[4] - 3, per_token[5], segment, B, False, 0.5)
     torch.library.opcheck(OPERATORS.linear_grpo_loss.default, (*arguments, config_numbers(config), True, *how))
 
 
@@ -50,7 +53,7 @@ def test_opcheck_loss(config: gf.LossConfig, dtype: torch.dtype, everything: boo
 def test_opcheck_log_probabilities(dtype: torch.dtype, everything: bool, extra: int) -> None:
     tensors = head(dtype, everything, extra)
     how = (dtype, T, 4 * V * dtype.itemsize, [x is not None for x in tensors])
-    arguments = (*tensors, *rows(), *how)
+    arguments = (*tensors, *rows(everything), *how)
     torch.library.opcheck(OPERATORS.linear_token_logprobs.default, arguments)
     detached = tuple(x.detach() if isinstance(x, Tensor) else x for x in arguments)
     statistics = OPERATORS.linear_token_logprobs(*detached)[:3]
@@ -64,7 +67,7 @@ def test_opcheck_log_probabilities_of_a_frozen_head(adapted: bool, extra: int) -
     tensors = head(torch.float32, adapted, extra)
     states = [x is not None and i in (0, 3) for i, x in enumerate(tensors)]
     given = [x if wanted or x is None else x.detach() for x, wanted in zip(tensors, states, strict=True)]
-    torch.library.opcheck(OPERATORS.linear_token_logprobs.default, (*given, *rows(), torch.float32, T, 4 * V * 4, states))
+    torch.library.opcheck(OPERATORS.linear_token_logprobs.default, (*given, *rows(adapted), torch.float32, T, 4 * V * 4, states))
 
 
 @pytest.mark.parametrize("of", ["logprobs", "entropy", "both"])

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import KEPT
 from compare import assert_close, of_two_ulps
 from linear_cases import LinearCase, random_linear_case
 from torch import Tensor
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.gpu
 
 
 def on_gpu(x: Any) -> Any:
-    return x.cuda() if isinstance(x, Tensor) else x
+    return x.to("cuda") if isinstance(x, (Tensor, gf.Support)) else x
 
 
 def gpu_case(seed: int, dtype: torch.dtype) -> LinearCase:
@@ -36,7 +37,7 @@ def exact_products() -> Any:
     torch.set_float32_matmul_precision(before)
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", [*range(24), *range(KEPT, KEPT + 24)])
 @pytest.mark.usefixtures("exact_products")
 def test_random_options(seed: int) -> None:
     case = gpu_case(seed, torch.float32)

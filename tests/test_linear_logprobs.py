@@ -6,14 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from cases import KEPT
 from compare import assert_close
 from linear_cases import LinearCase, random_linear_case
 from torch import Tensor
 
 import grpo_fast as gf
-from grpo_fast.loss.reference import token_statistics
+from grpo_fast.loss.reference import kept_sets, token_statistics
 
-SCORING = ("temperature", "softcap", "logit_scale", "mask")
+SCORING = ("temperature", "softcap", "logit_scale", "mask", "support")
 HEADS = ("weight", "bias", "adapter_weight")
 KEEP = (0, 1 << 30, "some")
 
@@ -50,7 +51,12 @@ def truth_of(case: LinearCase, leaves: dict[str, Tensor]) -> tuple[Tensor, Tenso
     if isinstance(temperature, Tensor):
         temperature = temperature if temperature.shape == ids.shape else temperature.unsqueeze(1)
         temperature = torch.where(mask, temperature, 1).to(logits.dtype)
-    found = token_statistics(logits, torch.where(mask, ids, 0), temperature, options["softcap"], options["logit_scale"])
+    kept = None
+    if "support" in options:
+        kept = kept_sets(options["support"].token_ids, options["support"].offsets, logits.shape[-1]).view(logits.shape) | ~mask.unsqueeze(
+            -1
+        )
+    found = token_statistics(logits, torch.where(mask, ids, 0), temperature, options["softcap"], options["logit_scale"], kept)
     return tuple(torch.where(mask, x, 0) for x in found)  # type: ignore[return-value]
 
 
@@ -104,7 +110,7 @@ def check(seed: int, dtype: torch.dtype, frozen: tuple[str, ...], of: str, keep:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("seed", range(36))
+@pytest.mark.parametrize("seed", [*range(36), *range(KEPT, KEPT + 18)])
 def test_random_cases(seed: int, dtype: torch.dtype) -> None:
     frozen = (HEADS, (), HEADS, ("weight",), ("hidden", "adapted"), ("weight", "bias"))[seed % 6]
     of = ("both", "logprobs", "entropy")[seed // 6 % 3]
@@ -117,7 +123,7 @@ def test_random_cases(seed: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("of", ["both", "logprobs", "entropy"])
 @pytest.mark.parametrize("frozen", [(), HEADS], ids=["trainable", "frozen"])
 def test_many_random_cases(frozen: tuple[str, ...], of: str, keep: Any, dtype: torch.dtype) -> None:
-    for seed in range(1000, 1060):
+    for seed in (*range(1000, 1060), *range(KEPT + 1000, KEPT + 1030)):
         check(seed, dtype, frozen, of, keep)
 
 

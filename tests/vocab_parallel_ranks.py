@@ -15,6 +15,7 @@ from hang import HANG
 from torch import Tensor
 
 import grpo_fast as gf
+from grpo_fast.head import kept
 
 B, T, D, V, R = 3, 6, 8, 37, 2
 CUTS = {1: (0, V), 2: (0, 5, V), 3: (0, 2, 30, V)}  # parts of very different sizes
@@ -40,6 +41,12 @@ def case(name: str, config: gf.LossConfig, **extra: Any) -> dict[str, Any]:
     if "adapter" in name:
         tensors |= {"adapted": normal(B, T + 1, R), "adapter_weight": normal(V, R, std=0.5)}
     options: dict[str, Any] = {"mask": mask, "temperature": 0.8, **extra}
+    if "support" in extra:  # of one id, within one part of the vocabulary, in several, in all, and of none
+        sizes = [1, 2, 0, 3, 20, V]
+        drawn = [torch.randperm(V, generator=generator).tolist() for _ in range(B * T)]
+        tokens = ids.flatten().tolist()
+        sets = [([y] + [x for x in order if x != y])[: sizes[n % 6]] for n, (y, order) in enumerate(zip(tokens, drawn, strict=True))]
+        options["support"] = gf.Support.from_lists(sets)
     exact = {key: x.double() for key, x in tensors.items()}
     logprobs = gf.linear_token_logprobs(**called(exact), token_ids=ids, **options).logprobs.float()
     options |= {"old_logprobs": logprobs + normal(B, T, std=0.2), "ref_logprobs": logprobs + normal(B, T, std=0.2)}
@@ -55,7 +62,10 @@ def cases() -> dict[str, dict[str, Any]]:
     given = {"token": grpo, "active": grpo, "gspo": gspo, "gspo on-policy": gspo, "vespo": vespo, "entropy": entropy}
     given |= {"bias": gspo, "adapter bias": entropy, "active gspo": gspo, "on-policy": gf.LossConfig()}
     found = {name: case(name, config) for name, config in given.items()}
-    return found | {"softcap": case("softcap", grpo, softcap=8.0, logit_scale=0.5), "active all": case("active all", gf.LossConfig())}
+    found |= {"softcap": case("softcap", grpo, softcap=8.0, logit_scale=0.5), "active all": case("active all", gf.LossConfig())}
+    for name, config in (("kept sets", entropy), ("kept sets gspo bias", gspo), ("kept sets adapter", vespo)):
+        found[name] = case(name, config, support=None)
+    return found
 
 
 def called(tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -137,6 +147,7 @@ def messages(part: slice, group: Any) -> dict[str, str]:
 
 
 def main() -> None:
+    kept.LARGEST_SHARE = 10  # so that sets of up to 3 of the 37 ids are computed by themselves
     rank, processes, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
     store = torch.distributed.FileStore(str(folder / "store"), processes)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from grpo_fast.head.chunking import ChunkPlan
-from grpo_fast.head.kept import LARGEST_SHARE
+from grpo_fast.head.kept import largest_kept_set
 from grpo_fast.head.matrix_products import DenseHead, Head, HeadTensors, ModuleHead, NeedsGrad
 from grpo_fast.head.memory import chunk_rows
 from grpo_fast.head.validation import check_weight, product_dtype, validated_bytes, validated_module, vocabulary_of
@@ -95,7 +95,7 @@ class LinearCall(NamedTuple):
         )
         if tokens.support is None:
             return rows
-        largest = 0 if self.module is not None else (self.vocabulary if shard is None else shard.total) // LARGEST_SHARE
+        largest = 0 if self.module is not None else largest_kept_set(self.vocabulary if shard is None else shard.total)
         return rows._replace(sets=KeptSets(tokens.support.token_ids, tokens.support.offsets), largest_kept_set=largest)
 
     def head(self, tensors: HeadTensors, needs_grad: NeedsGrad, plan: ChunkPlan) -> Head:

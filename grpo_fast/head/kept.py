@@ -15,9 +15,14 @@ from grpo_fast.loss.token_rows import RowStatistics, TokenRows
 from grpo_fast.loss.vocab_parallel import combine_over_shards
 from grpo_fast.ops.kept_logprobs import KeptRows, capped
 
-__all__ = ["LARGEST_SHARE", "KeptTokens", "separate_kept"]
+__all__ = ["KeptTokens", "largest_kept_set", "separate_kept"]
 
-LARGEST_SHARE = 32  # sets of up to V / LARGEST_SHARE ids: beyond that the product of the vendor's library over all ids is faster
+LARGEST_SHARE = 32
+
+
+def largest_kept_set(vocabulary: int) -> int:
+    """Return the size of a set up to which its logits are computed by themselves; beyond it the product over the vocabulary is faster."""
+    return vocabulary // LARGEST_SHARE
 
 
 def separate_kept(rows: TokenRows) -> tuple[TokenRows, TokenRows | None]:
