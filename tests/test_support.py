@@ -154,7 +154,7 @@ def test_a_set_of_one_token_is_certain_and_has_no_gradient() -> None:
     config, support = gf.LossConfig(entropy_coef=0.1), sets_of(ids, 1)
     for out, wanted in (
         (gf.grpo_loss(logits, ids, torch.ones(B), config=config, support=support), [logits]),
-        (gf.linear_grpo_loss(*leaves, ids, torch.ones(B), config=config, support=support), leaves),
+        (gf.linear_grpo_loss(leaves[0], leaves[1], ids, torch.ones(B), config=config, support=support), leaves),
     ):
         assert (out.logprobs == 0).all() and (out.entropy == 0).all()
         assert all((gradient == 0).all() for gradient in torch.autograd.grad(out.loss, wanted))
@@ -168,7 +168,7 @@ def test_the_set_of_all_tokens_is_the_vocabulary(by_themselves: bool, monkeypatc
     found = []
     for support in (None, sets_of(ids, V)):
         leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
-        out = gf.linear_grpo_loss(*leaves, ids, torch.tensor([1.0, -1.0, 0.5]), temperature=0.7, support=support)
+        out = gf.linear_grpo_loss(leaves[0], leaves[1], ids, torch.tensor([1.0, -1.0, 0.5]), temperature=0.7, support=support)
         found.append([out.loss, out.logprobs, out.entropy, *torch.autograd.grad(out.loss, leaves)])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
@@ -255,7 +255,7 @@ def test_compiled_without_graph_breaks() -> None:
     results = []
     for function in (total, compiled):
         leaves = [x.clone().requires_grad_() for x in (logits, hidden, weight)]
-        value = function(*leaves, support)
+        value = function(leaves[0], leaves[1], leaves[2], support)
         results.append([value.detach(), *torch.autograd.grad(value, leaves)])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
