@@ -173,7 +173,7 @@ def grpo_loss(
                 num_items=num_items,
                 softcap=softcap,
                 logit_scale=logit_scale,
-                support=support,
+                support=_sets(tokens),
                 loss_scale=inputs.loss_scale,
                 metrics_on=metrics_on,
             )
@@ -243,9 +243,13 @@ def token_logprobs(
     )
     if process_group is None and by_reference(logits):
         with torch.autocast(logits.device.type, enabled=False):
-            return TokenLogprobs(*reference.token_logprobs(logits, token_ids, mask, temperature, softcap, logit_scale, support))
+            return TokenLogprobs(*reference.token_logprobs(logits, token_ids, mask, temperature, softcap, logit_scale, _sets(tokens)))
     logprobs, entropy = _statistics(tokens, tokens.mask, inplace=False, group=process_group)
     return TokenLogprobs(tokens.like_given(logprobs), tokens.like_given(entropy))
+
+
+def _sets(tokens: TokenInputs) -> KeptSets | None:
+    return None if tokens.support is None else KeptSets(tokens.support.token_ids, tokens.support.offsets)
 
 
 def _check_inplace(inplace: bool) -> None:
@@ -295,13 +299,11 @@ def scoring(tokens: TokenInputs) -> tuple[Tensor | None, float, float, float]:
 
 
 def _statistics(tokens: TokenInputs, computed: Tensor, inplace: bool, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
-    rows = TokenRows(tokens.token_ids, computed, *scoring(tokens))
+    rows = TokenRows(tokens.token_ids, computed, *scoring(tokens), sets=_sets(tokens))
     if group is not None:
         shard = gather_vocab_shards(tokens.scored.shape[-1], group, tokens.scored.device)
         check_ids(tokens, shard.total)
         rows, inplace = rows._replace(shard=shard), False
-    if tokens.support is not None:
-        rows = rows._replace(sets=KeptSets(tokens.support.token_ids, tokens.support.offsets))
     if group is not None or (rows.sets is not None and not torch.compiler.is_compiling()):
         return RowLogprobsFunction.apply(tokens.scored, rows, inplace)
     if rows.sets is not None:

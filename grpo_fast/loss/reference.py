@@ -41,7 +41,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grpo_fast.loss.config import LossConfig
-from grpo_fast.loss.support import Support
 
 # 1 ------------------------------------------------------------------------------------------------------------------------
 
@@ -569,14 +568,14 @@ def token_logprobs(
     temperature: float | Tensor = 1.0,  # number, 0-d, [B], [B, 1], [B, T] or [N]
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    support: Support | None = None,  # kept sets of all positions
+    support: tuple[Tensor, Tensor] | None = None,  # ids and offsets of the kept sets of all positions
 ) -> tuple[Tensor, Tensor]:
     """Return the log-probability and the entropy of each token, 0 where masked."""
     logits = logits[..., : token_ids.shape[-1], :]  # [B, T + 1, V]: the last position predicts no token
     logits = logits if logits.dtype == torch.float64 else logits.float()
     kept = None
     if support is not None:
-        kept = kept_sets(support.token_ids, support.offsets, logits.shape[-1]).view(logits.shape)
+        kept = kept_sets(*support, logits.shape[-1]).view(logits.shape)
         kept = kept if mask is None else kept | (mask == 0).unsqueeze(-1)
     if mask is not None:
         mask = mask != 0
@@ -605,7 +604,7 @@ def grpo_loss(
     num_items: int | float | Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    support: Support | None = None,  # kept sets of B * T or N positions
+    support: tuple[Tensor, Tensor] | None = None,  # ids and offsets of the kept sets of B * T or N positions
     loss_scale: float = 1.0,
     metrics_on: str = "all",
 ) -> ReferenceOutput:
