@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,9 +25,11 @@ from grpo_fast.data.tasks.sorting import make_tokenizer
 from grpo_fast.generation import SAMPLERS, SamplerError
 from grpo_fast.rewards import BUILT_IN, RewardError
 from grpo_fast.trainer.callbacks import ProgressBarCallback
+from grpo_fast.trainer.checkpoint_files import CheckpointError
 from grpo_fast.trainer.config import GRPOConfig
 from grpo_fast.trainer.run_settings import TrainOptions, parse
 from grpo_fast.utils.dataclass_options import read_options
+from grpo_fast.utils.disk import DiskFullError
 from grpo_fast.utils.errors import SettingsError
 
 TOKENIZER = make_tokenizer()
@@ -83,6 +86,9 @@ class StubTrainer:
 
     def is_world_process_zero(self) -> bool:
         return True
+
+    def output_dir_locked(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def train(self, resume_from_checkpoint: Any) -> None:
         if self.ends_in is not None:
@@ -229,7 +235,7 @@ def test_a_reward_that_needs_a_column_the_rows_have_not(here: Path, capsys: pyte
 def checkpoint(step: int) -> str:
     folder = Path(f"run/checkpoint-{step}")
     folder.mkdir(parents=True)
-    for name in ("trainer_state.json", "grpo_state.json", "model.safetensors"):
+    for name in ("trainer_state.json", "grpo_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
         (folder / name).write_text("{}")
     return str(folder)
 
@@ -238,9 +244,12 @@ def test_resuming(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train("config.yaml", "--resume_from_checkpoint", "auto").done[0] == ("train", None)
     first, last = checkpoint(2), checkpoint(10)
     (Path(last) / "grpo_state.json").unlink()
-    assert train("config.yaml", "--resume_from_checkpoint", "auto").done[0] == ("train", first)  # a half one is passed over
+    assert train("config.yaml", "--resume_from_checkpoint", "auto").done[0] == ("train", True)  # the trainer passes over a half one
     assert train("config.yaml", "--resume_from_checkpoint", first).done[0] == ("train", first)
     assert "which lacks grpo_state.json" in refused(capsys, "config.yaml", "--resume_from_checkpoint", last)
+    (Path(first) / "optimizer.pt").unlink()
+    message = refused(capsys, "config.yaml", "--resume_from_checkpoint", "auto")
+    assert "no checkpoint in run is complete (checkpoint-10 lacks grpo_state.json" in message and "To start a new run from" in message
 
 
 def test_a_run_is_not_begun_in_the_folder_of_another(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -270,6 +279,8 @@ def test_how_a_run_ended_is_said_in_a_few_lines(here: Path, capsys: pytest.Captu
         message = ended(cause, 1)
         assert str(cause) in message and "checkpoint-5 is complete. To go on from there" in message and "Traceback" not in message
     assert "interrupted." in ended(KeyboardInterrupt(), 130)
+    assert "the disk is full" in ended(DiskFullError(28, "the disk is full"), 1)
+    assert "it is damaged" in ended(CheckpointError("it is damaged"), 2)
     monkeypatch.setattr(StubTrainer, "ends_in", ZeroDivisionError())
     with pytest.raises(ZeroDivisionError):  # a mistake of ours
         train("config.yaml", "--resume_from_checkpoint", "auto")

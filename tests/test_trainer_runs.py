@@ -23,8 +23,10 @@ import grpo_fast as gf
 from grpo_fast.generation import Completion
 from grpo_fast.rewards import accuracy_reward
 from grpo_fast.trainer import GRPOTrainer
+from grpo_fast.trainer.checkpoint_files import checksums_of, files_of, write_checksums
 from grpo_fast.trainer.checkpoints import UNFINISHED, last_checkpoint
 from grpo_fast.trainer.config import GRPOConfig
+from grpo_fast.trainer.run_lock import LOCK
 
 STEPS = 20
 
@@ -87,7 +89,7 @@ def test_killed_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(GRPOTrainer, "save_extra_state", killed)
     with pytest.raises(KeyboardInterrupt):
         run.train()
-    assert sorted(path.name for path in tmp_path.iterdir()) == [UNFINISHED, "checkpoint-1", "checkpoint-2", "metrics.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [LOCK, UNFINISHED, "checkpoint-1", "checkpoint-2", "metrics.jsonl"]
     assert list((tmp_path / UNFINISHED).rglob("model.safetensors"))  # the checkpoint was partly written
     monkeypatch.undo()
     resumed = run_of(tmp_path, steps=3)
@@ -179,7 +181,7 @@ def test_truncated_completions_are_left_out_and_overlong_ones_punished(tmp_path:
     assert run.rollout is not None
     cut = [len(ids) == 8 and ids[-1] != TOKENIZER.eos_token_id for ids in run.rollout.completion_ids]
     assert any(cut) and run.rollout.loss_mask.tolist() == [not was for was in cut]
-    assert run._step_tokens == [sum(len(ids) for ids, was in zip(run.rollout.completion_ids, cut, strict=True) if not was)]
+    assert run.step_tokens == [sum(len(ids) for ids, was in zip(run.rollout.completion_ids, cut, strict=True) if not was)]
     punished = [-min(max((len(ids) - 4) / 4, 0.0), 1.0) for ids in run.rollout.completion_ids]
     assert logs(run)[0]["rewards/soft_overlong_punishment/mean"] == pytest.approx(sum(punished) / 16)
 
@@ -588,12 +590,14 @@ def test_nothing_in_a_checkpoint_can_run_code(tmp_path: Path) -> None:
     for name in sorted(names):
         kept = (checkpoint / name).read_bytes()
         (checkpoint / name).write_bytes(pickle.dumps(_Code(tmp_path / "it ran")))
+        write_checksums(checkpoint, checksums_of(checkpoint, files_of(checkpoint)))  # as somebody would who means harm
         if name == "training_args.bin":
             run_of(tmp_path, steps=2).train(resume_from_checkpoint=str(checkpoint))
         else:
             with pytest.raises((pickle.UnpicklingError, RuntimeError)):
                 run_of(tmp_path, steps=2).train(resume_from_checkpoint=str(checkpoint))
         (checkpoint / name).write_bytes(kept)
+        write_checksums(checkpoint, checksums_of(checkpoint, files_of(checkpoint)))
     assert not (tmp_path / "it ran").exists()
     (checkpoint / "model.safetensors").rename(checkpoint / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"lacks model.safetensors or"):

@@ -20,6 +20,7 @@ from grpo_fast.generation import SamplerError, check_options
 from grpo_fast.rewards import RewardError, RewardRunner
 from grpo_fast.trainer.run_settings import TrainOptions, parse
 from grpo_fast.trainer.run_settings_help import help_tables, usual_tables
+from grpo_fast.utils.disk import DiskFullError
 from grpo_fast.utils.errors import SettingsError
 from grpo_fast.utils.files import write_text
 from grpo_fast.utils.install_hints import require_packages
@@ -48,7 +49,7 @@ class PreparedTraining(NamedTuple):
     """A training whose settings have been checked; the model is not loaded yet."""
 
     trainer_arguments: dict[str, Any]  # of GRPOTrainer
-    resume_from: str | None  # folder of a checkpoint
+    resume_from: str | bool | None  # folder of a checkpoint; True: the newest one
     overrides: dict[str, Any]  # the settings that were given explicitly
 
 
@@ -134,6 +135,7 @@ def run(prepared: PreparedTraining, trainer_class: type[GRPOTrainer] | None = No
         the trainer.
     """
     from grpo_fast.trainer.callbacks import METRICS_FILE, stop_progress
+    from grpo_fast.trainer.checkpoint_files import CheckpointError
 
     if trainer_class is None:
         from grpo_fast.trainer.grpo_trainer import GRPOTrainer
@@ -145,12 +147,16 @@ def run(prepared: PreparedTraining, trainer_class: type[GRPOTrainer] | None = No
         print_error(f"{prog_name}: {error}")
         raise SystemExit(2) from error
     output = Path(trainer.args.output_dir)
-    if trainer.is_world_process_zero():
-        settings = {name: value for name, value in prepared.overrides.items() if name != "resume_from_checkpoint"}
-        write_text(output / SETTINGS_FILE, json.dumps(redact(settings), indent=1, default=str) + "\n")
     try:
-        trainer.train(resume_from_checkpoint=prepared.resume_from)
-    except (KeyboardInterrupt, RewardError, SamplerError, FloatingPointError) as error:
+        with trainer.output_dir_locked():
+            if trainer.is_world_process_zero():
+                settings = {name: value for name, value in prepared.overrides.items() if name != "resume_from_checkpoint"}
+                write_text(output / SETTINGS_FILE, json.dumps(redact(settings), indent=1, default=str) + "\n")
+            trainer.train(resume_from_checkpoint=prepared.resume_from)
+    except CheckpointError as error:
+        print_error(f"{prog_name}: {error}")
+        raise SystemExit(2) from error
+    except (KeyboardInterrupt, RewardError, SamplerError, FloatingPointError, DiskFullError) as error:
         stop_progress(trainer)
         interrupted = isinstance(error, KeyboardInterrupt)
         if trainer.is_world_process_zero() or not interrupted:
@@ -203,23 +209,30 @@ def _peft_config(options: TrainOptions) -> LoraConfig | None:
     )
 
 
-def _checkpoint(config: GRPOConfig) -> str | None:
-    """The folder to resume from. "auto" and true: the last checkpoint of the output folder, or None if there is none yet."""
-    from grpo_fast.trainer.checkpoints import last_checkpoint, missing_from
+def _checkpoint(config: GRPOConfig) -> str | bool | None:
+    """The folder to resume from; True: the newest undamaged checkpoint of the output folder; None: none, as with "auto" in a new folder."""
+    from grpo_fast.trainer.checkpoint_files import NEW_RUN, checkpoints_in, missing_from
 
-    requested, last = config.resume_from_checkpoint, last_checkpoint(config.output_dir)
+    requested, checkpoints = config.resume_from_checkpoint, checkpoints_in(config.output_dir)
     if requested is None or str(requested).lower() == "false":
-        if last is not None:  # the new run's checkpoints would mix with those of the old run, and a later resume could take a wrong one
+        if checkpoints:  # the new run's checkpoints would mix with those of the old run, and a later resume could take a wrong one
             raise SettingsError(
-                f"output_dir is {config.output_dir!r}, which holds a run already ({Path(last).name}); expected another folder, or "
+                f"output_dir is {config.output_dir!r}, which holds a run already ({checkpoints[0].name}); expected another folder, or "
                 "--resume_from_checkpoint auto, to go on with that run."
             )
         return None
     if str(requested).lower() in ("auto", "true"):
-        return last
-    if (missing := missing_from(requested)) is not None:
+        missing = {path.name: missing_from(path) for path in checkpoints}
+        if missing and all(missing.values()):
+            lacks = "; ".join(f"{name} lacks {what}" for name, what in missing.items())
+            raise SettingsError(
+                f"resume_from_checkpoint is {requested!r}, and no checkpoint in {config.output_dir} is complete ({lacks}). {NEW_RUN}"
+            )
+        return True if checkpoints else None
+    if (what := missing_from(requested)) is not None:
         raise SettingsError(
-            f"resume_from_checkpoint is {requested!r}, which lacks {missing}; expected the folder of a complete checkpoint, or 'auto'."
+            f"resume_from_checkpoint is {requested!r}, which lacks {what}; expected the folder of a complete checkpoint, or 'auto'. "
+            f"{NEW_RUN}"
         )
     return str(requested)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,11 +14,11 @@ from grpo_fast.models.packing import choose_attention
 from grpo_fast.models.unwrap import is_peft
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
+    from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
-__all__ = ["load_policy", "without_dropout"]
+__all__ = ["load_adapter_weights", "load_policy", "without_dropout"]
 
 
 def load_policy(
@@ -35,7 +36,7 @@ def load_policy(
     """Load the model and its tokenizer if they are given by name, and prepare both for training.
 
     Args:
-        model: a causal language model of transformers, a PEFT model, or the name of one.
+        model: a causal language model of transformers, a PEFT model, or the name or folder of one, of an adapter too.
         tokenizer: None = the tokenizer of the model's name.
         peft_config: if given, the model is wrapped in a PEFT model.
         quantization_config, model_init_kwargs, trust_remote_code: arguments of ``from_pretrained``, for a model given by name.
@@ -56,7 +57,7 @@ def load_policy(
     name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
     if isinstance(model, str):
         options = _from_pretrained_options(model_init_kwargs or {}, quantization_config, trust_remote_code, half_precision)
-        model = AutoModelForCausalLM.from_pretrained(model, **options)
+        model = _from_pretrained(model, options)
     if tokenizer is None:
         if not name:
             raise ValueError("processing_class is None and the model has no name to find its tokenizer by; expected the tokenizer.")
@@ -69,12 +70,31 @@ def load_policy(
     if peft_config is not None:
         from peft import get_peft_model
 
+        if is_peft(model):
+            raise ValueError(
+                "peft_config is given with a model that has an adapter; expected one of the two. Fix: no peft_config, to go on training "
+                "that adapter, or model.merge_and_unload(), to train a new one."
+            )
         model = get_peft_model(model, peft_config)
     if is_peft(model) and gradient_checkpointing:
         model.enable_input_require_grads()
     if disable_dropout:
         without_dropout(model)
     return model, tokenizer
+
+
+def load_adapter_weights(model: PeftModel, name: str, path: Path) -> None:
+    """Load the weights of one adapter of a PEFT model, without changing which adapters are active and trained.
+
+    Args:
+        model: the PEFT model.
+        name: of the adapter.
+        path: ``adapter_model.safetensors`` as ``save_pretrained`` writes it.
+    """
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    set_peft_model_state_dict(model, load_file(path), adapter_name=name)
 
 
 def _check_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -87,6 +107,19 @@ def _check_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
                 "model.resize_token_embeddings(len(tokenizer)), or another token of the vocabulary, such as tokenizer.pad_token = "
                 "tokenizer.eos_token."
             )
+
+
+def _from_pretrained(name: str, options: dict[str, Any]) -> PreTrainedModel:
+    """Load a model by its name or folder, as a PEFT model whose adapter is trained if it is an adapter."""
+    is_adapter = (Path(name) / "adapter_config.json").is_file()
+    if not is_adapter:
+        model = AutoModelForCausalLM.from_pretrained(name, **options)
+        is_adapter = getattr(model, "_hf_peft_config_loaded", False)  # transformers adds it to the base model, to be used but not trained
+    if is_adapter:
+        from peft import AutoPeftModelForCausalLM
+
+        model = AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=True, **options)
+    return model
 
 
 def _from_pretrained_options(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,9 +39,9 @@ from grpo_fast.trainer.evaluation import evaluate_dataset
 from grpo_fast.trainer.metrics import MetricAccumulator, Throughput
 from grpo_fast.trainer.prompt_source import PromptSource, RowDataset
 from grpo_fast.trainer.reference_policy import ReferencePolicy
+from grpo_fast.trainer.resume import Resumed, load_run, save_run
 from grpo_fast.trainer.rollout import MicroBatch, Rollout
 from grpo_fast.trainer.rollout_generator import RolloutGenerator
-from grpo_fast.trainer.run_state import RunState, batch_geometry
 from grpo_fast.trainer.sampler_check import SamplerCheck
 from grpo_fast.utils.files import write_text
 from grpo_fast.utils.redaction import redact
@@ -68,8 +69,8 @@ class GRPOTrainer(AtomicCheckpointTrainer):
         eval_dataset: likewise, or a dictionary of several such datasets.
         processing_class: the tokenizer; None = the model's own, found by the model's name.
         callbacks, optimizers: as in transformers' ``Trainer``.
-        peft_config: train this adapter in place of the model's weights. The reference policy is then the model without adapter, which
-            needs no memory.
+        peft_config: train this adapter in place of the model's weights. The reference policy is then the model without the new adapter,
+            which needs no memory. Of a model that comes with a trained adapter, the reference is the model with that adapter.
         quantization_config: passed to ``from_pretrained`` if the model is given by name.
         sampler: an object that draws completions (grpo_fast.generation.Sampler), in place of the sampler that ``args`` name. The caller
             closes it; the trainer closes the sampler that it made itself at the end of `train`, and opens it again for an evaluation.
@@ -136,14 +137,16 @@ class GRPOTrainer(AtomicCheckpointTrainer):
         self.last_completions: list[dict[str, Any]] = []  # records of the last rollout's completions in this process
         self.metrics, self.metrics_to_log = MetricAccumulator(), MetricAccumulator()  # of this step; of the steps since the last log
         self.throughput = Throughput()
-        self._step_tokens: list[int] = []  # tokens in the loss of each optimizer step of the rollout, over all processes
+        self.step_tokens: list[int] = []  # tokens in the loss of each optimizer step of the rollout, over all processes
         self._losses: list[tuple[gf.GRPOOutput, MicroBatch]] = []  # of the current step
         self._grad_norm: float | Tensor | None = None
+        self.resumed: Resumed | None = None  # what the run was resumed from
         self.sampler_check = SamplerCheck(self)
         add_default_callbacks(self)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train, as transformers' ``Trainer.train``, and close the sampler at the end, also after an error."""
+        self.resumed = None
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -174,9 +177,9 @@ class GRPOTrainer(AtomicCheckpointTrainer):
                 raise ValueError(f"the rollout of step {step} is missing; expected it in the checkpoint that was resumed from.")
             assert self.rollouts is not None  # get_train_dataloader has checked it
             self.rollout = self.rollouts.generate(number)
-            self._step_tokens = self.rollouts.step_tokens(self.rollout)
+            self.step_tokens = self.rollouts.step_tokens(self.rollout)
         minibatch, size = position % args.minibatches, args.per_device_train_batch_size
-        first, tokens = minibatch * args.gradient_accumulation_steps, self._step_tokens[minibatch]
+        first, tokens = minibatch * args.gradient_accumulation_steps, self.step_tokens[minibatch]
         sequences = size * args.gradient_accumulation_steps * self.accelerator.num_processes
         batches = []
         for i in range(first, first + args.gradient_accumulation_steps):
@@ -319,34 +322,21 @@ class GRPOTrainer(AtomicCheckpointTrainer):
     # Checkpoints ---------------------------------------------------------------------------------------------------------------
 
     def save_extra_state(self, folder: Path) -> None:
-        """Add the temperature's state, a reference that follows the policy, and an unfinished rollout to a checkpoint."""
-        folder.mkdir(parents=True, exist_ok=True)
-        unfinished = self.state.global_step % self.args.updates_per_rollout != 0
-        if unfinished and self.rollout is not None:
-            self.rollout.save(self._rollout_file(folder))
-        if not self.args.should_save:
-            return
-        self.reference.save(folder)
-        batches = batch_geometry(self.args, self.accelerator.num_processes)
-        RunState(batches, self.temperatures.state_dict(), self._step_tokens if unfinished else []).save(folder)
+        """Add the state of the run to a checkpoint."""
+        save_run(self, folder)
 
     def load_extra_state(self, folder: Path) -> None:
         """Read what `save_extra_state` wrote.
 
         Raises:
-            ValueError: the checkpoint has an unfinished rollout that the current settings would split otherwise, or the state of another
-                kind of temperature schedule.
+            CheckpointError: the file of the state or of the rollout is not valid; or the checkpoint has an unfinished rollout that the
+                current settings would split otherwise.
         """
-        state = RunState.load(folder)
-        self.temperatures.load_state_dict(state.temperature)
-        self._step_tokens = state.step_tokens
-        state.check_batches(folder, batch_geometry(self.args, self.accelerator.num_processes))
-        rollout = self._rollout_file(folder)
-        self.rollout = Rollout.load(rollout, self.args.device) if rollout.exists() else None
-        self.reference.load(folder)
+        self.resumed = load_run(self, folder)
 
-    def _rollout_file(self, folder: Path) -> Path:
-        return folder / f"rollout-{self.accelerator.process_index}.safetensors"
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with nullcontext() if self.resumed is None else self.resumed.optimizer_settings(self.optimizer, self.lr_scheduler):
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def create_model_card(self, *args: Any, dataset_name: str | None = None, **kwargs: Any) -> None:
         """Write a model card, as transformers' ``Trainer.create_model_card``; ``dataset_name`` is TRL's name for its ``dataset``."""
@@ -362,6 +352,8 @@ class _TrainerHooks(TrainerCallback):
     def on_train_begin(self, *args: object, **kwargs: object) -> None:
         self.trainer.throughput.start(self.trainer.state.num_input_tokens_seen)
         self.trainer.completions.forget_weights()
+        if self.trainer.resumed is not None:
+            self.trainer.resumed.start()
 
     def on_pre_optimizer_step(self, *args: object, **kwargs: object) -> None:
         self.trainer.check_step()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast.models.batch import ForwardBatch
+from grpo_fast.trainer.checkpoint_files import CheckpointError
 
 __all__ = ["MicroBatch", "Rollout"]
 
@@ -61,20 +62,69 @@ class Rollout(ForwardBatch):
         save_file(table, path)
 
     @classmethod
-    def load(cls, path: Path, device: torch.device) -> Rollout:
-        """Read a rollout that `save` wrote, with its values per token on ``device``."""
+    def load(cls, path: Path, device: torch.device, vocab_size: int | None = None) -> Rollout:
+        """Read a rollout that `save` wrote, with its values per token on ``device``.
+
+        Args:
+            path: the file, of which nothing is trusted.
+            device: of the training.
+            vocab_size: above every token id; None = no bound.
+
+        Raises:
+            CheckpointError: the file is not a rollout.
+        """
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        table = load_file(path)
+        try:
+            table = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} cannot be read ({error}). Fix: another checkpoint.") from error
+        if "counts" in table:  # the name of loss_mask in earlier checkpoints
+            table["loss_mask"] = table.pop("counts")
+        problem = _problem_of(table, vocab_size)
+        if problem is not None:
+            raise CheckpointError(f"{path} is not a rollout: {problem}. Fix: another checkpoint.")
         ragged = {}
         for name in ("prompt", "completion"):
             lengths = table.pop(f"{name}_lengths").tolist()
             ragged[name] = [ids.tolist() for ids in table.pop(f"{name}_ids").split(lengths)]
-        if "counts" in table:  # the name of loss_mask in earlier checkpoints
-            table["loss_mask"] = table.pop("counts")
         temperature, advantages, loss_mask = (table.pop(name) for name in ("temperature", "advantages", "loss_mask"))
         tokens = {name.removeprefix("tokens."): column.to(device) for name, column in table.items()}
         return cls(ragged["prompt"], ragged["completion"], temperature, advantages, loss_mask, tokens)
+
+
+_COLUMNS = {  # of a rollout's file; those of one value per token come in addition
+    **{f"{name}_{part}": torch.int64 for name in ("prompt", "completion") for part in ("ids", "lengths")},
+    "temperature": torch.float32,
+    "advantages": torch.float32,
+    "loss_mask": torch.bool,
+}
+
+
+def _problem_of(table: dict[str, Tensor], vocab_size: int | None) -> str | None:
+    """What is wrong with the columns of a rollout's file, or None."""
+    for name, dtype in _COLUMNS.items():
+        if name not in table:
+            return f"it has no {name}"
+        if table[name].dtype != dtype or table[name].ndim != 1:
+            return f"{name} is {table[name].dtype} of shape {tuple(table[name].shape)}; expected {dtype} with one dimension"
+    rows = len(table["completion_lengths"])
+    for name in ("prompt", "completion"):
+        lengths, ids = table[f"{name}_lengths"], table[f"{name}_ids"]
+        if len(lengths) != rows or (lengths < (name == "prompt")).any() or (lengths > len(ids)).any() or int(lengths.sum()) != len(ids):
+            return f"{name}_lengths do not add up to the {len(ids)} {name}_ids of {rows} rows"
+        if (ids < 0).any() or (vocab_size is not None and (ids >= vocab_size).any()):
+            return f"{name}_ids go from {int(ids.min())} to {int(ids.max())}; expected ids of the vocabulary"
+    for name, column in table.items():
+        expected = len(table["completion_ids"]) if name.startswith("tokens.") else rows
+        if name not in _COLUMNS and (not name.startswith("tokens.") or not column.is_floating_point()):
+            return f"unknown {name!r:.100} of {column.dtype}"
+        if not name.endswith(("_ids", "_lengths")) and column.shape != (expected,):
+            return f"{name} has the shape {tuple(column.shape)}; expected ({expected},)"
+    if not (table["temperature"] > 0).all() or not table["temperature"].isfinite().all() or not table["advantages"].isfinite().all():
+        return "a temperature is not above 0, or an advantage is not finite"
+    return None
 
 
 class MicroBatch(NamedTuple):

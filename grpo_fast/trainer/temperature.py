@@ -177,20 +177,33 @@ class TemperatureSchedule:
 
     def state_dict(self) -> ScheduleState:
         """The state that a resumed run needs, as values that JSON can hold."""
-        return {"kind": self.spec.kind, "value": self._value, "mean": self._mean, "observed": self._observed}
+        return {"kind": self.spec.kind, "start": self.spec.start, "value": self._value, "mean": self._mean, "observed": self._observed}
+
+    def can_continue(self, state: ScheduleState) -> bool:
+        """Whether this schedule can continue with the state of another: of the same kind, and if it is adaptive with the same start."""
+        return state.get("kind") == self.spec.kind and (not self.adaptive or state.get("start", self.spec.start) == self.spec.start)
 
     def load_state_dict(self, state: ScheduleState) -> None:
         """Continue with the state that `state_dict` returned.
 
+        Only the adaptive kinds have one: the temperature of the others follows from their settings, which may have changed. A temperature
+        outside of this schedule's bounds is moved to the nearest one.
+
         Raises:
-            ValueError: the state belongs to another kind of schedule.
+            ValueError: the state belongs to another kind of schedule, or its values are not numbers of the kind that `state_dict` returns.
         """
         if state.get("kind") != self.spec.kind:
             raise ValueError(
                 f"the saved temperature schedule is {state.get('kind')!r}, this one is {self.spec.kind!r}; expected the same. "
                 "Resume with the configuration that the run was started with."
             )
-        self._value, self._mean, self._observed = float(state["value"]), state["mean"], int(state["observed"])
+        if not self.adaptive:
+            return
+        value, mean, observed = check_positive("value", state.get("value")), state.get("mean"), state.get("observed")
+        if type(observed) is not int or observed < 0:
+            raise ValueError(f"temperature: observed is {observed!r}; expected a whole number of at least 0.")
+        self._value = min(max(value, self.spec.low), self.spec.high)
+        self._mean, self._observed = None if mean is None else _number("mean", mean), observed
 
     def __repr__(self) -> str:
         return f"TemperatureSchedule({self.spec.kind}, now {self._value:g})" if self.adaptive else f"TemperatureSchedule({self.spec})"
