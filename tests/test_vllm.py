@@ -9,10 +9,12 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -30,17 +32,14 @@ from grpo_fast.generation.vllm_http import ServerClient
 EOS, PAD = 1, 0
 
 
-def tiny(seed: int = 0, *, tied: bool = False, init: float = 0.3) -> Any:
+def tiny(seed: int = 0, *, tied: bool = False, init: float = 0.3, **settings: Any) -> Any:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
     config = Qwen2Config(
+        **(sizes | settings),
         vocab_size=29,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
         max_position_embeddings=64,
         initializer_range=init,
         tie_word_embeddings=tied,
@@ -421,6 +420,35 @@ def test_bad_options(url: str) -> None:
     sampler.close()
 
 
+SECRET, PASSWORD = "sk-9f8e7d6c5b4a", "hunter22"
+
+
+@pytest.mark.parametrize("where", ["error", "list"])
+def test_no_message_has_a_secret(caplog: pytest.LogCaptureFixture, where: str) -> None:
+    """The key of the requests and the password of the address, whatever the server repeats of them."""
+    text = f'{{"error": "wrong key: {SECRET}"}}'.encode()
+    head = b"HTTP/1.1 401 Unauthorized\r\nContent-Length: %d\r\n\r\n" if where == "error" else HEAD
+    with answering(head % len(text), text) as address:
+        url = address.replace("http://", "http://me:hunter22@")
+        with pytest.raises(SamplerError, match=r"<redacted>@127.*<redacted>.*") as caught:
+            connect(url, api_key=f"{SECRET}\n", retry_seconds=0.0)
+        assert where == "list" or "Fix: the key that the server was started with" in str(caught.value)
+    busy = b"HTTP/1.1 503 Busy\r\nContent-Length: %d\r\n\r\n" % len(text)
+    with answering(busy, text) as address, pytest.raises(SamplerError, match="answers 503") as waited:
+        connect(address.replace("http://", f"http://me:{PASSWORD}@"), api_key=SECRET, retry_seconds=1.0)
+    texts = [record.getMessage() for record in caplog.records] + [
+        "".join(traceback.format_exception(error)) for error in (caught.value, waited.value)
+    ]
+    assert any("Waiting for the server" in each for each in texts)
+    assert not any(SECRET in each or PASSWORD in each for each in texts)
+
+
+def test_a_key_that_no_header_can_have_is_refused_without_showing_it() -> None:
+    with pytest.raises(ValueError, match="api_key has a character") as caught:
+        ServerClient("http://127.0.0.1:1", api_key=f"{SECRET}\nX-Other: 1")
+    assert SECRET not in str(caught.value)
+
+
 # --- new weights -----------------------------------------------------------------------------------------------------------------
 
 
@@ -471,6 +499,27 @@ def test_weights_by_vllms_own_transfer(wrapped: bool) -> None:
     assert stand_in.init_info == {"master_address": "10.0.0.1", "master_port": 4321, "world_size": 3, "rank": 0, "packed": True}
     update = [*TRANSFER[1:], "/reset_prefix_cache?reset_running_requests=true"]
     assert [call for call in stand_in.calls if call != "/v1/models"] == ["/get_world_size", TRANSFER[0], *update, *update]
+
+
+def test_a_failed_transfer_is_a_named_error_and_leaves_the_group(stand_in: StandIn, url: str) -> None:
+    """The library raises its own types; the group cannot be used again, and a server that hangs in it does not hold up the end."""
+    model = tiny(1)
+    with vllm_installed(stand_in):
+        sampler = connect(url, model, weight_sync="nccl")
+        sampler.update_weights(model, 1)
+        stand_in.phase = "open"  # of an update that another trainer has begun
+        with pytest.raises(
+            SamplerError, match=r"'nccl': the weights could not be sent to http.* \(HTTPError: .*500.*--weight-transfer-config"
+        ):
+            sampler.update_weights(model, 2)
+        assert stand_in.left and stand_in.calls[-1] == SHUTDOWN
+        sampler.update_weights(model, 3)  # connects again
+        assert stand_in.calls.count(TRANSFER[0]) == 2
+        stand_in.hangs_at_shutdown = True
+        begin = time.monotonic()
+        with mock.patch("grpo_fast.generation.vllm_weights.SHUTDOWN_SECONDS", 0.2):
+            sampler.close()
+        assert time.monotonic() - begin < 10  # the server hangs for 20 s
 
 
 def test_vllms_own_transfer_is_not_for_adapters_and_not_for_an_older_vllm(url: str, stand_in: StandIn) -> None:
@@ -823,6 +872,40 @@ def test_without_names_a_lost_connection_counts_as_a_restart() -> None:
         sampler.close()
 
 
+def test_weights_whose_connection_broke_are_sent_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A server that is restarted while it gets the weights of the second step, and a sampler without a trainer."""
+    from trainer_cases import model, trainer
+
+    stand_in = StandIn(model(3).eval())
+    with serving(stand_in) as address:
+        rewards, calls = _dead_until(0), iter(range(9))
+
+        def reward(completion_ids: Any, **columns: Any) -> Any:
+            stand_in.breaks = int(next(calls) == 0)
+            return rewards(completion_ids, **columns)
+
+        options = {"url": address, "weight_sync": "disk", "concurrency": 4}
+        settings: dict[str, Any] = {"use_vllm": True, "vllm_server_base_url": address, "sampler_options": options}
+        run = trainer(tmp_path, rewards=reward, max_steps=2, learning_rate=0.05, **settings)
+        run.train()
+        sampler = connect(address, model(3))
+        stand_in.breaks = 1
+        with pytest.raises(WeightsLostError, match="/collective_rpc: the connection broke"):
+            sampler.update_weights(model(3), 1)
+        sampler.close()
+    gaps = [record["sampling/sampling_logp_difference/max"] for record in run.state.log_history if "loss" in record]
+    assert len(gaps) == 2 and max(gaps) < 1e-4
+    assert sum("sent again" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_a_prefix_cache_of_older_weights_is_an_error(stand_in: StandIn, url: str) -> None:
+    sampler = connect(url)
+    stand_in.forgets = False
+    with pytest.raises(SamplerError, match="keeps its prefix cache, which belongs to older weights"):
+        sampler.update_weights(tiny(1), 1)
+    sampler.close()
+
+
 @pytest.mark.parametrize("versions", [True, False])
 def test_the_trainer_sends_lost_weights_again(tmp_path: Path, versions: bool, caplog: pytest.LogCaptureFixture) -> None:
     """A server that is restarted in the middle of the second rollout: every step is trained on completions of its own weights."""
@@ -861,6 +944,33 @@ def test_a_model_of_other_sizes_is_refused_before_weights_are_sent(stand_in: Sta
             sampler.update_weights(other, 1)
         sampler.close()
     assert "/collective_rpc" not in stand_in.calls
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"intermediate_size": 32}, "gate_up_proj from 16 to 48 features, the one that is trained from 16 to 64"),
+        ({"num_key_value_heads": 2}, "qkv_proj from 16 to 32 features, the one that is trained from 16 to 48"),
+    ],
+    ids=str,
+)
+def test_a_model_of_other_layers_is_refused_before_weights_are_sent(
+    stand_in: StandIn, url: str, settings: dict[str, Any], words: str
+) -> None:
+    """vLLM 0.32 on a CPU answers {"results": [null]} to weights that do not fit, and has then loaded a part of them."""
+    peft = pytest.importorskip("peft", reason="a model with an adapter is one of peft")
+    other = tiny(**settings)
+    adapter = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    for model in (other, peft.get_peft_model(other, adapter)):
+        sampler = connect(url, model)
+        with pytest.raises(SamplerError, match=f"server's model has {words}; .*Nothing was sent"):
+            sampler.update_weights(model, 1)
+        sampler.close()
+    assert "/collective_rpc" not in stand_in.calls
+    same = peft.get_peft_model(tiny(1), adapter)
+    sampler = connect(url, same)
+    sampler.update_weights(same, 1)
+    sampler.close()
 
 
 def test_a_client_that_waits_says_so(stand_in: StandIn, url: str, caplog: pytest.LogCaptureFixture) -> None:

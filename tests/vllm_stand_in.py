@@ -38,6 +38,8 @@ class StandIn:
         self.versions = versions  # whether it names its weights, as vLLM 0.32 does and older ones do not
         self.base, self.weight_version = copy.deepcopy(model), "default"
         self.version_calls: list[str] = []  # /weight_info, /update_weight_version and questions about the model
+        self.forgets = True  # whether it can empty its prefix cache
+        self.breaks = 0  # so many updates of the weights break the connection, because the server is restarted
         self.restart_at = -1  # the request for a completion at which it is restarted
         self.faults: list[str] = []
         self.change: Callable[[dict[str, Any]], Any] | None = None  # what it makes of each answer
@@ -46,6 +48,7 @@ class StandIn:
         self.wire: dict[str, torch.Tensor] = {}  # in place of NCCL: what the trainer's side has broadcast
         self.phase = ""  # of the weight transfer
         self.init_info: dict[str, Any] = {}
+        self.hangs_at_shutdown = False  # of the transfer
         self.left = False  # whether the trainer's side has left the transfer's group
         self.release = threading.Event()
         self.lock = threading.Lock()
@@ -108,8 +111,20 @@ class StandIn:
         """What ``get_model_inspection`` of vLLM 0.32 prints, as far as the client reads it."""
         config = self.model.config
         vocabulary = f"num_embeddings={config.vocab_size + 3}, embedding_dim={config.hidden_size}, org_vocab_size={config.vocab_size}"
+        width, heads = config.hidden_size, config.num_attention_heads + 2 * config.num_key_value_heads
+        sizes = {
+            "qkv_proj": ("QKVParallelLinear", width, heads * (width // config.num_attention_heads)),
+            "o_proj": ("RowParallelLinear", width, width),
+            "gate_up_proj": ("MergedColumnParallelLinear", width, 2 * config.intermediate_size),
+            "down_proj": ("RowParallelLinear", config.intermediate_size, width),
+        }
+        linears = "".join(
+            f"   ({name}): {kind}(in_features={i}, output_features={o}, bias=False, tp_size=1, gather_output=False)\n"
+            for name, (kind, i, o) in sizes.items()
+        )
         layers = f"(layers): ModuleList()(\n (0-{config.num_hidden_layers - 1}): {config.num_hidden_layers} x Qwen2DecoderLayer()(\n"
-        return {"results": [f"Qwen2ForCausalLM()(\n (embed_tokens): VocabParallelEmbedding({vocabulary}, tp_size=1)\n {layers})))"]}
+        embedding = f"(embed_tokens): VocabParallelEmbedding({vocabulary}, tp_size=1)"
+        return {"results": [f"Qwen2ForCausalLM()(\n {embedding}\n {layers}{linears})))"]}
 
     def reload(self, body: dict[str, Any]) -> dict[str, Any]:
         from transformers import AutoModelForCausalLM
@@ -254,19 +269,25 @@ def serving(stand_in: StandIn) -> Iterator[str]:
                     self.answer(200, {"success": True, "new_version": body["new_version"]})
             elif not stand_in.dev_mode:
                 self.answer(404, {"detail": "Not Found"})
+            elif self.path == "/collective_rpc" and stand_in.breaks > 0:
+                stand_in.breaks -= 1
+                stand_in.restart()
+                self.close_connection = True
             elif self.path == "/collective_rpc":
                 try:
                     self.answer(200, stand_in.reload(body))
                 except Exception as error:
                     self.answer(500, {"error": str(error)})
             elif self.path.startswith("/reset_prefix_cache"):
-                self.answer(200, b"")
+                self.answer(200, {"success": stand_in.forgets})
             elif self.path in TRANSFER:
                 try:
                     self.answer(200, stand_in.transfer(self.path.lstrip("/"), body))
                 except Exception as error:
                     self.answer(500, {"error": str(error)})
             elif self.path == SHUTDOWN:
+                if stand_in.hangs_at_shutdown:
+                    stand_in.release.wait(20)
                 stand_in.phase = ""
                 self.answer(200, {"message": "Weight transfer shut down"})
             else:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from grpo_fast.utils.redaction import redact_text
+
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
@@ -15,7 +17,13 @@ __all__ = ["Completion", "Sampler", "SamplerError", "SamplingParams", "WeightsLo
 
 
 class SamplerError(RuntimeError):
-    """A sampler could not draw completions. The message says what was called, what came back, and how to fix it."""
+    """A sampler could not draw completions. The message says what was called, what came back, and how to fix it.
+
+    Secrets in the message are redacted: it may have the address of a server, with a password, and what the server has answered.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redact_text(message))
 
 
 class WeightsLostError(SamplerError):

@@ -9,8 +9,8 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any
 
 from grpo_fast.generation.protocol import Completion, SamplerError, SamplingParams, check_prompts, end_tokens
-from grpo_fast.generation.vllm_answer import START_COMMAND, AnswerReader, is_count
-from grpo_fast.generation.vllm_http import ServerClient
+from grpo_fast.generation.vllm_answer import AnswerReader, is_count
+from grpo_fast.generation.vllm_http import START_COMMAND, ServerClient
 from grpo_fast.generation.vllm_versions import WeightVersions
 from grpo_fast.generation.vllm_weights import WeightSync, make_weight_sync
 from grpo_fast.models.unwrap import unwrap

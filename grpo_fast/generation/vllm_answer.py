@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeGuard
 
 from grpo_fast.generation.protocol import Completion, SamplerError, SamplingParams, end_tokens
+from grpo_fast.generation.vllm_http import START_COMMAND
 
-__all__ = ["START_COMMAND", "AnswerReader", "is_count"]
+__all__ = ["AnswerReader", "is_count"]
 
-START_COMMAND = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --dtype DTYPE --logprobs-mode processed_logprobs"
 LOWEST_LOGPROB = -9999.0  # vLLM reports -inf as this number, because JSON has no infinity
 _IS_VLLM = "Is this a vLLM server, and does nothing between here and the server change answers?"
 

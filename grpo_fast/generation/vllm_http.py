@@ -12,11 +12,13 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from grpo_fast.generation.protocol import SamplerError
+from grpo_fast.generation.protocol import SamplerError, WeightsLostError
+from grpo_fast.utils.redaction import redact_text, remember_secrets
 
-__all__ = ["NotServedError", "ServerClient"]
+__all__ = ["START_COMMAND", "ConnectionLostError", "NotServedError", "ServerClient"]
 
 logger = logging.getLogger("grpo_fast")
+START_COMMAND = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --dtype DTYPE --logprobs-mode processed_logprobs"
 NOTICE_SECONDS = 30.0  # between two messages that the client waits for the server
 
 _BUSY = (429, 500, 502, 503, 504)  # a server that starts, restarts or is overloaded; any other status is its answer
@@ -24,15 +26,22 @@ _DEV_MODE = "Fix: start the server with VLLM_SERVER_DEV_MODE=1 in its environmen
 LARGEST_ANSWER = 64 << 20  # bytes; a completion of 100,000 tokens with its log-probabilities has about 5 MB
 
 
+_API_KEY = "Fix: the key that the server was started with (--api-key), as the sampler option api_key or in VLLM_API_KEY."
+
+
 class NotServedError(SamplerError):
     """The server does not serve an address: an older version, or not in development mode."""
+
+
+class ConnectionLostError(WeightsLostError):
+    """The connection broke during a request that must not be repeated: the server may have carried it out, or may have been restarted."""
 
 
 class ServerClient:
     """Client of one HTTP server, which any number of threads may use.
 
     Args:
-        url: "http://host:port", with or without a path; "https" too. No proxy is used.
+        url: "http://host:port", with or without a path; "https" too. No proxy is used. A password in it is not shown in messages.
         timeout: seconds until an answer must be complete.
         retry_seconds: how long a request is repeated after a refused or broken connection, an incomplete answer, or a status of 429,
             500, 502, 503, 504. The pauses between the attempts begin with 0.1 s and double up to 5 s.
@@ -49,14 +58,19 @@ class ServerClient:
     def __init__(self, url: str, *, timeout: float = 600.0, retry_seconds: float = 120.0, api_key: str | None = None) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"url is {url!r}; expected http://host:port, such as http://127.0.0.1:8000.")
+            raise ValueError(f"url is {redact_text(url)!r}; expected http://host:port, such as http://127.0.0.1:8000.")
         if not timeout > 0 or not retry_seconds >= 0:
             raise ValueError(
                 f"timeout is {timeout!r}, retry_seconds is {retry_seconds!r}; expected seconds, timeout > 0 and retry_seconds >= 0."
             )
         self.url = url.rstrip("/").removesuffix("/v1")
         self.timeout, self.retry_seconds = timeout, retry_seconds
-        key = api_key if api_key is not None else os.environ.get("VLLM_API_KEY")
+        key = (api_key if api_key is not None else os.environ.get("VLLM_API_KEY", "")).strip()  # a file's last line ends with a newline
+        if not (key.isascii() and key.isprintable()):
+            raise ValueError(
+                "api_key has a character that the header of a request cannot have; expected printable ASCII. Fix: another key."
+            )
+        remember_secrets({"api_key": key})  # a server may repeat it in the text of an error
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}  # an answer's size is then what is received
         headers |= {"Authorization": f"Bearer {key}"} if key else {}
         self._headers = headers
@@ -69,20 +83,30 @@ class ServerClient:
         """Send a GET request and return the decoded JSON of the answer; see `post`."""
         return self._request("GET", path, None, repeatable=True, retry_seconds=self.retry_seconds)
 
-    def post(self, path: str, body: dict[str, Any], *, repeatable: bool = True, retry_seconds: float | None = None) -> Any:
+    def post(
+        self,
+        path: str,
+        body: dict[str, Any],
+        *,
+        repeatable: bool = True,
+        retry_seconds: float | None = None,
+        timeout: float | None = None,
+    ) -> Any:
         """Send a POST request and return the decoded JSON of the answer; None if it is empty.
 
         Args:
             path: path below the server's address, such as "/v1/completions".
             body: sent as JSON.
             repeatable: False for a request that must not be carried out twice: it is repeated only if no connection could be made.
-            retry_seconds: in place of the client's.
+            retry_seconds, timeout: in place of the client's.
 
         Raises:
+            ConnectionLostError: the connection broke, and the request must not be repeated.
             SamplerError: no answer within ``retry_seconds``, or an answer that refuses the request. The message has the URL and the fix.
         """
-        seconds = self.retry_seconds if retry_seconds is None else retry_seconds
-        return self._request("POST", path, json.dumps(body).encode(), repeatable=repeatable, retry_seconds=seconds)
+        retry_seconds = self.retry_seconds if retry_seconds is None else retry_seconds
+        payload = json.dumps(body).encode()
+        return self._request("POST", path, payload, repeatable=repeatable, retry_seconds=retry_seconds, timeout=timeout)
 
     def close(self) -> None:
         """Close all connections. Requests under way fail; a later request opens new connections."""
@@ -97,7 +121,10 @@ class ServerClient:
                 self._connections = _Connections(self._headers, self.timeout)
             return self._connections
 
-    def _request(self, method: str, path: str, payload: bytes | None, *, repeatable: bool, retry_seconds: float) -> Any:
+    def _request(
+        self, method: str, path: str, payload: bytes | None, *, repeatable: bool, retry_seconds: float, timeout: float | None = None
+    ) -> Any:
+        timeout = self.timeout if timeout is None else timeout
         deadline = time.monotonic() + retry_seconds
         pause, tries = 0.1, 0
         connections = self._open()
@@ -106,13 +133,12 @@ class ServerClient:
             if connections.closed:
                 raise SamplerError(f"{method} {self.url}{path}: the client was closed while the request was under way.")
             try:
-                return self._attempt(connections.for_request(repeatable=repeatable), method, path, payload)
+                return self._attempt(connections.for_request(repeatable=repeatable), method, path, payload, timeout)
             except _RetryableError as failure:
                 may_repeat = repeatable or not failure.sent
                 if not may_repeat or time.monotonic() + pause > deadline:
-                    raise SamplerError(
-                        f"{method} {self.url}{path}: {failure.reason}, after {tries} tries. {failure.fix}"
-                    ) from failure.__cause__
+                    kind = SamplerError if may_repeat or not failure.broken else ConnectionLostError
+                    raise kind(f"{method} {self.url}{path}: {failure.reason}, after {tries} tries. {failure.fix}") from failure.__cause__
                 failure_reason = failure.reason
             if tries > 2:
                 self._say_waiting(failure_reason, deadline)
@@ -126,30 +152,35 @@ class ServerClient:
             if now < self._next_notice:
                 return
             self._next_notice = now + NOTICE_SECONDS
-        logger.warning("%s: %s. Waiting for the server, for up to %.0f s more (retry_seconds).", self.url, reason, deadline - now)
+        what = redact_text(f"{self.url}: {reason}")
+        logger.warning("%s. Waiting for the server, for up to %.0f s more (retry_seconds).", what, deadline - now)
 
-    def _attempt(self, client: httpx.Client, method: str, path: str, payload: bytes | None) -> Any:
+    def _attempt(self, client: httpx.Client, method: str, path: str, payload: bytes | None, timeout: float) -> Any:
         late = _RetryableError(
-            f"no answer within {self.timeout:g} s", "Fix: a larger timeout, or fewer tokens; or the server hangs: see its log."
+            f"no answer within {timeout:g} s", "Fix: a larger timeout, or fewer tokens; or the server hangs: see its log."
         )
         try:
-            with client.stream(method, self.url + path, content=payload) as response:
-                status, text = response.status_code, self._body(response, late)
+            with client.stream(method, self.url + path, content=payload, timeout=timeout) as response:
+                status, text = response.status_code, _body(response, timeout, late)
         except httpx.ConnectError as error:
             self.lost_connections += 1
             reason = "connection refused" if "refused" in str(error).lower() else f"no connection ({error})"
-            raise _RetryableError(reason, "Is the server up? Start it: vllm serve MODEL --port PORT.", sent=False) from error
+            raise _RetryableError(reason, f"Is the server up? Start it: {START_COMMAND}", sent=False) from error
         except httpx.TimeoutException as error:
             raise late from error
         except httpx.TransportError as error:
             self.lost_connections += 1
             reason = f"the connection broke ({type(error).__name__}: {error})"
-            raise _RetryableError(reason, "Did the server stop? Its log has the reason.") from error
+            raise _RetryableError(reason, "Did the server stop? Its log has the reason.", broken=True) from error
         if status in _BUSY:
             fix = "Its log has the reason; restart it if it does not recover."
             raise _RetryableError(f"the server answers {status}: {_excerpt(text)}", fix)
         if status >= 400:
-            fix = _DEV_MODE if status in (404, 405) and not path.startswith("/v1") else "The server refused the request: see its message."
+            fix = "The server refused the request: see its message."
+            if status in (404, 405) and not path.startswith("/v1"):
+                fix = _DEV_MODE
+            elif status in (401, 403):
+                fix = _API_KEY
             kind = NotServedError if status in (404, 405) else SamplerError
             raise kind(f"{method} {self.url}{path}: the server answers {status}: {_excerpt(text)}. {fix}")
         try:
@@ -158,28 +189,15 @@ class ServerClient:
             fix = "Is this a vLLM server, and does nothing between here and the server cut answers?"
             raise _RetryableError(f"the answer is no JSON ({_excerpt(text)})", fix) from error
 
-    def _body(self, response: httpx.Response, late: _RetryableError) -> bytes:
-        """The whole body, received before the deadline and within the size limit: httpx limits the wait for each part, not for all."""
-        deadline = time.monotonic() + self.timeout
-        body = bytearray()
-        for part in response.iter_raw():
-            body += part
-            if time.monotonic() > deadline:
-                raise late
-            if len(body) > LARGEST_ANSWER:
-                raise SamplerError(
-                    f"{response.request.method} {response.request.url}: the answer is larger than {LARGEST_ANSWER >> 20} MiB; expected "
-                    "JSON with the tokens of one completion. Is this a vLLM server?"
-                )
-        return bytes(body)
-
 
 class _RetryableError(Exception):
     """A reason to repeat a request; it does not leave this module."""
 
-    def __init__(self, reason: str, fix: str, *, sent: bool = True) -> None:
+    def __init__(self, reason: str, fix: str, *, sent: bool = True, broken: bool = False) -> None:
         super().__init__(reason)
-        self.reason, self.fix, self.sent = reason, fix, sent  # sent: the server may have received the request
+        self.reason, self.fix = reason, fix
+        self.sent = sent  # the server may have received the request
+        self.broken = broken  # the connection broke after that
 
 
 class _Connections:
@@ -203,6 +221,22 @@ class _Connections:
         self.closed = True
         self._persistent.close()
         self._single_use.close()
+
+
+def _body(response: httpx.Response, timeout: float, late: _RetryableError) -> bytes:
+    """The whole body, received before the deadline and within the size limit: httpx limits the wait for each part, not for all."""
+    deadline = time.monotonic() + timeout
+    body = bytearray()
+    for part in response.iter_raw():
+        body += part
+        if time.monotonic() > deadline:
+            raise late
+        if len(body) > LARGEST_ANSWER:
+            raise SamplerError(
+                f"{response.request.method} {response.request.url}: the answer is larger than {LARGEST_ANSWER >> 20} MiB; expected "
+                "JSON with the tokens of one completion. Is this a vLLM server?"
+            )
+    return bytes(body)
 
 
 def _client(headers: dict[str, str], timeout: float, *, keep_alive: bool) -> httpx.Client:

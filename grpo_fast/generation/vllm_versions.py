@@ -1,8 +1,7 @@
-"""Names the weights on a vLLM server, so that completions drawn under other weights are noticed, and checks the sizes of its model."""
+"""Names the weights on a vLLM server, so that completions drawn under other weights are noticed."""
 
 from __future__ import annotations
 
-import re
 import reprlib
 import uuid
 from typing import TYPE_CHECKING
@@ -11,8 +10,8 @@ from torch import nn
 
 from grpo_fast.generation.protocol import SamplerError, WeightsLostError
 from grpo_fast.generation.vllm_http import NotServedError, ServerClient
+from grpo_fast.generation.vllm_model_check import check_model
 from grpo_fast.generation.vllm_weights import run_on_first
-from grpo_fast.models.unwrap import unwrap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,7 +61,7 @@ class WeightVersions:
             same = before is None or (self.named and self._current() == before)
             if self.named:
                 if before is None or not same:
-                    _check_sizes(self.server, model)
+                    check_model(self.server, model)
                 self.server.post("/update_weight_version", {"new_version": version})
             return version, same
 
@@ -101,41 +100,3 @@ class WeightVersions:
                 f"GET {self.server.url}/weight_info: {reprlib.repr(answer)}; expected a weight_version. Is it a vLLM server?"
             )
         return version
-
-
-def _check_sizes(server: ServerClient, model: PreTrainedModel | nn.Module) -> None:
-    """Refuse a server with a model of another vocabulary, width or depth: vLLM's workers end when they load weights that do not fit.
-
-    The sizes are read from the text that vLLM's workers print of their model; sizes that are not found there are not compared.
-    """
-    try:
-        answer = server.post("/collective_rpc", {"method": "get_model_inspection"}, retry_seconds=0.0)
-    except SamplerError:
-        return  # this server cannot show its model
-    texts = answer.get("results") if isinstance(answer, dict) else None
-    if not isinstance(texts, list) or not texts or not isinstance(texts[0], str):
-        return
-    theirs = _printed_sizes(texts[0], whole=len(texts) == 1)
-    config = getattr(unwrap(model), "config", None)
-    text_config = None if config is None else config.get_text_config()
-    for name, found in theirs.items():
-        ours = getattr(text_config, name, None)
-        if isinstance(ours, int) and ours != found:
-            raise SamplerError(
-                f"{server.url}: the server's model has {name} = {found}, the one that is trained {ours}; expected the same model. Nothing "
-                "was sent. Fix: vllm serve the model that is trained."
-            )
-
-
-def _printed_sizes(text: str, *, whole: bool) -> dict[str, int]:
-    """Sizes under the names of transformers' configurations. ``whole``: the text shows all layers, not those of one of several workers."""
-    sizes = {}
-    embedding = re.search(r"VocabParallelEmbedding\(([^)]*)\)", text)
-    for name, printed in (("vocab_size", "org_vocab_size"), ("hidden_size", "embedding_dim")):
-        found = re.search(rf"\b{printed}=(\d+)", embedding[1]) if embedding else None
-        if found:
-            sizes[name] = int(found[1])
-    layers = re.findall(r"\(\d+(?:-\d+)?\): (?:(\d+) x )?\w*DecoderLayer\(", text)
-    if layers and whole:
-        sizes["num_hidden_layers"] = sum(int(count or 1) for count in layers)
-    return sizes

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from grpo_fast.generation.merged_weights import merged_state_dict
 from grpo_fast.generation.protocol import SamplerError
 from grpo_fast.generation.vllm_answer import is_count
-from grpo_fast.generation.vllm_http import ServerClient
+from grpo_fast.generation.vllm_http import NotServedError, ServerClient
 from grpo_fast.models.unwrap import inner_model, is_peft, is_sharded
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ __all__ = ["WEIGHT_SYNCS", "DiskSync", "NCCLSync", "NoSync", "WeightSync", "make
 
 logger = logging.getLogger("grpo_fast")
 T = TypeVar("T")
+SHUTDOWN_SECONDS = 30.0  # to leave the NCCL group; workers that hang in a transfer do not answer
 WEIGHT_SYNCS = ("auto", "nccl", "disk", "none")
 
 
@@ -102,7 +103,13 @@ class DiskSync:
         try:
             inner_model(model).save_pretrained(folder, state_dict=state, safe_serialization=True)
             body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
-            self.server.post("/collective_rpc", body, repeatable=False)
+            try:
+                self.server.post("/collective_rpc", body, repeatable=False)
+            except NotServedError:
+                raise
+            except SamplerError as error:
+                fix = f"If it cannot read {folder.parent}: a weights_dir that both sides see under the same path, or weight_sync 'nccl'."
+                raise type(error)(f"{error} {fix}") from error
             loaded = True
         except OSError as error:
             raise SamplerError(
@@ -161,13 +168,30 @@ class NCCLSync:
         self._disconnect: weakref.finalize[..., NCCLSync] | None = None
 
     def send(self, model: PreTrainedModel | nn.Module, step: int) -> None:
-        """Send the weights; the first call connects to the server's workers."""
-        if self._engine is None:
-            self._engine = self._connect(inner_model(model))
-            self._disconnect = weakref.finalize(self, _shut_down, self._engine, self.server if _rank() == 0 else None)
-        self._engine.send_weights()
+        """Send the weights; the first call connects to the server's workers. After an error the next call connects again."""
+        try:
+            _run_on_all(lambda: self._send(inner_model(model)))
+        except SamplerError:
+            self.close()  # a group in which a transfer has failed cannot be used again
+            raise
+
+    def _send(self, model: PreTrainedModel) -> None:
         first = _rank() == 0
-        _run_on_all(lambda: _reset_prefix_cache(self.server) if first else None)
+        try:
+            if self._engine is None:
+                self._engine = self._connect(model)
+                self._disconnect = weakref.finalize(self, _shut_down, self._engine, self.server if first else None)
+            self._engine.send_weights()
+        except SamplerError:
+            raise
+        except Exception as error:  # of NCCL, torch or requests
+            raise SamplerError(
+                f"weight_sync 'nccl': the weights could not be sent to {self.server.url} ({type(error).__name__}: {error}). Fix: see the "
+                f"server's log; its workers must reach this process at nccl_address {self.address}, nccl_port {self.port}, and it needs "
+                """--weight-transfer-config '{"backend": "nccl"}'. Or weight_sync 'disk'."""
+            ) from error
+        if first:
+            _reset_prefix_cache(self.server)
 
     def close(self) -> None:
         """Leave the NCCL group, here and in the server's workers. It also happens when this object is collected or the interpreter ends."""
@@ -195,15 +219,26 @@ class NCCLSync:
 
 
 def _reset_prefix_cache(server: ServerClient) -> None:
-    """Let the server forget keys and values, which belong to the older weights."""
-    server.post("/reset_prefix_cache?reset_running_requests=true", {}, repeatable=False)
+    """Let the server forget keys and values, which belong to the older weights.
+
+    Raises:
+        SamplerError: it says that it has not.
+    """
+    path = "/reset_prefix_cache?reset_running_requests=true"
+    answer = server.post(path, {}, repeatable=False)
+    if isinstance(answer, dict) and answer.get("success") is False:
+        raise SamplerError(
+            f"POST {server.url}{path}: the server keeps its prefix cache, which belongs to older weights. Fix: stop other requests to it, "
+            "or vllm serve --no-enable-prefix-caching."
+        )
 
 
 def _shut_down(engine: Any, server: ServerClient | None) -> None:
     """Shut a weight transfer engine down on both sides. A server that is gone already has left the group by that."""
     if server is not None:
         try:
-            server.post("/shutdown_weight_transfer_engine", {}, repeatable=False, retry_seconds=0.0)
+            path = "/shutdown_weight_transfer_engine"
+            server.post(path, {}, repeatable=False, retry_seconds=0.0, timeout=SHUTDOWN_SECONDS)
         except SamplerError as error:
             logger.warning("The server did not shut its weight transfer engine down: %s", error)
     if hasattr(engine, "shutdown"):
@@ -226,10 +261,10 @@ def _run_on_all(act: Callable[[], object]) -> None:
     except SamplerError as error:
         failure = error
     if _distributed():
-        messages = [None if failure is None else str(failure)]
-        torch.distributed.broadcast_object_list(messages, src=0)
-        if failure is None and messages[0] is not None:
-            failure = SamplerError(f"process 0: {messages[0]}")
+        failures = [failure]
+        torch.distributed.broadcast_object_list(failures, src=0)
+        if failure is None and failures[0] is not None:
+            failure = type(failures[0])(f"process 0: {failures[0]}")
     if failure is not None:
         raise failure
 

@@ -143,13 +143,13 @@ class CompletionRunner:
         """Draw completions under the current weights: if the sampler has lost them in any process, all send them again and draw again."""
         trainer = self.trainer
         for _ in range(ATTEMPTS):
-            self._send_weights()
             drawn, lost = [], None
-            with trainer.metrics.timed("step_time/generate"), trainer.model_forward.unsharded(trainer.model_wrapped):
-                try:
+            try:
+                self._send_weights()
+                with trainer.metrics.timed("step_time/generate"), trainer.model_forward.unsharded(trainer.model_wrapped):
                     drawn = trainer.sampler.generate(prompts, params) if prompts else []
-                except WeightsLostError as error:
-                    lost = error
+            except WeightsLostError as error:  # of `update_weights` in all processes, of `generate` in some
+                lost = error
             losses = [message for message in gather_object([None if lost is None else str(lost)]) if message]
             if not losses:
                 return drawn

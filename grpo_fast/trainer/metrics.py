@@ -65,10 +65,14 @@ class MetricAccumulator:
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Add the seconds spent inside the context. On a GPU this is the time to launch the work, because nothing is synchronised."""
+        """Add the seconds spent inside the context, also if it raises. On a GPU this is the time to launch the work, because nothing is
+        synchronised.
+        """
         started = time.perf_counter()
-        yield
-        self.add_seconds(name, time.perf_counter() - started)
+        try:
+            yield
+        finally:
+            self.add_seconds(name, time.perf_counter() - started)
 
     def total_seconds(self, name: str) -> float:
         """The seconds of this name so far, in this process."""
