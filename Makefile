@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 CPP = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test sweep bench check format wheel sanitize clean
+.PHONY: demo test sweep real-parts bench check format wheel sanitize clean
 
 demo:  ## a small language model learns by GRPO (make demo ARGS="--temperature 0.6")
 	@PYTHON="$(PYTHON)" tools/bootstrap.sh demo
@@ -15,6 +15,9 @@ test: check  ## checks of the sources, then the tests (make test ARGS="-k advant
 sweep:  ## the tests that take many minutes: all random cases in the interpreter, long runs, processes killed at random
 	@PYTHON="$(PYTHON)" tools/bootstrap.sh test
 	@$(BIN)/python -m pytest -n auto --maxprocesses 4 -m sweep $(ARGS)
+
+real-parts:  ## a real vLLM server and model for tests/test_vllm_real.py (make sweep), 4 GB in ~/.cache/grpo_fast
+	@$(PYTHON) tools/real_parts.py
 
 bench:  ## regressions with pytest-benchmark, then the comparison with other implementations, into runs/bench
 	@PYTHON="$(PYTHON)" tools/bootstrap.sh test
