@@ -108,7 +108,7 @@ def prepare(args: Sequence[str], config_class: type[GRPOConfig]) -> PreparedTrai
     tokenizer = load_tokenizer(options)
 
     def load_rows(name: str, split: str, generated: Task | None) -> Dataset:
-        return prompt_rows(name, split, generated, options, tokenizer, runner, chat=chat)
+        return prompt_rows(name, split, generated, options, tokenizer, runner, chat=config.chat, chat_template_kwargs=chat)
 
     rows, evaluation = load_rows(options.dataset, options.dataset_split, task), None
     if options.eval_dataset is not None:

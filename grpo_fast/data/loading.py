@@ -7,7 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from grpo_fast.data.chats import sends_as_chat
 from grpo_fast.data.tasks import Task, arithmetic_task, reasoning_gym_task, sorting_task
+from grpo_fast.data.tasks.common import as_dataset, as_users_own
 from grpo_fast.rewards import Reward, RewardRunner, load_reward
 from grpo_fast.rewards.loading import parse_call
 from grpo_fast.utils.errors import SettingsError
@@ -85,12 +87,12 @@ def shape_prompts(rows: Dataset, *, column: str | None = None, template: str | N
             template.format(**rows[0])
         except (AttributeError, KeyError, IndexError, ValueError) as error:
             raise SettingsError(f"prompt_template is {template!r}; expected columns in braces ({error}). There are: {columns}.") from error
-        rows = rows.map(lambda row: {"prompt": template.format(**row)})
+        rows = as_users_own(rows.map(lambda row: {"prompt": template.format(**row)}))
     elif column is not None and column != "prompt":
         if column not in rows.column_names:
             raise SettingsError(f"prompt_column is {column!r}; expected one of {columns}.")
         rows = rows.remove_columns("prompt") if "prompt" in rows.column_names else rows
-        rows = rows.rename_column(column, "prompt")
+        rows = as_users_own(rows.rename_column(column, "prompt"))
     if "prompt" not in rows.column_names:
         raise SettingsError(
             f"the dataset has no column 'prompt', but {columns}. Fix: prompt_column: NAME, or prompt_template: '... {{NAME}}'."
@@ -122,7 +124,8 @@ def prompt_rows(
     tokenizer: PreTrainedTokenizerBase,
     runner: RewardRunner,
     *,
-    chat: Mapping[str, Any] | None = None,
+    chat: str | bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     limit: int | None = None,
 ) -> Dataset:
     """Load the rows of a dataset or a task, give them their prompts, and check that the rewards find their columns.
@@ -134,22 +137,28 @@ def prompt_rows(
         options: how the prompts are made, and their maximum length.
         tokenizer: of the model.
         runner: the rewards.
-        chat: keyword arguments of ``apply_chat_template``.
+        chat: whether texts become chats, see `sends_as_chat`.
+        chat_template_kwargs: keyword arguments of ``apply_chat_template``.
         limit: maximum number of rows.
 
     Raises:
         SettingsError, ValueError, TypeError: names the setting, what it was, what was expected and the fix.
     """
-    from datasets import Dataset
-
     from grpo_fast.data.prompts import load_prompts, read_rows
 
     rows = task.rows if task is not None else read_rows(name, split=split, config=options.dataset_config)
-    rows = Dataset.from_list(rows) if isinstance(rows, list) else rows
+    rows = as_dataset(rows) if isinstance(rows, list) else rows
     rows = shape_prompts(rows, column=options.prompt_column, template=options.prompt_template, system=options.system_prompt)
     runner.check_columns([column for column in rows.column_names if column != "prompt"])
-    length = options.max_prompt_length
-    return load_prompts(rows, tokenizer, max_prompt_length=length, chat_template_kwargs=chat, limit=limit).rows
+    as_chat = sends_as_chat(chat, rows, tokenizer, name, tell=False)
+    return load_prompts(
+        rows,
+        tokenizer,
+        max_prompt_length=options.max_prompt_length,
+        chat_template_kwargs=chat_template_kwargs,
+        as_chat=as_chat,
+        limit=limit,
+    ).rows
 
 
 def load_tokenizer(options: DataOptions) -> PreTrainedTokenizerBase:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from grpo_fast.data.tasks.common import TaskRows
 from grpo_fast.rewards.common import TRAINER_ARGUMENTS
 from grpo_fast.utils.install_hints import install
 
@@ -55,6 +56,7 @@ def load_prompts(
     split: str = "train",
     limit: int | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    as_chat: bool = False,
 ) -> Prompts:
     """Load the prompts of a dataset for a trainer.
 
@@ -70,6 +72,7 @@ def load_prompts(
         split: of a name, a file, or a dataset with splits.
         limit: maximum number of rows, taken from the beginning.
         chat_template_kwargs: keyword arguments of ``apply_chat_template``, for example ``{"enable_thinking": False}``.
+        as_chat: count the tokens of a text as those of a chat; see `encode_prompt`.
 
     Raises:
         ValueError, TypeError: names the row or column, what it was, what was expected and the fix.
@@ -91,7 +94,7 @@ def load_prompts(
 
     lengths = []
     for position, prompt in enumerate(_column(rows, "prompt")):
-        ids = encode_prompt(prompt, tokenizer, chat_template_kwargs)
+        ids = encode_prompt(prompt, tokenizer, chat_template_kwargs, as_chat=as_chat)
         if not ids:
             raise ValueError(f"load_prompts: the prompt of row {position} has no tokens; expected a question. Fix: leave the row out.")
         lengths.append(len(ids))
@@ -103,7 +106,7 @@ def load_prompts(
         )
     dropped = len(lengths) - len(kept)
     if dropped:
-        rows = [rows[i] for i in kept] if isinstance(rows, list) else rows.select(kept)
+        rows = type(rows)(rows[i] for i in kept) if isinstance(rows, list) else rows.select(kept)
         logger.warning("%d of %d prompts are longer than %d tokens and left out.", dropped, len(lengths), max_prompt_length)
     return Prompts(rows, conversational, len(lengths), dropped, max(lengths[i] for i in kept))
 
@@ -172,15 +175,20 @@ def check_evaluation(dataset: Any, strategy: str) -> None:
         check_rows(dataset, "eval_dataset")
 
 
-def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, Any] | None = None) -> list[int]:
+def encode_prompt(
+    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, Any] | None = None, *, as_chat: bool = False
+) -> list[int]:
     """The token ids of a prompt, which a completion continues.
 
     A text gets the tokenizer's special tokens. Chat messages get those of the chat template only; otherwise a prompt could begin with two
-    begin-of-sequence tokens. If the last message is the assistant's, it is continued; otherwise the assistant's turn is opened.
+    begin-of-sequence tokens. If the last message is the assistant's, it is continued; otherwise the assistant's turn is opened. With
+    ``as_chat`` a text is a chat of one message of the user.
 
     Raises:
-        ValueError: the prompt is a list of messages, and the tokenizer has no chat template.
+        ValueError: the prompt is a list of messages, or to be one, and the tokenizer has no chat template.
     """
+    if isinstance(prompt, str) and as_chat:
+        prompt = [{"role": "user", "content": prompt}]
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
     if getattr(tokenizer, "chat_template", None) is None:
@@ -236,7 +244,7 @@ def read_rows(name: str | Path, *, split: str = "train", config: str | None = No
 
 def _rows(data: Any, split: str) -> Rows:
     if isinstance(data, (list, tuple)):
-        return list(data)
+        return data[:] if isinstance(data, TaskRows) else list(data)
     data = _split_of(read_rows(data, split=split) if isinstance(data, (str, Path)) else data, split)
     if not all(hasattr(data, name) for name in ("column_names", "select", "rename_columns", "__len__")):
         raise TypeError(

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 
 import grpo_fast as gf
+from grpo_fast.data.chats import sends_as_chat
 from grpo_fast.data.prompts import encode_prompt
 from grpo_fast.generation import Completion, SamplingParams, make_sampler
 from grpo_fast.models.forward import ModelForward
@@ -87,7 +88,8 @@ class TemperatureSampler:
         self.sampler.update_weights(model, 0)
         self.end_tokens = end_tokens_of(model, tokenizer)
         self.rows: list[Row] = [dict(row) for row in study.rows]
-        self.encoded = [encode_prompt(row["prompt"], tokenizer, chat) for row in self.rows]
+        as_chat = sends_as_chat(config.chat, study.rows, tokenizer, str(study.options.dataset))
+        self.encoded = [encode_prompt(row["prompt"], tokenizer, chat, as_chat=as_chat) for row in self.rows]
         self.columns = [name for name in self.rows[0] if name not in ("prompt", "completion", "completion_ids")]
 
     def generate(self, temperature: float, on_calls: OnCalls) -> TemperatureSamples:

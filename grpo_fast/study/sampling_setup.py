@@ -36,7 +36,7 @@ DEMO = "demo"  # name of the demonstration's model, after its warm start, and of
 CORRECTNESS_REWARDS = ("accuracy_reward", "math_reward")
 CONFIG_SETTINGS = (  # of GRPOConfig that the study reads
     *("max_completion_length", "top_p", "top_k", "min_p", "seed", "data_seed", "per_device_eval_batch_size"),
-    *("sampler", "sampler_options", "sampler_tolerance", "chat_template_kwargs"),
+    *("sampler", "sampler_options", "sampler_tolerance", "chat", "chat_template_kwargs"),
     *("reward_weights", "scale_rewards", "multi_objective_aggregation", "reward_timeout", "reward_on_error", "reward_isolation"),
     *("model_init_kwargs", "trust_remote_code", "use_cpu", "bf16", "fp16", "fused_head", "packing"),
 )
@@ -148,7 +148,17 @@ def prepare_sampling(args: Sequence[str]) -> SamplingStudy:
     assert options.dataset is not None
     chat = config.chat_template_kwargs
     assert not isinstance(chat, str)  # GRPOConfig parses JSON
-    rows = prompt_rows(options.dataset, options.dataset_split, task, options, tokenizer, runner, chat=chat, limit=options.prompts)
+    rows = prompt_rows(
+        options.dataset,
+        options.dataset_split,
+        task,
+        options,
+        tokenizer,
+        runner,
+        chat=config.chat,
+        chat_template_kwargs=chat,
+        limit=options.prompts,
+    )
     if len(rows) < options.prompts and "prompts" in given:
         warn(f"prompts is {options.prompts}, and only {len(rows)} rows can be used.")
     new = {

@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from grpo_fast.data.chats import sends_as_chat
 from grpo_fast.data.prompts import encode_prompt
 from grpo_fast.generation import Completion, SamplerError, SamplingParams, WeightsLostError
 from grpo_fast.models.unwrap import end_tokens_of, is_sharded
@@ -42,6 +43,13 @@ class CompletionRunner:
     def __init__(self, trainer: GRPOTrainer) -> None:
         self.trainer = trainer
         self._weights_step = -1
+        self._described: set[str] = set()  # datasets of which the log says how their prompts are sent
+
+    def sends_as_chat(self, dataset: object, name: str) -> bool:
+        """Whether the prompts of this dataset that are texts are sent as chats; the log says it once for each name."""
+        trainer, tell = self.trainer, name not in self._described
+        self._described.add(name)
+        return sends_as_chat(trainer.args.chat, dataset, trainer.processing_class, name, tell=tell and trainer.accelerator.is_main_process)
 
     def forget_weights(self) -> None:
         """Send the weights to the sampler before the next completions, even if it has them already."""
@@ -52,6 +60,7 @@ class CompletionRunner:
         rows: Sequence[Row],
         temperatures: Sequence[float],
         *seed_parts: object,
+        as_chat: bool = False,
         top_p: float = 1.0,
         top_k: int = 0,
         min_p: float = 0.0,
@@ -63,13 +72,14 @@ class CompletionRunner:
             temperatures: one per row.
             seed_parts: numbers that identify these completions within the run; the random numbers depend on them, on the run's seed and
                 on the process.
+            as_chat: send prompts that are texts as chats, see `sends_as_chat`.
             top_p, top_k, min_p: truncation of the sampler's distribution.
 
         Raises:
             ValueError: the sampler returned another number of completions.
         """
         trainer, tokenizer = self.trainer, self.trainer.processing_class
-        prompts = self._encode(rows)
+        prompts = self._encode(rows, as_chat)
         # A sharded model needs every process in each forward pass: a process without rows draws a completion that is discarded.
         unused = int(not rows and is_sharded(trainer.model_wrapped))
         if unused:
@@ -165,11 +175,11 @@ class CompletionRunner:
                 trainer.sampler.update_weights(trainer.model_wrapped, trainer.state.global_step)
             self._weights_step = trainer.state.global_step
 
-    def _encode(self, rows: Sequence[Row]) -> list[list[int]]:
+    def _encode(self, rows: Sequence[Row], as_chat: bool) -> list[list[int]]:
         """Return the token ids of the rows' prompts; a row that occurs several times is encoded once."""
         distinct = {id(row): row["prompt"] for row in rows}
         tokenizer, options = self.trainer.processing_class, self.trainer.args.chat_template_kwargs
-        encoded = {key: encode_prompt(prompt, tokenizer, options) for key, prompt in distinct.items()}
+        encoded = {key: encode_prompt(prompt, tokenizer, options, as_chat=as_chat) for key, prompt in distinct.items()}
         return [encoded[id(row)] for row in rows]
 
     @torch.no_grad()

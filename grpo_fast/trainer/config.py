@@ -38,7 +38,9 @@ class GRPOConfig(TrainingArguments):
             two.
         num_iterations: passes over each rollout (mu).
         shuffle_dataset: use a new order of the prompts in each epoch.
-        chat_template_kwargs: arguments of ``apply_chat_template``, for prompts that are lists of messages.
+        chat: whether prompts that are texts are sent as chats, in the tokenizer's chat template: ``"true"`` (or True), ``"false"``, or
+            ``"auto"``: those of grpo_fast.tasks are, if there is a template. Rewards get texts in any case.
+        chat_template_kwargs: arguments of ``apply_chat_template``.
         dynamic_sampling_attempts: how often groups whose rewards are all equal, and so have no gradient, are drawn again with other prompts
             (DAPO, arXiv:2503.14476). 0 = never.
 
@@ -132,6 +134,7 @@ class GRPOConfig(TrainingArguments):
     generation_batch_size: int | None = None
     num_iterations: int = 1
     shuffle_dataset: bool = True
+    chat: str = "auto"
     chat_template_kwargs: dict[str, Any] | str | None = None
     dynamic_sampling_attempts: int = 0
 
@@ -197,6 +200,7 @@ class GRPOConfig(TrainingArguments):
         super().__post_init__()
         checks.check_sampler(self)
         self.packing = checks.parse_bool(self.packing)  # type: ignore[assignment]  # a str for the command line, see parse_bool
+        self.chat = checks.parse_bool(self.chat)  # type: ignore[assignment]
         scale = checks.parse_bool(self.scale_rewards)
         self.scale_rewards = ("group" if scale else "none") if isinstance(scale, bool) else scale
         checks.check_batches(self)

@@ -8,6 +8,7 @@ import numbers
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
+from grpo_fast.data.chats import CHAT
 from grpo_fast.generation import check_options
 from grpo_fast.utils.redaction import redact
 
@@ -95,7 +96,7 @@ TYPES: dict[str, tuple[Callable[[object], bool], str]] = {  # annotation -> (whe
     "list[float]": (_are_finite, "a list of finite numbers"),
     "dict[str, Any] | str": (_is_mapping, "a dictionary, or JSON for one"),
 }
-_WIDER_THAN_ANNOTATED = ("packing", "scale_rewards", "temperature_schedule")  # the command line needs the narrower annotation
+_WIDER_THAN_ANNOTATED = ("packing", "chat", "scale_rewards", "temperature_schedule")  # the command line needs the narrower annotation
 
 
 # Values ------------------------------------------------------------------------------------------------------------------------
@@ -231,6 +232,7 @@ def check_importance_weights(config: GRPOConfig, corrects: bool) -> None:
 def check_training(config: GRPOConfig) -> None:
     """Check the settings of the forward passes, the reference policy, the processes and the logs."""
     _one_of("packing", config.packing, ("auto", True, False))
+    _one_of("chat", config.chat, CHAT)
     _one_of("metrics_on", config.metrics_on, ("active", "all"))
     if config.num_completions_to_print is not None:
         _check_count("num_completions_to_print", config.num_completions_to_print, 1)

@@ -47,9 +47,10 @@ def evaluate_dataset(trainer: GRPOTrainer, dataset: RowDataset, prefix: str) -> 
         Means over the rounds, the standard errors of the rewards, the temperature and the seconds.
     """
     started = time.perf_counter()
+    as_chat = trainer.completions.sends_as_chat(dataset, f"{prefix}_dataset")
     step_metrics, trainer.metrics = trainer.metrics, MetricAccumulator()  # keep the seconds of an evaluation out of the step's metrics
     try:
-        rounds = [_evaluate_round(trainer, dataset, number) for number in range(trainer.args.eval_rounds)]
+        rounds = [_evaluate_round(trainer, dataset, number, as_chat) for number in range(trainer.args.eval_rounds)]
     finally:
         trainer.metrics = step_metrics
     metrics = summarize_rounds(rounds, prefix)
@@ -58,7 +59,7 @@ def evaluate_dataset(trainer: GRPOTrainer, dataset: RowDataset, prefix: str) -> 
     return metrics
 
 
-def _evaluate_round(trainer: GRPOTrainer, dataset: RowDataset, number: int) -> dict[str, float]:
+def _evaluate_round(trainer: GRPOTrainer, dataset: RowDataset, number: int, as_chat: bool) -> dict[str, float]:
     args, process = trainer.args, trainer.accelerator.process_index
     share = -(-len(dataset) // trainer.accelerator.num_processes)  # rows per process; the last row pads the last process's share
     indices = [min(i, len(dataset) - 1) for i in range(process * share, (process + 1) * share)]
@@ -66,7 +67,9 @@ def _evaluate_round(trainer: GRPOTrainer, dataset: RowDataset, number: int) -> d
     for start in range(0, share, args.per_device_eval_batch_size):
         rows = [dataset[i] for i in indices[start : start + args.per_device_eval_batch_size]]
         temperatures = [args.eval_temperature] * len(rows)
-        completions = trainer.completions.generate_completions(rows, temperatures, "evaluation", number, start, top_p=args.eval_top_p)
+        completions = trainer.completions.generate_completions(
+            rows, temperatures, "evaluation", number, start, as_chat=as_chat, top_p=args.eval_top_p
+        )
         rewards = trainer.completions.score(rows, completions, temperatures).tolist()
         for values, (_, completion, _, _) in zip(rewards, completions, strict=True):
             ids = completion.token_ids

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from accelerate.utils import gather_object
@@ -52,6 +52,7 @@ class RolloutGenerator:
         corrects = trainer.args.vllm_importance_sampling_correction
         # TransformersSampler runs the trainer's model, so by default its distribution needs no correction.
         self.corrects_sampler = not isinstance(trainer.sampler, TransformersSampler) if corrects is None else corrects
+        self.as_chat = completions.sends_as_chat(prompts.dataset, "train_dataset")
         check_importance_weights(trainer.args, self.corrects_sampler)  # the settings do not know of a sampler that the caller made
 
     def generate(self, number: int) -> Rollout:
@@ -102,8 +103,8 @@ class RolloutGenerator:
             wanted = set(pending)
             indices = [i for i in local if i // group_size in wanted]
             drawn_rows, at = [rows[i // group_size] for i in indices], [temperatures[i] for i in indices]
-            truncation = {"top_p": args.top_p, "min_p": args.min_p or 0.0}
-            drawn = self.completions.generate_completions(drawn_rows, at, "rollout", number, attempt, top_k=args.top_k, **truncation)
+            truncation: dict[str, Any] = {"top_p": args.top_p, "top_k": args.top_k, "min_p": args.min_p or 0.0}
+            drawn = self.completions.generate_completions(drawn_rows, at, "rollout", number, attempt, as_chat=self.as_chat, **truncation)
             scores = self.completions.score(drawn_rows, drawn, at)
             for i, completion, score in zip(indices, drawn, scores, strict=True):
                 completions[i], rewards[position[i]] = completion, score

@@ -31,7 +31,7 @@ USUAL = {  # what --help shows of each class; --help-all shows everything
             "epsilon",
             "epsilon_high",
         ),
-        *("scale_rewards", "reward_weights", "sampler", "sampler_options", "log_completions"),
+        *("chat", "scale_rewards", "reward_weights", "sampler", "sampler_options", "log_completions"),
     ),
     "Training": (
         *("output_dir", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from grpo_fast.data.tasks.common import INSTRUCTION, Task, check_instruction
+from grpo_fast.data.tasks.common import INSTRUCTION, Task, TaskRows, check_instruction
 from grpo_fast.rewards.accuracy import accuracy_reward
 from grpo_fast.rewards.common import check_range
 
@@ -29,7 +29,7 @@ def arithmetic_task(size: int = 1000, *, seed: int = 0, terms: int = 2, digits: 
         check_range("arithmetic_task", name, value, low)
     check_instruction("arithmetic_task", instruction)
     rng = random.Random(seed)
-    rows = []
+    rows = TaskRows()
     for _ in range(size):
         text = str(total := rng.randrange(10**digits))
         for _ in range(terms - 1):

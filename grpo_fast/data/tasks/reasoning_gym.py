@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo_fast.data.tasks.common import INSTRUCTION, Task, check_instruction
+from grpo_fast.data.tasks.common import INSTRUCTION, Task, TaskRows, as_dataset, check_instruction
 from grpo_fast.rewards.accuracy import canonical_answer, extract_answer
 from grpo_fast.rewards.common import Completion, check_range, check_same_length, text_of
 from grpo_fast.rewards.pool import CallResult, WorkerPool
@@ -144,19 +144,18 @@ def reasoning_gym_task(
             )
         warn(f"reasoning_gym_task: {name}'s {problem}; answers are compared with the stored one instead.")
         reward = ReasoningGymReward(name, settings, exact=True, floor=floor)
-    rows = [
+    rows = TaskRows(
         {
             "prompt": instruction.replace("{question}", entry["question"]),
             "answer": None if entry["answer"] is None else str(entry["answer"]),
             "entry": _as_json(entry),
         }
         for entry in entries
-    ]
+    )
     try:
-        from datasets import Dataset
+        return Task(as_dataset(rows), reward)
     except ImportError:
         return Task(rows, reward)
-    return Task(Dataset.from_list(rows), reward)
 
 
 def _scoring_problem(reward: ReasoningGymReward, entries: Sequence[dict[str, Any]]) -> str | None:

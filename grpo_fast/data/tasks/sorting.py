@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING
 
-from grpo_fast.data.tasks.common import Task, check_instruction
+from grpo_fast.data.tasks.common import Task, TaskRows, check_instruction
 from grpo_fast.rewards.accuracy import accuracy_reward
 from grpo_fast.rewards.common import check_range
 from grpo_fast.utils.install_hints import require_packages
@@ -43,7 +43,7 @@ def sorting_task(size: int = 1000, *, seed: int = 0, digits: int = 4, instructio
     check_instruction("sorting_task", instruction)
     rng = random.Random(seed)
     rows = [question("".join(rng.choices("0123456789", k=digits))) for _ in range(size)]
-    return Task([{**row, "prompt": instruction.replace("{question}", row["prompt"])} for row in rows], accuracy_reward)
+    return Task(TaskRows({**row, "prompt": instruction.replace("{question}", row["prompt"])} for row in rows), accuracy_reward)
 
 
 def question(digits: str) -> dict[str, str]:
