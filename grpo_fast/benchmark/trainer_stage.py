@@ -129,6 +129,7 @@ class EagerForward(ModelForward):
         num_items: float | Tensor | None = None,
         loss_scale: float = 1.0,
         metrics_on: str = "all",
+        router_scale: float = 1.0,
     ) -> gf.GRPOOutput:
         packed = self.pack(model, batch)
         advantages, mask = packed.per_token(batch.advantages), packed.per_token(batch.loss_mask)

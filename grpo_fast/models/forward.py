@@ -7,7 +7,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -21,7 +21,11 @@ from grpo_fast.loss.config import LossConfig
 from grpo_fast.models.batch import ForwardBatch, ModelInputs
 from grpo_fast.models.lm_head import HeadArguments, HiddenStates, head_of, hidden_states_of
 from grpo_fast.models.packing import FLASH, Layout, PackedBatch, attention_of, pack, packing_leak, takes_positions
+from grpo_fast.models.router import RouterLoss
 from grpo_fast.models.unwrap import eval_mode, inner_model, is_fsdp2, is_sharded
+
+if TYPE_CHECKING:
+    from transformers.utils import ModelOutput
 
 __all__ = ["ModelForward"]
 
@@ -39,6 +43,7 @@ class ModelForward:
         pad_token_id: fills the rest of the rows.
         packing: put several sequences into one row: True, False, or ``"auto"``: if the model runs flash attention.
         fused_head: compute from hidden states where the model's head allows it; False: from logits.
+        router_loss: the auxiliary loss of a mixture of experts, which `loss` adds; None = none.
     """
 
     def __init__(
@@ -48,10 +53,12 @@ class ModelForward:
         *,
         packing: bool | Literal["auto"] = "auto",
         fused_head: bool = True,
+        router_loss: RouterLoss | None = None,
     ) -> None:
         self.accelerator, self.pad_token_id, self.packing = accelerator, pad_token_id, packing
         self._layout: Layout | None = None  # decided with the first batch
         self._use_fused_head = fused_head
+        self.router_loss = router_loss
 
     def loss(
         self,
@@ -62,8 +69,12 @@ class ModelForward:
         num_items: float | Tensor | None = None,
         loss_scale: float = 1.0,
         metrics_on: str = "active",
+        router_scale: float = 1.0,
     ) -> GRPOOutput:
-        """Compute the differentiable loss of the batch; arguments and result are those of grpo_loss, with N tokens."""
+        """Compute the differentiable loss of the batch; arguments and result are those of grpo_loss, with N tokens.
+
+        With a ``router_loss``, coefficient * ``router_scale`` * auxiliary loss is added to the loss, and the metrics have ``aux_loss``.
+        """
         packed = self.pack(model, batch)
         advantages = packed.per_token(batch.advantages)
         options: dict[str, Any] = {
@@ -78,12 +89,18 @@ class ModelForward:
             "loss_scale": loss_scale,
             "metrics_on": metrics_on,
         }
-        return self._score(
+        out, output = self._score(
             model,
             packed,
             lambda hidden, head: linear_grpo_loss(hidden, **head, token_ids=packed.token_ids, advantages=advantages, **options),
             lambda logits: grpo_loss(logits, packed.token_ids, advantages, **options),
+            router_logits=self.router_loss is not None,
         )
+        if self.router_loss is None:
+            return out
+        aux_loss = self.router_loss.of(output, packed)
+        total = out.loss + self.router_loss.coef * router_scale * aux_loss.to(out.loss.device)
+        return out._replace(loss=total, metrics={**out.metrics, "aux_loss": aux_loss.detach()})
 
     @torch.no_grad()
     def logprobs(self, model: nn.Module, batch: ForwardBatch, *, batch_size: int) -> TokenLogprobs:
@@ -151,19 +168,29 @@ class ModelForward:
             packed,
             lambda hidden, head: linear_token_logprobs(hidden, **head, token_ids=packed.token_ids, temperature=per_token),
             lambda logits: token_logprobs(logits, packed.token_ids, temperature=per_token),
-        )
+        )[0]
 
     def _score(
-        self, model: nn.Module, packed: PackedBatch, from_hidden: Callable[[Tensor, HeadArguments], T], from_logits: Callable[[Tensor], T]
-    ) -> T:
-        """Run the model, and call one of the two functions on the hidden states or on the logits of the scored tokens."""
+        self,
+        model: nn.Module,
+        packed: PackedBatch,
+        from_hidden: Callable[[Tensor, HeadArguments], T],
+        from_logits: Callable[[Tensor], T],
+        *,
+        router_logits: bool = False,
+    ) -> tuple[T, ModelOutput]:
+        """Run the model, and call one of the two functions on the hidden states or on the logits of the scored tokens. Return its result,
+        and the model's output, with router logits if they are wanted."""
         with self.accelerator.autocast():
             inputs, scored_at = _scored_positions(model, packed)
+            if router_logits:
+                inputs = {**inputs, "output_router_logits": True}
             found = self._hidden_states(model, inputs)
             if found is None:
-                return from_logits(self.logits(model, packed))
+                output = model(**inputs)
+                return from_logits(output.logits.flatten(0, 1)[scored_at]), output
             hidden = found.hidden.flatten(0, 1)[scored_at]
-            return from_hidden(hidden, found.head.arguments(hidden))
+            return from_hidden(hidden, found.head.arguments(hidden)), found.output
 
     def _hidden_states(self, model: nn.Module, inputs: ModelInputs) -> HiddenStates | None:
         """Run the model up to its head. Return None, with one warning per ModelForward, if the fused head does not support its head."""

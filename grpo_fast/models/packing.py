@@ -34,6 +34,7 @@ class PackedBatch:
     scored_at: Tensor  # int64 [N]: in the flattened [R * L], the position whose output scores the token
     cu_seqlens: Tensor  # int32 [S + 1]: where sequences begin in N
     lengths: Tensor  # int64 [S], on the CPU: tokens of each completion
+    router_mask: Tensor  # bool [R, L], on the CPU: prompts and completions in the loss, for the load balance of routers
 
     def per_token(self, x: Tensor) -> Tensor:  # [S] -> [N]
         """Repeat each sequence's value, given on the CPU, for each of its tokens."""
@@ -54,12 +55,15 @@ def pack(batch: ForwardBatch, *, layout: Layout, pad_token_id: int, device: torc
     height = 1 + max((row for row, _ in places), default=0)
     input_ids = torch.full((height, width), pad_token_id)
     position_ids = torch.arange(width).repeat(height, 1)
+    router_mask = torch.zeros(height, width, dtype=torch.bool)
     filled = [0] * height
     scored_at = []
-    for sequence, prompt, (row, start) in zip(sequences, batch.prompt_ids, places, strict=True):
+    in_loss = batch.loss_mask.tolist()
+    for sequence, prompt, counts, (row, start) in zip(sequences, batch.prompt_ids, in_loss, places, strict=True):
         end = start + len(sequence)
         input_ids[row, start:end] = torch.tensor(sequence)
         position_ids[row, start:end] = torch.arange(len(sequence))
+        router_mask[row, start : end if counts else start + len(prompt)] = True
         filled[row] = max(filled[row], end)
         first = row * width + start + len(prompt) - 1  # the prompt's last token scores the completion's first
         scored_at.append(torch.arange(first, first + len(sequence) - len(prompt)))
@@ -79,6 +83,7 @@ def pack(batch: ForwardBatch, *, layout: Layout, pad_token_id: int, device: torc
         torch.cat(scored_at).to(device),
         torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]).int().to(device),
         lengths,
+        router_mask,
     )
 
 

@@ -29,6 +29,8 @@ class GRPOConfig(TrainingArguments):
             lose most of the updates of a usual learning rate (``bf16`` computes in bfloat16 and keeps the weights in float32).
         trust_remote_code: run the code that comes with a model given by name.
         disable_dropout: set dropout to 0, so that the policy that is trained is the one that sampled.
+        router_aux_loss_coef: weight of the load-balancing loss of a mixture of experts (``aux_loss`` in the log), which is added to the
+            loss; None = that of the model's config. With it, all sequences are run through the model. 0 = none.
 
         num_generations: completions per prompt: the group whose rewards an advantage compares.
         max_completion_length: length limit of a completion, in tokens.
@@ -127,6 +129,7 @@ class GRPOConfig(TrainingArguments):
     model_init_kwargs: dict[str, Any] | str | None = None
     trust_remote_code: bool = False
     disable_dropout: bool = True
+    router_aux_loss_coef: float | None = None
 
     num_generations: int = 8
     max_completion_length: int = 512

@@ -234,6 +234,9 @@ def check_training(config: GRPOConfig) -> None:
     _one_of("packing", config.packing, ("auto", True, False))
     _one_of("chat", config.chat, CHAT)
     _one_of("metrics_on", config.metrics_on, ("active", "all"))
+    if config.router_aux_loss_coef is not None and not 0 <= config.router_aux_loss_coef < math.inf:
+        expected = "a finite number of at least 0, or None for that of the model's config"
+        raise bad_setting("router_aux_loss_coef", config.router_aux_loss_coef, expected)
     if config.num_completions_to_print is not None:
         _check_count("num_completions_to_print", config.num_completions_to_print, 1)
     if config.use_liger_kernel:

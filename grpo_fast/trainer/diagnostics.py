@@ -104,6 +104,8 @@ def measure_loss(metrics: MetricAccumulator, out: gf.GRPOOutput, batch: MicroBat
     for metric, name in _LOSS_METRICS.items():
         if metric != "kl" or "ref" in computed.tokens:
             metrics.add_mean(name, out.metrics[metric], num_computed)
+    if "aux_loss" in out.metrics:
+        metrics.add_mean("aux_loss", out.metrics["aux_loss"])
     metrics.add_max("ratio/max", out.metrics["ratio_max"])
     metrics.add_sum("active_fraction", out.metrics["active_fraction"] * computed.num_loss_tokens(), batch.rows.num_loss_tokens())
     if batch.on_policy and "sampler" in computed.tokens:

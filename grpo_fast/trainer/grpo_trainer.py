@@ -27,8 +27,8 @@ from grpo_fast.data.prompts import check_evaluation
 from grpo_fast.generation import Sampler, make_sampler
 from grpo_fast.models.forward import ModelForward
 from grpo_fast.models.loading import load_policy
+from grpo_fast.models.router import make_router_loss
 from grpo_fast.models.unwrap import inner_model
-from grpo_fast.rewards import RewardRunner, SoftOverlongPunishment
 from grpo_fast.rewards.common import Reward
 from grpo_fast.trainer.callbacks import add_default_callbacks
 from grpo_fast.trainer.checkpoints import AtomicCheckpointTrainer
@@ -40,6 +40,7 @@ from grpo_fast.trainer.metrics import MetricAccumulator, Throughput
 from grpo_fast.trainer.prompt_source import PromptSource, RowDataset
 from grpo_fast.trainer.reference_policy import ReferencePolicy
 from grpo_fast.trainer.resume import Resumed, load_run, save_run
+from grpo_fast.trainer.reward_setup import make_reward_runner
 from grpo_fast.trainer.rollout import MicroBatch, Rollout
 from grpo_fast.trainer.rollout_generator import RolloutGenerator
 from grpo_fast.trainer.sampler_check import SamplerCheck
@@ -101,7 +102,7 @@ class GRPOTrainer(AtomicCheckpointTrainer):
         sampler: Sampler | None = None,
     ) -> None:
         args = GRPOConfig() if args is None else args
-        self.rewards = _reward_runner(reward_funcs, args)
+        self.rewards = make_reward_runner(reward_funcs, args)
         prompts: PromptSource | None = None
         if train_dataset is not None:
             prompts = PromptSource(train_dataset, args.prompts_per_rollout, seed=args.prompt_seed, shuffle=args.shuffle_dataset)
@@ -128,7 +129,8 @@ class GRPOTrainer(AtomicCheckpointTrainer):
             optimizers=optimizers,
         )
         self.model_accepts_loss_kwargs = True  # compute_loss normalises over the whole step; Trainer must not divide by the micro-batches
-        self.model_forward = ModelForward(self.accelerator, tokenizer.pad_token_id, **args.forward_options())
+        router_loss = make_router_loss(loaded, args.router_aux_loss_coef)
+        self.model_forward = ModelForward(self.accelerator, tokenizer.pad_token_id, **args.forward_options(), router_loss=router_loss)
         self.sampler = make_sampler(args.sampler if sampler is None else sampler, self.model, tokenizer, **args.sampler_arguments)
         self._owns_sampler = sampler is None
         self.completions = CompletionRunner(self)
@@ -227,14 +229,21 @@ class GRPOTrainer(AtomicCheckpointTrainer):
         multiplied by the number of processes: any split of the step gives the same loss and gradient.
         """
         scale, num_items = float(self.accelerator.num_processes), None
-        rows = inputs.rows.select(self.rows_with_gradient(inputs.rows))
+        # The load balance of routers is that of all rows.
+        rows = inputs.rows if self.model_forward.router_loss else inputs.rows.select(self.rows_with_gradient(inputs.rows))
         if self.loss_config.resolved_aggregation == "global_token_mean":
             num_items = max(inputs.step_tokens, 1)
         else:
             scale *= len(rows) / inputs.step_sequences
         with self.metrics.timed("step_time/loss"):
             out = self.model_forward.loss(
-                model, rows, config=self.loss_config, num_items=num_items, loss_scale=scale, metrics_on=self.metrics_on
+                model,
+                rows,
+                config=self.loss_config,
+                num_items=num_items,
+                loss_scale=scale,
+                metrics_on=self.metrics_on,
+                router_scale=1 / self.args.gradient_accumulation_steps,
             )
         self._losses.append((out._replace(loss=out.loss.detach()), inputs._replace(rows=rows)))
         measure_loss(self.metrics, out, inputs, rows, truncated=self.args.truncates)
@@ -364,15 +373,3 @@ class _TrainerHooks(TrainerCallback):
 
     def on_step_end(self, *args: object, **kwargs: object) -> None:
         self.trainer.finish_step()
-
-
-def _reward_runner(reward_funcs: str | Reward | Sequence[str | Reward], args: GRPOConfig) -> RewardRunner:
-    """The rewards with their settings, and DAPO's soft overlong punishment (arXiv:2503.14476) if the settings ask for it."""
-    rewards = [reward_funcs] if isinstance(reward_funcs, str) or not isinstance(reward_funcs, Sequence) else list(reward_funcs)
-    weights = None if args.reward_weights is None else list(args.reward_weights)
-    if args.soft_punish_cache is not None:
-        rewards.append(SoftOverlongPunishment(args.max_completion_length, args.soft_punish_cache))
-        weights = None if weights is None else [*weights, 1.0]
-    return RewardRunner(
-        rewards, weights=weights, timeout=args.reward_timeout, on_error=args.reward_on_error, isolation=args.reward_isolation
-    )
