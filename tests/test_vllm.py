@@ -999,7 +999,8 @@ def test_truncation_has_weights_per_token(tmp_path: Path, cut: dict[str, Any]) -
         with pytest.raises(ValueError, match=refused):
             config(tmp_path, use_vllm=True, vllm_importance_sampling_mode=mode, **cut)
         with pytest.raises(ValueError, match=refused):
-            config(tmp_path, vllm_importance_sampling_correction=True, vllm_importance_sampling_mode=mode, **cut)
+            correction = {"vllm_importance_sampling_correction": True, "replay_support": False}
+            config(tmp_path, vllm_importance_sampling_mode=mode, **correction, **cut)
         with pytest.raises(ValueError, match=refused):  # a sampler of which the settings do not know
             trainer(tmp_path, sampler=Gapped(), vllm_importance_sampling_mode=mode, **cut)
         config(tmp_path, use_vllm=True, vllm_importance_sampling_correction=False, vllm_importance_sampling_mode=mode, **cut)

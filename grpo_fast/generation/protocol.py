@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from grpo_fast.loss.support import Support
 from grpo_fast.utils.redaction import redact_text
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class SamplingParams:
         seed: the same seed, prompts and weights give the same tokens; None = a seed from torch's global generator.
         eos_token_id: the token or tokens that end a completion.
         pad_token_id: fills shorter rows; it is never part of a completion.
+        return_support: return the sets of tokens that truncation has kept, where the sampler can (see `Completion`).
 
     Raises:
         ValueError: a value is out of range.
@@ -56,6 +58,7 @@ class SamplingParams:
     seed: int | None = None
     eos_token_id: int | list[int] = field(kw_only=True)
     pad_token_id: int = field(kw_only=True)
+    return_support: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
@@ -89,23 +92,33 @@ class Completion:
         finished: whether an end token was drawn; False if the completion was cut at the length limit.
         logprobs: log-probabilities of the tokens under the distribution they were drawn from (softmax(z/T), after truncation); None if
             the sampler does not know them, or decoded greedily.
+        support: for each token the set of tokens that truncation (top-k, top-p, min-p) had kept, on the CPU; an empty set if it had kept
+            all of them. None if it was not asked for (``SamplingParams.return_support``), or if the sampler does not know it.
+        kept_mass: for each token the probability that its set had before truncation; None if the sampler does not know it.
 
     Raises:
-        ValueError: the numbers of tokens and of log-probabilities differ.
+        ValueError: the numbers of tokens and of log-probabilities, sets or masses differ.
     """
 
     token_ids: list[int]
     finished: bool
     logprobs: list[float] | None = None
+    support: Support | None = None
+    kept_mass: list[float] | None = None
 
     def __post_init__(self) -> None:
-        if self.logprobs is not None and len(self.logprobs) != len(self.token_ids):
-            raise ValueError(f"logprobs has {len(self.logprobs)} entries; expected {len(self.token_ids)}, one for each token.")
+        for name in ("logprobs", "support", "kept_mass"):
+            values = getattr(self, name)
+            if values is not None and len(values) != len(self.token_ids):
+                raise ValueError(f"{name} has {len(values)} entries; expected {len(self.token_ids)}, one for each token.")
 
 
 @runtime_checkable
 class Sampler(Protocol):
-    """Draws completions. A sampler of your own needs these three methods and nothing else."""
+    """Draws completions. A sampler of your own needs these three methods and nothing else.
+
+    A sampler that returns the sets of truncated sampling (``Completion.support``) also has an attribute ``returns_support`` that is True.
+    """
 
     def generate(self, prompts: Sequence[list[int]], params: SamplingParams) -> list[Completion]:
         """Draw one completion per prompt, in the order of the prompts."""

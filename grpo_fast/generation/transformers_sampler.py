@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from grpo_fast.generation.kept_sets import KeptSetRecorder
 from grpo_fast.generation.protocol import Completion, SamplingParams, check_prompts, end_tokens
 from grpo_fast.models.unwrap import eval_mode, inner_model, is_sharded, whole_parameters
 
@@ -25,6 +26,7 @@ class TransformersSampler:
     - `RowSampler` draws the tokens with its own generator. The state of torch's global generator does not change, so a resumed run
       draws the same completions as an uninterrupted one.
     - The model's generation_config is not used, so that do_sample=False, a top-k of 50 or a repetition penalty in it has no effect.
+    - With truncated sampling (top-k, top-p, min-p) it returns the sets of kept tokens, if asked for.
     - The model is in eval mode while completions are drawn; afterwards every module is in its previous mode.
 
     Args:
@@ -38,6 +40,8 @@ class TransformersSampler:
         ValueError: ``batch_size`` is below 1.
         TypeError: the model has no method `generate`.
     """
+
+    returns_support = True
 
     def __init__(
         self,
@@ -117,7 +121,7 @@ class TransformersSampler:
             synced_gpus=is_sharded(self.model) and torch.distributed.is_initialized(),
         )
         drawn = sequences[:, width:]  # [B, T]
-        return _completions(drawn, row_sampler.logprobs(drawn), temperatures, params)
+        return _completions(drawn, row_sampler, temperatures, params)
 
 
 class RowSampler:
@@ -140,6 +144,7 @@ class RowSampler:
         self._temperature = torch.tensor([temperature or 1.0 for temperature in temperatures])
         self._noise_scale = torch.tensor([0.0 if greedy else 1.0 for greedy in self.greedy])
         self._logprobs: list[Tensor] = []
+        self.recorder = KeptSetRecorder() if params.return_support and params.truncates else None
 
     def __call__(self, input_ids: Tensor, logits: Tensor) -> Tensor:
         """Return perturbed scores, float32 [B, V], whose row-wise maximum is the drawn token.
@@ -152,7 +157,10 @@ class RowSampler:
         self._noise_scale = self._noise_scale.to(logits.device)
         scores = logits.float() / self._temperature[:, None]
         if self.params.truncates:
-            scores = truncate(scores, self.params)
+            whole = scores
+            scores = truncate(whole, self.params)
+            if self.recorder is not None:
+                self.recorder.record(whole, scores)
         noise = torch.empty_like(scores).exponential_(generator=self.generator)
         noise = noise.clamp_(min=torch.finfo(noise.dtype).tiny).log_().mul_(self._noise_scale[:, None])
         perturbed = scores - noise
@@ -190,15 +198,17 @@ def truncate(scores: Tensor, params: SamplingParams) -> Tensor:
     return scores
 
 
-def _completions(drawn: Tensor, logprobs: Tensor, temperatures: list[float], params: SamplingParams) -> list[Completion]:
-    ends = set(end_tokens(params))
+def _completions(drawn: Tensor, row_sampler: RowSampler, temperatures: list[float], params: SamplingParams) -> list[Completion]:
+    ends, recorder = set(end_tokens(params)), row_sampler.recorder
     completions = []
-    for ids, values, temperature in zip(drawn.tolist(), logprobs.tolist(), temperatures, strict=True):
+    for row, (ids, values, temperature) in enumerate(zip(drawn.tolist(), row_sampler.logprobs(drawn).tolist(), temperatures, strict=True)):
         end = next((position for position, token in enumerate(ids) if token in ends), None)
         length = len(ids) if end is None else end + 1
         if any(math.isnan(value) for value in values[:length]):
             raise FloatingPointError("generate: the model's logits are not finite; expected finite numbers. The weights have diverged.")
-        completions.append(Completion(ids[:length], end is not None, values[:length] if temperature > 0 else None))
+        logprobs = values[:length] if temperature > 0 else None
+        support, kept_mass = (None, None) if recorder is None or logprobs is None else recorder.of_row(row, length)
+        completions.append(Completion(ids[:length], end is not None, logprobs, support, kept_mass))
     return completions
 
 

@@ -128,7 +128,7 @@ class Support:
             raise ValueError("kept has no dimension; expected [..., V].")
         rows = kept.flatten(0, -2) if kept.dim() > 1 else kept.unsqueeze(0)
         rows = rows & ~rows.all(-1, keepdim=True)
-        return cls(rows.nonzero()[:, 1].int(), _offsets(rows.sum(-1)))
+        return cls._of(rows.nonzero()[:, 1].int(), _offsets(rows.sum(-1)))
 
     @classmethod
     def from_logits(
@@ -174,7 +174,7 @@ class Support:
     @classmethod
     def unrestricted(cls, positions: int, *, device: torch.device | str | None = None) -> Support:
         """Build it for N positions without any restriction."""
-        return cls(torch.zeros(0, dtype=torch.int32, device=device), torch.zeros(positions + 1, dtype=torch.int64, device=device))
+        return cls._of(torch.zeros(0, dtype=torch.int32, device=device), torch.zeros(positions + 1, dtype=torch.int64, device=device))
 
     @classmethod
     def concatenate(cls, parts: Sequence[Support]) -> Support:
@@ -185,7 +185,15 @@ class Support:
         """
         if not parts:
             raise ValueError("parts is empty; expected at least one Support. Fix: Support.unrestricted(0).")
-        return cls(torch.cat([x.token_ids for x in parts]), _offsets(torch.cat([x.sizes for x in parts])))
+        return cls._of(torch.cat([x.token_ids for x in parts]), _offsets(torch.cat([x.sizes for x in parts])))
+
+    @classmethod
+    def _of(cls, token_ids: Tensor, offsets: Tensor) -> Support:
+        """Build it from tensors that are known to be right, without the checks, whose sorting takes longer than a loss over small sets."""
+        support = object.__new__(cls)
+        object.__setattr__(support, "token_ids", token_ids)
+        object.__setattr__(support, "offsets", offsets)
+        return support
 
     # What it holds ----------------------------------------------------------------------------------------------------------
 
@@ -213,13 +221,13 @@ class Support:
         sizes = self.sizes[index]
         offsets = _offsets(sizes)
         first = torch.repeat_interleave(self.offsets[index] - offsets[:-1], sizes)
-        return Support(self.token_ids[first + torch.arange(first.shape[0], device=first.device)], offsets)
+        return Support._of(self.token_ids[first + torch.arange(first.shape[0], device=first.device)], offsets)
 
     def to(self, device: torch.device | str) -> Support:
         """Return it on another device; itself if it is there already."""
         if self.token_ids.device == torch.device(device):
             return self
-        return Support(self.token_ids.to(device), self.offsets.to(device))
+        return Support._of(self.token_ids.to(device), self.offsets.to(device))
 
     def dense(self, vocabulary: int) -> Tensor:
         """Return the mask of kept tokens, bool ``[N, V]``, for inspection and small tests; rows without restriction are True."""

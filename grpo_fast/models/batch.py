@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from grpo_fast.loss.support import Support
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -32,6 +34,8 @@ class ForwardBatch:
         loss_mask: bool [B]; False excludes the completion from the loss.
         tokens: float32 [N] each, those that are needed: the log-probabilities ``"sampler"`` (reported by the sampler), ``"old"``
             (policy at sampling time) and ``"ref"`` (reference policy), and ``"weights"``, which multiply the surrogate.
+        support: the kept sets of the N tokens, on the device of the model, if they were drawn with truncation (top-k, top-p, min-p); then
+            they are scored over these sets. None = over the whole vocabulary.
 
     Example:
         >>> batch = ForwardBatch([[1], [1]], [[5, 6], [7]], torch.ones(2), torch.zeros(2), torch.tensor([True, True]))
@@ -45,6 +49,7 @@ class ForwardBatch:
     advantages: Tensor
     loss_mask: Tensor
     tokens: dict[str, Tensor] = field(default_factory=dict)
+    support: Support | None = None
 
     def __len__(self) -> int:
         return len(self.completion_ids)
@@ -58,6 +63,11 @@ class ForwardBatch:
         """Return the sequences with these indices, in this order."""
         parts = {name: column.split(self.lengths) for name, column in self.tokens.items()}
         index = torch.tensor(rows, dtype=torch.long)
+        support = None
+        if self.support is not None:
+            positions = torch.arange(len(self.support)).split(self.lengths)
+            chosen = torch.cat([positions[row] for row in rows]) if rows else index
+            support = self.support.take(chosen.to(self.support.offsets.device))
         return dataclasses.replace(
             self,
             prompt_ids=[self.prompt_ids[row] for row in rows],
@@ -65,5 +75,6 @@ class ForwardBatch:
             temperature=self.temperature[index],
             advantages=self.advantages[index],
             loss_mask=self.loss_mask[index],
+            support=support,
             tokens={name: torch.cat([column[row] for row in rows]) if rows else self.tokens[name][:0] for name, column in parts.items()},
         )

@@ -84,6 +84,7 @@ class ModelForward:
             "mask": packed.per_token(batch.loss_mask),
             "rollout_weights": batch.tokens.get("weights"),
             "temperature": packed.per_token(batch.temperature),
+            "support": batch.support,
             "cu_seqlens": packed.cu_seqlens,
             "num_items": num_items,
             "loss_scale": loss_scale,
@@ -162,12 +163,12 @@ class ModelForward:
 
     def _logprobs(self, model: nn.Module, batch: ForwardBatch, temperature: Tensor) -> TokenLogprobs:
         packed = self.pack(model, batch)
-        per_token = packed.per_token(temperature)
+        options: dict[str, Any] = {"temperature": packed.per_token(temperature), "support": batch.support}
         return self._score(
             model,
             packed,
-            lambda hidden, head: linear_token_logprobs(hidden, **head, token_ids=packed.token_ids, temperature=per_token),
-            lambda logits: token_logprobs(logits, packed.token_ids, temperature=per_token),
+            lambda hidden, head: linear_token_logprobs(hidden, **head, token_ids=packed.token_ids, **options),
+            lambda logits: token_logprobs(logits, packed.token_ids, **options),
         )[0]
 
     def _score(

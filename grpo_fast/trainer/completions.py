@@ -64,6 +64,7 @@ class CompletionRunner:
         top_p: float = 1.0,
         top_k: int = 0,
         min_p: float = 0.0,
+        return_support: bool = False,
     ) -> list[GeneratedCompletion]:
         """Draw one completion per row, each at its own temperature.
 
@@ -74,6 +75,7 @@ class CompletionRunner:
                 on the process.
             as_chat: send prompts that are texts as chats, see `sends_as_chat`.
             top_p, top_k, min_p: truncation of the sampler's distribution.
+            return_support: ask for the sets of tokens that truncation keeps.
 
         Raises:
             ValueError: the sampler returned another number of completions.
@@ -90,6 +92,7 @@ class CompletionRunner:
             top_p=top_p,
             top_k=top_k,
             min_p=min_p,
+            return_support=return_support,
             seed=derived_seed(trainer.args.seed, *seed_parts, trainer.accelerator.process_index),
             eos_token_id=end_tokens_of(trainer.model, tokenizer),
             pad_token_id=tokenizer.pad_token_id,

@@ -48,11 +48,14 @@ class GRPOConfig(TrainingArguments):
 
         temperature: temperature of sampling, of the loss, of old and reference log-probabilities and of the entropy.
         temperature_schedule: how the temperature changes, see `TemperatureSchedule.from_config` (grpo_fast.temperature); None = constant.
-        top_p: sample from the smallest set of most likely tokens whose probabilities sum to at least this; 1 = all tokens. The loss is that
-            of the whole distribution; the probability of the kept tokens is logged as ``sampling/kept_mass``, and
-            ``vllm_importance_sampling_correction`` corrects for the difference.
+        top_p: sample from the smallest set of most likely tokens whose probabilities sum to at least this; 1 = all tokens.
         top_k: sample from this many most likely tokens; 0 = all tokens.
         min_p: sample from tokens that are at least this fraction as likely as the most likely one; None = all tokens.
+        replay_support: with truncated sampling (``top_p``, ``top_k``, ``min_p``), score each token over the set that it was drawn from, so
+            that the policy that is trained is the policy that sampled (arXiv:2512.02556). ``"auto"``: if the sampler returns the sets;
+            True: it must; False: never. Without the sets the loss is that of the whole distribution, and
+            ``vllm_importance_sampling_correction`` corrects for the difference. ``sampling/kept_mass`` and ``sampling/set_size`` are
+            logged.
         sampler: ``"transformers"``, ``"continuous_batching"`` or ``"vllm"``; or pass an object to the trainer.
         sampler_options: arguments of the sampler's constructor.
         use_vllm: TRL's name for ``sampler="vllm"``.
@@ -146,6 +149,7 @@ class GRPOConfig(TrainingArguments):
     top_p: float = 1.0
     top_k: int = 0
     min_p: float | None = None
+    replay_support: str = "auto"
     sampler: str = "transformers"
     sampler_options: dict[str, Any] | str | None = None
     use_vllm: bool = False
@@ -202,6 +206,7 @@ class GRPOConfig(TrainingArguments):
             self.bf16 = not self.fp16 and not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         super().__post_init__()
         checks.check_sampler(self)
+        self.replay_support = checks.parse_bool(self.replay_support)  # type: ignore[assignment]
         self.packing = checks.parse_bool(self.packing)  # type: ignore[assignment]  # a str for the command line, see parse_bool
         self.chat = checks.parse_bool(self.chat)  # type: ignore[assignment]
         scale = checks.parse_bool(self.scale_rewards)
@@ -289,6 +294,11 @@ class GRPOConfig(TrainingArguments):
     def truncates(self) -> bool:
         """Whether the sampler draws from a part of the vocabulary (top-p, top-k, min-p)."""
         return self.top_p < 1 or self.top_k > 0 or bool(self.min_p)
+
+    @property
+    def truncation(self) -> str:
+        """The settings of truncated sampling, for messages."""
+        return f"top_p = {self.top_p}, top_k = {self.top_k}, min_p = {self.min_p}"
 
     @property
     def max_truncation_gain(self) -> float:

@@ -96,7 +96,8 @@ TYPES: dict[str, tuple[Callable[[object], bool], str]] = {  # annotation -> (whe
     "list[float]": (_are_finite, "a list of finite numbers"),
     "dict[str, Any] | str": (_is_mapping, "a dictionary, or JSON for one"),
 }
-_WIDER_THAN_ANNOTATED = ("packing", "chat", "scale_rewards", "temperature_schedule")  # the command line needs the narrower annotation
+# The command line needs the narrower annotation.
+_WIDER_THAN_ANNOTATED = ("packing", "chat", "replay_support", "scale_rewards", "temperature_schedule")
 
 
 # Values ------------------------------------------------------------------------------------------------------------------------
@@ -174,6 +175,7 @@ def check_sampling(config: GRPOConfig) -> None:
         if not 0 < getattr(config, name) <= 1:
             raise bad_setting(name, getattr(config, name), "a number in (0, 1]; 1 keeps all tokens")
     _check_count("top_k", config.top_k, 0)
+    _one_of("replay_support", config.replay_support, ("auto", True, False))
     if config.min_p is not None and not 0 <= config.min_p <= 1:
         raise bad_setting("min_p", config.min_p, "a number in [0, 1], or None")
     _check_count("dynamic_sampling_attempts", config.dynamic_sampling_attempts, 0)
@@ -199,7 +201,9 @@ def check_rewards(config: GRPOConfig) -> None:
         config.vllm_importance_sampling_mode = "token_mask" if config.truncates else "sequence_mask"
     _one_of("vllm_importance_sampling_mode", config.vllm_importance_sampling_mode, IMPORTANCE_SAMPLING_MODES)
     correction = config.vllm_importance_sampling_correction
-    check_importance_weights(config, config.sampler != "transformers" if correction is None else correction)
+    setting: object = config.replay_support
+    may_replay = setting is True or (setting == "auto" and config.sampler == "transformers")
+    check_importance_weights(config, config.sampler != "transformers" if correction is None else correction, replays=may_replay)
     low, high = config.vllm_importance_sampling_clip_min, config.vllm_importance_sampling_clip_max
     if low is not None and not 0 <= low < math.inf:
         raise bad_setting("vllm_importance_sampling_clip_min", low, "a finite number of at least 0, or None: a weight is never below 0")
@@ -211,20 +215,20 @@ def check_rewards(config: GRPOConfig) -> None:
         raise bad_setting("top_entropy_quantile", config.top_entropy_quantile, "a share in (0, 1]; 1 trains on all tokens")
 
 
-def check_importance_weights(config: GRPOConfig, corrects: bool) -> None:
-    """Check that truncated sampling is not corrected by a weight per sequence.
+def check_importance_weights(config: GRPOConfig, corrects: bool, *, replays: bool) -> None:
+    """Check that truncated sampling whose sets are not replayed is not corrected by a weight per sequence.
 
     Args:
         config: the settings.
         corrects: whether the sampler's distribution is corrected.
+        replays: whether the loss is that of the sets of kept tokens, see replay_support.
     """
     mode = str(config.vllm_importance_sampling_mode)
-    if corrects and config.truncates and mode.startswith("sequence"):
-        truncation = f"top_p = {config.top_p}, top_k = {config.top_k}, min_p = {config.min_p}"
+    if corrects and config.truncates and not replays and mode.startswith("sequence"):
         expected = (
-            f"a mode per token with truncated sampling ({truncation}). Each token's weight is the probability of the kept tokens, and "
-            "their product over a sequence vanishes: 0.97 over 512 tokens is 1.7e-7, so that nothing is learned. Fix: 'token_mask', or no "
-            "truncation"
+            f"a mode per token with truncated sampling ({config.truncation}). Each token's weight is the probability of the kept tokens, "
+            "and their product over a sequence vanishes: 0.97 over 512 tokens is 1.7e-7, so that nothing is learned. Fix: 'token_mask', a "
+            "sampler whose sets are replayed (replay_support), or no truncation"
         )
         raise bad_setting("vllm_importance_sampling_mode", mode, expected)
 

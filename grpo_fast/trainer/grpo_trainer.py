@@ -246,7 +246,7 @@ class GRPOTrainer(AtomicCheckpointTrainer):
                 router_scale=1 / self.args.gradient_accumulation_steps,
             )
         self._losses.append((out._replace(loss=out.loss.detach()), inputs._replace(rows=rows)))
-        measure_loss(self.metrics, out, inputs, rows, truncated=self.args.truncates)
+        measure_loss(self.metrics, out, inputs, rows, truncated=self.args.truncates and rows.support is None)
         return (out.loss, out) if return_outputs else out.loss
 
     def _clip_grad_norm(self, model: nn.Module) -> float | Tensor | None:

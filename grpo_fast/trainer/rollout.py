@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from grpo_fast.loss.support import Support
 from grpo_fast.models.batch import ForwardBatch
 from grpo_fast.trainer.checkpoint_files import CheckpointError
 
@@ -57,6 +58,8 @@ class Rollout(ForwardBatch):
         for name, ragged in (("prompt", self.prompt_ids), ("completion", self.completion_ids)):
             table[f"{name}_ids"] = torch.tensor([token for ids in ragged for token in ids], dtype=torch.long)
             table[f"{name}_lengths"] = torch.tensor([len(ids) for ids in ragged], dtype=torch.long)
+        if self.support is not None:
+            table |= dict(zip(_SUPPORT_COLUMNS, (self.support.token_ids.cpu(), self.support.offsets.cpu()), strict=True))
         for name in ("temperature", "advantages", "loss_mask"):
             table[name] = getattr(self, name).contiguous()
         save_file(table, path)
@@ -82,7 +85,11 @@ class Rollout(ForwardBatch):
             raise CheckpointError(f"{path} cannot be read ({error}). Fix: another checkpoint.") from error
         if "counts" in table:  # the name of loss_mask in earlier checkpoints
             table["loss_mask"] = table.pop("counts")
-        problem = _problem_of(table, vocab_size)
+        try:
+            support = _take_support(table, vocab_size)
+            problem = _problem_of(table, vocab_size)
+        except ValueError as error:
+            problem = str(error)
         if problem is not None:
             raise CheckpointError(f"{path} is not a rollout: {problem}. Fix: another checkpoint.")
         ragged = {}
@@ -91,15 +98,46 @@ class Rollout(ForwardBatch):
             ragged[name] = [ids.tolist() for ids in table.pop(f"{name}_ids").split(lengths)]
         temperature, advantages, loss_mask = (table.pop(name) for name in ("temperature", "advantages", "loss_mask"))
         tokens = {name.removeprefix("tokens."): column.to(device) for name, column in table.items()}
-        return cls(ragged["prompt"], ragged["completion"], temperature, advantages, loss_mask, tokens)
+        return cls(
+            ragged["prompt"],
+            ragged["completion"],
+            temperature,
+            advantages,
+            loss_mask,
+            tokens,
+            None if support is None else support.to(device),
+        )
 
 
+_SUPPORT_COLUMNS = ("support_token_ids", "support_offsets")
 _COLUMNS = {  # of a rollout's file; those of one value per token come in addition
     **{f"{name}_{part}": torch.int64 for name in ("prompt", "completion") for part in ("ids", "lengths")},
     "temperature": torch.float32,
     "advantages": torch.float32,
     "loss_mask": torch.bool,
 }
+
+
+def _take_support(table: dict[str, Tensor], vocab_size: int | None) -> Support | None:
+    """Remove the kept sets from the columns of a rollout's file, and return them.
+
+    Raises:
+        ValueError: they are damaged.
+    """
+    columns = [table.pop(name) for name in _SUPPORT_COLUMNS if name in table]
+    if not columns:
+        return None
+    if len(columns) < len(_SUPPORT_COLUMNS):
+        raise ValueError(f"it has only one of {' and '.join(_SUPPORT_COLUMNS)}")
+    try:
+        support = Support(*columns)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+    if len(support) != len(table.get("completion_ids", ())):
+        raise ValueError(f"it has kept sets of {len(support)} tokens; expected one for each of its completions' tokens")
+    if vocab_size is not None and (support.token_ids >= vocab_size).any():
+        raise ValueError(f"its kept sets hold ids up to {int(support.token_ids.max())}; expected ids of the vocabulary")
+    return support
 
 
 def _problem_of(table: dict[str, Tensor], vocab_size: int | None) -> str | None:

@@ -21,6 +21,7 @@ from grpo_fast.trainer.completions import CompletionRunner, GeneratedCompletion
 from grpo_fast.trainer.config_checks import check_importance_weights
 from grpo_fast.trainer.diagnostics import completion_records, measure_rewards, measure_rollout
 from grpo_fast.trainer.prompt_source import PromptSource, Row
+from grpo_fast.trainer.replay import SupportReplay
 from grpo_fast.trainer.rollout import Rollout
 
 if TYPE_CHECKING:
@@ -53,7 +54,9 @@ class RolloutGenerator:
         # TransformersSampler runs the trainer's model, so by default its distribution needs no correction.
         self.corrects_sampler = not isinstance(trainer.sampler, TransformersSampler) if corrects is None else corrects
         self.as_chat = completions.sends_as_chat(prompts.dataset, "train_dataset")
-        check_importance_weights(trainer.args, self.corrects_sampler)  # the settings do not know of a sampler that the caller made
+        self.replay = SupportReplay(trainer.args, trainer.sampler)
+        # Again, since the settings do not know of a sampler that the caller made.
+        check_importance_weights(trainer.args, self.corrects_sampler, replays=self.replay.wanted)
 
     def generate(self, number: int) -> Rollout:
         """Draw and score this process's completions of a rollout, which is given by its number, counted from 0."""
@@ -68,6 +71,9 @@ class RolloutGenerator:
             groups.advantages.advantages[local].cpu(),
             torch.tensor([each.completion.finished or not args.mask_truncated_completions for each in completions]),
         )
+        drawn = [each.completion for each in completions]
+        rollout.support = self.replay.of(drawn, args.device)
+        self.replay.measure(drawn, trainer.metrics)
         sampler_logprobs = [each.completion.logprobs for each in completions if each.completion.logprobs is not None]
         if len(sampler_logprobs) == len(completions):
             values = [value for logprobs in sampler_logprobs for value in logprobs]
@@ -103,8 +109,9 @@ class RolloutGenerator:
             wanted = set(pending)
             indices = [i for i in local if i // group_size in wanted]
             drawn_rows, at = [rows[i // group_size] for i in indices], [temperatures[i] for i in indices]
-            truncation: dict[str, Any] = {"top_p": args.top_p, "top_k": args.top_k, "min_p": args.min_p or 0.0}
-            drawn = self.completions.generate_completions(drawn_rows, at, "rollout", number, attempt, as_chat=self.as_chat, **truncation)
+            options: dict[str, Any] = {"top_p": args.top_p, "top_k": args.top_k, "min_p": args.min_p or 0.0}
+            options |= {"as_chat": self.as_chat, "return_support": self.replay.wanted}
+            drawn = self.completions.generate_completions(drawn_rows, at, "rollout", number, attempt, **options)
             scores = self.completions.score(drawn_rows, drawn, at)
             for i, completion, score in zip(indices, drawn, scores, strict=True):
                 completions[i], rewards[position[i]] = completion, score

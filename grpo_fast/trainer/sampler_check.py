@@ -63,7 +63,8 @@ class SamplerCheck:
         """
         if not losses[0][1].on_policy:
             return
-        gain = self.trainer.args.max_truncation_gain
+        rollouts = self.trainer.rollouts
+        gain = self.trainer.args.max_truncation_gain if rollouts is None else rollouts.replay.max_truncation_gain
         gaps = gather_object([logprob_gap(losses, gain)])
         if not self.done and not any(gap.tokens for gap in gaps):  # no token is in the loss: compare those of groups without advantage
             gaps = gather_object([self._gap_of_all_tokens(losses[0][1], gain)])
