@@ -67,7 +67,7 @@ def main(output: Path) -> None:
     model().save_pretrained(output / "model")  # by name, and loaded in one process alone: accelerate's default
     torch.distributed.barrier()
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "true"
-    found["by name"] = losses(output, processes=2, of=str(output / "model"), sampler=Scripted(), steps_per_generation=4)
+    found["by name"] = losses(output / "by name", processes=2, of=str(output / "model"), sampler=Scripted(), steps_per_generation=4)
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     found["lora"] = losses(output / "lora", processes=2, sampler=Scripted(), peft_config=lora())
     # Their own completions, which differ from one process's: it is enough that they are those of the policy.
@@ -86,7 +86,7 @@ def main(output: Path) -> None:
         run.train()
         found[name] = [logs(run)[0]["sampling/sampling_logp_difference/max"], run.state.log_history[-2].get("eval_rounds")]
     with pytest.raises(ValueError, match="sync_ref_model is True with a sharded model"):
-        losses(output, processes=2, sampler=Scripted(), sync_ref_model=True)
+        losses(output / "synced", processes=2, sampler=Scripted(), sync_ref_model=True)
     if os.environ["RANK"] == "0":
         (output / "found.json").write_text(json.dumps(found))
 
@@ -102,6 +102,7 @@ def test_divided_between_two_processes_it_trains_as_in_one(tmp_path: Path) -> No
         assert len(found[name]) == len(expected) == 4
         for theirs, ours in zip(found[name], expected, strict=True):
             assert theirs == pytest.approx(ours, abs=1e-5), name
+    assert found["lora"][0]["kl"] < 1e-6, "the reference is the adapter that training starts from"
     assert found["whole"] == found["resumed"]
     for name in ("drawn", "drawn with lora"):
         difference, rounds = found[name]
