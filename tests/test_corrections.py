@@ -34,6 +34,13 @@ def test_rollout_weights_by_hand() -> None:
     torch.testing.assert_close(mean, torch.tensor([[10**0.5], [0.5 ** (1 / 3)]]))
 
 
+def test_both_bounds_belong_to_the_weights_that_are_kept() -> None:
+    """Weights of exactly 1 are at both bounds: IcePop keeps [low, high] (arXiv:2510.18855)."""
+    zeros, mask = torch.zeros(1, 2), torch.ones(1, 2)
+    for low, high in ((1.0, None), (None, 1.0), (1.0, 1.0)):
+        assert gf.rollout_weights(zeros, zeros, mask, mode="mask", low=low, high=high).tolist() == [[1.0, 1.0]]
+
+
 def test_packed_equals_padded() -> None:
     old, sampler, mask = torch.randn(2, 3), torch.randn(2, 3), torch.rand(2, 3) > 0.3
     cu_seqlens = torch.tensor([0, 3, 6], dtype=torch.int32)

@@ -206,6 +206,14 @@ def test_vespo_weighs_a_sequence(backend: str, dtype: torch.dtype, tolerance: fl
 
 
 @everywhere
+def test_vespos_lambda_is_at_least_1e_4(backend: str, dtype: torch.dtype, tolerance: float) -> None:
+    """W = 4: phi = exp(-3 lambda) with k = 0, which a lambda of 1e-2 would take 3 % lower."""
+    config = LossConfig(loss_type="vespo", vespo_k_pos=0.0, vespo_lambda_pos=0.0)
+    loss, _, _ = hand(backend, dtype, [[2.0, 2.0]], [2.0], config=config)
+    close(loss, -math.exp(-3e-4) * 2 * LOGP, tolerance, "loss")
+
+
+@everywhere
 @pytest.mark.parametrize(
     ("rollout_weights", "phi"),
     [
