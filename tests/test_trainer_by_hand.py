@@ -219,7 +219,7 @@ def test_an_adaptive_temperature_is_steered_once_per_rollout(tmp_path: Path) -> 
 
 def test_log_probabilities_of_the_old_policy_are_without_dropout() -> None:
     of = model(attention_dropout=0.5)
-    forward = ModelForward(SimpleNamespace(device=torch.device("cpu"), autocast=torch.no_grad), TOKENIZER.pad_token_id)  # type: ignore[arg-type]
+    forward = ModelForward(SimpleNamespace(device=torch.device("cpu"), autocast=torch.no_grad), TOKENIZER.pad_token_id)
     rows = rows_of([3, 2])
     expected = forward.logprobs(of.eval(), rows, batch_size=2)
     torch.testing.assert_close(forward.logprobs(of.train(), rows, batch_size=1), expected)
