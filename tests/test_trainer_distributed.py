@@ -33,8 +33,14 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 def settings(name: str, processes: int) -> dict[str, Any]:
+    rows = {"rows": stream} if name == "grpo" else {}
     common = {"learning_rate": 1e-3, "per_device_train_batch_size": 8 // processes, "gradient_accumulation_steps": 2, "metrics_on": "all"}
-    return {**common, **RUNS[name]}
+    return {**common, **rows, **RUNS[name]}
+
+
+def stream() -> list[dict[str, Any]]:
+    """A stream of which only the main process has the right rows."""
+    return ROWS if os.environ.get("RANK", "0") == "0" else [{**row, "prompt": "sort 0000="} for row in ROWS]
 
 
 class Known(Scripted):
@@ -98,7 +104,14 @@ def main(output: Path) -> None:
     torch.set_num_threads(1)
     found = {name: measured(output / name.replace(" ", "_"), name, 2) for name in RUNS}
     # Half the rollout is used up at step 1: each process has its part in the checkpoint.
-    midway = {"steps_per_generation": 2, "per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 1, "max_steps": 4}
+    midway: dict[str, Any] = {
+        "steps_per_generation": 2,
+        "per_device_train_batch_size": 4,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "max_steps": 4,
+        "rows": stream,
+    }
     whole = trainer(output / "whole", **midway)
     whole.train()
     resumed = trainer(output / "whole", **midway)

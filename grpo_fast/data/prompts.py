@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
+from grpo_fast.data.row_checks import Prompt, Row, Rows, check_rows, column_of, names_of
+from grpo_fast.data.streams import check_evaluation
 from grpo_fast.data.tasks.common import TaskRows
-from grpo_fast.rewards.common import TRAINER_ARGUMENTS
 from grpo_fast.utils.install_hints import install
 
 if TYPE_CHECKING:
@@ -20,14 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["Prompts", "check_evaluation", "check_rows", "encode_prompt", "load_prompts", "read_rows"]
 
 _LOADERS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".parquet": "parquet"}
-# Names that the trainer uses for arguments of rewards. (Columns "completion" and "completion_ids" are not passed to rewards, as in TRL.)
-_RESERVED = ("prompts", "completions", "extras", *TRAINER_ARGUMENTS)
-
 logger = logging.getLogger("grpo_fast")
-
-Row: TypeAlias = dict[str, Any]
-Rows: TypeAlias = "list[Row] | datasets.Dataset"
-Prompt: TypeAlias = "str | Sequence[Mapping[str, Any]]"  # a text, or chat messages
 
 
 @dataclass(frozen=True)
@@ -93,7 +87,7 @@ def load_prompts(
     conversational = check_rows(rows, "load_prompts")
 
     lengths = []
-    for position, prompt in enumerate(_column(rows, "prompt")):
+    for position, prompt in enumerate(column_of(rows, "prompt")):
         ids = encode_prompt(prompt, tokenizer, chat_template_kwargs, as_chat=as_chat)
         if not ids:
             raise ValueError(f"load_prompts: the prompt of row {position} has no tokens; expected a question. Fix: leave the row out.")
@@ -146,7 +140,7 @@ def check_rows(rows: Any, who: str) -> bool:
     if reserved:
         raise ValueError(f"{who}: the column {reserved[0]!r} has a name that rewards know for something else. Fix: rename or remove it.")
     first = None
-    for position, prompt in enumerate(_column(rows, "prompt")):
+    for position, prompt in enumerate(column_of(rows, "prompt")):
         kind = _is_conversation(prompt, position, who)
         _check_text(prompt, position, who)
         first = kind if first is None else first
@@ -273,7 +267,7 @@ def _datasets(what: str) -> ModuleType:
 def _renamed(rows: Rows, rename: dict[str, str]) -> Rows:
     if not rename:
         return rows
-    names = _names(rows, "load_prompts")
+    names = names_of(rows, "load_prompts")
     for old, new in rename.items():
         if old not in names:
             raise ValueError(f"load_prompts: rename has {old!r}, which is no column; the columns are: {', '.join(names)}.")
@@ -282,51 +276,3 @@ def _renamed(rows: Rows, rename: dict[str, str]) -> Rows:
     if isinstance(rows, list):
         return [{rename.get(name, name): value for name, value in row.items()} for row in rows]
     return rows.rename_columns(rename)
-
-
-def _names(rows: Rows, who: str) -> list[str]:
-    if not isinstance(rows, list):
-        return list(rows.column_names)
-    for position, row in enumerate(rows):
-        if not isinstance(row, Mapping):
-            raise TypeError(f"{who}: row {position} is a {type(row).__name__}; expected a dictionary with a 'prompt'.")
-        if row.keys() != rows[0].keys():
-            raise ValueError(
-                f"{who}: row {position} has the columns {', '.join(row)}, and row 0 {', '.join(rows[0])}; expected the same in every row."
-            )
-    return list(rows[0]) if rows else []
-
-
-def _column(rows: Rows, name: str) -> Iterable[Any]:
-    return (row[name] for row in rows) if isinstance(rows, list) else rows[name]
-
-
-def _is_conversation(prompt: Any, position: int, who: str) -> bool:
-    if isinstance(prompt, str):
-        return False
-    if isinstance(prompt, (list, tuple)) and prompt and all(isinstance(m, Mapping) and "role" in m and "content" in m for m in prompt):
-        return True
-    text = repr(prompt)
-    raise ValueError(
-        f"{who}: the prompt of row {position} is {text if len(text) <= 60 else text[:57] + '...'}; expected a text, or a list of "
-        "messages {'role': ..., 'content': ...}."
-    )
-
-
-def _check_text(prompt: Prompt, position: int, who: str) -> None:
-    texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
-    if not any(texts):
-        raise ValueError(f"{who}: the prompt of row {position} has no tokens: it is empty; expected a question. Fix: leave the row out.")
-    for text in texts:
-        try:
-            if isinstance(text, str) and not text.isascii():
-                text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"{who}: the prompt of row {position} has {text[error.start]!r} at character {error.start}, half of a surrogate "
-                "pair, which tokenizers do not take. Fix: read the data in its encoding, or text.encode('utf-8', 'replace').decode()."
-            ) from None
-
-
-def _describe_kind(conversation: bool) -> str:
-    return "a list of messages" if conversation else "a text"

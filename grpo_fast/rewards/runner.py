@@ -167,23 +167,24 @@ class RewardRunner:
         """Whether a reward function has a parameter of this name."""
         return any(name in Signature.of(reward).names for reward in self.reward_funcs)
 
-    def check_columns(self, columns: Collection[str]) -> None:
+    def check_columns(self, columns: Collection[str], where: str = "the data set") -> None:
         """Check before training that every function finds its required arguments: columns of the dataset, or arguments of the trainer.
 
         Args:
             columns: the dataset's columns other than ``prompt``.
+            where: the dataset, for the message.
 
         Raises:
             ValueError: names the function, the missing arguments, and the columns.
         """
         for i in range(len(self.names)):
-            self._check_given(i, {*_BATCH_COLUMNS, *TRAINER_ARGUMENTS, *columns}, columns)
+            self._check_given(i, {*_BATCH_COLUMNS, *TRAINER_ARGUMENTS, *columns}, columns, where)
 
-    def _check_given(self, i: int, given: Collection[str], columns: Collection[str]) -> None:
+    def _check_given(self, i: int, given: Collection[str], columns: Collection[str], where: str = "the data set") -> None:
         missing = [name for name in self._signatures[i].required if name not in given]
         if missing:
             raise ValueError(
-                f"RewardRunner: reward {self.names[i]!r} needs {', '.join(map(repr, missing))}, neither a column of the data set nor "
+                f"RewardRunner: reward {self.names[i]!r} needs {', '.join(map(repr, missing))}, neither a column of {where} nor "
                 f"known to the trainer; the columns are: {', '.join(columns) or 'none'}. Fix: rename the column, or give the parameter a "
                 "default."
             )

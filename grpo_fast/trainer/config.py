@@ -40,6 +40,7 @@ class GRPOConfig(TrainingArguments):
             two.
         num_iterations: passes over each rollout (mu).
         shuffle_dataset: use a new order of the prompts in each epoch.
+        shuffle_buffer_size: of a stream (a dataset without a length): how many rows are read ahead and, with ``shuffle_dataset``, shuffled.
         chat: whether prompts that are texts are sent as chats, in the tokenizer's chat template: ``"true"`` (or True), ``"false"``, or
             ``"auto"``: those of grpo_fast.tasks are, if there is a template. Rewards get texts in any case.
         chat_template_kwargs: arguments of ``apply_chat_template``.
@@ -140,6 +141,7 @@ class GRPOConfig(TrainingArguments):
     generation_batch_size: int | None = None
     num_iterations: int = 1
     shuffle_dataset: bool = True
+    shuffle_buffer_size: int = 1000
     chat: str = "auto"
     chat_template_kwargs: dict[str, Any] | str | None = None
     dynamic_sampling_attempts: int = 0

@@ -123,7 +123,7 @@ def check_batches(config: GRPOConfig) -> None:
     """Check the sizes of batches and groups, and set whichever of ``steps_per_generation`` and ``generation_batch_size`` is None."""
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         _check_count(name, getattr(config, name), 1)
-    for name in ("num_generations", "max_completion_length", "num_iterations", "eval_rounds"):
+    for name in ("num_generations", "max_completion_length", "num_iterations", "eval_rounds", "shuffle_buffer_size"):
         _check_count(name, getattr(config, name), 1)
     if config.num_generations < 2:
         raise bad_setting("num_generations", config.num_generations, "at least 2: an advantage compares the members of a group")

@@ -11,9 +11,11 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from grpo_fast.data.streams import Stream
 from grpo_fast.trainer.diagnostics import mean_weighted_reward
 from grpo_fast.trainer.metrics import MetricAccumulator
 from grpo_fast.trainer.prompt_source import RowDataset
+from grpo_fast.trainer.prompt_stream import evaluation_rows
 from grpo_fast.utils.statistics import standard_error
 from grpo_fast.utils.text_statistics import repeated_ngrams
 
@@ -32,7 +34,7 @@ class EvaluatedCompletion(NamedTuple):
     repetition: float  # share of repeated n-grams
 
 
-def evaluate_dataset(trainer: GRPOTrainer, dataset: RowDataset, prefix: str) -> dict[str, float]:
+def evaluate_dataset(trainer: GRPOTrainer, dataset: RowDataset | Stream, prefix: str) -> dict[str, float]:
     """Evaluate a dataset in ``eval_rounds`` rounds of one completion per prompt.
 
     Every process must call it. The random numbers depend on the run's seed and on the round only, so that evaluations of one run differ by
@@ -40,17 +42,18 @@ def evaluate_dataset(trainer: GRPOTrainer, dataset: RowDataset, prefix: str) -> 
 
     Args:
         trainer: whose model, sampler, rewards and settings are used.
-        dataset: rows with a ``prompt``.
+        dataset: rows with a ``prompt``; a stream is read to its end.
         prefix: of the metrics' names, such as "eval".
 
     Returns:
         Means over the rounds, the standard errors of the rewards, the temperature and the seconds.
     """
     started = time.perf_counter()
-    as_chat = trainer.completions.sends_as_chat(dataset, f"{prefix}_dataset")
+    rows = evaluation_rows(dataset)
+    as_chat = trainer.completions.sends_as_chat(rows, f"{prefix}_dataset")
     step_metrics, trainer.metrics = trainer.metrics, MetricAccumulator()  # keep the seconds of an evaluation out of the step's metrics
     try:
-        rounds = [_evaluate_round(trainer, dataset, number, as_chat) for number in range(trainer.args.eval_rounds)]
+        rounds = [_evaluate_round(trainer, rows, number, as_chat) for number in range(trainer.args.eval_rounds)]
     finally:
         trainer.metrics = step_metrics
     metrics = summarize_rounds(rounds, prefix)

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 import grpo_fast as gf
-from grpo_fast.data.prompts import check_evaluation
+from grpo_fast.data.streams import Stream, check_evaluation
 from grpo_fast.generation import Sampler, make_sampler
 from grpo_fast.models.forward import ModelForward
 from grpo_fast.models.loading import load_policy
@@ -37,7 +37,8 @@ from grpo_fast.trainer.config import GRPOConfig
 from grpo_fast.trainer.diagnostics import describe_nonfinite, full_norm, gradient_norm, measure_loss
 from grpo_fast.trainer.evaluation import evaluate_dataset
 from grpo_fast.trainer.metrics import MetricAccumulator, Throughput
-from grpo_fast.trainer.prompt_source import PromptSource, RowDataset
+from grpo_fast.trainer.prompt_source import RowDataset
+from grpo_fast.trainer.prompt_stream import PromptStream, make_prompts
 from grpo_fast.trainer.reference_policy import ReferencePolicy
 from grpo_fast.trainer.resume import Resumed, load_run, save_run
 from grpo_fast.trainer.reward_setup import make_reward_runner
@@ -66,7 +67,8 @@ class GRPOTrainer(AtomicCheckpointTrainer):
         reward_funcs: one or several functions ``reward(prompts, completions, completion_ids, **columns) -> list[float | None]``, or names
             of rewards of grpo_fast.rewards.
         args: settings; None = ``GRPOConfig()``.
-        train_dataset: rows with a ``prompt``, a string or a list of chat messages; the rewards read the other columns.
+        train_dataset: rows with a ``prompt``, a string or a list of chat messages; the rewards read the other columns. Or a stream of such
+            rows: a ``datasets.IterableDataset``, or a function without arguments that returns an iterator.
         eval_dataset: likewise, or a dictionary of several such datasets.
         processing_class: the tokenizer; None = the model's own, found by the model's name.
         callbacks, optimizers: as in transformers' ``Trainer``.
@@ -91,8 +93,8 @@ class GRPOTrainer(AtomicCheckpointTrainer):
         model: str | PreTrainedModel | PeftModel,
         reward_funcs: str | Reward | Sequence[str | Reward],
         args: GRPOConfig | None = None,
-        train_dataset: RowDataset | None = None,
-        eval_dataset: RowDataset | dict[str, RowDataset] | None = None,
+        train_dataset: RowDataset | Stream | None = None,
+        eval_dataset: RowDataset | Stream | dict[str, RowDataset | Stream] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Optimizer | None, LRScheduler | None] = (None, None),
@@ -103,11 +105,10 @@ class GRPOTrainer(AtomicCheckpointTrainer):
     ) -> None:
         args = GRPOConfig() if args is None else args
         self.rewards = make_reward_runner(reward_funcs, args)
-        prompts: PromptSource | None = None
-        if train_dataset is not None:
-            prompts = PromptSource(train_dataset, args.prompts_per_rollout, seed=args.prompt_seed, shuffle=args.shuffle_dataset)
-            self.rewards.check_columns(prompts.columns)
-        check_evaluation(eval_dataset, args.eval_strategy.value)
+        prompts = None if train_dataset is None else make_prompts(train_dataset, args)
+        columns = {} if prompts is None else {"train_dataset": prompts.columns}
+        for where, names in (columns | check_evaluation(eval_dataset, args.eval_strategy.value)).items():
+            self.rewards.check_columns(names, where)
         self.temperatures = args.make_temperature_schedule()
         # An adaptive temperature needs the metrics of all rows, not only of those that change the gradient.
         self.metrics_on = "all" if self.temperatures.adaptive else args.metrics_on
@@ -162,7 +163,11 @@ class GRPOTrainer(AtomicCheckpointTrainer):
         """A loader of as many empty items as there are micro-batches; `get_batch_samples` decides what a micro-batch contains."""
         if self.rollouts is None:
             raise ValueError("train_dataset is None; expected one, to train on.")
-        micro_batches = self.rollouts.prompts.rollouts_per_epoch * self.args.steps_per_generation * self.args.num_iterations
+        rollouts, args = self.rollouts.prompts.rollouts_per_epoch, self.args
+        if rollouts is None:  # of a stream: one epoch, as long as the run
+            micro_batches = args.max_steps * args.gradient_accumulation_steps
+        else:
+            micro_batches = rollouts * args.steps_per_generation * args.num_iterations
         return DataLoader(range(micro_batches), batch_size=1)  # type: ignore[arg-type]
 
     def get_batch_samples(self, epoch_iterator: Iterator[Tensor], num_batches: int, device: torch.device) -> tuple[list[MicroBatch], int]:
@@ -282,7 +287,7 @@ class GRPOTrainer(AtomicCheckpointTrainer):
 
     def evaluate(
         self,
-        eval_dataset: RowDataset | dict[str, RowDataset] | str | None = None,
+        eval_dataset: RowDataset | Stream | dict[str, RowDataset | Stream] | str | None = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
@@ -372,4 +377,7 @@ class _TrainerHooks(TrainerCallback):
         self.trainer.metrics.add_seconds("step_time/optimizer", time.perf_counter() - self.started)
 
     def on_step_end(self, *args: object, **kwargs: object) -> None:
+        rollouts, state = self.trainer.rollouts, self.trainer.state
+        if rollouts is not None and isinstance(rollouts.prompts, PromptStream):
+            state.epoch = rollouts.prompts.epoch(state.global_step / self.trainer.args.updates_per_rollout)
         self.trainer.finish_step()

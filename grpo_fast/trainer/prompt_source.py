@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 from typing import Any, Protocol
 
-from grpo_fast.data.prompts import check_rows
+from grpo_fast.data.row_checks import check_kind, check_rows
 from grpo_fast.utils.seeds import derived_seed
 
-__all__ = ["PromptSource", "RowDataset"]
+__all__ = ["PromptSource", "RowDataset", "readable_columns"]
 
 Row = dict[str, Any]  # a row of a dataset: "prompt" and the columns that rewards read
 
@@ -30,25 +30,19 @@ class PromptSource:
         shuffle: use a new order in each epoch.
 
     Raises:
-        TypeError: the dataset has no length.
+        TypeError: the dataset has no length (`PromptStream` takes such data), or is no dataset.
         ValueError: it has fewer rows than a rollout needs, or rows without a valid prompt.
     """
 
     def __init__(self, dataset: RowDataset, count: int, *, seed: int, shuffle: bool) -> None:
-        if hasattr(dataset, "iloc"):  # a DataFrame
-            check_rows(dataset, "train_dataset")
-        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-            raise TypeError(
-                f"train_dataset is a {type(dataset).__name__} without a length; expected a Dataset or a list of dictionaries. "
-                "Fix for a stream: datasets.Dataset.from_generator, or list(itertools.islice(stream, n))."
-            )
+        check_kind(dataset, "train_dataset")
         if len(dataset) < count:
             raise ValueError(
                 f"train_dataset has {len(dataset)} rows; expected at least {count}, the prompts of one rollout "
                 "(generation_batch_size / num_generations). Fix: smaller batches, or more generations per prompt."
             )
         check_rows(dataset, "train_dataset")
-        self.columns = [name for name in dataset[0] if name not in ("prompt", "completion", "completion_ids")]  # what rewards may read
+        self.columns = readable_columns(dataset[0])
         self.dataset, self.count, self.seed, self.shuffle = dataset, count, seed, shuffle
         self.rollouts_per_epoch = len(dataset) // count
         self._order: tuple[int, list[int]] = (-1, [])  # (epoch, row indices) of the last epoch that was requested
@@ -67,3 +61,8 @@ class PromptSource:
         """Random rows that replace prompts whose completions all have the same reward (dynamic sampling)."""
         rng = random.Random(derived_seed(self.seed, "others", rollout, attempt))
         return [self.dataset[rng.randrange(len(self.dataset))] for _ in range(count)]
+
+
+def readable_columns(row: Row) -> list[str]:
+    """The columns that rewards may read."""
+    return [name for name in row if name not in ("prompt", "completion", "completion_ids")]

@@ -21,6 +21,7 @@ from grpo_fast.trainer.completions import CompletionRunner, GeneratedCompletion
 from grpo_fast.trainer.config_checks import check_importance_weights
 from grpo_fast.trainer.diagnostics import completion_records, measure_rewards, measure_rollout
 from grpo_fast.trainer.prompt_source import PromptSource, Row
+from grpo_fast.trainer.prompt_stream import PromptStream
 from grpo_fast.trainer.replay import SupportReplay
 from grpo_fast.trainer.rollout import Rollout
 
@@ -48,7 +49,7 @@ class RolloutGenerator:
         completions: draws and scores completions.
     """
 
-    def __init__(self, trainer: GRPOTrainer, prompts: PromptSource, completions: CompletionRunner) -> None:
+    def __init__(self, trainer: GRPOTrainer, prompts: PromptSource | PromptStream, completions: CompletionRunner) -> None:
         self.trainer, self.prompts, self.completions = trainer, prompts, completions
         corrects = trainer.args.vllm_importance_sampling_correction
         # TransformersSampler runs the trainer's model, so by default its distribution needs no correction.
