@@ -75,6 +75,7 @@ class PromptStream:
 
     def __init__(self, dataset: Stream, count: int, *, seed: int, shuffle: bool, buffer_size: int) -> None:
         self._stream = RowStream(dataset, "train_dataset")
+        self.dataset = [self._stream.first]  # what can be looked at before training
         self.columns = readable_columns(self._stream.first)
         self.count, self.seed, self.shuffle = count, seed, shuffle
         self._per_block = max(1, buffer_size // count)  # rollouts
