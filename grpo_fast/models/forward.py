@@ -20,6 +20,7 @@ from grpo_fast.loss.api import GRPOOutput, TokenLogprobs, grpo_loss, token_logpr
 from grpo_fast.loss.config import LossConfig
 from grpo_fast.models.batch import ForwardBatch, ModelInputs
 from grpo_fast.models.lm_head import HeadArguments, HiddenStates, head_of, hidden_states_of
+from grpo_fast.models.off_policy import masked_weights
 from grpo_fast.models.packing import FLASH, Layout, PackedBatch, attention_of, pack, packing_leak, takes_positions
 from grpo_fast.models.router import RouterLoss
 from grpo_fast.models.unwrap import eval_mode, inner_model, is_fsdp2, is_sharded
@@ -43,6 +44,8 @@ class ModelForward:
         pad_token_id: fills the rest of the rows.
         packing: put several sequences into one row: True, False, or ``"auto"``: if the model runs flash attention.
         fused_head: compute from hidden states where the model's head allows it; False: from logits.
+        off_policy_mask_threshold: leave off-policy sequences with a negative advantage out of the surrogate, see
+            `off_policy_sequence_mask`; None = none.
         router_loss: the auxiliary loss of a mixture of experts, which `loss` adds; None = none.
     """
 
@@ -53,11 +56,13 @@ class ModelForward:
         *,
         packing: bool | Literal["auto"] = "auto",
         fused_head: bool = True,
+        off_policy_mask_threshold: float | None = None,
         router_loss: RouterLoss | None = None,
     ) -> None:
         self.accelerator, self.pad_token_id, self.packing = accelerator, pad_token_id, packing
         self._layout: Layout | None = None  # decided with the first batch
         self._use_fused_head = fused_head
+        self.off_policy_mask_threshold = off_policy_mask_threshold
         self.router_loss = router_loss
 
     def loss(
@@ -82,7 +87,6 @@ class ModelForward:
             "old_logprobs": batch.tokens.get("old"),
             "ref_logprobs": batch.tokens.get("ref"),
             "mask": packed.per_token(batch.loss_mask),
-            "rollout_weights": batch.tokens.get("weights"),
             "temperature": packed.per_token(batch.temperature),
             "support": batch.support,
             "cu_seqlens": packed.cu_seqlens,
@@ -90,18 +94,31 @@ class ModelForward:
             "loss_scale": loss_scale,
             "metrics_on": metrics_on,
         }
-        out, output = self._score(
-            model,
-            packed,
-            lambda hidden, head: linear_grpo_loss(hidden, **head, token_ids=packed.token_ids, advantages=advantages, **options),
-            lambda logits: grpo_loss(logits, packed.token_ids, advantages, **options),
-            router_logits=self.router_loss is not None,
-        )
-        if self.router_loss is None:
-            return out
-        aux_loss = self.router_loss.of(output, packed)
-        total = out.loss + self.router_loss.coef * router_scale * aux_loss.to(out.loss.device)
-        return out._replace(loss=total, metrics={**out.metrics, "aux_loss": aux_loss.detach()})
+        token_ids, threshold = packed.token_ids, self.off_policy_mask_threshold
+        policy: dict[str, Any] = {"temperature": options["temperature"], "support": batch.support}
+        metrics: dict[str, Tensor] = {}
+
+        def weights(logprobs: Callable[[], TokenLogprobs]) -> Tensor | None:
+            if threshold is None:
+                return batch.tokens.get("weights")
+            with torch.no_grad():  # the head's product is repeated, but not the model's forward pass
+                found, metrics["off_policy_masked"] = masked_weights(batch, packed, logprobs().logprobs, threshold)
+            return found
+
+        def from_hidden(hidden: Tensor, head: HeadArguments) -> GRPOOutput:
+            found = weights(lambda: linear_token_logprobs(hidden, **head, token_ids=token_ids, **policy))
+            return linear_grpo_loss(hidden, **head, token_ids=token_ids, advantages=advantages, rollout_weights=found, **options)
+
+        def from_logits(logits: Tensor) -> GRPOOutput:
+            found = weights(lambda: token_logprobs(logits, token_ids, **policy))
+            return grpo_loss(logits, token_ids, advantages, rollout_weights=found, **options)
+
+        out, output = self._score(model, packed, from_hidden, from_logits, router_logits=self.router_loss is not None)
+        total = out.loss
+        if self.router_loss is not None:
+            aux_loss = self.router_loss.of(output, packed)
+            total, metrics["aux_loss"] = total + self.router_loss.coef * router_scale * aux_loss.to(total.device), aux_loss.detach()
+        return out._replace(loss=total, metrics={**out.metrics, **metrics}) if metrics else out
 
     @torch.no_grad()
     def logprobs(self, model: nn.Module, batch: ForwardBatch, *, batch_size: int) -> TokenLogprobs:

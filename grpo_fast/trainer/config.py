@@ -13,11 +13,13 @@ from grpo_fast.loss.config import LossConfig
 from grpo_fast.trainer import config_checks as checks
 from grpo_fast.trainer.loss_fields import add_loss_fields, make_loss_config
 from grpo_fast.trainer.temperature import TemperatureSchedule
+from grpo_fast.trainer.trl_names import explain_wrong_settings
 from grpo_fast.utils.redaction import redact
 
 __all__ = ["GRPOConfig"]
 
 
+@explain_wrong_settings
 @dataclass
 @add_loss_fields
 class GRPOConfig(TrainingArguments):
@@ -79,6 +81,12 @@ class GRPOConfig(TrainingArguments):
         loss_type, epsilon, epsilon_high, delta, dual_clip, importance_sampling_level, kl_estimator, entropy_coef: see LossConfig, of which
             `loss_config` makes one; epsilon_high: None = epsilon. The settings of single losses (``sapo_temperature_pos``, ...) are
             copied from LossConfig.
+        use_adaptive_entropy: adapt the coefficient of the entropy bonus, which begins at ``entropy_coef``, after each step (Skywork-OR1,
+            arXiv:2505.22312): it rises while the entropy is at most ``entropy_target``, else it falls, and the bonus is off.
+        entropy_coef_min: with ``use_adaptive_entropy``, the least coefficient.
+        entropy_coef_max: with ``use_adaptive_entropy``, the largest coefficient.
+        entropy_coef_delta: with ``use_adaptive_entropy``, by how much a step changes the coefficient.
+        entropy_target: with ``use_adaptive_entropy``, nats per token, the mean over all tokens in the loss. 0.2 is Skywork-OR1's.
         scale_rewards: ``"group"``, ``"batch"`` or ``"none"`` (True and False mean the first and the last).
         reward_weights: weights of the rewards, one each; None = all 1.
         multi_objective_aggregation: ``"sum_then_normalize"``, or ``"normalize_then_sum"`` (GDPO, arXiv:2601.05242).
@@ -96,6 +104,9 @@ class GRPOConfig(TrainingArguments):
             ``"sequence_mask"``, and ``"token_mask"`` with ``top_p``, ``top_k`` or ``min_p``, which a weight per sequence cannot correct.
         vllm_importance_sampling_clip_min: lower bound of that weight; None = no bound.
         vllm_importance_sampling_clip_max: upper bound of that weight; None = no bound.
+        off_policy_mask_threshold: leave sequences with a negative advantage out of the surrogate if the mean of sampling - current
+            log-probability of their tokens is larger than this, in nats (DeepSeek-V3.2, arXiv:2512.02556, equation 9); 0.5 is usual.
+            None = off. The sampling log-probabilities are the sampler's, else those of the old policy.
         sampler_tolerance: largest mean difference of a token's log-probability between sampler and trainer, in nats, on the first step;
             a larger one stops the run. None = 0.02 in float32, 0.1 otherwise. Each later rollout is compared too.
         sampler_tolerance_patience: how many rollouts in a row may differ by more than ``sampler_tolerance`` before the run stops; the
@@ -179,6 +190,11 @@ class GRPOConfig(TrainingArguments):
     importance_sampling_level: str | None = None
     kl_estimator: str = "k3"
     entropy_coef: float = 0.0
+    use_adaptive_entropy: bool = False
+    entropy_coef_min: float = 0.0
+    entropy_coef_max: float = 1.0
+    entropy_coef_delta: float = 0.005
+    entropy_target: float = 0.2
 
     scale_rewards: str = "group"
     reward_weights: list[float] | None = None
@@ -193,6 +209,7 @@ class GRPOConfig(TrainingArguments):
     vllm_importance_sampling_mode: str | None = None
     vllm_importance_sampling_clip_min: float | None = None
     vllm_importance_sampling_clip_max: float | None = 3.0
+    off_policy_mask_threshold: float | None = None
     sampler_tolerance: float | None = None
     sampler_tolerance_patience: int = 3
 
@@ -218,6 +235,7 @@ class GRPOConfig(TrainingArguments):
         schedule = self.temperature if self.temperature_schedule is None else self.temperature_schedule
         self._schedule = TemperatureSchedule.from_config(schedule)  # type: ignore[arg-type]  # TrainingArguments has parsed JSON; warns if it goes below 0.7
         checks.check_rewards(self)
+        checks.check_entropy(self)
         checks.check_training(self)
         self.loss_config()
 
@@ -258,7 +276,7 @@ class GRPOConfig(TrainingArguments):
 
     def forward_options(self) -> dict[str, Any]:
         """The settings that `ModelForward` takes."""
-        return {"packing": self.packing, "fused_head": self.fused_head}
+        return {"packing": self.packing, "fused_head": self.fused_head, "off_policy_mask_threshold": self.off_policy_mask_threshold}
 
     def make_temperature_schedule(self) -> TemperatureSchedule:
         """A new schedule of the temperature; new because a schedule may have a state."""

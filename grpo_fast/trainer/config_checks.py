@@ -19,6 +19,7 @@ __all__ = [
     "TYPES",
     "bad_setting",
     "check_batches",
+    "check_entropy",
     "check_importance_weights",
     "check_rewards",
     "check_sampler",
@@ -211,6 +212,9 @@ def check_rewards(config: GRPOConfig) -> None:
         raise bad_setting("vllm_importance_sampling_clip_max", high, "a finite number above 0, or None for no bound")
     if low is not None and high is not None and low >= high:
         raise bad_setting("vllm_importance_sampling_clip_min", low, f"less than vllm_importance_sampling_clip_max = {high}")
+    threshold = config.off_policy_mask_threshold
+    if threshold is not None and not 0 < threshold < math.inf:
+        raise bad_setting("off_policy_mask_threshold", threshold, "a number of nats per token above 0, or None; 0.5 is usual")
     if not 0 < config.top_entropy_quantile <= 1:
         raise bad_setting("top_entropy_quantile", config.top_entropy_quantile, "a share in (0, 1]; 1 trains on all tokens")
 
@@ -231,6 +235,19 @@ def check_importance_weights(config: GRPOConfig, corrects: bool, *, replays: boo
             "sampler whose sets are replayed (replay_support), or no truncation"
         )
         raise bad_setting("vllm_importance_sampling_mode", mode, expected)
+
+
+def check_entropy(config: GRPOConfig) -> None:
+    """Check the settings of the adaptive entropy bonus."""
+    low, high = config.entropy_coef_min, config.entropy_coef_max
+    if not 0 <= low <= high < math.inf:
+        raise bad_setting("entropy_coef_min", low, f"between 0 and entropy_coef_max = {high}, which must be finite")
+    for name in ("entropy_coef_delta", "entropy_target"):
+        if not 0 < getattr(config, name) < math.inf:
+            raise bad_setting(name, getattr(config, name), "a finite number above 0")
+    if config.use_adaptive_entropy and not low <= config.entropy_coef <= high:
+        expected = f"between entropy_coef_min = {low} and entropy_coef_max = {high} with use_adaptive_entropy, which begins there"
+        raise bad_setting("entropy_coef", config.entropy_coef, expected)
 
 
 def check_training(config: GRPOConfig) -> None:

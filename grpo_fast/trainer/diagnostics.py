@@ -104,6 +104,8 @@ def measure_loss(metrics: MetricAccumulator, out: gf.GRPOOutput, batch: MicroBat
     for metric, name in _LOSS_METRICS.items():
         if metric != "kl" or "ref" in computed.tokens:
             metrics.add_mean(name, out.metrics[metric], num_computed)
+    if "off_policy_masked" in out.metrics:
+        metrics.add_mean("off_policy_masked", out.metrics["off_policy_masked"], float(len(computed)))
     if "aux_loss" in out.metrics:
         metrics.add_mean("aux_loss", out.metrics["aux_loss"])
     metrics.add_max("ratio/max", out.metrics["ratio_max"])

@@ -35,6 +35,7 @@ from grpo_fast.trainer.checkpoints import AtomicCheckpointTrainer
 from grpo_fast.trainer.completions import CompletionRunner
 from grpo_fast.trainer.config import GRPOConfig
 from grpo_fast.trainer.diagnostics import describe_nonfinite, full_norm, gradient_norm, measure_loss
+from grpo_fast.trainer.entropy_control import EntropyControl
 from grpo_fast.trainer.evaluation import evaluate_dataset
 from grpo_fast.trainer.metrics import MetricAccumulator, Throughput
 from grpo_fast.trainer.prompt_source import RowDataset
@@ -45,6 +46,7 @@ from grpo_fast.trainer.reward_setup import make_reward_runner
 from grpo_fast.trainer.rollout import MicroBatch, Rollout
 from grpo_fast.trainer.rollout_generator import RolloutGenerator
 from grpo_fast.trainer.sampler_check import SamplerCheck
+from grpo_fast.trainer.trl_names import REFUSED_ARGUMENTS, check_arguments
 from grpo_fast.utils.files import write_text
 from grpo_fast.utils.redaction import redact
 
@@ -88,6 +90,7 @@ class GRPOTrainer(AtomicCheckpointTrainer):
 
     control: TrainerControl
 
+    @check_arguments("GRPOTrainer", REFUSED_ARGUMENTS)
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel,
@@ -110,8 +113,9 @@ class GRPOTrainer(AtomicCheckpointTrainer):
         for where, names in (columns | check_evaluation(eval_dataset, args.eval_strategy.value)).items():
             self.rewards.check_columns(names, where)
         self.temperatures = args.make_temperature_schedule()
-        # An adaptive temperature needs the metrics of all rows, not only of those that change the gradient.
-        self.metrics_on = "all" if self.temperatures.adaptive else args.metrics_on
+        self.entropy_control = EntropyControl(args)
+        # What adapts to metrics needs those of all rows, not only of those that change the gradient.
+        self.metrics_on = "all" if self.temperatures.adaptive or self.entropy_control.adaptive else args.metrics_on
         self.loss_config = args.loss_config()
 
         loaded, tokenizer = load_policy(
@@ -244,7 +248,7 @@ class GRPOTrainer(AtomicCheckpointTrainer):
             out = self.model_forward.loss(
                 model,
                 rows,
-                config=self.loss_config,
+                config=self.entropy_control.loss_config(self.loss_config),
                 num_items=num_items,
                 loss_scale=scale,
                 metrics_on=self.metrics_on,
@@ -280,6 +284,7 @@ class GRPOTrainer(AtomicCheckpointTrainer):
         self.metrics.steps += 1
         if self.temperatures.adaptive and (self.state.global_step - 1) % self.args.updates_per_rollout == 0:
             self.temperatures.observe(self.metrics.read())
+        self.entropy_control.finish_step(self.metrics)
         self.metrics_to_log.merge(self.metrics)
         self.metrics = MetricAccumulator()
 

@@ -45,6 +45,7 @@ def save_run(trainer: GRPOTrainer, folder: Path) -> None:
         trainer.step_tokens if unfinished else [],
         recorded_settings(trainer.args, trainer.rewards.names),
         trainer.reference.kind,
+        trainer.entropy_control.state_dict(),
     ).save(folder)
 
 
@@ -69,6 +70,7 @@ def load_run(trainer: GRPOTrainer, folder: Path) -> Resumed:
             raise CheckpointError(
                 f"{folder} has a state of the temperature that cannot be read: {error} Fix: another checkpoint."
             ) from error
+    trainer.entropy_control.load_state_dict(state.entropy)
     trainer.step_tokens = state.step_tokens
     rollout = _rollout_file(trainer, folder)
     vocab_size = getattr(inner_model(trainer.model).get_input_embeddings(), "num_embeddings", None)
@@ -82,7 +84,7 @@ def _check_rows(trainer: GRPOTrainer, folder: Path, state: RunState) -> None:
     """Check that an unfinished rollout has the old and reference log-probabilities of all rows that the loss needs now."""
 
     def needs_all(settings: dict[str, object]) -> bool:
-        return settings.get("beta", 0) != 0 or settings.get("entropy_coef", 0) != 0
+        return settings.get("beta", 0) != 0 or settings.get("entropy_coef", 0) != 0 or bool(settings.get("use_adaptive_entropy"))
 
     now = recorded_settings(trainer.args, trainer.rewards.names)
     if state.step_tokens and state.settings and needs_all(now) and not needs_all(state.settings):

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from grpo_fast.utils.dataclass_options import Option, convert_value, parse_words, read_options, suggest
+from grpo_fast.trainer.trl_names import REFUSED_SETTINGS
+from grpo_fast.utils.dataclass_options import Option, convert_value, parse_words, read_options, unknown_option
 from grpo_fast.utils.errors import SettingsError
 from grpo_fast.utils.redaction import redacted_paths, remember_secrets
 
@@ -108,7 +109,7 @@ def parse_overrides(args: Sequence[str], config_class: type | None, options_clas
     file = args[0] if args and not args[0].startswith("-") else None
     options = read_options([options_class] if config_class is None else [options_class, config_class])
     overrides = {} if file is None else read_settings(file, options)
-    overrides |= parse_words(args if file is None else args[1:], options)
+    overrides |= parse_words(args if file is None else args[1:], options, REFUSED_SETTINGS)
     remember_secrets(overrides)
     if missing := redacted_paths(overrides):
         name = missing[0].partition(".")[0]
@@ -146,6 +147,6 @@ def read_settings(file: str, options: dict[str, Option]) -> dict[str, Any]:
     for key, value in found.items():
         name = str(key).replace("-", "_")
         if name not in options:
-            raise SettingsError(f"{file}: there is no setting {key!r}.{suggest(name, options)}")
+            raise SettingsError(f"{file}: {unknown_option(f'setting {key!r}', name, options, REFUSED_SETTINGS)}")
         settings[name] = convert_value(f"{file}: {key}", value, options[name])
     return settings

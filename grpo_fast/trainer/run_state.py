@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_fast.trainer.checkpoint_files import STATE, CheckpointError, read_object
+from grpo_fast.trainer.entropy_control import EntropyState
 from grpo_fast.trainer.temperature import ScheduleState
 from grpo_fast.utils.files import write_json
 
@@ -28,6 +29,7 @@ class RunState:
         temperature: the state of the temperature schedule.
         step_tokens: tokens of each optimizer step of an unfinished rollout; empty at the end of a rollout.
         settings: the settings of the run, see `recorded_settings`; empty if the checkpoint does not know them.
+        entropy: the state of the adaptive entropy coefficient; None without one.
         reference: which reference policy the run has, see `ReferencePolicy.kind`; empty if the checkpoint does not know it.
         version: of the format.
     """
@@ -37,6 +39,7 @@ class RunState:
     step_tokens: list[int]
     settings: dict[str, Any]
     reference: str
+    entropy: EntropyState | None = None
     version: int = VERSION
 
     def save(self, folder: Path) -> None:
@@ -50,7 +53,7 @@ class RunState:
         Raises:
             CheckpointError: a field is unknown, missing or of another type, or the file is of a later version.
         """
-        found = {"settings": {}, "reference": "", "version": 1, **read_object(folder / STATE)}
+        found = {"settings": {}, "reference": "", "entropy": None, "version": 1, **read_object(folder / STATE)}
         names = [each.name for each in fields(cls)]
         wrong = [f"unknown {name!r}" for name in found if name not in names]
         wrong += [
@@ -81,11 +84,17 @@ def _is_object(value: object) -> bool:
     return isinstance(value, dict) and all(isinstance(key, str) for key in value)
 
 
+def _is_entropy_state(value: object) -> bool:
+    numbers = isinstance(value, dict) and value.keys() == {"coef", "entropy"} and isinstance(value["coef"], (int, float))
+    return value is None or (numbers and isinstance(value["entropy"], (int, float, type(None))))  # type: ignore[index]
+
+
 _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {  # field -> (whether a value is valid, what is)
     "batches": (lambda value: _is_object(value) and all(map(_is_count, value.values())), "an object of whole numbers"),
     "temperature": (_is_object, "an object"),
     "step_tokens": (lambda value: isinstance(value, list) and all(map(_is_count, value)), "a list of whole numbers"),
     "settings": (_is_object, "an object"),
+    "entropy": (_is_entropy_state, "an object with the numbers coef and entropy, or null"),
     "reference": (lambda value: isinstance(value, str), "a text"),
     "version": (lambda value: type(value) is int and 1 <= value <= VERSION, f"a whole number from 1 to {VERSION}"),
 }

@@ -14,14 +14,14 @@ import json
 import re
 import types
 import typing
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from grpo_fast.utils.errors import SettingsError
 from grpo_fast.utils.redaction import redact
 
-__all__ = ["Option", "convert_value", "parse_words", "read_options", "suggest"]
+__all__ = ["Option", "convert_value", "parse_words", "read_options", "suggest", "unknown_option"]
 
 MAX_DEPTH = 32  # of JSON
 _BOOLEANS = {"true": True, "yes": True, "t": True, "y": True, "1": True, "false": False, "no": False, "f": False, "n": False, "0": False}
@@ -62,8 +62,13 @@ def read_options(classes: Sequence[type]) -> dict[str, Option]:
     return found
 
 
-def parse_words(words: Sequence[str], options: dict[str, Option]) -> dict[str, Any]:
+def parse_words(words: Sequence[str], options: dict[str, Option], refused: Mapping[str, str] | None = None) -> dict[str, Any]:
     """The converted values of the options that a command line gives, by name; ``--some_name`` and ``--some-name`` are the same option.
+
+    Args:
+        words: of the command line.
+        options: all options, by name.
+        refused: why options of other programs do not exist, by their names.
 
     Raises:
         SettingsError: an option does not exist, lacks its value, or has a wrong one.
@@ -81,7 +86,8 @@ def parse_words(words: Sequence[str], options: dict[str, Option]) -> dict[str, A
             raise SettingsError(
                 f"command line: {unknown[0]!r} is no option's value; expected a settings file in the first place, or options."
             )
-        raise SettingsError(f"command line: there is no {wrong.partition('=')[0]}.{suggest(wrong.lstrip('-').partition('=')[0], options)}")
+        flag = wrong.partition("=")[0]
+        raise SettingsError(f"command line: {unknown_option(flag, flag.lstrip('-'), options, refused)}")
     return {name: _from_words(value, options[name]) for name, value in vars(namespace).items()}
 
 
@@ -104,6 +110,21 @@ def convert_value(where: str, value: Any, option: Option) -> Any:
         return [_convert_one(where, each, option) for each in value]
     converted = _convert_one(where, value, option)
     return converted if option.takes_single or converted is None else [converted]
+
+
+def unknown_option(shown: str, name: str, options: Collection[str], refused: Mapping[str, str] | None = None) -> str:
+    """A message about an option that does not exist: why, if the reason is known, else names that are close to it.
+
+    Args:
+        shown: the name as it was written.
+        name: the name.
+        options: the names that exist.
+        refused: reasons, by the names of options of other programs.
+    """
+    plain = name.replace("-", "_")
+    if refused is not None and plain in refused:
+        return f"{plain} does not exist here: {refused[plain]}."
+    return f"there is no {shown}.{suggest(name, options)}"
 
 
 def suggest(name: str, known: Collection[str]) -> str:
