@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from trainer_cases import ROWS, TOKENIZER, Scripted, config, logs, model, odd_tokens, trainer
+from trainer_cases import ROWS, TOKENIZER, Scripted, config, logs, model, odd_tokens, short, trainer
 
 import grpo_fast as gf
 from grpo_fast.generation import Completion, SamplerError, SamplingParams
 from grpo_fast.generation.transformers_sampler import TransformersSampler
 from grpo_fast.models.forward import ModelForward
-from grpo_fast.trainer.completions import GeneratedCompletion
+from grpo_fast.trainer import GRPOTrainer
+from grpo_fast.trainer.completions import CompletionRunner, GeneratedCompletion
 from grpo_fast.trainer.diagnostics import completion_records, mean_weighted_reward, measure_loss, measure_rewards, measure_rollout
 from grpo_fast.trainer.evaluation import EvaluatedCompletion, summarize_round, summarize_rounds
 from grpo_fast.trainer.metrics import MetricAccumulator, Throughput
@@ -254,7 +255,9 @@ def check_with(tmp_path: Path, gap: float, *, truncation: float = 0.0, **setting
     args = config(tmp_path, sampler_tolerance_patience=2, **settings)
     rows = rows_of([2], sampler=[-1.0 + gap, NAN])
     losses = [(output_of([-1.0, 0.0], [True, False]), MicroBatch(rows, 2, 1, on_policy=True))]
-    state = SimpleNamespace(args=args, state=SimpleNamespace(global_step=0), accelerator=SimpleNamespace(is_main_process=True))
+    state = SimpleNamespace(
+        args=args, rollouts=None, state=SimpleNamespace(global_step=0), accelerator=SimpleNamespace(is_main_process=True)
+    )
     check: Any = SamplerCheck(state)  # type: ignore[arg-type]
     check._explain = lambda batch: "explained."
     check.check(losses)
@@ -279,7 +282,9 @@ def test_truncation_explains_a_higher_log_probability_of_the_sampler_only(tmp_pa
 
 def test_an_excess_stops_the_run_when_it_repeats(tmp_path: Path) -> None:
     args = config(tmp_path, sampler_tolerance_patience=2)
-    state = SimpleNamespace(args=args, state=SimpleNamespace(global_step=4), accelerator=SimpleNamespace(is_main_process=True))
+    state = SimpleNamespace(
+        args=args, rollouts=None, state=SimpleNamespace(global_step=4), accelerator=SimpleNamespace(is_main_process=True)
+    )
     check = SamplerCheck(state)  # type: ignore[arg-type]
 
     def batch(gap: float, on_policy: bool = True) -> list[Any]:
@@ -311,19 +316,99 @@ def test_rows_without_a_gradient_are_left_out_unless_something_needs_them(tmp_pa
     assert trainer(tmp_path).rows_with_gradient(rows) == [0], "every process makes a backward pass"
 
 
-def test_a_wrong_temperature_of_the_rewards_reference_is_noticed(tmp_path: Path) -> None:
+def test_weights_of_the_tokens(tmp_path: Path) -> None:
+    bounds: dict[str, Any] = {"vllm_importance_sampling_clip_min": 0.5, "vllm_importance_sampling_clip_max": 2.0}
+    run = trainer(tmp_path, top_entropy_quantile=0.5, vllm_importance_sampling_mode="token_mask", **bounds)
+    assert run.rollouts is not None
+    ratios = torch.tensor([1.0, 1.5, 0.4, 1.9, 1.9])  # the third is below the bound
+    rows = rows_of([3, 2], sampler=(-ratios.log()).tolist())
+    rows.loss_mask = torch.tensor([True, False])
+    old = gf.TokenLogprobs(torch.zeros(5), torch.tensor([2.0, 3.0, 1.0, 9.0, 9.0]))  # half of 2, 3 and 1: those of at least the median
+    weights = run.rollouts._token_weights(rows, old, corrects=True)
+    assert weights is not None and weights[:3].tolist() == pytest.approx([1.0, 1.5, 0.0])
+    found = run.metrics.read()
+    assert found["sampling/importance_sampling_ratio/mean"] == pytest.approx(2.5 / 3)
+    assert found["sampling/importance_sampling_ratio/max"] == pytest.approx(1.5)
+    highest = run.rollouts._token_weights(rows, old, corrects=False)
+    assert highest is not None and highest[:3].tolist() == [1.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, {"scale": "group"}),
+        ({"scale_rewards": "batch", "reward_weights": [1.0, 0.5]}, {"scale": "batch", "reward_weights": torch.tensor([1.0, 0.5])}),
+        ({"multi_objective_aggregation": "normalize_then_sum"}, {"normalize": "normalize_then_sum"}),
+    ],
+)
+def test_advantages_are_those_of_the_settings(tmp_path: Path, settings: dict[str, Any], expected: dict[str, Any]) -> None:
+    run = trainer(tmp_path, rewards=[odd_tokens, short], **settings)
+    assert run.rollouts is not None
+    rewards = torch.randn(16, 2, generator=torch.Generator().manual_seed(0))
+    _, found = run.rollouts._advantages(rewards)
+    torch.testing.assert_close(found.advantages, gf.group_advantages(rewards, group_size=4, **expected).advantages)
+
+
+def test_what_one_run_logs(tmp_path: Path) -> None:
+    """Two rollouts of two steps each: tokens, metrics of the sampler, and completions without special tokens."""
+    calls: list[int] = []
+
+    def reward(completion_ids: list[list[int]], ref_logprobs: Any, **columns: Any) -> list[float]:
+        calls.append(len(completion_ids))
+        seen.extend(ref_logprobs)
+        return [0.0] * len(completion_ids) if len(calls) == 1 else [float(index) for index in range(len(completion_ids))]
+
     seen: list[Any] = []
-
-    def reads(ref_logprobs: Any, completion_ids: Any, **columns: Any) -> list[float]:
-        seen.append(ref_logprobs)
-        return odd_tokens(None, None, completion_ids)
-
-    run = trainer(tmp_path, rewards=[reads], temperature=0.7, num_iterations=2, sampler=Scripted())
+    run = trainer(tmp_path, rewards=[reward], temperature=0.8, max_steps=4, num_iterations=2, dynamic_sampling_attempts=1)
     run.train()
-    assert run.rollout is not None
-    ours = [value for row in seen[0] for value in row]
-    assert ours == pytest.approx(run.rollout.tokens["old"].tolist(), abs=1e-5), "the reference of the first step is the policy"
-    assert [len(row) for row in seen[0]] == run.rollout.lengths
+    assert run.rollout is not None and calls == [16, 16, 16], "in the first rollout all groups are drawn again"
+    first, second, third, fourth = logs(run)
+    assert first["rewards/reward/mean"] == first["reward"] == 7.5, "without the completions that were dropped"
+    for log, fresh in ((first, True), (second, False), (third, True), (fourth, False)):
+        assert ("sampling/sampling_logp_difference/mean" in log) == ("completions/mean_length" in log) == fresh
+    tokens = sum(run.rollout.lengths) + sum(map(len, run.rollout.prompt_ids))
+    assert third["num_tokens"] - second["num_tokens"] == tokens and first["num_tokens"] == second["num_tokens"] > 0
+    assert first["dynamic_sampling/attempts"] == 1 and third["dynamic_sampling/attempts"] == 0
+    assert all(TOKENIZER.eos_token not in record["completion"] for record in run.last_completions)
+    assert any(TOKENIZER.eos_token_id in ids for ids in run.rollout.completion_ids)
+    assert [len(row) for row in seen[-16:]] == run.rollout.lengths
+    reference = ModelForward(run.accelerator, TOKENIZER.pad_token_id).logprobs(model(), run.rollout, batch_size=16).logprobs
+    assert [value for row in seen[-16:] for value in row] == pytest.approx(reference.tolist(), abs=1e-5), "at the run's temperature"
+
+
+def test_an_adaptive_temperature_reads_the_metrics_of_all_rows(tmp_path: Path) -> None:
+    assert trainer(tmp_path, temperature_schedule={"kind": "entropy"}).metrics_on == "all"
+    assert trainer(tmp_path).metrics_on == "active"
+
+
+class OfAnotherProcess:
+    """A trainer as it is in the second of two processes."""
+
+    def __init__(self, run: Any) -> None:
+        self._run = run
+        self.accelerator = SimpleNamespace(process_index=1, num_processes=2, scaler=None, reduce=self.reduce)
+
+    def reduce(self, value: Tensor, reduction: str) -> Tensor:
+        assert reduction == "sum"
+        return value + 0.0  # of the other process, whose loss is not finite
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._run, name)
+
+
+def test_processes_draw_with_other_random_numbers_and_stop_together(tmp_path: Path) -> None:
+    of = model()
+    of.generation_config.eos_token_id = [TOKENIZER.eos_token_id, 9]
+    sampler = Scripted()
+    run = trainer(tmp_path, of=of, sampler=sampler)
+    for each in (run, OfAnotherProcess(run)):
+        CompletionRunner(each).generate_completions(ROWS[:2], [1.0, 1.0], "rollout", 0)  # type: ignore[arg-type]
+    (_, first), (_, second) = sampler.calls
+    assert first.seed != second.seed and first.eos_token_id == [TOKENIZER.eos_token_id, 9]
+    run._losses = [(output_of([-1.0], [True]), MicroBatch(rows_of([1]), 1, 1, on_policy=True))]
+    run._grad_norm = torch.tensor(1.0)
+    with pytest.raises(FloatingPointError, match="The loss of another process is not finite at step 1, process 1"):
+        GRPOTrainer.check_step(OfAnotherProcess(run))  # type: ignore[arg-type]
 
 
 # The sampler -------------------------------------------------------------------------------------------------------------------
