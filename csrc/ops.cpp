@@ -15,6 +15,10 @@ STABLE_TORCH_LIBRARY_IMPL(grpo_fast, CPU, m) {
   m.impl("kept_logits", TORCH_BOX(&kept_logits_cpu));
   m.impl("kept_hidden_gradient", TORCH_BOX(&kept_hidden_gradient_cpu));
   m.impl("add_kept_weight_gradient_", TORCH_BOX(&add_kept_weight_gradient_cpu));
+  m.impl("product_", TORCH_BOX(&product_cpu));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(grpo_fast, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }
+STABLE_TORCH_LIBRARY_IMPL(grpo_fast, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+  m.impl("cpu_matrix_isa", TORCH_BOX(&cpu_matrix_isa));
+}

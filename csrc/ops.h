@@ -12,6 +12,7 @@ std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, 
     const std::optional<torch::stable::Tensor>& reward_weights, int64_t scale, bool leave_one_out, bool normalize_then_sum, double eps);
 
 int64_t cpu_isa();
+int64_t cpu_matrix_isa();
 
 // For the shapes and meanings of the arguments see grpo_fast/ops.
 std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor> token_logprobs_cpu(
@@ -55,3 +56,6 @@ torch::stable::Tensor kept_hidden_gradient_cpu(const torch::stable::Tensor& grad
 
 void add_kept_weight_gradient_cpu(torch::stable::Tensor into, const torch::stable::Tensor& gradient, const torch::stable::Tensor& hidden,
                                   const torch::stable::Tensor& columns);
+
+void product_cpu(torch::stable::Tensor out, const torch::stable::Tensor& a, const torch::stable::Tensor& b,
+                 const std::optional<torch::stable::Tensor>& bias, bool accumulate);

@@ -1,5 +1,7 @@
 // The CPU kernels for processors with AVX-512.
 #if defined(__x86_64__) && defined(__GNUC__)
+#define GF_VECTOR_FLOATS 16
+#define GF_MICRO_ROWS 8
 #if defined(__clang__)
 #define GF_TARGET "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"
 #else
@@ -7,13 +9,16 @@
 #endif
 // clang-format off: the order of these matters
 #include "kept_products.h"
+#include "product.h"
 #include "rows.h"
 #include "target_begin.h"
 #include "kept_products_impl.h"
+#include "product_impl.h"
 #include "rows_impl.h"
 #include "target_end.h"
 // clang-format on
 
 GF_DEFINE_KEPT_PRODUCTS(kKeptAvx512)
+GF_DEFINE_PRODUCT(kProductAvx512, &product_tile<false>)
 GF_DEFINE_ROWS(kRowsAvx512)
 #endif

@@ -1,10 +1,12 @@
 // Compiles what follows for the instruction set GF_TARGET, if it is defined. The standard headers come before: their inline functions may
 // be shared with code that runs on other processors.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 #include <type_traits>
+#include <utility>
 
 #if defined(GF_TARGET)
 #define GF_STRINGIFY(x) #x

@@ -1,0 +1,237 @@
+// See product.h. Both operands of a tile are packed, a block of k at a time, into panels that the inner loops read in order. Packing
+// converts to float32, or makes pairs of bfloat16 with neighbouring k (kPairs), takes any strides, and fills up with zeros: the edges of
+// the result go through the same loops as the rest. A "unit" is what takes four bytes of a panel: a float32 or a pair.
+//
+// GF_VECTOR_FLOATS: the number of floats in a vector; GF_MICRO_ROWS: the rows of the result that the inner loop has in registers.
+#pragma once
+#include "float_types.h"
+#include "product.h"
+
+namespace grpo_fast {
+namespace {  // internal linkage: each instruction set keeps its own copy
+
+constexpr int64_t kWidth = GF_VECTOR_FLOATS, kMicroRows = GF_MICRO_ROWS;
+constexpr int64_t kPanel = std::max(kWidth, kMicroRows);  // rows of a panel of a
+constexpr int64_t kMicroVectors = 3, kMicroColumns = kMicroVectors * kWidth;
+static_assert(kTileRows % kPanel == 0 && kTileColumns % kMicroColumns == 0 && kPanel % kMicroRows == 0, "panels divide tiles");
+
+typedef float Vector __attribute__((vector_size(kWidth * 4)));
+typedef int32_t Integers __attribute__((vector_size(kWidth * 4)));
+typedef uint32_t Words __attribute__((vector_size(kWidth * 4)));
+typedef uint16_t HalfWords __attribute__((vector_size(kWidth * 2)));
+
+template <typename V>
+GF_INLINE V read_as(const void* from) {
+  V x;
+  std::memcpy(&x, from, sizeof(x));
+  return x;
+}
+GF_INLINE void write(float* to, const Vector& x) { std::memcpy(to, &x, sizeof(x)); }
+
+GF_INLINE Words widened(const BFloat* from) { return __builtin_convertvector(read_as<HalfWords>(from), Words); }
+GF_INLINE Vector load(const float* from) { return read_as<Vector>(from); }
+GF_INLINE Vector load(const BFloat* from) { return reinterpret_cast<Vector>(widened(from) << 16); }
+GF_INLINE Vector load(const Half* from) {
+  float values[kWidth];
+#pragma omp simd
+  for (int64_t l = 0; l < kWidth; l++) values[l] = to_float(from[l]);
+  return load(values);
+}
+
+// The lower or upper halves of a and b, element by element in turn.
+template <int64_t kFrom, size_t... I>
+GF_INLINE Vector interleave(const Vector& a, const Vector& b, std::index_sequence<I...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, static_cast<int>(kFrom + I / 2 + (I % 2) * kWidth)...);
+#else
+  return __builtin_shuffle(a, b, Integers{static_cast<int32_t>(kFrom + I / 2 + (I % 2) * kWidth)...});
+#endif
+}
+
+// Interleaving row i with row i + kWidth / 2 rotates the bits of (row, lane) by one; after log2(kWidth) times row and lane have changed
+// places.
+GF_INLINE void transpose(Vector* x) {
+  constexpr auto lanes = std::make_index_sequence<static_cast<size_t>(kWidth)>();
+#pragma GCC unroll 4
+  for (int64_t step = 1; step < kWidth; step *= 2) {
+    Vector y[kWidth];
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < kWidth / 2; i++) {
+      y[2 * i] = interleave<0>(x[i], x[i + kWidth / 2], lanes);
+      y[2 * i + 1] = interleave<kWidth / 2>(x[i], x[i + kWidth / 2], lanes);
+    }
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kWidth; i++) x[i] = y[i];
+  }
+}
+
+// Loads kWidth x kWidth units of an operand, of which `outers` rows and `ks` values of k exist; the others are zeros. Returns whether x[i]
+// is a k (its lanes are rows of the operand) or a row of the operand.
+template <bool kPairs, typename T>
+GF_INLINE bool load_block(const ProductOperand& operand, int64_t outer, int64_t outers, int64_t k, int64_t ks, Vector* x) {
+  constexpr int64_t kUnit = kPairs ? 2 : 1;
+  const int64_t outer_stride = operand.outer_stride, k_stride = operand.k_stride;
+  const T* base = reinterpret_cast<const T*>(operand.data) + outer * outer_stride + k * k_stride;
+  if (k_stride == 1 && ks >= kWidth * kUnit) {
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kWidth; i++) {
+      x[i] = Vector{};
+      if (i >= outers) continue;
+      if constexpr (kPairs)
+        x[i] = read_as<Vector>(base + i * outer_stride);
+      else
+        x[i] = load(base + i * outer_stride);
+    }
+    return false;
+  }
+  if (outer_stride == 1 && outers >= kWidth) {
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kWidth; i++) {
+      x[i] = Vector{};
+      if (i * kUnit >= ks) continue;
+      if constexpr (kPairs) {
+        Words pair = widened(base + 2 * i * k_stride);
+        if (2 * i + 1 < ks) pair |= widened(base + (2 * i + 1) * k_stride) << 16;
+        x[i] = reinterpret_cast<Vector>(pair);
+      } else {
+        x[i] = load(base + i * k_stride);
+      }
+    }
+    return true;
+  }
+  T values[kWidth * kWidth * kUnit] = {};
+  for (int64_t i = 0; i < std::min(ks, kWidth * kUnit); i++)
+    for (int64_t o = 0; o < std::min(outers, kWidth); o++)
+      values[(i / kUnit * kWidth + o) * kUnit + i % kUnit] = base[o * outer_stride + i * k_stride];
+  for (int64_t i = 0; i < kWidth; i++) {
+    if constexpr (kPairs)
+      x[i] = read_as<Vector>(values + i * kWidth * 2);
+    else
+      x[i] = load(values + i * kWidth);
+  }
+  return true;
+}
+
+// Packs the rows [outer, outer + outers) of an operand, for ks values from k on, as `units` units. Panels of `panel` rows, each with the
+// rows beside one another for every unit; with kOuterMajor panels of kWidth rows, in square blocks with the units beside one another.
+template <bool kPairs, bool kOuterMajor, typename T>
+void pack_as(const ProductOperand& operand, int64_t outer, int64_t outers, int64_t k, int64_t ks, int64_t panel, int64_t units, float* to) {
+  constexpr int64_t kUnit = kPairs ? 2 : 1;
+  for (int64_t o = 0; o < round_up(outers, panel); o += kWidth) {
+    const int64_t have = std::max<int64_t>(0, outers - o);
+    float* start = kOuterMajor ? to + o * units : to + o / panel * panel * units + o % panel;
+    for (int64_t u = 0; u < units; u += kWidth) {
+      Vector x[kWidth];
+      const bool lanes_are_rows = load_block<kPairs, T>(operand, outer + o, have, k + u * kUnit, ks - u * kUnit, x);
+      if (lanes_are_rows == kOuterMajor) transpose(x);
+      if constexpr (kOuterMajor) {
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < kWidth; i++) write(start + (u + i) * kWidth, x[i]);
+      } else if (u + kWidth <= units) {
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < kWidth; i++) write(start + (u + i) * panel, x[i]);
+      } else {
+        for (int64_t i = 0; i < units - u; i++) write(start + (u + i) * panel, x[i]);
+      }
+    }
+  }
+}
+
+template <bool kPairs, bool kOuterMajor = false>
+void pack(const ProductOperand& operand, int64_t outer, int64_t outers, int64_t k, int64_t ks, int64_t panel, int64_t units, float* to) {
+  if (kPairs || operand.type == RowType::kBFloat16)
+    return pack_as<kPairs, kOuterMajor, BFloat>(operand, outer, outers, k, ks, panel, units, to);
+  if constexpr (!kPairs) {
+    if (operand.type == RowType::kFloat16) return pack_as<false, kOuterMajor, Half>(operand, outer, outers, k, ks, panel, units, to);
+    pack_as<false, kOuterMajor, float>(operand, outer, outers, k, ks, panel, units, to);
+  }
+}
+
+template <bool kPairs>
+GF_INLINE Vector multiply_add(const Vector& sum, float unit, const Vector& units) {
+#if defined(GF_DOT_PAIRS)
+  if constexpr (kPairs) return GF_DOT_PAIRS(sum, unit, units);
+#endif
+  return sum + unit * units;
+}
+
+// c[r][:] += the products of kRows rows of a panel of a with a panel of b: for every block of k its sum, made in registers, then added.
+template <bool kPairs, int64_t kRows>
+void micro_kernel(const float* a, const float* b, int64_t units, float* c, int64_t stride) {
+  constexpr int64_t kBlock = kPairs ? kSumBlock / 2 : kSumBlock;
+  for (int64_t begin = 0; begin < units; begin += kBlock) {
+    const int64_t end = std::min(units, begin + kBlock);
+    Vector sums[kRows][kMicroVectors] = {};
+    for (int64_t u = begin; u < end; u++) {
+      Vector row[kMicroVectors];
+#pragma GCC unroll 3
+      for (int64_t v = 0; v < kMicroVectors; v++) row[v] = load(b + u * kMicroColumns + v * kWidth);
+#pragma GCC unroll 8
+      for (int64_t r = 0; r < kRows; r++) {
+#pragma GCC unroll 3
+        for (int64_t v = 0; v < kMicroVectors; v++) sums[r][v] = multiply_add<kPairs>(sums[r][v], a[u * kPanel + r], row[v]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < kRows; r++) {
+#pragma GCC unroll 3
+      for (int64_t v = 0; v < kMicroVectors; v++) {
+        float* at = c + r * stride + v * kWidth;
+        write(at, load(at) + sums[r][v]);
+      }
+    }
+  }
+}
+
+// The largest power of two of the rows that are left, so that one row does not cost as much as all. A row's bits do not depend on it.
+template <bool kPairs>
+GF_INLINE int64_t some_rows(int64_t left, const float* a, const float* b, int64_t units, float* c, int64_t stride) {
+  if constexpr (kMicroRows >= 8)
+    if (left >= 8) return micro_kernel<kPairs, 8>(a, b, units, c, stride), 8;
+  if (left >= 4) return micro_kernel<kPairs, 4>(a, b, units, c, stride), 4;
+  if (left >= 2) return micro_kernel<kPairs, 2>(a, b, units, c, stride), 2;
+  return micro_kernel<kPairs, 1>(a, b, units, c, stride), 1;
+}
+
+GF_INLINE void copy_tile(int64_t rows, int64_t columns, const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t j = 0; j < columns; j++) to[r * to_stride + j] = from[r * from_stride + j];
+}
+
+template <bool kPairs>
+void product_tile(const ProductCall& call, int64_t m0, int64_t m1, int64_t n0, int64_t n1, float* buffer) {
+  constexpr int64_t kUnit = kPairs ? 2 : 1, kStep = kPackUnits / 2;  // a panel of b stays in the first-level cache
+  const int64_t rows = m1 - m0, columns = n1 - n0;
+  float edge[kMicroRows * kMicroColumns] = {};
+  for (int64_t k = 0; k < call.k; k += kStep * kUnit) {
+    const int64_t ks = std::min(call.k - k, kStep * kUnit), units = (ks + kUnit - 1) / kUnit;
+    float *a = buffer, *b = buffer + round_up(rows, kPanel) * units;
+    pack<kPairs>(call.a, m0, rows, k, ks, kPanel, units, a);
+    pack<kPairs>(call.b, n0, columns, k, ks, kMicroColumns, units, b);
+    for (int64_t j = 0; j < columns; j += kMicroColumns, b += kMicroColumns * units) {
+      const int64_t wide = std::min(kMicroColumns, columns - j);
+      for (int64_t i = 0; i < rows;) {
+        const float* panel = a + i / kPanel * kPanel * units + i % kPanel;
+        const int64_t left = std::min(kMicroRows - i % kMicroRows, rows - i);
+        float* c = call.out + (m0 + i) * call.out_stride + n0 + j;
+        if (wide == kMicroColumns) {
+          i += some_rows<kPairs>(left, panel, b, units, c, call.out_stride);
+        } else {
+          copy_tile(left, wide, c, call.out_stride, edge, kMicroColumns);
+          const int64_t done = some_rows<kPairs>(left, panel, b, units, edge, kMicroColumns);
+          copy_tile(done, wide, edge, kMicroColumns, c, call.out_stride);
+          i += done;
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace grpo_fast
+
+#define GF_DEFINE_PRODUCT(name, kernel) \
+  namespace grpo_fast {                 \
+  extern const ProductKernel name;      \
+  const ProductKernel name = kernel;    \
+  }
