@@ -15,6 +15,7 @@ from trainer_cases import TOKENIZER, Scripted, logs, model, trainer
 
 import grpo_fast as gf
 from grpo_fast.generation import SamplerError, SamplingParams
+from grpo_fast.generation.continuous_batching import ContinuousBatchingSampler
 from grpo_fast.generation.transformers_sampler import TransformersSampler
 from grpo_fast.head import kept
 from grpo_fast.loss import reference
@@ -154,11 +155,12 @@ def test_damaged_sets_are_not_loaded(tmp_path: Path, change: dict[str, Any], mes
         Rollout.load(path, torch.device("cpu"), vocab_size=50)
 
 
-def test_the_sampler_returns_the_sets_it_drew_from() -> None:
-    policy = model().eval()
+@pytest.mark.parametrize("sampler", [TransformersSampler, ContinuousBatchingSampler])
+def test_the_sampler_returns_the_sets_it_drew_from(sampler: Any) -> None:
+    policy = model(attn_implementation="sdpa").eval()
     params = SamplingParams(8, [0.7, 1.3, 0.0], top_p=0.9, seed=1, eos_token_id=TOKENIZER.eos_token_id, pad_token_id=0, return_support=True)
     prompts = [[5, 6, 7], [4], [8, 9]]
-    found = TransformersSampler(policy).generate(prompts, params)
+    found = sampler(policy).generate(prompts, params)
     assert found[2].support is None and found[2].logprobs is None  # greedy
     for prompt, temperature, each in zip(prompts[:2], params.temperatures, found, strict=False):
         assert each.support is not None and each.kept_mass is not None and len(each.support) == len(each.token_ids)
@@ -169,7 +171,7 @@ def test_the_sampler_returns_the_sets_it_drew_from() -> None:
         kept_mass = (logits / temperature).softmax(-1).masked_fill(~expected.dense(len(TOKENIZER)), 0).sum(-1)
         assert torch.allclose(torch.tensor(each.kept_mass), kept_mass, atol=1e-5)
         assert all(token in ids for token, ids in zip(each.token_ids, lists(each.support), strict=True))
-    without = TransformersSampler(policy).generate(prompts, dataclasses.replace(params, return_support=False))
+    without = sampler(policy).generate(prompts, dataclasses.replace(params, return_support=False))
     assert [each.token_ids for each in without] == [each.token_ids for each in found] and without[0].support is None
     assert all(math.isclose(a, b) for a, b in zip(without[0].logprobs or (), found[0].logprobs or (), strict=True))
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from grpo_fast.generation.kept_sets import KeptSetRecorder
 from grpo_fast.generation.protocol import Completion, SamplerError, SamplingParams, check_prompts, end_tokens
 from grpo_fast.models.unwrap import eval_mode, inner_model, is_sharded
 
@@ -44,6 +45,8 @@ class ContinuousBatchingSampler:
         SamplerError: transformers is too old.
         TypeError, ValueError: the model cannot be used.
     """
+
+    returns_support = True
 
     def __init__(
         self,
@@ -85,20 +88,29 @@ class ContinuousBatchingSampler:
         model = inner_model(self.model)
         devices = [model.device] if model.device.type == "cuda" else []
         seed = params.seed if params.seed is not None else int(torch.randint(2**63 - 1, ()).item())
+        recorder = KeptSetRecorder() if params.return_support and params.truncates else None
         state = random.getstate()
         with torch.random.fork_rng(devices), eval_mode(self.model):
             torch.manual_seed(seed)
-            outputs = self._run(model, prompts, params, seed % 2**31)
+            outputs = self._run(model, prompts, params, seed % 2**31, recorder)
         random.setstate(state)
         ends = set(end_tokens(params))
         completions = []
-        for output, temperature in zip(outputs, params.temperatures, strict=True):
+        for row, (output, temperature) in enumerate(zip(outputs, params.temperatures, strict=True)):
             ids = list(output.generated_tokens)
             logprobs = list(output.logprobs) if temperature > 0 else None
-            completions.append(Completion(ids, bool(ids) and ids[-1] in ends, logprobs))
+            support, kept_mass = (None, None) if recorder is None or logprobs is None else recorder.of_row(row, len(ids))
+            completions.append(Completion(ids, bool(ids) and ids[-1] in ends, logprobs, support, kept_mass))
         return completions
 
-    def _run(self, model: PreTrainedModel, prompts: Sequence[list[int]], params: SamplingParams, seed: int) -> list[GenerationOutput]:
+    def _run(
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[list[int]],
+        params: SamplingParams,
+        seed: int,
+        recorder: KeptSetRecorder | None,
+    ) -> list[GenerationOutput]:
         from transformers import GenerationConfig
         from transformers.generation import ContinuousBatchingConfig
 
@@ -125,8 +137,14 @@ class ContinuousBatchingSampler:
             use_async_batching=False,
             seed=seed,
         )
+        if recorder is not None:
+            batching.use_cuda_graph = False  # the sizes of the sets are read from the device at each step
         manager = model.init_continuous_batching(generation_config=config, continuous_batching_config=batching)
         try:
+            if recorder is not None:
+                from grpo_fast.generation.continuous_batching_sets import record_sets
+
+                record_sets(manager, recorder)
             # All requests are queued before the thread starts, so that the batches, and with them the tokens, do not depend on timing.
             request_ids = [
                 manager.add_request(
@@ -135,6 +153,7 @@ class ContinuousBatchingSampler:
                     max_new_tokens=params.max_new_tokens,
                     eos_token_id=end_tokens(params),
                     temperature=float(temperature) or GREEDY_TEMPERATURE,
+                    **({} if recorder is None else {"row": index}),
                 )
                 for index, (prompt, temperature) in enumerate(zip(prompts, params.temperatures, strict=True))
             ]
