@@ -10,7 +10,7 @@ from grpo_fast.utils.text_statistics import parse_sections
 
 __all__ = ["FormatReward", "TagCountReward", "format_reward", "tag_count_reward"]
 
-TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")  # what these rewards read; the trainer checks that completions have them
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class FormatReward:
     """
 
     think_opened: bool = False
+    tags = TAGS
     __name__ = "format_reward"
 
     def __call__(
@@ -56,6 +57,7 @@ class TagCountReward:
     """
 
     think_opened: bool = False
+    tags = TAGS
     __name__ = "tag_count_reward"
 
     def __call__(

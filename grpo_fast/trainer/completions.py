@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -12,11 +12,13 @@ from torch import Tensor
 
 from grpo_fast.data.chats import sends_as_chat
 from grpo_fast.data.prompts import encode_prompt
+from grpo_fast.data.row_checks import Prompt
 from grpo_fast.generation import Completion, SamplerError, SamplingParams, WeightsLostError
 from grpo_fast.models.unwrap import end_tokens_of, is_sharded
 from grpo_fast.trainer.prompt_source import Row
 from grpo_fast.trainer.reward_log import RewardLog
 from grpo_fast.trainer.rollout import Rollout
+from grpo_fast.trainer.special_tokens import decode_completions
 from grpo_fast.utils.seeds import derived_seed
 
 if TYPE_CHECKING:
@@ -50,6 +52,16 @@ class CompletionRunner:
         trainer, tell = self.trainer, name not in self._described
         self._described.add(name)
         return sends_as_chat(trainer.args.chat, dataset, trainer.processing_class, name, tell=tell and trainer.accelerator.is_main_process)
+
+    def check_first_prompts(self, datasets: Mapping[str, object]) -> None:
+        """Encode the first prompt of each dataset, so that a tokenizer without chat template is found before training.
+
+        Raises:
+            ValueError: a prompt cannot be encoded.
+        """
+        for name, dataset in datasets.items():
+            if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
+                self._encode_prompt(dataset[0]["prompt"], self.sends_as_chat(dataset, name))
 
     def forget_weights(self) -> None:
         """Send the weights to the sampler before the next completions, even if it has them already."""
@@ -109,7 +121,12 @@ class CompletionRunner:
                     f"the sampler returned a completion {what} for prompt {index}, {prompt}; expected a Completion with at least one "
                     "token, and be it the end token."
                 )
-        texts = tokenizer.batch_decode([each.token_ids for each in drawn], skip_special_tokens=True) if drawn else []
+        texts = decode_completions(
+            tokenizer,
+            [each.token_ids for each in drawn],
+            end_tokens=end_tokens_of(trainer.model, tokenizer),
+            skip_special_tokens=trainer.args.skip_special_tokens,
+        )
         return [GeneratedCompletion(ids, each, text, {}) for ids, each, text in zip(prompts, drawn, texts, strict=False)]
 
     def score(self, rows: Sequence[Row], completions: Sequence[GeneratedCompletion], temperatures: Sequence[float]) -> Tensor:
@@ -181,9 +198,21 @@ class CompletionRunner:
     def _encode(self, rows: Sequence[Row], as_chat: bool) -> list[list[int]]:
         """Return the token ids of the rows' prompts; a row that occurs several times is encoded once."""
         distinct = {id(row): row["prompt"] for row in rows}
-        tokenizer, options = self.trainer.processing_class, self.trainer.args.chat_template_kwargs
-        encoded = {key: encode_prompt(prompt, tokenizer, options, as_chat=as_chat) for key, prompt in distinct.items()}
+        encoded = {key: self._encode_prompt(prompt, as_chat) for key, prompt in distinct.items()}
         return [encoded[id(row)] for row in rows]
+
+    def _encode_prompt(self, prompt: Prompt, as_chat: bool) -> list[int]:
+        options = self.trainer.args.chat_template_kwargs
+        try:
+            ids = encode_prompt(prompt, self.trainer.processing_class, options, as_chat=as_chat)
+        except ValueError:
+            raise
+        except Exception as error:  # a chat template raises what it likes
+            what = f"the chat template or the tokenizer does not take the prompt {prompt!r:.200}"
+            raise ValueError(f"{what}: {type(error).__name__}: {error}. Fix: change or leave out the row.") from error
+        if not ids:
+            raise ValueError(f"the prompt {prompt!r:.200} has no tokens; expected a question. Fix: leave the row out.")
+        return ids
 
     @torch.no_grad()
     def _reference_logprobs(self, completions: Sequence[GeneratedCompletion], temperatures: Sequence[float]) -> list[list[float]]:

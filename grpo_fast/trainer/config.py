@@ -90,6 +90,7 @@ class GRPOConfig(TrainingArguments):
         scale_rewards: ``"group"``, ``"batch"`` or ``"none"`` (True and False mean the first and the last).
         reward_weights: weights of the rewards, one each; None = all 1.
         multi_objective_aggregation: ``"sum_then_normalize"``, or ``"normalize_then_sum"`` (GDPO, arXiv:2601.05242).
+        skip_special_tokens: remove special tokens from the texts of completions that rewards read; False keeps all but the end token.
         reward_timeout: seconds for one call of a reward, None = no limit.
         reward_on_error: what happens when a reward raises, exceeds its time limit or returns something invalid: ``"raise"`` ends the run
             with an error that names it, ``"not_applicable"`` counts as None for these completions.
@@ -199,6 +200,7 @@ class GRPOConfig(TrainingArguments):
     scale_rewards: str = "group"
     reward_weights: list[float] | None = None
     multi_objective_aggregation: str = "sum_then_normalize"
+    skip_special_tokens: bool = True
     reward_timeout: float | None = None
     reward_on_error: str = "raise"
     reward_isolation: str = "thread"

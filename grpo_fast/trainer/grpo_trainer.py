@@ -46,6 +46,7 @@ from grpo_fast.trainer.reward_setup import make_reward_runner
 from grpo_fast.trainer.rollout import MicroBatch, Rollout
 from grpo_fast.trainer.rollout_generator import RolloutGenerator
 from grpo_fast.trainer.sampler_check import SamplerCheck
+from grpo_fast.trainer.special_tokens import check_tags
 from grpo_fast.trainer.trl_names import REFUSED_ARGUMENTS, check_arguments
 from grpo_fast.utils.files import write_text
 from grpo_fast.utils.redaction import redact
@@ -121,6 +122,7 @@ class GRPOTrainer(AtomicCheckpointTrainer):
         loaded, tokenizer = load_policy(
             model, processing_class, peft_config=peft_config, quantization_config=quantization_config, **args.loading_options()
         )
+        check_tags(self.rewards, tokenizer, skip_special_tokens=args.skip_special_tokens)
         self.reference = ReferencePolicy(loaded, args, for_rewards=self.rewards.reads("ref_logprobs"))
 
         super().__init__(

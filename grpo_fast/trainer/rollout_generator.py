@@ -55,6 +55,13 @@ class RolloutGenerator:
         # TransformersSampler runs the trainer's model, so by default its distribution needs no correction.
         self.corrects_sampler = not isinstance(trainer.sampler, TransformersSampler) if corrects is None else corrects
         self.as_chat = completions.sends_as_chat(prompts.dataset, "train_dataset")
+        evaluated = trainer.eval_dataset
+        parts = (
+            {f"eval_{name}_dataset": part for name, part in evaluated.items()}
+            if isinstance(evaluated, dict)
+            else {"eval_dataset": evaluated}
+        )
+        completions.check_first_prompts({"train_dataset": prompts.dataset, **parts})
         self.replay = SupportReplay(trainer.args, trainer.sampler)
         # Again, since the settings do not know of a sampler that the caller made.
         check_importance_weights(trainer.args, self.corrects_sampler, replays=self.replay.wanted)
