@@ -25,7 +25,7 @@ from grpo_fast.trainer.metrics import MetricAccumulator, Throughput
 from grpo_fast.trainer.prompt_source import PromptSource
 from grpo_fast.trainer.reference_policy import ReferencePolicy
 from grpo_fast.trainer.rollout import MicroBatch, Rollout
-from grpo_fast.trainer.sampler_check import SamplerCheck
+from grpo_fast.trainer.sampler_check import LogprobGap, SamplerCheck
 
 NAN = math.nan
 
@@ -140,6 +140,17 @@ def test_metrics_are_merged_over_steps_and_seconds_divided_by_them() -> None:
     assert total.read() == {"a": 3.0, "m": 3.0, "s": 1.0} and total.total_seconds("s") == 2.0 and total.steps == 2
 
 
+def test_metrics_of_two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Means are weighted by the values of each process, and seconds are the mean of the processes."""
+    metrics = MetricAccumulator()
+    metrics.add_sum("a", 6.0, 2.0)
+    metrics.add_max("m", 1.0)
+    metrics.add_seconds("s", 4.0)
+    other = ({"a": (0.0, 4.0)}, {"m": 3.0}, {"s": 2.0})
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda local: [*local, other])
+    assert metrics.read() == {"a": 1.0, "m": 3.0, "s": 3.0}
+
+
 def test_the_speed_counts_new_tokens_only(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([10.0, 12.0, 17.0])
     monkeypatch.setattr("grpo_fast.trainer.metrics.time.perf_counter", lambda: next(now))
@@ -193,6 +204,19 @@ def test_each_rollout_and_each_round_of_an_evaluation_has_its_own_random_numbers
     again = Scripted()
     trainer(tmp_path, sampler=again, seed=6, data_seed=1).train()
     assert again.calls[0][0] == sampler.calls[0][0] and again.calls[0][1].seed != seeds[0]
+
+
+def test_groups_that_are_drawn_again_have_other_random_numbers(tmp_path: Path) -> None:
+    sampler = Scripted()
+    trainer(tmp_path, sampler=sampler, rewards=[lambda completions, **_: [1.0] * len(completions)], dynamic_sampling_attempts=2).train()
+    assert len({params.seed for _, params in sampler.calls}) == len(sampler.calls) == 3
+
+
+def test_the_second_minibatch_of_a_rollout_has_old_log_probabilities(tmp_path: Path) -> None:
+    for settings, needs in (({"steps_per_generation": 2, "max_steps": 2}, True), ({}, False)):
+        run = trainer(tmp_path, sampler=Scripted(), per_device_train_batch_size=8, **settings)
+        run.train()
+        assert run.rollout is not None and ("old" in run.rollout.tokens) == needs
 
 
 def test_settings_reach_the_sampler(tmp_path: Path) -> None:
@@ -280,6 +304,12 @@ def test_truncation_explains_a_higher_log_probability_of_the_sampler_only(tmp_pa
             check_with(tmp_path, gap, **cut)
 
 
+def test_the_largest_gap_of_the_processes_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("grpo_fast.trainer.sampler_check.gather_object", lambda local: [*local, LogprobGap(0.0, 1)])
+    with pytest.raises(SamplerError):
+        check_with(tmp_path, 1.0)
+
+
 def test_an_excess_stops_the_run_when_it_repeats(tmp_path: Path) -> None:
     args = config(tmp_path, sampler_tolerance_patience=2)
     state = SimpleNamespace(
@@ -290,6 +320,8 @@ def test_an_excess_stops_the_run_when_it_repeats(tmp_path: Path) -> None:
     def batch(gap: float, on_policy: bool = True) -> list[Any]:
         return [(output_of([-1.0], [True]), MicroBatch(rows_of([1], sampler=[-1.0 + gap]), 1, 1, on_policy))]
 
+    check.check(batch(9.0, on_policy=False))
+    assert not check.done
     check.check(batch(0.0))
     for gap in (1.0, 0.0, 1.0):
         check.check(batch(gap))
