@@ -501,6 +501,23 @@ def test_weights_by_vllms_own_transfer(wrapped: bool) -> None:
     assert [call for call in stand_in.calls if call != "/v1/models"] == ["/get_world_size", TRANSFER[0], *update, *update]
 
 
+@pytest.mark.parametrize("versions", [True, False])
+def test_a_transfer_connects_again_only_to_a_server_that_was_restarted(versions: bool) -> None:
+    """Whether the server can name its weights, or a lost connection is the only sign."""
+    stand_in, model = StandIn(tiny(0), versions=versions), tiny(1)
+    with serving(stand_in) as address, vllm_installed(stand_in):
+        sampler = connect(address, model, weight_sync="nccl")
+        for step in range(2):
+            sampler.update_weights(model, step)
+        assert stand_in.calls.count(TRANSFER[0]) == 1 and SHUTDOWN not in stand_in.calls
+        stand_in.restart()
+        if not versions:
+            sampler.server.lost_connections += 1
+        sampler.update_weights(model, 2)
+        assert stand_in.calls.count(TRANSFER[0]) == 2
+        sampler.close()
+
+
 def test_a_failed_transfer_is_a_named_error_and_leaves_the_group(stand_in: StandIn, url: str) -> None:
     """The library raises its own types; the group cannot be used again, and a server that hangs in it does not hold up the end."""
     model = tiny(1)
@@ -971,6 +988,27 @@ def test_a_model_of_other_layers_is_refused_before_weights_are_sent(
     sampler = connect(url, same)
     sampler.update_weights(same, 1)
     sampler.close()
+
+
+def test_a_head_that_a_cpu_server_does_not_replace_is_refused(stand_in: StandIn, url: str) -> None:
+    """vLLM 0.32 on a CPU goes on with the old head if it is tied, and answers success. An embedding that is not trained is no problem."""
+    tied, frozen = tiny(1, tied=True), tiny(1, tied=True)
+    frozen.get_input_embeddings().weight.requires_grad_(False)
+    sampler = connect(url, tied)
+    sampler.update_weights(tied, 1)  # on a GPU
+    sampler.close()
+    stand_in.on_cpu = True
+    for version in ("0.32.0", "0.31.1.dev3+gabc", "unknown"):
+        stand_in.version = version
+        sampler = connect(url, tied)
+        with pytest.raises(SamplerError, match=r"copy of the LM head, which new weights do not replace .*Nothing was sent"):
+            sampler.update_weights(tied, 1)
+        for model in (tiny(1), frozen):
+            sampler = connect(url, model)
+            sampler.update_weights(model, 1)
+            sampler.close()
+    stand_in.version = "0.33.0"
+    connect(url, tied).update_weights(tied, 1)
 
 
 def test_a_client_that_waits_says_so(stand_in: StandIn, url: str, caplog: pytest.LogCaptureFixture) -> None:

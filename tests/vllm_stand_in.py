@@ -38,6 +38,7 @@ class StandIn:
         self.versions = versions  # whether it names its weights, as vLLM 0.32 does and older ones do not
         self.base, self.weight_version = copy.deepcopy(model), "default"
         self.version_calls: list[str] = []  # /weight_info, /update_weight_version and questions about the model
+        self.on_cpu, self.version = False, "0.32.0"  # what it says of itself
         self.forgets = True  # whether it can empty its prefix cache
         self.breaks = 0  # so many updates of the weights break the connection, because the server is restarted
         self.restart_at = -1  # the request for a completion at which it is restarted
@@ -124,7 +125,8 @@ class StandIn:
         )
         layers = f"(layers): ModuleList()(\n (0-{config.num_hidden_layers - 1}): {config.num_hidden_layers} x Qwen2DecoderLayer()(\n"
         embedding = f"(embed_tokens): VocabParallelEmbedding({vocabulary}, tp_size=1)"
-        return {"results": [f"Qwen2ForCausalLM()(\n {embedding}\n {layers}{linears})))"]}
+        attention = f"   (attn): Attention(head_size=8, backend={'CPUAttention' if self.on_cpu else 'FlashAttention'}BackendImpl)\n"
+        return {"results": [f"Qwen2ForCausalLM()(\n {embedding}\n {layers}{linears}{attention})))"]}
 
     def reload(self, body: dict[str, Any]) -> dict[str, Any]:
         from transformers import AutoModelForCausalLM
@@ -247,6 +249,9 @@ def serving(stand_in: StandIn) -> Iterator[str]:
             elif self.path == "/weight_info":
                 stand_in.version_calls.append(stand_in.calls.pop())
                 self.answer(404, {"detail": "Not Found"})
+            elif self.path == "/version":
+                stand_in.version_calls.append(stand_in.calls.pop())
+                self.answer(200, {"version": stand_in.version})
             elif self.path == "/v1/models":
                 self.answer(200, {"data": [{"id": "stand-in"}]})
             elif self.path == "/get_world_size" and stand_in.dev_mode:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from packaging.version import InvalidVersion, Version
 from torch import nn
 
 from grpo_fast.generation.protocol import SamplerError
@@ -18,6 +19,7 @@ __all__ = ["check_model"]
 
 # Layers that vLLM computes as one, and their names in transformers.
 _MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+TIED_HEADS_ON_CPU = Version("0.33")  # vLLM before this does not replace them, as far as is known
 _LINEAR = re.compile(r"\((\w+)\): \w*Linear\(in_features=(\d+), output_features=(\d+)[^)]*\btp_size=1\b")
 
 
@@ -28,7 +30,7 @@ def check_model(server: ServerClient, model: PreTrainedModel | nn.Module) -> Non
     The sizes are read from the text that vLLM's workers print of their model; sizes that are not found there are not compared.
 
     Raises:
-        SamplerError: a size differs.
+        SamplerError: a size differs, or new weights would not reach the server's LM head.
     """
     try:
         answer = server.post("/collective_rpc", {"method": "get_model_inspection"}, retry_seconds=0.0)
@@ -38,6 +40,12 @@ def check_model(server: ServerClient, model: PreTrainedModel | nn.Module) -> Non
     if not isinstance(texts, list) or not texts or not isinstance(texts[0], str):
         return
     inner, text = unwrap(model), texts[0]
+    if "CPUAttention" in text and _trains_tied_head(inner) and _version(server) < TIED_HEADS_ON_CPU:
+        raise SamplerError(
+            f"{server.url}: vLLM on a CPU keeps a copy of the LM head, which new weights do not replace if the head is tied to the "
+            "embedding (vLLM 0.32), and the embedding is trained. Nothing was sent. Fix: train and serve a checkpoint with "
+            "tie_word_embeddings false and an lm_head.weight of its own; or an adapter without the embedding; or vLLM on a GPU."
+        )
     config = getattr(inner, "config", None)
     text_config = None if config is None else config.get_text_config()
     for name, found in _printed_sizes(text, whole=len(texts) == 1).items():
@@ -59,6 +67,24 @@ def _differs(server: ServerClient, theirs: str, ours: str) -> SamplerError:
         f"{server.url}: the server's model has {theirs}, the one that is trained {ours}; expected the same model. Nothing was sent. Fix: "
         "vllm serve the model that is trained."
     )
+
+
+def _trains_tied_head(model: PreTrainedModel) -> bool:
+    """Whether the LM head is the embedding, and changes in training."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    weight = getattr(head, "weight", None)
+    if not isinstance(weight, nn.Parameter) or not weight.requires_grad:
+        return False
+    return weight is getattr(embedding, "weight", None)
+
+
+def _version(server: ServerClient) -> Version:
+    """The server's version; 0 if it does not say."""
+    try:
+        answer = server.get("/version")
+        return Version(str(answer.get("version"))) if isinstance(answer, dict) else Version("0")
+    except (SamplerError, InvalidVersion):
+        return Version("0")
 
 
 def _printed_sizes(text: str, *, whole: bool) -> dict[str, int]:

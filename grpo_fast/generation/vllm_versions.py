@@ -58,10 +58,10 @@ class WeightVersions:
 
         def name() -> tuple[str, bool]:
             version = f"grpo_fast-{step}-{uuid.uuid4().hex}"
-            same = before is None or (self.named and self._current() == before)
+            same = before is None or self._unchanged(before)
+            if before is None or not same:
+                check_model(self.server, model)
             if self.named:
-                if before is None or not same:
-                    check_model(self.server, model)
                 self.server.post("/update_weight_version", {"new_version": version})
             return version, same
 
@@ -91,6 +91,10 @@ class WeightVersions:
                 f"{self.server.url}: a connection was lost since the weights were sent, and the server, an older vLLM, cannot tell whether "
                 "it was restarted. The completions are not used."
             )
+
+    def _unchanged(self, version: str) -> bool:
+        """Whether the server is still the one that got these weights."""
+        return self._current() == version if self.named else self.server.lost_connections == self._lost_connections
 
     def _current(self) -> str:
         answer = self.server.get("/weight_info")
