@@ -6,14 +6,13 @@ which applies them to the surrogate and not to the KL penalty, and does not chan
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from grpo_fast.loss import checks
 from grpo_fast.loss.config import LARGEST_LOG_RATIO
 from grpo_fast.loss.sequences import Sequences
+from grpo_fast.loss.statistics import top_threshold
 from grpo_fast.loss.token_inputs import check_cu_seqlens, checked_mask
 
 __all__ = ["off_policy_sequence_mask", "rollout_weights", "top_entropy_mask"]
@@ -162,11 +161,7 @@ def top_entropy_mask(
     if quantile > 1:
         raise ValueError(f"quantile is {quantile}; expected at most 1, which keeps every token.")
     loss_mask = _checked_loss_mask("entropy", entropy, mask) & ~entropy.isnan()
-    values = entropy[loss_mask]
-    if values.numel() == 0:
-        return torch.zeros_like(entropy, dtype=torch.float32)
-    below = math.ceil((1 - quantile) * (values.numel() - 1) - 1e-6)  # tokens below the threshold; 1e-6 absorbs rounding
-    return (loss_mask & (entropy >= values.kthvalue(below + 1).values)).float()
+    return (loss_mask & (entropy >= top_threshold(entropy[loss_mask], quantile))).float()
 
 
 def _checked_loss_mask(name: str, tokens: Tensor, mask: Tensor, **same_shape: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from grpo_fast.loss.advantages import group_advantages
 
-__all__ = ["EntropySummary", "entropy_summary", "zero_variance_share"]
+__all__ = ["EntropySummary", "entropy_summary", "quantiles", "top_threshold", "zero_variance_share"]
 
 
 class EntropySummary(NamedTuple):
@@ -38,8 +40,51 @@ def entropy_summary(
     values = (entropy if mask is None else entropy[mask.bool()]).detach().flatten().float()
     if values.numel() == 0:
         return EntropySummary(0.0, 0.0, 0.0, 0)
-    median, p90 = torch.quantile(values, torch.tensor([0.5, 0.9], device=values.device)).tolist()
+    median, p90 = quantiles(values, (0.5, 0.9)).tolist()
     return EntropySummary(values.mean().item(), median, p90, values.numel())
+
+
+def quantiles(values: Tensor, at: Sequence[float]) -> Tensor:  # [len(at)]
+    """Quantiles as of ``torch.quantile``, with linear interpolation, of any number of values; torch.quantile takes at most 2^24.
+
+    Args:
+        values: float, at least one.
+        at: in [0, 1].
+
+    Returns:
+        float, like ``values``; NaN if a value is NaN.
+
+    Example:
+        >>> quantiles(torch.tensor([3.0, 1.0, 2.0]), (0.0, 0.5, 0.75))
+        tensor([1.0000, 2.0000, 2.5000])
+    """
+    ordered = values.flatten().sort().values  # NaN last
+    found = []
+    for share in at:
+        position = share * (ordered.numel() - 1)
+        low = math.floor(position)
+        found.append(torch.lerp(ordered[low], ordered[min(low + 1, ordered.numel() - 1)], position - low))
+    return torch.where(ordered[-1].isnan(), ordered[-1], torch.stack(found))
+
+
+def top_threshold(values: Tensor, share: float) -> Tensor:
+    """Return the least of the values that belong to the largest ``share`` of them, without dimensions; values equal to it belong, too.
+
+    Args:
+        values: float ``[n]``, without NaN.
+        share: in (0, 1].
+
+    Returns:
+        like ``values``; infinity if there are none.
+
+    Example:
+        >>> top_threshold(torch.tensor([0.1, 0.9, 0.5, 0.3]), 0.5)
+        tensor(0.5000)
+    """
+    if values.numel() == 0:
+        return values.new_full((), math.inf)
+    below = math.ceil((1 - share) * (values.numel() - 1) - 1e-6)  # how many do not belong; 1e-6 absorbs rounding
+    return values.kthvalue(below + 1).values
 
 
 def zero_variance_share(rewards: Tensor, group_size: int) -> float:

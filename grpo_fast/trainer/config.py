@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from grpo_fast.loss.config import LossConfig
 from grpo_fast.trainer import config_checks as checks
+from grpo_fast.trainer.best_model import choose_metric, choose_mode
 from grpo_fast.trainer.loss_fields import add_loss_fields, make_loss_config
 from grpo_fast.trainer.temperature import TemperatureSchedule
 from grpo_fast.trainer.trl_names import explain_wrong_settings
@@ -225,7 +226,9 @@ class GRPOConfig(TrainingArguments):
         checks.convert_types(self, GRPOConfig.__annotations__)
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        choose_metric(self)
         super().__post_init__()
+        choose_mode(self)
         checks.check_sampler(self)
         self.replay_support = checks.parse_bool(self.replay_support)  # type: ignore[assignment]
         self.packing = checks.parse_bool(self.packing)  # type: ignore[assignment]  # a str for the command line, see parse_bool

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from grpo_fast.data.streams import Stream
 from grpo_fast.trainer.diagnostics import mean_weighted_reward
+from grpo_fast.trainer.evaluation_loss import EvaluationLoss
 from grpo_fast.trainer.metrics import MetricAccumulator
 from grpo_fast.trainer.prompt_source import RowDataset
 from grpo_fast.trainer.prompt_stream import evaluation_rows
@@ -22,7 +23,7 @@ from grpo_fast.utils.text_statistics import repeated_ngrams
 if TYPE_CHECKING:
     from grpo_fast.trainer.grpo_trainer import GRPOTrainer
 
-__all__ = ["EvaluatedCompletion", "evaluate_dataset", "summarize_round", "summarize_rounds"]
+__all__ = ["EvaluatedCompletion", "add_means", "evaluate_dataset", "summarize_round", "summarize_rounds"]
 
 
 class EvaluatedCompletion(NamedTuple):
@@ -46,23 +47,25 @@ def evaluate_dataset(trainer: GRPOTrainer, dataset: RowDataset | Stream, prefix:
         prefix: of the metrics' names, such as "eval".
 
     Returns:
-        Means over the rounds, the standard errors of the rewards, the temperature and the seconds.
+        Means over the rounds, the standard errors of the rewards, the loss (see `EvaluationLoss`), the temperature and the seconds.
     """
     started = time.perf_counter()
     rows = evaluation_rows(dataset)
     as_chat = trainer.completions.sends_as_chat(rows, f"{prefix}_dataset")
     step_metrics, trainer.metrics = trainer.metrics, MetricAccumulator()  # keep the seconds of an evaluation out of the step's metrics
+    loss = EvaluationLoss(trainer, len(rows))
     try:
-        rounds = [_evaluate_round(trainer, rows, number, as_chat) for number in range(trainer.args.eval_rounds)]
+        rounds = [_evaluate_round(trainer, rows, number, as_chat, loss) for number in range(trainer.args.eval_rounds)]
+        of_loss = loss.metrics()
     finally:
         trainer.metrics = step_metrics
-    metrics = summarize_rounds(rounds, prefix)
+    metrics = {f"{prefix}_{name}": value for name, value in of_loss.items()} | summarize_rounds(rounds, prefix)
     metrics[f"{prefix}_temperature"] = trainer.args.eval_temperature
     metrics[f"{prefix}_runtime"] = time.perf_counter() - started
     return metrics
 
 
-def _evaluate_round(trainer: GRPOTrainer, dataset: RowDataset, number: int, as_chat: bool) -> dict[str, float]:
+def _evaluate_round(trainer: GRPOTrainer, dataset: RowDataset, number: int, as_chat: bool, loss: EvaluationLoss) -> dict[str, float]:
     args, process = trainer.args, trainer.accelerator.process_index
     share = -(-len(dataset) // trainer.accelerator.num_processes)  # rows per process; the last row pads the last process's share
     indices = [min(i, len(dataset) - 1) for i in range(process * share, (process + 1) * share)]
@@ -74,8 +77,9 @@ def _evaluate_round(trainer: GRPOTrainer, dataset: RowDataset, number: int, as_c
             rows, temperatures, "evaluation", number, start, as_chat=as_chat, top_p=args.eval_top_p
         )
         rewards = trainer.completions.score(rows, completions, temperatures).tolist()
-        for values, (_, completion, _, _) in zip(rewards, completions, strict=True):
-            ids = completion.token_ids
+        for row, (values, generated) in enumerate(zip(rewards, completions, strict=True), start):
+            loss.add(row, generated, values)
+            completion, ids = generated.completion, generated.completion.token_ids
             evaluated.append(EvaluatedCompletion(values, len(ids), not completion.finished, repeated_ngrams(ids)))
     everyone = gather_object(evaluated)[: len(dataset)]  # without the rows that pad the last process's share, which are at the end
     return summarize_round(trainer.rewards.names, trainer.rewards.weights, everyone)
@@ -112,3 +116,17 @@ def summarize_rounds(rounds: Sequence[dict[str, float]], prefix: str) -> dict[st
         error = standard_error([measured[name] for measured in rounds]) if len(rounds) > 1 else 0.0
         summary[f"{prefix}_{name.removesuffix('/mean')}{'/se' if '/' in name else '_se'}"] = error
     return summary | {f"{prefix}_rounds": float(len(rounds))}
+
+
+def add_means(results: dict[str, float], names: Sequence[str], prefix: str) -> dict[str, float]:
+    """Add reward and loss as means over several datasets, by which the best checkpoint can be chosen.
+
+    Example:
+        >>> add_means({"eval_a_reward": 1.0, "eval_b_reward": 2.0}, ["a", "b"], "eval")["eval_reward"]
+        1.5
+    """
+    for metric in ("reward", "loss"):
+        values = [results[key] for name in names if (key := f"{prefix}_{name}_{metric}") in results]
+        if values and len(values) == len(names):
+            results[f"{prefix}_{metric}"] = fmean(values)
+    return results

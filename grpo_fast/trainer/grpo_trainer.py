@@ -36,7 +36,7 @@ from grpo_fast.trainer.completions import CompletionRunner
 from grpo_fast.trainer.config import GRPOConfig
 from grpo_fast.trainer.diagnostics import describe_nonfinite, full_norm, gradient_norm, measure_loss
 from grpo_fast.trainer.entropy_control import EntropyControl
-from grpo_fast.trainer.evaluation import evaluate_dataset
+from grpo_fast.trainer.evaluation import add_means, evaluate_dataset
 from grpo_fast.trainer.metrics import MetricAccumulator, Throughput
 from grpo_fast.trainer.prompt_source import RowDataset
 from grpo_fast.trainer.prompt_stream import PromptStream, make_prompts
@@ -47,6 +47,7 @@ from grpo_fast.trainer.rollout import MicroBatch, Rollout
 from grpo_fast.trainer.rollout_generator import RolloutGenerator
 from grpo_fast.trainer.sampler_check import SamplerCheck
 from grpo_fast.trainer.special_tokens import check_tags
+from grpo_fast.trainer.trl_metrics import measure_clipping, step_seconds
 from grpo_fast.trainer.trl_names import REFUSED_ARGUMENTS, check_arguments
 from grpo_fast.utils.files import write_text
 from grpo_fast.utils.redaction import redact
@@ -258,6 +259,7 @@ class GRPOTrainer(AtomicCheckpointTrainer):
             )
         self._losses.append((out._replace(loss=out.loss.detach()), inputs._replace(rows=rows)))
         measure_loss(self.metrics, out, inputs, rows, truncated=self.args.truncates and rows.support is None)
+        measure_clipping(self.metrics, out, rows, self.loss_config, left_out=len(rows) < len(inputs.rows))
         return (out.loss, out) if return_outputs else out.loss
 
     def _clip_grad_norm(self, model: nn.Module) -> float | Tensor | None:
@@ -315,7 +317,7 @@ class GRPOTrainer(AtomicCheckpointTrainer):
             results: dict[str, float] = {}
             for name, part in dataset.items():
                 results |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
-            return results
+            return add_means(results, list(dataset), metric_key_prefix)
         if dataset is None:
             raise ValueError("eval_dataset is None; expected one, to evaluate on.")
         metrics = evaluate_dataset(self, dataset, metric_key_prefix)
@@ -329,7 +331,7 @@ class GRPOTrainer(AtomicCheckpointTrainer):
         """Log, as transformers' ``Trainer.log``, with the metrics of the steps since the last log."""
         if "loss" in logs:
             logs, self.metrics_to_log = {**logs, **self.metrics_to_log.read()}, MetricAccumulator()
-            logs["num_tokens"] = self.state.num_input_tokens_seen
+            logs |= {"num_tokens": self.state.num_input_tokens_seen, **step_seconds(logs)}
             rate = self.throughput.measure(self.state.num_input_tokens_seen)
             if rate is not None:
                 logs["tokens_per_second"] = rate

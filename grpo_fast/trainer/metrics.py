@@ -14,7 +14,7 @@ Value = float | Tensor  # tensors have no dimensions and stay on their device un
 
 
 class MetricAccumulator:
-    """Weighted means, maxima and seconds per step, by name.
+    """Weighted means, minima, maxima and seconds per step, by name.
 
     Example:
         >>> metrics = MetricAccumulator()
@@ -27,6 +27,7 @@ class MetricAccumulator:
     def __init__(self) -> None:
         self._sums: dict[str, tuple[Value, Value]] = {}  # name -> (weighted sum, sum of weights)
         self._max: dict[str, Value] = {}
+        self._min: dict[str, Value] = {}
         self._seconds: dict[str, float] = {}
         self.steps = 0  # optimizer steps over which the seconds are averaged
 
@@ -49,6 +50,16 @@ class MetricAccumulator:
         else:
             self._max[name] = max(before, value)
 
+    def add_min(self, name: str, value: Value) -> None:
+        """Add a value of which the minimum is logged."""
+        before = self._min.get(name)
+        if before is None:
+            self._min[name] = value
+        elif isinstance(value, Tensor) and isinstance(before, Tensor):
+            self._min[name] = value.minimum(before)
+        else:
+            self._min[name] = min(before, value)
+
     def add_seconds(self, name: str, value: float) -> None:
         """Add seconds, of which the mean per optimizer step is logged."""
         self._seconds[name] = self._seconds.get(name, 0.0) + value
@@ -59,6 +70,8 @@ class MetricAccumulator:
             self.add_sum(name, total, weight)
         for name, value in other._max.items():
             self.add_max(name, value)
+        for name, value in other._min.items():
+            self.add_min(name, value)
         for name, seconds in other._seconds.items():
             self.add_seconds(name, seconds)
         self.steps += other.steps
@@ -85,16 +98,19 @@ class MetricAccumulator:
         local = (
             {name: (float(total), float(weight)) for name, (total, weight) in self._sums.items()},
             {name: float(value) for name, value in self._max.items()},
+            {name: float(value) for name, value in self._min.items()},
             {name: value / max(self.steps, 1) for name, value in self._seconds.items()},
         )
         per_process = gather_object([local])
         sums: dict[str, list[tuple[float, float]]] = {}
         result: dict[str, float] = {}
-        for process_sums, process_max, process_seconds in per_process:
+        for process_sums, process_max, process_min, process_seconds in per_process:
             for name, pair in process_sums.items():
                 sums.setdefault(name, []).append(pair)
             for name, value in process_max.items():
                 result[name] = max(value, result.get(name, value))
+            for name, value in process_min.items():
+                result[name] = min(value, result.get(name, value))
             for name, value in process_seconds.items():
                 result[name] = result.get(name, 0.0) + value / len(per_process)
         for name, pairs in sums.items():

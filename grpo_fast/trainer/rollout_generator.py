@@ -16,6 +16,7 @@ from torch import Tensor
 
 import grpo_fast as gf
 from grpo_fast.generation.transformers_sampler import TransformersSampler
+from grpo_fast.loss.statistics import top_threshold
 from grpo_fast.models.unwrap import is_sharded
 from grpo_fast.trainer.completions import CompletionRunner, GeneratedCompletion
 from grpo_fast.trainer.config_checks import check_importance_weights
@@ -24,6 +25,7 @@ from grpo_fast.trainer.prompt_source import PromptSource, Row
 from grpo_fast.trainer.prompt_stream import PromptStream
 from grpo_fast.trainer.replay import SupportReplay
 from grpo_fast.trainer.rollout import Rollout
+from grpo_fast.trainer.trl_metrics import measure_lengths, measure_reward_spread
 
 if TYPE_CHECKING:
     from grpo_fast.trainer.grpo_trainer import GRPOTrainer
@@ -190,8 +192,7 @@ class RolloutGenerator:
         weights = self._importance_weights(rows, old.logprobs, mask) if corrects else None
         if args.top_entropy_quantile < 1:
             everyone = torch.cat([values.to(old.entropy.device) for values in gather_object([old.entropy[mask].cpu()])])
-            threshold = torch.quantile(everyone, 1 - args.top_entropy_quantile)
-            highest = (old.entropy >= threshold).float()
+            highest = (old.entropy >= top_threshold(everyone, args.top_entropy_quantile)).float()
             weights = highest if weights is None else weights * highest
         return weights
 
@@ -212,6 +213,8 @@ class RolloutGenerator:
         )
         metrics.add_sum("sampling/importance_sampling_ratio/mean", (weights * mask).sum(), mask.sum())
         metrics.add_max("sampling/importance_sampling_ratio/max", (weights * mask).max())
+        if bool(rows.loss_mask.any()):
+            metrics.add_min("sampling/importance_sampling_ratio/min", weights[mask].min())
         return weights
 
     # Metrics ---------------------------------------------------------------------------------------------------------------------
@@ -220,7 +223,9 @@ class RolloutGenerator:
         trainer, names = self.trainer, self.trainer.rewards.names
         group_of = [i // trainer.args.num_generations for i in local]
         measure_rewards(trainer.metrics, names, groups.rewards, trainer.rewards.weights, groups.advantages)
+        measure_reward_spread(trainer.metrics, groups.rewards, trainer.rewards.weights)
         measure_rollout(trainer.metrics, groups.completions, group_of, rollout)
+        measure_lengths(trainer.metrics, rollout.lengths, [each.completion.finished for each in groups.completions])
         tokens = sum(rollout.lengths) + sum(map(len, rollout.prompt_ids))
         trainer.state.num_input_tokens_seen += sum(gather_object([tokens]))
         prompts = [groups.rows[group]["prompt"] for group in group_of]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import grpo_fast as gf
 from grpo_fast.generation import SamplerError
+from grpo_fast.trainer.random_forward import describe_random_forward
 from grpo_fast.trainer.rollout import MicroBatch
 from grpo_fast.trainer.temperature_mismatch import explain_mismatch
 
@@ -49,6 +50,7 @@ class SamplerCheck:
         self.trainer = trainer
         self.done = False  # whether any token has been compared
         self.excesses = 0  # rollouts in a row whose gap was too large
+        self.gap = 0.0  # of the last comparison, the largest of all processes
         self._warned = False
 
     def check(self, losses: Sequence[tuple[gf.GRPOOutput, MicroBatch]]) -> None:
@@ -72,6 +74,7 @@ class SamplerCheck:
             return
         first, self.done = not self.done, True
         largest, tolerance = max(gap.mean for gap in gaps), self._tolerance()
+        self.gap = largest
         if largest <= tolerance:
             self.excesses = 0
         elif first:
@@ -119,6 +122,8 @@ class SamplerCheck:
             rows.tokens["sampler"],
             temperature=assumed,
         )
+        if mismatch.assumed_gap <= self._tolerance():  # the model in evaluation mode agrees with the sampler
+            return describe_random_forward(trainer.model, trainer.args, self.gap, mismatch.assumed_gap)
         sentence = mismatch.sentence(assumed)
         return sentence if mismatch.explains() else f"{sentence} {FIXES}"
 
