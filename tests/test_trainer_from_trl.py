@@ -43,8 +43,9 @@ def test_trls_own_script(on_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None
     )
     monkeypatch.chdir(on_disk)
     named = "--model_name_or_path model --dataset_name data --output_dir out --reward_funcs rewards_of_a_script.length --report_to none"
+    added = "--use_adaptive_entropy --entropy_target 2.5 --off_policy_mask_threshold 0.5"
     short = "--max_steps 1 --per_device_train_batch_size 8 --max_completion_length 8 --use_cpu --save_strategy no"
-    monkeypatch.setattr(sys, "argv", ["script.py", *f"{named} {short} --use_peft --lora_target_modules all-linear".split()])
+    monkeypatch.setattr(sys, "argv", ["script.py", *f"{named} {added} {short} --use_peft --lora_target_modules all-linear".split()])
     monkeypatch.setattr(sys, "path", [*sys.path])  # the script adds this folder
     runpy.run_path("script.py", run_name="__main__")
     del sys.modules["rewards_of_a_script"]
