@@ -39,7 +39,7 @@ from grpo_fast.trainer.entropy_control import EntropyControl
 from grpo_fast.trainer.evaluation import add_means, evaluate_dataset
 from grpo_fast.trainer.metrics import MetricAccumulator, Throughput
 from grpo_fast.trainer.prompt_source import RowDataset
-from grpo_fast.trainer.prompt_stream import PromptStream, make_prompts
+from grpo_fast.trainer.prompt_stream import make_prompts
 from grpo_fast.trainer.reference_policy import ReferencePolicy
 from grpo_fast.trainer.resume import Resumed, load_run, save_run
 from grpo_fast.trainer.reward_setup import make_reward_runner
@@ -47,6 +47,7 @@ from grpo_fast.trainer.rollout import MicroBatch, Rollout
 from grpo_fast.trainer.rollout_generator import RolloutGenerator
 from grpo_fast.trainer.sampler_check import SamplerCheck
 from grpo_fast.trainer.special_tokens import check_tags
+from grpo_fast.trainer.training_hooks import TrainingHooks
 from grpo_fast.trainer.trl_metrics import measure_clipping, step_seconds
 from grpo_fast.trainer.trl_names import REFUSED_ARGUMENTS, check_arguments
 from grpo_fast.utils.files import write_text
@@ -133,7 +134,7 @@ class GRPOTrainer(AtomicCheckpointTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
-            callbacks=[*(callbacks or ()), _TrainerHooks(self)],
+            callbacks=[*(callbacks or ()), TrainingHooks(self)],
             optimizers=optimizers,
         )
         self.model_accepts_loss_kwargs = True  # compute_loss normalises over the whole step; Trainer must not divide by the micro-batches
@@ -364,29 +365,3 @@ class GRPOTrainer(AtomicCheckpointTrainer):
     def create_model_card(self, *args: Any, dataset_name: str | None = None, **kwargs: Any) -> None:
         """Write a model card, as transformers' ``Trainer.create_model_card``; ``dataset_name`` is TRL's name for its ``dataset``."""
         super().create_model_card(*args, **kwargs, **({} if dataset_name is None else {"dataset": dataset_name}))
-
-
-class _TrainerHooks(TrainerCallback):
-    """Calls the trainer at the places of transformers' training loop for which ``Trainer`` has no method to override."""
-
-    def __init__(self, trainer: GRPOTrainer) -> None:
-        self.trainer, self.started = trainer, 0.0
-
-    def on_train_begin(self, *args: object, **kwargs: object) -> None:
-        self.trainer.throughput.start(self.trainer.state.num_input_tokens_seen)
-        self.trainer.completions.forget_weights()
-        if self.trainer.resumed is not None:
-            self.trainer.resumed.start()
-
-    def on_pre_optimizer_step(self, *args: object, **kwargs: object) -> None:
-        self.trainer.check_step()
-        self.started = time.perf_counter()
-
-    def on_optimizer_step(self, *args: object, **kwargs: object) -> None:
-        self.trainer.metrics.add_seconds("step_time/optimizer", time.perf_counter() - self.started)
-
-    def on_step_end(self, *args: object, **kwargs: object) -> None:
-        rollouts, state = self.trainer.rollouts, self.trainer.state
-        if rollouts is not None and isinstance(rollouts.prompts, PromptStream):
-            state.epoch = rollouts.prompts.epoch(state.global_step / self.trainer.args.updates_per_rollout)
-        self.trainer.finish_step()
