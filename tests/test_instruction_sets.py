@@ -17,7 +17,15 @@ import torch
 from hang import HANG
 
 HERE = Path(__file__).parent
-NUMERIC = ("test_grpo_loss", "test_linear", "test_linear_logprobs", "test_linear_loss", "test_group_advantages", "test_rows")
+NUMERIC = (
+    "test_grpo_loss",
+    "test_linear",
+    "test_linear_logprobs",
+    "test_linear_loss",
+    "test_group_advantages",
+    "test_rows",
+    "test_product",
+)
 
 AVX2, AVX512, AMX = torch.cpu._is_avx2_supported(), torch.cpu._is_avx512_supported(), torch.cpu._is_amx_tile_supported()
 X86 = platform.machine() in ("x86_64", "AMD64")

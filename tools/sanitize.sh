@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Builds the C++ extension with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the checkout, and runs the tests of the row, loss
-# and advantage operators on it; pytest arguments choose others. A report ends the run with an error. Needs g++ with its sanitizer libraries.
+# Builds the C++ extension with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the checkout, and runs the tests of the row,
+# loss, product and advantage operators on it; pytest arguments choose others. A report ends the run with an error. Needs g++ with its
+# sanitizer libraries.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${GRPO_FAST_VENV:-$PWD/.venv}/bin/python
@@ -21,5 +22,5 @@ PATH=$(dirname "$python"):$PATH GRPO_FAST_BUILD=cpu GRPO_FAST_SANITIZE=1 "$pytho
 # Leaks are not looked for: the interpreter and torch keep memory until the end. Torch itself is not instrumented.
 export LD_PRELOAD=$preload PYTHONPATH=$copy PYTHONMALLOC=malloc
 export ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
-[ $# -gt 0 ] || set -- tests/test_operator_checks.py tests/test_extreme_cases.py tests/test_rows.py tests/test_group_advantages.py
+[ $# -gt 0 ] || set -- tests/test_operator_checks.py tests/test_extreme_cases.py tests/test_rows.py tests/test_product.py tests/test_group_advantages.py
 "$python" -m pytest -q -n 0 -p no:cacheprovider -m "not slow and not sweep" -k "not cuda and not compile and not triton" "$@"

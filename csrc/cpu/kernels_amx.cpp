@@ -28,9 +28,10 @@ struct alignas(64) TileConfiguration {
 };
 
 // c += a @ b, block after block of 32 values of k: the registers begin with c. The instruction makes the sum of a block and then adds it.
+// Meanwhile the cache fetches the square that is next.
 template <bool kBothRows>
-void amx_kernel(const float* a, const float* b, int64_t units, float* c, int64_t stride) {
-  const int64_t bytes = stride * 4;
+void amx_kernel(const float* a, const float* b, int64_t units, float* c, int64_t stride, const float* next) {
+  const int64_t bytes = stride * 4, fetch = (kSquare * kTile + units - 1) / units;
   _tile_loadd(0, c, bytes);
   _tile_loadd(1, c + kTile, bytes);
   if constexpr (kBothRows) {
@@ -38,6 +39,7 @@ void amx_kernel(const float* a, const float* b, int64_t units, float* c, int64_t
     _tile_loadd(3, c + kTile * stride + kTile, bytes);
   }
   for (int64_t u = 0; u < units; u += kTile) {
+    for (int64_t r = 0; r < fetch; r++, next += stride) __builtin_prefetch(next, 1), __builtin_prefetch(next + kTile, 1);
     _tile_loadd(4, a + u * kTile, 64);
     _tile_loadd(6, b + u * kTile, 64);
     _tile_loadd(7, b + (units + u) * kTile, 64);
@@ -75,10 +77,10 @@ void amx_tile(const ProductCall& call, int64_t m0, int64_t m1, int64_t n0, int64
         const auto kernel = high > kTile ? &amx_kernel<true> : &amx_kernel<false>;
         float* c = call.out + (m0 + i) * call.out_stride + n0 + j;
         if (wide == kSquare && high % kTile == 0) {
-          kernel(a + i * units, b, units, c, call.out_stride);
+          kernel(a + i * units, b, units, c, call.out_stride, c + kSquare * call.out_stride);
         } else {
           copy_tile(high, wide, c, call.out_stride, edge, kSquare);
-          kernel(a + i * units, b, units, edge, kSquare);
+          kernel(a + i * units, b, units, edge, kSquare, edge);
           copy_tile(high, wide, edge, kSquare, c, call.out_stride);
         }
       }

@@ -1,5 +1,6 @@
 // The CPU kernels for processors with AVX-512.
 #if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
 #define GF_VECTOR_FLOATS 16
 #define GF_MICRO_ROWS 8
 #if defined(__clang__)
@@ -19,6 +20,6 @@
 // clang-format on
 
 GF_DEFINE_KEPT_PRODUCTS(kKeptAvx512)
-GF_DEFINE_PRODUCT(kProductAvx512, &product_tile<false>)
+GF_DEFINE_PRODUCT(kProductAvx512, &product_tile)
 GF_DEFINE_ROWS(kRowsAvx512)
 #endif

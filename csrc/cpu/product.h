@@ -10,9 +10,8 @@
 
 #include "rows.h"
 
-// What the compiler can make; whether this processor has it is found at run time (rows.cpp).
+// Whether the compiler can make AMX code; whether this processor runs it is found at run time (rows.cpp).
 #if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
-#define GF_HAS_AVX512_BF16
 #define GF_HAS_AMX
 #endif
 
@@ -46,7 +45,7 @@ inline int64_t product_buffer_size(int64_t rows, int64_t columns) {
 // Adds a[m0:m1] @ b[n0:n1].T to out[m0:m1, n0:n1].
 using ProductKernel = void (*)(const ProductCall& call, int64_t m0, int64_t m1, int64_t n0, int64_t n1, float* buffer);
 
-// One kernel per instruction set; the last two are for operands that are both bfloat16.
-extern const ProductKernel kProductPortable, kProductAvx2, kProductAvx512, kProductAvx512BFloat16, kProductAmx;
+// One kernel per instruction set; that of AMX is for operands that are both bfloat16.
+extern const ProductKernel kProductPortable, kProductAvx2, kProductAvx512, kProductAmx;
 
 }  // namespace grpo_fast

@@ -15,10 +15,7 @@ ProductKernel product_kernel(RowType a, RowType b) {
 #if defined(__x86_64__) && defined(__GNUC__)
   const int64_t isa = matrix_instruction_set();
 #if defined(GF_HAS_AMX)
-  if (a == RowType::kBFloat16 && b == RowType::kBFloat16) {
-    if (isa >= 4) return kProductAmx;
-    if (isa >= 3) return kProductAvx512BFloat16;
-  }
+  if (isa == 3 && a == RowType::kBFloat16 && b == RowType::kBFloat16) return kProductAmx;
 #endif
   if (isa >= 2) return kProductAvx512;
   if (isa == 1) return kProductAvx2;

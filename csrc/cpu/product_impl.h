@@ -28,7 +28,13 @@ GF_INLINE V read_as(const void* from) {
 }
 GF_INLINE void write(float* to, const Vector& x) { std::memcpy(to, &x, sizeof(x)); }
 
-GF_INLINE Words widened(const BFloat* from) { return __builtin_convertvector(read_as<HalfWords>(from), Words); }
+GF_INLINE Words widened(const BFloat* from) {
+#if GF_VECTOR_FLOATS == 16  // GCC makes two halves of the general form
+  return reinterpret_cast<Words>(_mm512_cvtepu16_epi32(read_as<__m256i>(from)));
+#else
+  return __builtin_convertvector(read_as<HalfWords>(from), Words);
+#endif
+}
 GF_INLINE Vector load(const float* from) { return read_as<Vector>(from); }
 GF_INLINE Vector load(const BFloat* from) { return reinterpret_cast<Vector>(widened(from) << 16); }
 GF_INLINE Vector load(const Half* from) {
@@ -73,29 +79,36 @@ GF_INLINE bool load_block(const ProductOperand& operand, int64_t outer, int64_t 
   const int64_t outer_stride = operand.outer_stride, k_stride = operand.k_stride;
   const T* base = reinterpret_cast<const T*>(operand.data) + outer * outer_stride + k * k_stride;
   if (k_stride == 1 && ks >= kWidth * kUnit) {
-#pragma GCC unroll 16
-    for (int64_t i = 0; i < kWidth; i++) {
-      x[i] = Vector{};
-      if (i >= outers) continue;
+    const auto row = [&](int64_t i) __attribute__((always_inline)) {
       if constexpr (kPairs)
-        x[i] = read_as<Vector>(base + i * outer_stride);
+        return read_as<Vector>(base + i * outer_stride);
       else
-        x[i] = load(base + i * outer_stride);
+        return load(base + i * outer_stride);
+    };
+    if (outers >= kWidth) {
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kWidth; i++) x[i] = row(i);
+    } else {
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kWidth; i++) x[i] = i < outers ? row(i) : Vector{};
     }
     return false;
   }
   if (outer_stride == 1 && outers >= kWidth) {
-#pragma GCC unroll 16
-    for (int64_t i = 0; i < kWidth; i++) {
-      x[i] = Vector{};
-      if (i * kUnit >= ks) continue;
+    const auto unit = [&](int64_t i, bool whole) __attribute__((always_inline)) {
       if constexpr (kPairs) {
-        Words pair = widened(base + 2 * i * k_stride);
-        if (2 * i + 1 < ks) pair |= widened(base + (2 * i + 1) * k_stride) << 16;
-        x[i] = reinterpret_cast<Vector>(pair);
+        const Words first = widened(base + 2 * i * k_stride);
+        return reinterpret_cast<Vector>(whole ? first | widened(base + (2 * i + 1) * k_stride) << 16 : first);
       } else {
-        x[i] = load(base + i * k_stride);
+        return load(base + i * k_stride);
       }
+    };
+    if (ks >= kWidth * kUnit) {
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kWidth; i++) x[i] = unit(i, true);
+    } else {
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kWidth; i++) x[i] = i * kUnit < ks ? unit(i, i * kUnit + kUnit <= ks) : Vector{};
     }
     return true;
   }
@@ -147,20 +160,14 @@ void pack(const ProductOperand& operand, int64_t outer, int64_t outers, int64_t 
   }
 }
 
-template <bool kPairs>
-GF_INLINE Vector multiply_add(const Vector& sum, float unit, const Vector& units) {
-#if defined(GF_DOT_PAIRS)
-  if constexpr (kPairs) return GF_DOT_PAIRS(sum, unit, units);
-#endif
-  return sum + unit * units;
-}
-
 // c[r][:] += the products of kRows rows of a panel of a with a panel of b: for every block of k its sum, made in registers, then added.
-template <bool kPairs, int64_t kRows>
+template <int64_t kRows>
 void micro_kernel(const float* a, const float* b, int64_t units, float* c, int64_t stride) {
-  constexpr int64_t kBlock = kPairs ? kSumBlock / 2 : kSumBlock;
-  for (int64_t begin = 0; begin < units; begin += kBlock) {
-    const int64_t end = std::min(units, begin + kBlock);
+#pragma GCC unroll 8
+  for (int64_t r = 0; r < kRows; r++)
+    for (int64_t v = 0; v < kMicroVectors; v++) __builtin_prefetch(c + r * stride + v * kWidth, 1);
+  for (int64_t begin = 0; begin < units; begin += kSumBlock) {
+    const int64_t end = std::min(units, begin + kSumBlock);
     Vector sums[kRows][kMicroVectors] = {};
     for (int64_t u = begin; u < end; u++) {
       Vector row[kMicroVectors];
@@ -169,7 +176,7 @@ void micro_kernel(const float* a, const float* b, int64_t units, float* c, int64
 #pragma GCC unroll 8
       for (int64_t r = 0; r < kRows; r++) {
 #pragma GCC unroll 3
-        for (int64_t v = 0; v < kMicroVectors; v++) sums[r][v] = multiply_add<kPairs>(sums[r][v], a[u * kPanel + r], row[v]);
+        for (int64_t v = 0; v < kMicroVectors; v++) sums[r][v] += a[u * kPanel + r] * row[v];
       }
     }
 #pragma GCC unroll 8
@@ -184,13 +191,12 @@ void micro_kernel(const float* a, const float* b, int64_t units, float* c, int64
 }
 
 // The largest power of two of the rows that are left, so that one row does not cost as much as all. A row's bits do not depend on it.
-template <bool kPairs>
 GF_INLINE int64_t some_rows(int64_t left, const float* a, const float* b, int64_t units, float* c, int64_t stride) {
   if constexpr (kMicroRows >= 8)
-    if (left >= 8) return micro_kernel<kPairs, 8>(a, b, units, c, stride), 8;
-  if (left >= 4) return micro_kernel<kPairs, 4>(a, b, units, c, stride), 4;
-  if (left >= 2) return micro_kernel<kPairs, 2>(a, b, units, c, stride), 2;
-  return micro_kernel<kPairs, 1>(a, b, units, c, stride), 1;
+    if (left >= 8) return micro_kernel<8>(a, b, units, c, stride), 8;
+  if (left >= 4) return micro_kernel<4>(a, b, units, c, stride), 4;
+  if (left >= 2) return micro_kernel<2>(a, b, units, c, stride), 2;
+  return micro_kernel<1>(a, b, units, c, stride), 1;
 }
 
 GF_INLINE void copy_tile(int64_t rows, int64_t columns, const float* from, int64_t from_stride, float* to, int64_t to_stride) {
@@ -198,16 +204,15 @@ GF_INLINE void copy_tile(int64_t rows, int64_t columns, const float* from, int64
     for (int64_t j = 0; j < columns; j++) to[r * to_stride + j] = from[r * from_stride + j];
 }
 
-template <bool kPairs>
-void product_tile(const ProductCall& call, int64_t m0, int64_t m1, int64_t n0, int64_t n1, float* buffer) {
-  constexpr int64_t kUnit = kPairs ? 2 : 1, kStep = kPackUnits / 2;  // a panel of b stays in the first-level cache
+[[maybe_unused]] void product_tile(const ProductCall& call, int64_t m0, int64_t m1, int64_t n0, int64_t n1, float* buffer) {
+  constexpr int64_t kStep = kPackUnits / 2;  // a panel of b stays in the first-level cache
   const int64_t rows = m1 - m0, columns = n1 - n0;
   float edge[kMicroRows * kMicroColumns] = {};
-  for (int64_t k = 0; k < call.k; k += kStep * kUnit) {
-    const int64_t ks = std::min(call.k - k, kStep * kUnit), units = (ks + kUnit - 1) / kUnit;
+  for (int64_t k = 0; k < call.k; k += kStep) {
+    const int64_t units = std::min(call.k - k, kStep);
     float *a = buffer, *b = buffer + round_up(rows, kPanel) * units;
-    pack<kPairs>(call.a, m0, rows, k, ks, kPanel, units, a);
-    pack<kPairs>(call.b, n0, columns, k, ks, kMicroColumns, units, b);
+    pack<false>(call.a, m0, rows, k, units, kPanel, units, a);
+    pack<false>(call.b, n0, columns, k, units, kMicroColumns, units, b);
     for (int64_t j = 0; j < columns; j += kMicroColumns, b += kMicroColumns * units) {
       const int64_t wide = std::min(kMicroColumns, columns - j);
       for (int64_t i = 0; i < rows;) {
@@ -215,10 +220,10 @@ void product_tile(const ProductCall& call, int64_t m0, int64_t m1, int64_t n0, i
         const int64_t left = std::min(kMicroRows - i % kMicroRows, rows - i);
         float* c = call.out + (m0 + i) * call.out_stride + n0 + j;
         if (wide == kMicroColumns) {
-          i += some_rows<kPairs>(left, panel, b, units, c, call.out_stride);
+          i += some_rows(left, panel, b, units, c, call.out_stride);
         } else {
           copy_tile(left, wide, c, call.out_stride, edge, kMicroColumns);
-          const int64_t done = some_rows<kPairs>(left, panel, b, units, edge, kMicroColumns);
+          const int64_t done = some_rows(left, panel, b, units, edge, kMicroColumns);
           copy_tile(done, wide, edge, kMicroColumns, c, call.out_stride);
           i += done;
         }

@@ -17,11 +17,6 @@ namespace grpo_fast {
 namespace {
 
 #if defined(GF_HAS_AMX)
-bool cpu_has_avx512_bf16() {
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
-}
-
 bool may_use_amx() {  // the system saves the tile registers of a process only if it asks
   unsigned a = 0, b = 0, c = 0, d = 0;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
@@ -31,10 +26,10 @@ bool may_use_amx() {  // the system saves the tile registers of a process only i
 #endif
 
 int64_t detect() {
-  int64_t best = 0, limit = 4;
+  int64_t best = 0, limit = 3;
   if (const char* wanted = std::getenv("GRPO_FAST_ISA")) {
     const int64_t number = std::strtol(wanted, nullptr, 10);
-    if (number >= 0) limit = number;
+    if (number >= 0) limit = std::min(number, limit);
   }
 #if defined(__x86_64__) && defined(__GNUC__)
   __builtin_cpu_init();
@@ -44,8 +39,7 @@ int64_t detect() {
     best = 2;
 #endif
 #if defined(GF_HAS_AMX)
-  if (best == 2 && cpu_has_avx512_bf16()) best = 3;
-  if (best == 3 && limit >= 4 && may_use_amx()) best = 4;
+  if (best == 2 && limit >= 3 && may_use_amx()) best = 3;
 #endif
   return std::min(best, limit);
 }

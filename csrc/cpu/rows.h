@@ -33,7 +33,7 @@ struct RowKernels {
 
 const RowKernels& rows(RowType type);
 int64_t instruction_set();         // 0 portable, 1 AVX2, 2 AVX-512; the environment variable GRPO_FAST_ISA lowers it
-int64_t matrix_instruction_set();  // also 3 AVX512-BF16 and 4 AMX, for products of bfloat16; lowered likewise
+int64_t matrix_instruction_set();  // also 3 AMX, for products of bfloat16; lowered likewise
 
 // One table per instruction set, indexed by RowType.
 extern const RowKernels kRowsPortable[3], kRowsAvx2[3], kRowsAvx512[3];

@@ -23,7 +23,7 @@ def define(schema: str) -> None:
 
 
 LIBRARY.define("cpu_isa() -> int")  # the instruction set that the C++ kernels run with, see backends.cpu_isa
-LIBRARY.define("cpu_matrix_isa() -> int")  # that of product_ with bfloat16 operands: also 3 for AVX512-BF16 and 4 for AMX
+LIBRARY.define("cpu_matrix_isa() -> int")  # that of product_ with bfloat16 operands: also 3, AMX
 
 
 def call_below_autograd(operator: OpOverload, *arguments: Any) -> Any:
