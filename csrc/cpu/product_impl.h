@@ -130,23 +130,27 @@ GF_INLINE bool load_block(const ProductOperand& operand, int64_t outer, int64_t 
 template <bool kPairs, bool kOuterMajor, typename T>
 void pack_as(const ProductOperand& operand, int64_t outer, int64_t outers, int64_t k, int64_t ks, int64_t panel, int64_t units, float* to) {
   constexpr int64_t kUnit = kPairs ? 2 : 1;
-  for (int64_t o = 0; o < round_up(outers, panel); o += kWidth) {
+  const auto pack_block = [&](int64_t o, int64_t u) {
+    Vector x[kWidth];
     const int64_t have = std::max<int64_t>(0, outers - o);
-    float* start = kOuterMajor ? to + o * units : to + o / panel * panel * units + o % panel;
-    for (int64_t u = 0; u < units; u += kWidth) {
-      Vector x[kWidth];
-      const bool lanes_are_rows = load_block<kPairs, T>(operand, outer + o, have, k + u * kUnit, ks - u * kUnit, x);
-      if (lanes_are_rows == kOuterMajor) transpose(x);
-      if constexpr (kOuterMajor) {
+    const bool lanes_are_rows = load_block<kPairs, T>(operand, outer + o, have, k + u * kUnit, ks - u * kUnit, x);
+    if (lanes_are_rows == kOuterMajor) transpose(x);
+    const int64_t step = kOuterMajor ? kWidth : panel;
+    float* at = kOuterMajor ? to + o * units + u * kWidth : to + o / panel * panel * units + o % panel + u * panel;
+    if (u + kWidth <= units) {
 #pragma GCC unroll 16
-        for (int64_t i = 0; i < kWidth; i++) write(start + (u + i) * kWidth, x[i]);
-      } else if (u + kWidth <= units) {
-#pragma GCC unroll 16
-        for (int64_t i = 0; i < kWidth; i++) write(start + (u + i) * panel, x[i]);
-      } else {
-        for (int64_t i = 0; i < units - u; i++) write(start + (u + i) * panel, x[i]);
-      }
+      for (int64_t i = 0; i < kWidth; i++) write(at + i * step, x[i]);
+    } else {
+      for (int64_t i = 0; i < units - u; i++) write(at + i * step, x[i]);
     }
+  };
+  const int64_t end = round_up(outers, panel);
+  if (operand.k_stride == 1) {  // along the memory, for the processor to prefetch it
+    for (int64_t o = 0; o < end; o += kWidth)
+      for (int64_t u = 0; u < units; u += kWidth) pack_block(o, u);
+  } else {
+    for (int64_t u = 0; u < units; u += kWidth)
+      for (int64_t o = 0; o < end; o += kWidth) pack_block(o, u);
   }
 }
 
