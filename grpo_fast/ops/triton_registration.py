@@ -32,7 +32,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads the vari
 
 
 def _rows(logits: Tensor, token_ids: Tensor, mask: Tensor) -> LogitRows:
-    return LogitRows(logits if logits.stride(2) == 1 else logits.contiguous(), token_ids, mask)
+    return LogitRows(logits if logits.stride(-1) == 1 else logits.contiguous(), token_ids, mask)
 
 
 def _scoring(given: TokenLogprobsArguments | GrpoLossArguments) -> Scoring:
@@ -93,7 +93,7 @@ def _scale_gradient(gradient: Tensor, upstream: Tensor) -> None:
 
 
 def _require_unit_stride(logits: Tensor) -> None:
-    if logits.stride(2) != 1:
+    if logits.stride(-1) != 1:
         raise ValueError(f"in place: logits have strides {logits.stride()}; expected them contiguous over the vocabulary.")
 
 

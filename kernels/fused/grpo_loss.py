@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .checks import check_per_token, check_rows
 from .loss_settings import LossSettings, as_float32
 from .policy_loss import policy_terms
 from .rowwise import kernel, per_token
@@ -175,6 +176,11 @@ def grpo_loss_fwd(
         parts: programs per row; by default chosen from the number of rows.
     """
     logits, token_ids, mask = rows
+    check_rows(logits, token_ids, mask)
+    for name, x in policy._asdict().items():
+        check_per_token(name, x, logits, token_ids)
+    if len(settings) != 1 + len(LossSettings._fields):
+        raise RuntimeError(f"grpo_loss: {len(settings)} settings given, expected {1 + len(LossSettings._fields)}")
     surrogate, loss_settings = int(settings[0]), LossSettings(*map(float, settings[1:]))
     all_active = loss_settings.beta != 0 or loss_settings.entropy_coef != 0
     computed = mask & (policy.advantages != 0) if only_active and not all_active else mask

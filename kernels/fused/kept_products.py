@@ -7,8 +7,9 @@ but the gradient of the weight. Sums are float32 in a fixed order, without atomi
 
 import triton
 import triton.language as tl
-from torch import Tensor, empty, float32
+from torch import Tensor, empty, float32, int64
 
+from .checks import check_matrix
 from .rowwise import kernel
 
 __all__ = ["add_kept_weight_gradient", "kept_hidden_gradient", "kept_logits"]
@@ -125,7 +126,10 @@ def kept_logits(hidden: Tensor, weight: Tensor, columns: Tensor) -> Tensor:  # f
         weight: [V, D], contiguous along D.
         columns: int64 [n, K], contiguous.
     """
+    check_matrix("columns", columns, weight, dtype=int64, contiguous=True)
+    check_matrix("weight", weight, columns)
     tokens, count = columns.shape
+    check_matrix("hidden", hidden, columns, (tokens, weight.shape[1]))
     logits = empty((tokens, count), dtype=float32, device=columns.device)
     blocks = triton.cdiv(count, BLOCK_K)
     if logits.numel() > 0:
@@ -143,7 +147,10 @@ def kept_hidden_gradient(gradient: Tensor, weight: Tensor, columns: Tensor) -> T
         gradient: float32 [n, K], contiguous.
         weight, columns: as in kept_logits.
     """
+    check_matrix("columns", columns, weight, dtype=int64, contiguous=True)
+    check_matrix("weight", weight, columns)
     tokens, count = columns.shape
+    check_matrix("gradient", gradient, columns, (tokens, count), dtype=float32, contiguous=True)
     size = weight.shape[1]
     out = empty((tokens, size), dtype=float32, device=columns.device)
     blocks = triton.cdiv(size, BLOCK_D)
@@ -162,6 +169,11 @@ def add_kept_weight_gradient(into: Tensor, gradient: Tensor, hidden: Tensor, col
         into: float32 [V, D], contiguous along D.
         gradient, hidden, columns: as in kept_hidden_gradient and kept_logits.
     """
+    check_matrix("columns", columns, into, dtype=int64, contiguous=True)
+    check_matrix("into", into, columns, dtype=float32)
+    tokens, count = columns.shape
+    check_matrix("gradient", gradient, columns, (tokens, count), dtype=float32, contiguous=True)
+    check_matrix("hidden", hidden, columns, (tokens, into.shape[1]))
     if columns.numel() == 0 or into.numel() == 0:
         return
     ordered, places = columns.flatten().sort(stable=True)

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .checks import check_scaled
 from .rowwise import edge_columns, kernel, row_edges, row_slice
 from .token_logprobs import multiprocessors, phase_of, strides
 
@@ -52,6 +53,7 @@ def scale_(x: Tensor, factor: Tensor) -> Tensor:
         x: contiguous, or [B, T, V] contiguous over V.
         factor: 0-d, on the device of x.
     """
+    check_scaled(x, factor)
     if x.numel() == 0:
         return x
     whole = x.view(1, 1, -1) if x.is_contiguous() else x

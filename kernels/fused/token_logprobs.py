@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .checks import check_gradient, check_per_token, check_rows, check_statistics
 from .rowwise import clear_row, kernel, merge_sums, per_token, row_gradient, row_sums, scored, statistics_of
 
 __all__ = ["LogitRows", "Scoring", "token_gradient", "token_logprobs_bwd", "token_logprobs_fwd", "token_sums"]
@@ -239,6 +240,8 @@ def token_sums(
 ) -> Tensor:  # float32 [3, B * T, parts]
     """Compute the sums over each unmasked row without its target; undefined for masked rows."""
     logits, token_ids, mask = rows
+    check_rows(logits, token_ids, mask)
+    check_per_token("temperatures", scoring.temperatures, logits, token_ids)
     vocabulary = logits.shape[2]
     parts = parts_of(rows.num_rows, vocabulary, scoring.block, logits.device, parts)
     sums = torch.empty((3, rows.num_rows, parts), dtype=torch.float32, device=logits.device)
@@ -275,6 +278,8 @@ def token_gradient(
 ) -> None:  # fmt: skip
     """Write d loss / d logits. Rows that are masked or have g = h = 0 are set to zero without being read.
 
+    Raises RuntimeError for tensors of other shapes, types, strides or devices, as all launchers here do.
+
     Args:
         g, h: d loss / d logprob and d loss / d entropy, float32 ``[B, T]``, strided or broadcast.
         logprobs, entropy, lse: float32 ``[B, T]`` from token_logprobs_fwd, contiguous.
@@ -282,6 +287,11 @@ def token_gradient(
         want_entropy: False if h is 0 everywhere.
     """
     logits, token_ids, mask = rows
+    check_rows(logits, token_ids, mask)
+    for name, x in (("temperatures", scoring.temperatures), ("grad_logprobs", g), ("grad_entropy", h)):
+        check_per_token(name, x, logits, token_ids)
+    check_statistics(logits, token_ids, logprobs=logprobs, entropy=entropy, lse=lse)
+    check_gradient(gradient, logits)
     if logits.numel() == 0:
         return
     positions, vocabulary = logits.shape[1:]
