@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 CPP = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test sweep real-parts bench check format wheel sanitize clean
+.PHONY: demo test sweep real-parts bench check check-cuda check-sources format wheel sanitize clean
 
 demo:  ## a small language model learns by GRPO (make demo ARGS="--temperature 0.6")
 	@PYTHON="$(PYTHON)" tools/bootstrap.sh demo
@@ -26,6 +26,12 @@ bench:  ## regressions with pytest-benchmark, then the comparison with other imp
 
 check:  ## ruff, clang-format, mypy, the direction of imports, and nvcc over every .cu file
 	@PYTHON="$(PYTHON)" tools/bootstrap.sh test
+	@$(MAKE) --no-print-directory --output-sync=target -j2 check-cuda check-sources
+
+check-cuda:
+	@$(BIN)/python tools/nvcc_check.py
+
+check-sources:
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/clang-format --dry-run -Werror $(CPP)
@@ -33,7 +39,6 @@ check:  ## ruff, clang-format, mypy, the direction of imports, and nvcc over eve
 	@$(BIN)/mypy --config-file tests/mypy.ini
 	@$(BIN)/lint-imports --no-cache
 	@$(BIN)/python tools/generate_loss_settings.py --check
-	@$(BIN)/python tools/nvcc_check.py
 
 format:  ## rewrite the sources as `make check` wants them
 	@PYTHON="$(PYTHON)" tools/bootstrap.sh test

@@ -93,8 +93,8 @@ def test_soft_cap_scale_and_temperatures(dtype: torch.dtype, device: str) -> Non
     block = kernels.SOFTCAP_BLOCK
     rows = rows_with_targets(2 * block + 11, [0, 100, block + 44, 2 * block - 1, 2 * block + 10], dtype, device, 2)
     temperatures, one = torch.tensor([[0.3, 0.7, 1.0, 1.3, 2.0]], device=device), torch.full((1, 1), 0.6, device=device)
-    for softcap, logit_scale, own in itertools.product((0.0, 2.0, 30.0), (1.0, 0.25), (None, temperatures, one)):
-        check_rows(rows, Scoring(own, 0.8, softcap, logit_scale), parts=2)
+    for (i, softcap), (k, own) in itertools.product(enumerate((0.0, 2.0, 30.0)), enumerate((None, temperatures, one))):
+        check_rows(rows, Scoring(own, 0.8, softcap, (1.0, 0.25)[(i + k) % 2]), parts=2)  # each pair of values is there
 
 
 def test_the_gradient_goes_where_the_logits_lie_or_anywhere_else(device: str) -> None:

@@ -7,6 +7,7 @@ import random
 import re
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -240,15 +241,26 @@ def test_the_command_refuses_bad_options(option, value, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.sweep) for seed in (1, 2, 3, 4))])
-def test_the_demonstration_learns(seed, tmp_path):
-    started = time.process_time()
-    result = CliRunner().invoke(app, ["--seed", str(seed), "--output", str(tmp_path)])
+def learn(folder: Path, *options: str) -> dict[str, Any]:
+    result = CliRunner().invoke(app, [*options, "--output", str(folder)])
     assert result.exit_code == 0, result.output
-    numbers = json.loads((tmp_path / "result.json").read_text())
+    numbers: dict[str, Any] = json.loads((folder / "result.json").read_text())
     assert numbers["learned"] is True
     assert numbers["history"][-1]["reward"] > numbers["history"][0]["reward"] + 0.5
+    return numbers
+
+
+@pytest.mark.slow
+def test_the_demonstration_learns_in_fewer_steps(tmp_path: Path) -> None:
+    """All four criteria hold after 36 of the 60 steps; after 24 the accuracy is 0.914, below its bound."""
+    learn(tmp_path, "--steps", "36", "--evaluation-prompts", "48")
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("seed", range(5))
+def test_the_demonstration_learns(seed: int, tmp_path: Path) -> None:
+    started = time.process_time()
+    learn(tmp_path, "--seed", str(seed))
     assert time.process_time() - started < 90  # of CPU: the machine may be shared
 
 

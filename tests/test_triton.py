@@ -62,6 +62,7 @@ def interpret(*arguments: str) -> None:
     assert " passed" in done.stdout
 
 
+@pytest.mark.slow
 def test_in_the_interpreter() -> None:
     interpret("-m", "not sweep")
 

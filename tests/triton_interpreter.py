@@ -6,6 +6,7 @@ TRITON_INTERPRET=1 python -m pytest tests/triton_interpreter.py
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import torch
 import triton
 from torch import Tensor
+from triton.runtime import interpreter
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before Python starts; tests/test_triton.py sets it", allow_module_level=True)
@@ -22,6 +24,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 import compare
 import test_grpo_loss
 import test_linear
+import test_operator_checks as operator_checks
 from cases import KEPT, random_case
 from extreme_cases import *  # noqa: F403
 from launches import small_blocks, splitter
@@ -29,7 +32,9 @@ from row_cases import *  # noqa: F403
 from test_triton import check_truth, check_vocabulary
 
 import grpo_fast as gf
+from grpo_fast.kernels import kept_products
 from grpo_fast.kernels import token_logprobs as kernels
+from grpo_fast.kernels.scale import scale_
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SEEDS = range(25)
@@ -39,9 +44,25 @@ BLOCK = 256  # small, so that a small vocabulary has plain blocks, the target's 
 ALLOWANCE = {**compare.ALLOWANCE, torch.bfloat16: 2.0**-7 + 2.0**-19}
 
 
+PREPARED: set[str] = set()  # modules with device functions
+
+
+def device_function(function: Any, *arguments: Any, **options: Any) -> Any:
+    """Call a device function inside a kernel.
+
+    Triton replaces the functions of triton.language again at each such call, which takes 40 % of the time. Once for each module is enough:
+    what the launch of a kernel replaces it restores and replaces again at the next one, and the rest stays replaced.
+    """
+    if function.fn.__module__ not in PREPARED:
+        interpreter._patch_lang(function.fn)
+        PREPARED.add(function.fn.__module__)
+    return function.rewrite()(*arguments, **options)
+
+
 @pytest.fixture(autouse=True)
 def in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     small_blocks(monkeypatch, BLOCK)
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", device_function)
     monkeypatch.setattr(compare, "ALLOWANCE", ALLOWANCE)
     with gf.use_backend("triton"):
         yield
@@ -117,7 +138,7 @@ def test_the_implementations_of_the_benchmark(tmp_path: Path, monkeypatch: pytes
     import gpu_bench
 
     results = gpu_bench.Results(tmp_path / "gpu.json", "bench", "cpu")
-    gpu_bench.one_shape(12, 301, gpu_bench.Timer("cpu", 1), "cpu", float("inf"), results)
+    gpu_bench.one_shape(4, 301, gpu_bench.Timer("cpu", 1), "cpu", float("inf"), results)
     found = {(entry["step"], entry["name"]): entry for entry in results.whole["bench"]}
     steps = {("loss", "ours"), ("loss", "ours_inplace"), ("logprobs", "ours"), ("logprobs+entropy", "ours"), ("gradient", "ours")}
     if gpu_bench.imported("liger_kernel.ops.grpo_loss", "GrpoLossFunction"):
@@ -158,6 +179,52 @@ def test_what_tuning_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 # ---- as operators
+
+
+def test_the_operators_refuse_what_would_be_read_out_of_bounds() -> None:
+    """As the C++ operators do: test_operator_checks.py."""
+    for name, change, named in operator_checks.WRONG:
+        wrong = {name: change(operator_checks.arguments()[name])}
+        for call in (
+            operator_checks.logprobs,
+            functools.partial(operator_checks.logprobs_backward, False),
+            functools.partial(operator_checks.logprobs_backward, True),
+            functools.partial(operator_checks.loss, False),
+            functools.partial(operator_checks.loss, True),
+        ):
+            with pytest.raises(RuntimeError, match=named):
+                call(**wrong)
+    for shape in ((2, 2), (3, 3), (2,)):
+        for name in operator_checks.FLOATS:
+            with pytest.raises(RuntimeError, match=f"{name} has the wrong"):
+                operator_checks.loss(True, **{name: torch.rand(*shape)})
+        for name in ("g", "h", "logprobs", "entropy", "lse"):
+            with pytest.raises(RuntimeError, match=r"grpo_fast: \w+ has the wrong"):
+                operator_checks.logprobs_backward(True, **{name: torch.rand(*shape)})
+    with pytest.raises(RuntimeError, match="lse has the wrong layout"):
+        operator_checks.logprobs_backward(False, lse=torch.rand(1, 1))
+    with pytest.raises(RuntimeError, match="1 settings given"):
+        operator_checks.loss(False, settings=[0.0])
+
+
+def test_the_launchers_refuse_what_would_be_read_out_of_bounds() -> None:
+    hidden, weight, columns = torch.randn(2, 8), torch.randn(5, 8), torch.tensor([[1, 2, -1], [0, 4, 3]])
+    gradient, into = torch.randn(2, 3), torch.zeros(5, 8)
+    for call, named in (
+        (lambda: scale_(torch.ones(4), torch.ones(2)), "factor is"),
+        (lambda: scale_(torch.ones(4, 4).T, torch.tensor(1.0)), "x has strides"),
+        (lambda: scale_(torch.ones(4, dtype=torch.int32), torch.tensor(1.0)), "x is torch.int32"),
+        (lambda: kept_products.kept_logits(hidden[:1], weight, columns), "hidden has the wrong shape"),
+        (lambda: kept_products.kept_logits(hidden, weight, columns.int()), "columns has the wrong dtype"),
+        (lambda: kept_products.kept_logits(hidden, weight.T.contiguous().T, columns), "weight has strides"),
+        (lambda: kept_products.kept_hidden_gradient(gradient[:, :2], weight, columns), "gradient has the wrong shape"),
+        (lambda: kept_products.kept_hidden_gradient(gradient, weight[0], columns), "weight has the wrong shape"),
+        (lambda: kept_products.add_kept_weight_gradient(into[:, :7], gradient, hidden, columns), "hidden has the wrong shape"),
+        (lambda: kept_products.add_kept_weight_gradient(into, gradient.half(), hidden, columns), "gradient has the wrong dtype"),
+        (lambda: kept_products.add_kept_weight_gradient(into, gradient, hidden, columns.T), "columns has strides"),
+    ):
+        with pytest.raises(RuntimeError, match=named):
+            call()
 
 
 def test_compile_without_graph_breaks() -> None:
