@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import grpo_fast as gf
+from grpo_fast.cli.completion import train_flags
 
 BLOCK = """
 import sys
@@ -49,38 +52,72 @@ def run(code: str, blocked: tuple[str, ...] = EXTRAS, **environment: str) -> sub
     )
 
 
-@pytest.mark.parametrize("command", ["train --help", "train config.yaml", "demo", "study sampling --help"])
-def test_a_command_without_its_packages_names_the_install(command: str) -> None:
-    ended = run(f"from grpo_fast.cli.main import app\napp({command.split()!r})")
-    assert ended.returncode == 2 and "Traceback" not in ended.stderr
-    assert "which is not installed. Fix: pip install '.[" in " ".join(ended.stderr.split())
+def test_without_the_packages_each_command_and_class_names_the_install() -> None:
+    """All in one process: each start imports torch."""
+    commands = ["train --help", "train config.yaml", "demo", "study sampling --help"]
+    names = ["GRPOTrainer", "GRPOConfig"]
+    ended = run(f"""
+import json, traceback
+from typer.testing import CliRunner
+from grpo_fast.cli.main import app
+outcomes = {{}}
+for command in {commands!r}:
+    done = CliRunner().invoke(app, command.split())
+    outcomes[command] = [done.exit_code, " ".join(done.output.split())]
+for name in {names!r}:
+    try:
+        exec(f"from grpo_fast.trainer import {{name}}")
+    except ImportError as error:
+        outcomes[name] = [traceback.format_exc().count("Traceback"), f"ImportError: {{error}}"]
+print(json.dumps(outcomes))
+""")
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(ended.stdout.splitlines()[-1])
+    for command in commands:
+        code, output = found[command]
+        assert code == 2 and "which is not installed. Fix: pip install '.[" in output, (command, output)
+    for name in names:
+        tracebacks, line = found[name]
+        cure = "needs transformers, which is not installed. Fix: pip install '.[train]'"
+        assert tracebacks == 1 and line.startswith(f"ImportError: grpo_fast.trainer.{name} {cure}")
 
 
-@pytest.mark.parametrize("name", ["GRPOTrainer", "GRPOConfig"])
-def test_the_trainer_without_its_packages_names_the_install(name: str) -> None:
-    ended = run(f"from grpo_fast.trainer import {name}")
-    (line,) = [line for line in ended.stderr.splitlines() if line.startswith("ImportError")]
-    assert line.startswith(f"ImportError: grpo_fast.trainer.{name} needs transformers, which is not installed. Fix: pip install '.[train]'")
-    assert ended.stderr.count("Traceback") == 1
-
-
-@pytest.mark.parametrize("command", ["doctor", "--help", "train --help"])
-def test_an_ascii_terminal(command: str) -> None:
-    if "train" in command:
-        pytest.importorskip("transformers", reason="its settings are transformers'")
-        pytest.importorskip("griffe", reason="the help reads docstrings")
-    code = f"import sys\nsys.argv = ['grpo-fast', *{command.split()!r}]\nfrom grpo_fast.cli.main import start\nstart()"
+def test_an_ascii_terminal() -> None:
+    """Each command writes to one ASCII stream, one after the other."""
+    commands = ["doctor", "--help"]
+    if importlib.util.find_spec("transformers") and importlib.util.find_spec("griffe"):  # its settings, and their docstrings
+        commands.append("train --help")
+    code = f"""
+import sys
+from grpo_fast.cli.main import start
+for command in {commands!r}:
+    sys.argv = ["grpo-fast", *command.split()]
+    try:
+        start()
+    except SystemExit as ended:
+        assert not ended.code, (command, ended.code)
+    print("-- end of", command)
+"""
     ended = run(code, (), PYTHONIOENCODING="ascii", LANG="C", LC_ALL="C", PYTHONUTF8="0")
     assert ended.returncode == 0, ended.stderr
-    assert len(ended.stdout) > 500 and ended.stdout.isascii()
+    assert ended.stdout.isascii() and "--install-completion" in ended.stdout
+    rest = ended.stdout
+    for command in commands:
+        shown, found, rest = rest.partition(f"-- end of {command}\n")
+        assert found and len(shown) > 500, (command, shown)
 
 
 def test_completion_is_on() -> None:
-    ended = run("import sys\nsys.argv = ['grpo-fast', '--help']\nfrom grpo_fast.cli.main import start\nstart()", ())
-    assert "--install-completion" in ended.stdout
     code = "import sys\nsys.argv = ['grpo-fast']\nfrom grpo_fast.cli.main import start\nstart()"
-    words = {"_GRPO_FAST_COMPLETE": "complete_bash", "COMP_WORDS": "grpo-fast doc", "COMP_CWORD": "1"}
-    assert run(code, (), **words).stdout.split() == ["doctor"]
+    words = {"_GRPO_FAST_COMPLETE": "complete_bash", "COMP_WORDS": "grpo-fast train --lear", "COMP_CWORD": "2"}
+    assert run(code, (), **words).stdout.split() == ["--learning_rate"]
+
+
+def test_the_options_of_train_are_completed() -> None:
+    pytest.importorskip("transformers", reason="its settings are transformers'")
+    assert train_flags("--num_g") == ["--num_generations"]
+    assert train_flags("--hel") == ["--help", "--help-all"]
+    assert train_flags("--lr_sched") == ["--lr_scheduler_kwargs", "--lr_scheduler_type"] and train_flags("--nothing") == []
 
 
 def test_the_help_of_train_is_a_screen_or_two(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
+import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,7 @@ from typer.testing import CliRunner
 
 from grpo_fast.utils import redaction
 from grpo_fast.utils.errors import SettingsError
+from grpo_fast.utils.redacted_output import redacted_output
 from grpo_fast.utils.redaction import REDACTED, is_secret_name, redact, redact_text, redacted_paths, remember_secrets
 
 SECRET = "sesame-4711-open"
@@ -183,3 +188,53 @@ def test_a_training_writes_no_secret(tmp_path: Path) -> None:
     assert run.args.hub_token == run.args.model_init_kwargs["token"] == SECRET
     stored = torch.load(tmp_path / "checkpoint-1" / "training_args.bin", weights_only=False)
     assert (stored.hub_token, stored.model_init_kwargs, stored.max_steps) == (REDACTED, {"token": REDACTED}, 1)
+
+
+def fails(*_: Any) -> None:
+    api_key = "kept-in-the-line-4711"  # a traceback shows no line of this: it shows the next one
+    raise ConnectionError(f"https://me:{SECRET}@judge.example/v1?api_key={api_key} answered 401, HF_TOKEN=abc12345def")
+
+
+def test_a_traceback_of_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from grpo_fast.cli import main
+
+    monkeypatch.setattr(main, "app", fails)
+    with pytest.raises(SystemExit) as ended:
+        main.start()
+    said = capsys.readouterr().err
+    assert ended.value.code == 1
+    assert "Traceback" in said and "in fails" in said and "answered 401" in said
+    assert SECRET not in said and "4711" not in said and "abc12345def" not in said
+
+
+def test_log_lines_warnings_and_threads(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of any library while a command runs; of this package also in a user's program."""
+    written = io.StringIO()
+    handler = logging.StreamHandler(written)
+    others, ours = logging.getLogger("somebody.else"), logging.getLogger("grpo_fast")
+    for logger in (others, ours):
+        logger.addHandler(handler)
+    try:
+        with redacted_output():
+            others.warning("no answer from %s", f"http://me:{SECRET}@host")
+            try:
+                fails()
+            except ConnectionError:
+                others.exception("failed")
+            thread = threading.Thread(target=fails)
+            thread.start()
+            thread.join()
+            shown = warnings.formatwarning(f"api_key='{SECRET}'", UserWarning, "file.py", 1, "line")
+        ours.warning("no answer from %s", f"http://me:{SECRET}@host")
+    finally:
+        for logger in (others, ours):
+            logger.removeHandler(handler)
+    everything = written.getvalue() + shown + capsys.readouterr().err
+    assert written.getvalue().count("no answer from http://<redacted>@host") == 2
+    assert everything.count("Traceback") == 2 and everything.count("\nConnectionError: https://<redacted>@judge") == 2
+    assert SECRET not in everything and "4711" not in everything
+
+
+def test_words_of_a_program_stay() -> None:
+    text = "call(token=token, eos_token=vocabulary_2, key=lambda row: row) max_new_tokens=512 sort_key=column_12345"
+    assert redact_text(text) == text

@@ -8,7 +8,9 @@ from typing import Annotated, NamedTuple
 
 import typer
 
+from grpo_fast.cli.completion import CompletedCommand
 from grpo_fast.utils.install_hints import install
+from grpo_fast.utils.redacted_output import redacted_output
 from grpo_fast.version import __version__
 
 # Unexpected errors get Python's plain traceback: a traceback in a frame is hard to read and to search in the log of a run.
@@ -96,7 +98,7 @@ def _run_mounted(command: str, args: list[str]) -> None:
 
 
 def _mount(command: str, description: str) -> None:
-    @app.command(command, help=description, context_settings=_PASS_THROUGH)
+    @app.command(command, cls=CompletedCommand, help=description, context_settings=_PASS_THROUGH)
     def run(context: typer.Context) -> None:
         _run_mounted(command, context.args)
 
@@ -106,11 +108,12 @@ for _command, _mounted in MOUNTED.items():
 
 
 def start() -> None:
-    """Run the command line: the entry point of ``grpo-fast`` and of ``python -m grpo_fast.cli``."""
+    """Run the command line: the entry point of ``grpo-fast``, ``python -m grpo_fast`` and ``python -m grpo_fast.cli``."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that lacks a character shows another in its place, and the command goes on
             stream.reconfigure(errors="replace")
-    app()
+    with redacted_output():
+        app()
 
 
 if __name__ == "__main__":

@@ -31,6 +31,10 @@ _NAME = r"[A-Za-z0-9_.-]*(?:token|key|secret|password|passwd|passphrase|credenti
 _ASSIGNED = re.compile(
     rf"(?P<name>{_NAME})(?P<between>[\"']?\s*[=:]\s*)(?P<quote>[\"'])(?P<value>(?:\\.|(?!(?P=quote)).)+)(?P=quote)", re.I
 )
+# Letters and digits: a word of a program, as in token=token, is no secret.
+_UNQUOTED = re.compile(
+    rf"\b(?P<name>{_NAME})=(?=[^\s,;]*\d)(?=[^\s,;]*[a-z])[a-z0-9._~+/-]{{8,}}", re.I
+)  # no word of a program: it has digits
 _QUERY = re.compile(rf"(?P<before>[?&](?P<name>{_NAME})=)[^&\s\"']+", re.I)
 _USER = re.compile(r"(?P<scheme>\b[a-z][a-z0-9+.-]*://)[^/\s@\"']+@", re.I)  # user:password@ in a URL
 _BEARER = re.compile(r"\b(Bearer|Basic)\s+(?!<)[A-Za-z0-9._~+/=-]{8,}")
@@ -92,6 +96,7 @@ def redact_text(text: str) -> str:
         "judge(api_key='<redacted>', ngram_size=6) at https://<redacted>@host/?token=<redacted>"
     """
     text = _ASSIGNED.sub(_assignment, _redact_known(text))
+    text = _UNQUOTED.sub(lambda match: f"{match['name']}={REDACTED}" if is_secret_name(match["name"]) else match[0], text)
     text = _QUERY.sub(lambda match: match["before"] + REDACTED if is_secret_name(match["name"]) else match[0], text)
     text = _USER.sub(lambda match: f"{match['scheme']}{REDACTED}@", text)
     text = _BEARER.sub(lambda match: f"{match[1]} {REDACTED}", text)
