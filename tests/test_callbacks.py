@@ -264,6 +264,17 @@ def test_dead_groups_are_explained_once(tmp_path: Path) -> None:
     assert written_to(console).count("in 90% of the groups all rewards are equal") == 1
 
 
+def test_a_long_run_of_dead_groups_gets_advice_once(tmp_path: Path) -> None:
+    """Also where a single dead step has been explained before; a step with a live group starts the count again."""
+    console = Console(file=io.StringIO(), force_terminal=False, width=800)
+    bar = ProgressBarCallback(console)
+    for step in range(10, 250, 10):
+        before = written_to(console)
+        log(bar, tmp_path, step, {"reward": 0.0, "frac_reward_zero_std": 0.75 if step == 40 else 1.0})
+        assert ("for 50 steps all rewards have been equal in every group" in written_to(console)[len(before) :]) == (step == 90)
+    assert written_to(console).count("all rewards have been equal in every group") == 1
+
+
 def test_rewards_that_fail_are_named_once(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), force_terminal=False)
     bar = ProgressBarCallback(console)

@@ -37,6 +37,7 @@ _MEANING = {
 }
 TRAINING = "GRPO"
 ZERO_STD_HINT = 0.8  # share of groups with equal rewards from which a hint is printed, once
+DEAD_STEPS_HINT = 50  # steps without any group of unequal rewards, after which another one is printed, once
 
 
 class ProgressBarCallback(TrainerCallback):
@@ -54,10 +55,12 @@ class ProgressBarCallback(TrainerCallback):
         self.console = console if console is not None else Console(stderr=True)
         self.progress: _Bar | None = None
         self._hinted: set[str] = set()
+        self._last_live_step = 0  # the last step that had a group of unequal rewards, or the one before the first
         self._disabled_bars = False
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         self.stop()
+        self._last_live_step = state.global_step
         if not state.is_world_process_zero:
             return
         self._disabled_bars = logging.is_progress_bar_enabled()
@@ -114,6 +117,17 @@ class ProgressBarCallback(TrainerCallback):
                 "do not train the model. If the reward is high, use harder prompts. If it is low, use easier prompts, a reward with steps "
                 "between 0 and 1, or a higher temperature.",
             )
+        if "frac_reward_zero_std" in logs:
+            if share < 1.0:
+                self._last_live_step = state.global_step
+            elif state.global_step - self._last_live_step >= DEAD_STEPS_HINT:
+                self._hint(
+                    "dead steps",
+                    f"step {state.global_step}: for {state.global_step - self._last_live_step} steps all rewards have been equal in every "
+                    "group, so the reward has not trained the model in any of them. Fix: stop the run, look at completions and rewards "
+                    "(--log_completions), and start again with other prompts, another reward, or more completions per prompt "
+                    "(--num_generations).",
+                )
         for key, value in logs.items():
             if (match := _FAILURES.fullmatch(key)) and value:
                 self._hint(key, f"step {state.global_step}: {key} is {value:g}: reward {match[1]!r} {_MEANING[match[2]]}.")
