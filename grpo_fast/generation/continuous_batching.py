@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from grpo_fast.generation.kept_sets import KeptSetRecorder
+from grpo_fast.generation.paged_model import run_as_here
 from grpo_fast.generation.protocol import Completion, SamplerError, SamplingParams, check_prompts, end_tokens
 from grpo_fast.models.unwrap import eval_mode, inner_model, is_sharded
 
@@ -25,7 +26,8 @@ GREEDY_TEMPERATURE = 1e-4
 
 
 class ContinuousBatchingSampler:
-    """Samples with transformers' paged scheduler over the model that is trained: a preview feature of transformers, tested with 5.17.
+    """Samples with transformers' paged scheduler over the model that is trained: a preview feature of transformers, tested with 5.17 to
+    5.24. It runs under the autocast that is in force where `generate` is called.
 
     Each request has its own temperature, top-k and top-p. It pays off where lengths differ much; on a GPU it needs flash attention to be
     fast.
@@ -145,6 +147,7 @@ class ContinuousBatchingSampler:
                 from grpo_fast.generation.continuous_batching_sets import record_sets
 
                 record_sets(manager, recorder)
+            run_as_here(manager, model)
             # All requests are queued before the thread starts, so that the batches, and with them the tokens, do not depend on timing.
             request_ids = [
                 manager.add_request(

@@ -121,7 +121,7 @@ class Sampler(Protocol):
     """
 
     def generate(self, prompts: Sequence[list[int]], params: SamplingParams) -> list[Completion]:
-        """Draw one completion per prompt, in the order of the prompts."""
+        """Draw one completion per prompt, in the order of the prompts. The trainer calls it under the autocast of its loss."""
 
     def update_weights(self, model: PreTrainedModel | nn.Module, step: int) -> None:
         """Use the weights of this model from now on. The trainer calls it before it draws with weights that have changed since.

@@ -27,6 +27,7 @@ class TransformersSampler:
       draws the same completions as an uninterrupted one.
     - The model's generation_config is not used, so that do_sample=False, a top-k of 50 or a repetition penalty in it has no effect.
     - With truncated sampling (top-k, top-p, min-p) it returns the sets of kept tokens, if asked for.
+    - The model runs under the autocast that is in force where `generate` is called, as in the trainer.
     - The model is in eval mode while completions are drawn; afterwards every module is in its previous mode.
 
     Args:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from accelerate.utils import gather_object
-from torch import Tensor
+from accelerate.utils import AutocastKwargs, gather_object
+from torch import Tensor, nn
 
 from grpo_fast.data.chats import sends_as_chat
 from grpo_fast.data.prompts import encode_prompt
@@ -172,11 +173,12 @@ class CompletionRunner:
     def _draw(self, prompts: list[list[int]], params: SamplingParams) -> list[Completion]:
         """Draw completions under the current weights: if the sampler has lost them in any process, all send them again and draw again."""
         trainer = self.trainer
+        model = trainer.model_wrapped
         for _ in range(ATTEMPTS):
             drawn, lost = [], None
             try:
                 self._send_weights()
-                with trainer.metrics.timed("step_time/generate"), trainer.model_forward.unsharded(trainer.model_wrapped):
+                with trainer.metrics.timed("step_time/generate"), self._autocast(model), trainer.model_forward.unsharded(model):
                     drawn = trainer.sampler.generate(prompts, params) if prompts else []
             except WeightsLostError as error:  # of `update_weights` in all processes, of `generate` in some
                 lost = error
@@ -187,6 +189,11 @@ class CompletionRunner:
             if trainer.accelerator.is_main_process:
                 logger.warning("%s The weights are sent again, and the completions drawn again.", losses[0])
         raise lost or SamplerError(losses[0])
+
+    def _autocast(self, model: nn.Module) -> AbstractContextManager[object]:
+        """The autocast of the loss: accelerate adds it to the wrapped model only, and samplers run the inner model."""
+        # autocast keeps the weights that it has cast, which saves time; of a sharded model it would keep all that are gathered on the way.
+        return self.trainer.accelerator.autocast(AutocastKwargs(cache_enabled=False) if is_sharded(model) else None)
 
     def _send_weights(self) -> None:
         trainer = self.trainer

@@ -227,6 +227,7 @@ class GRPOConfig(TrainingArguments):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         choose_metric(self)
+        checks.resolve_checkpointing(self)
         super().__post_init__()
         choose_mode(self)
         checks.check_sampler(self)

@@ -27,6 +27,7 @@ __all__ = [
     "check_training",
     "convert_types",
     "parse_bool",
+    "resolve_checkpointing",
 ]
 
 T = TypeVar("T")
@@ -99,6 +100,16 @@ TYPES: dict[str, tuple[Callable[[object], bool], str]] = {  # annotation -> (whe
 }
 # The command line needs the narrower annotation.
 _WIDER_THAN_ANNOTATED = ("packing", "chat", "replay_support", "scale_rewards", "temperature_schedule")
+
+
+def resolve_checkpointing(config: GRPOConfig) -> None:
+    """Set transformers' newer names of ``gradient_checkpointing`` and its arguments, where it has them and they are not set.
+
+    From 5.24 it warns of the older names, which are TRL's and the only ones before 5.24.
+    """
+    for name in ("checkpointing", "checkpointing_kwargs"):
+        if getattr(config, f"activation_{name}", 0) is None:
+            setattr(config, f"activation_{name}", getattr(config, f"gradient_{name}"))
 
 
 # Values ------------------------------------------------------------------------------------------------------------------------
