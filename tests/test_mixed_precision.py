@@ -10,7 +10,6 @@ import torch
 from trainer_cases import ROWS, logs, model, trainer
 
 
-
 @pytest.fixture(autouse=True)
 def no_garbage_collection(monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers' continuous batching runs gc.collect twice after each rollout, which would take most of the time of these tests."""

@@ -30,7 +30,7 @@ def run_as_here(manager: ContinuousBatchingManager, model: PreTrainedModel) -> N
             "continuous batching: transformers' manager does not keep its model as `model`, so that it cannot run under autocast. "
             "Fix: transformers 5.17 to 5.24, or sampler 'transformers'."
         )
-    manager.model = _PagedModel(model)  # type: ignore[assignment]  # it has what the manager reads
+    manager.model = _PagedModel(model)  # it has what the manager reads
 
 
 class _PagedModel:
