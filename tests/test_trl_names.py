@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from peers import needs_trl
-from trainer_cases import config, trainer
+from trainer_cases import ROWS, config, trainer
 
 from grpo_fast.trainer import GRPOConfig, GRPOTrainer
 from grpo_fast.trainer.run_settings import parse_overrides
@@ -69,3 +69,13 @@ def test_the_class_is_as_before(tmp_path: Path) -> None:
     assert dataclasses.replace(made, beta=0.5).beta == 0.5
     assert pickle.loads(pickle.dumps(made)).num_generations == 4
     assert trainer(tmp_path).args.num_generations == 4
+
+
+def test_num_generations_eval_is_trls_name_for_eval_rounds(tmp_path: Path) -> None:
+    run = trainer(tmp_path, num_generations_eval=2, eval_top_p=0.5, eval_dataset=ROWS[:2])
+    assert run.args.eval_rounds == 2 and run.evaluate()["eval_rounds"] == 2
+    assert dataclasses.replace(run.args).eval_rounds == 2
+    with pytest.raises(ValueError, match="num_generations_eval is 2; expected eval_rounds = 3"):
+        config(tmp_path, num_generations_eval=2, eval_rounds=3)
+    with pytest.raises(ValueError, match="num_generations_eval is 0; expected a whole number of at least 1"):
+        config(tmp_path, num_generations_eval=0)

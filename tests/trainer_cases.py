@@ -22,14 +22,18 @@ def model(seed: int = 0, **settings: Any) -> Any:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(seed)
-    settings = {"attn_implementation": "eager", "tie_word_embeddings": False, "num_hidden_layers": 2} | settings
+    settings = {
+        "attn_implementation": "eager",
+        "tie_word_embeddings": False,
+        "num_hidden_layers": 2,
+        "max_position_embeddings": 64,
+    } | settings
     config = Qwen2Config(
         vocab_size=len(TOKENIZER),
         hidden_size=16,
         num_attention_heads=2,
         num_key_value_heads=2,
         intermediate_size=32,
-        max_position_embeddings=64,
         initializer_range=0.2,
         bos_token_id=None,
         eos_token_id=TOKENIZER.eos_token_id,

@@ -19,8 +19,8 @@ __all__ = ["run_as_here"]
 def run_as_here(manager: ContinuousBatchingManager, model: PreTrainedModel) -> None:
     """Let a manager, which has not started, run its model under the autocast that is in force in the calling thread.
 
-    autocast belongs to a thread, and the manager's thread has none. The manager allocates its cache and its mask in the model's dtype, while
-    under autocast keys may be float32 (after the rotary embedding) and values 16 bits; so both are cast when they enter the cache.
+    autocast belongs to a thread, and the manager's thread has none. The manager allocates its cache and its mask in the model's dtype,
+    while under autocast keys may be float32 (after the rotary embedding) and values 16 bits; so both are cast when they enter the cache.
 
     Raises:
         SamplerError: this version of transformers keeps the model elsewhere.

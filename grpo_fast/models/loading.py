@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,7 +76,9 @@ def load_policy(
                 "peft_config is given with a model that has an adapter; expected one of the two. Fix: no peft_config, to go on training "
                 "that adapter, or model.merge_and_unload(), to train a new one."
             )
-        model = get_peft_model(model, peft_config)
+        with warnings.catch_warnings():  # PEFT reads is_gradient_checkpointing, which transformers renames from 5.24
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+            model = get_peft_model(model, peft_config)
     if is_peft(model) and gradient_checkpointing:
         model.enable_input_require_grads()
     if disable_dropout:

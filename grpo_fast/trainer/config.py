@@ -72,6 +72,7 @@ class GRPOConfig(TrainingArguments):
         eval_temperature: temperature of evaluations; 0.6 is DeepSeek-R1's, 0 is greedy decoding.
         eval_top_p: ``top_p`` of evaluations; 0.95 is DeepSeek-R1's.
         eval_rounds: completions per prompt in an evaluation; the mean is reported, with its standard error over the rounds.
+        num_generations_eval: TRL's name for ``eval_rounds``.
 
         beta: weight of the KL penalty; 0 needs no reference policy.
         use_bias_correction_kl: ``bias_corrected_kl`` of LossConfig.
@@ -177,6 +178,7 @@ class GRPOConfig(TrainingArguments):
     eval_temperature: float = 0.6
     eval_top_p: float = 0.95
     eval_rounds: int = 4
+    num_generations_eval: int | None = None
 
     beta: float = 0.0
     use_bias_correction_kl: bool = True

@@ -133,6 +133,12 @@ def check_sampler(config: GRPOConfig) -> None:
 
 def check_batches(config: GRPOConfig) -> None:
     """Check the sizes of batches and groups, and set whichever of ``steps_per_generation`` and ``generation_batch_size`` is None."""
+    if config.num_generations_eval is not None:
+        if config.eval_rounds not in (type(config).eval_rounds, config.num_generations_eval):
+            expected = f"eval_rounds = {config.eval_rounds}, which it is TRL's name for. Fix: remove one of the two"
+            raise bad_setting("num_generations_eval", config.num_generations_eval, expected)
+        _check_count("num_generations_eval", config.num_generations_eval, 1)
+        config.eval_rounds = config.num_generations_eval
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         _check_count(name, getattr(config, name), 1)
     for name in ("num_generations", "max_completion_length", "num_iterations", "eval_rounds", "shuffle_buffer_size"):

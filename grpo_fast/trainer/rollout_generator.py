@@ -21,6 +21,7 @@ from grpo_fast.models.unwrap import is_sharded
 from grpo_fast.trainer.completions import CompletionRunner, GeneratedCompletion
 from grpo_fast.trainer.config_checks import check_importance_weights
 from grpo_fast.trainer.diagnostics import completion_records, measure_rewards, measure_rollout
+from grpo_fast.trainer.length_check import check_lengths
 from grpo_fast.trainer.prompt_source import PromptSource, Row
 from grpo_fast.trainer.prompt_stream import PromptStream
 from grpo_fast.trainer.replay import SupportReplay
@@ -64,6 +65,10 @@ class RolloutGenerator:
             else {"eval_dataset": evaluated}
         )
         completions.check_first_prompts({"train_dataset": prompts.dataset, **parts})
+        rows = prompts.dataset if isinstance(prompts.dataset, list) or hasattr(prompts.dataset, "column_names") else None
+        options: Any = trainer.args.chat_template_kwargs  # TrainingArguments has parsed JSON
+        tokenizer, longest = trainer.processing_class, trainer.args.max_completion_length
+        check_lengths(trainer.model, tokenizer, None if isinstance(prompts, PromptStream) else rows, longest, options, as_chat=self.as_chat)
         self.replay = SupportReplay(trainer.args, trainer.sampler)
         # Again, since the settings do not know of a sampler that the caller made.
         check_importance_weights(trainer.args, self.corrects_sampler, replays=self.replay.wanted)

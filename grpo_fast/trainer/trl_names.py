@@ -28,7 +28,6 @@ _NO_IMAGES = "completions are texts here, without images. Fix: leave it out"
 REFUSED_SETTINGS: dict[str, str] = {
     "cast_lm_head_to_fp32": "the head is not cast: a copy of its weight in float32 would take memory. Fix: leave it out; a model that is "
     "given by name has its weights in float32 anyway",
-    "num_generations_eval": "evaluations draw eval_rounds completions per prompt, a round each. Fix: eval_rounds",
     "ds3_gather_for_generation": "the trainer does not gather the weights of DeepSpeed ZeRO-3. Fix: leave it out, and use FSDP2, or vLLM",
     "pad_to_multiple_of": "sequences are packed or padded to the longest only, since no kernel is compiled for a shape. Fix: leave it out; "
     "see packing",
