@@ -881,6 +881,8 @@ def test_without_names_a_lost_connection_counts_as_a_restart() -> None:
         sampler = connect(address)
         sampler.update_weights(tiny(1), 1)
         sampler.generate(PROMPTS, params(TEMPERATURES))
+        stand_in.faults = ["closed"]  # an idle connection
+        sampler.generate(PROMPTS, params(TEMPERATURES))
         stand_in.faults = ["broken"]
         with pytest.raises(WeightsLostError, match="a connection was lost since the weights were sent"):
             sampler.generate(PROMPTS, params(TEMPERATURES))

@@ -30,7 +30,8 @@ class StandIn:
     """The server's state, for a test to look at and to break.
 
     ``faults`` are taken one by one, each by one request for completions: "500", "400", "hang", "cut" (half a JSON text), "broken" (the
-    connection closes before the announced length), "other prompt", "short" (a finish_reason that does not fit), "no logprobs".
+    connection closes before the announced length), "closed" (it closes without an answer, as an idle
+    one does), "other prompt", "short" (a finish_reason that does not fit), "no logprobs".
     """
 
     def __init__(self, model: Any, *, logprobs_mode: str = "processed_logprobs", dev_mode: bool = True, versions: bool = True) -> None:
@@ -306,6 +307,9 @@ def serving(stand_in: StandIn) -> Iterator[str]:
                 fault = stand_in.faults.pop(0) if stand_in.faults else None
             if fault in ("500", "400"):
                 self.answer(int(fault), {"error": {"message": "engine says no"}})
+                return
+            if fault == "closed":
+                self.close_connection = True
                 return
             if fault == "hang":
                 stand_in.release.wait(20)

@@ -77,7 +77,7 @@ class ServerClient:
         self._connections: _Connections | None = None
         self._lock = threading.Lock()
         self._next_notice = 0.0
-        self.lost_connections = 0  # how often a connection was refused or broke
+        self.lost_connections = 0  # how often a connection was refused or broke, except an idle one
 
     def get(self, path: str) -> Any:
         """Send a GET request and return the decoded JSON of the answer; see `post`."""
@@ -133,7 +133,8 @@ class ServerClient:
             if connections.closed:
                 raise SamplerError(f"{method} {self.url}{path}: the client was closed while the request was under way.")
             try:
-                return self._attempt(connections.for_request(repeatable=repeatable), method, path, payload, timeout)
+                client, kept = connections.for_request(repeatable=repeatable), repeatable and tries == 1
+                return self._attempt(client, method, path, payload, timeout, kept=kept)
             except _RetryableError as failure:
                 may_repeat = repeatable or not failure.sent
                 if not may_repeat or time.monotonic() + pause > deadline:
@@ -155,12 +156,17 @@ class ServerClient:
         what = redact_text(f"{self.url}: {reason}")
         logger.warning("%s. Waiting for the server, for up to %.0f s more (retry_seconds).", what, deadline - now)
 
-    def _attempt(self, client: httpx.Client, method: str, path: str, payload: bytes | None, timeout: float) -> Any:
+    def _attempt(self, client: httpx.Client, method: str, path: str, payload: bytes | None, timeout: float, *, kept: bool) -> Any:
+        """Send a request once. ``kept``: on a connection that may have been idle, which the server may close at any moment: if it breaks
+        before the answer begins, that is no sign of a restart, after which the next attempt fails too.
+        """
+        answered = False
         late = _RetryableError(
             f"no answer within {timeout:g} s", "Fix: a larger timeout, or fewer tokens; or the server hangs: see its log."
         )
         try:
             with client.stream(method, self.url + path, content=payload, timeout=timeout) as response:
+                answered = True
                 status, text = response.status_code, _body(response, timeout, late)
         except httpx.ConnectError as error:
             self.lost_connections += 1
@@ -169,7 +175,7 @@ class ServerClient:
         except httpx.TimeoutException as error:
             raise late from error
         except httpx.TransportError as error:
-            self.lost_connections += 1
+            self.lost_connections += answered or not kept
             reason = f"the connection broke ({type(error).__name__}: {error})"
             raise _RetryableError(reason, "Did the server stop? Its log has the reason.", broken=True) from error
         if status in _BUSY:
