@@ -38,6 +38,7 @@ RUN_ELSEWHERE = {
     "grpo-fast bench-drop-ins": "tests/test_benchmark_drop_ins.py runs it at toy size",
     "grpo-fast bench-trl": "tests/test_benchmark_trl.py runs it at toy size",
     "grpo-fast bench-head": "tests/test_benchmark_head.py runs it at toy size",
+    "grpo-fast bench-kept": "tests/test_benchmark_kept.py runs it at toy size",
     "grpo-fast train --model Qwen/Qwen3-0.6B --dataset 'reasoning_gym:chain_sum' --rewards task format --output_dir runs/sums": (
         "tests/test_train_cli.py runs such commands with a model that lies on the disk"
     ),

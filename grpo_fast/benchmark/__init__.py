@@ -1,4 +1,4 @@
-"""The benchmarks: ``grpo-fast bench``, ``bench-head``, ``bench-trainer``, ``bench-trl`` and ``bench-drop-ins``.
+"""The benchmarks: ``grpo-fast bench``, ``bench-head``, ``bench-kept``, ``bench-trainer``, ``bench-trl`` and ``bench-drop-ins``.
 
 harness/          what all suites share: settings, worker processes, clocks and memory, gates, result files, tables, figures
 eager.py          the loss in plain PyTorch: the baseline and, in float64, the truth

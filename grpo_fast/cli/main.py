@@ -47,6 +47,7 @@ MOUNTED = {
     "study": Mounted("grpo_fast.cli.study", "train", "Measure what the temperature does, in sampling and in training."),
     "bench": Mounted("grpo_fast.cli.bench", "bench", "Time the loss against what you would use instead."),
     "bench-head": Mounted("grpo_fast.cli.bench_head", "bench", "Time the fused head against what you would use instead."),
+    "bench-kept": Mounted("grpo_fast.cli.bench_kept", "bench", "Time the head over kept sets against whole vocabularies."),
     "bench-trainer": Mounted("grpo_fast.cli.bench_trainer", "bench", "Time the trainer's loss stage against an eager loss."),
     "bench-trl": Mounted("grpo_fast.cli.bench_trl", "bench", "Time the loss stage of TRL's trainer, stock and with this loss."),
     "bench-drop-ins": Mounted("grpo_fast.cli.bench_drop_ins", "bench", "Time what the guides' drop-ins replace."),

@@ -29,6 +29,8 @@ COLOURS = {
     "quack": "#999999",
     "trl_entropy": "#66C2A5",
     "verl": "#CC79A7",
+    "kept": "#0072B2",
+    "gather": "#D55E00",
 }
 _TICKS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 

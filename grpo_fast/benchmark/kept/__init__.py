@@ -1,0 +1,1 @@
+"""Suite ``kept`` (``grpo-fast bench-kept``): the head over kept sets against heads that compute the whole vocabulary."""
