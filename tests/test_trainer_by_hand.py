@@ -447,12 +447,13 @@ def test_processes_draw_with_other_random_numbers_and_stop_together(tmp_path: Pa
 
 
 def test_completions_end_at_the_end_token_and_have_the_log_probabilities_of_their_temperatures() -> None:
-    of, prompts = model().train(), [[3, 4], [5, 6, 7], [3]]
-    params = SamplingParams(6, [0.7, 0.0, 1.3], seed=4, eos_token_id=[9, 10], pad_token_id=TOKENIZER.pad_token_id)
+    of, prompts, ends = model(attention_dropout=0.5).train(), [[3, 4], [5, 6, 7], [3]], [8, 9, 10, 11, 12]
+    params = SamplingParams(4, [0.7, 0.0, 1.3], seed=0, eos_token_id=ends, pad_token_id=TOKENIZER.pad_token_id)
     drawn = TransformersSampler(of, batch_size=2).generate(prompts, params)
     assert of.training and drawn[1].logprobs is None, "greedy decoding has no probabilities"
+    assert len({each.finished for each in drawn}) == 2
     for ids, each, temperature in zip(prompts, drawn, params.temperatures, strict=True):
-        assert each.finished == (each.token_ids[-1] in (9, 10)) and not {9, 10} & set(each.token_ids[:-1])
+        assert each.finished == (each.token_ids[-1] in ends) and not set(ends) & set(each.token_ids[:-1])
         logits = of.eval()(torch.tensor([[*ids, *each.token_ids]])).logits[0, len(ids) - 1 : -1]
         if temperature == 0:
             assert each.token_ids == logits.argmax(-1).tolist()

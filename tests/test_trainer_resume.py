@@ -78,10 +78,12 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_taken(
     copied: Path, damage: str, name: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    monkeypatch.setattr("grpo_fast.trainer.checkpoint_files.BLOCK", 64)
     path = copied / "checkpoint-2" / name
     whole = bytearray(path.read_bytes())
     whole[len(whole) // 2] ^= 1
     path.write_bytes({"empty": b"", "truncated": bytes(whole[:-9]), "flipped": bytes(whole)}[damage])
+    assert damage == "flipped" or name in str(missing_from(path.parent)), "before the contents are read"
     with pytest.raises(CheckpointError, match=name):
         resume(copied, copied / "checkpoint-2")
     run = resume(copied)
