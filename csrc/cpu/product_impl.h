@@ -85,9 +85,12 @@ GF_INLINE bool load_block(const ProductOperand& operand, int64_t outer, int64_t 
       else
         return load(base + i * outer_stride);
     };
-    if (outers >= kWidth) {
+    if (outers >= kWidth) {  // many short rows at once are more than the processor prefetches by itself
 #pragma GCC unroll 16
-      for (int64_t i = 0; i < kWidth; i++) x[i] = row(i);
+      for (int64_t i = 0; i < kWidth; i++) {
+        __builtin_prefetch(base + (i < outers - kWidth ? i + kWidth : i) * outer_stride);
+        x[i] = row(i);
+      }
     } else {
 #pragma GCC unroll 16
       for (int64_t i = 0; i < kWidth; i++) x[i] = i < outers ? row(i) : Vector{};
