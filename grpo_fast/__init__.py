@@ -21,6 +21,7 @@ from grpo_fast.models.api import linear_logprobs_from, linear_loss_from
 from grpo_fast.models.lm_head import head_of
 from grpo_fast.ops import extension
 from grpo_fast.ops.backends import BackendStatus, backends, use_backend
+from grpo_fast.ops.invariance import batch_invariant
 from grpo_fast.version import __version__ as __version__
 
 extension.load_prebuilt()  # takes milliseconds; a missing or broken extension is reported by backends() and is not an error here
@@ -36,6 +37,7 @@ __all__ = [
     "Support",
     "TokenLogprobs",
     "backends",
+    "batch_invariant",
     "debug_checks",
     "group_advantages",
     "grpo_loss",

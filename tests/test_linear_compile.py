@@ -44,7 +44,7 @@ def test_opcheck_loss(config: gf.LossConfig, dtype: torch.dtype, everything: boo
     tensors = head(dtype, everything, extra)
     per_token = [torch.rand(1, B * T) for _ in range(6)]
     segment = torch.arange(B).repeat_interleave(T)
-    how = (dtype, T, 4 * V * dtype.itemsize, [x is not None for x in tensors])
+    how = (dtype, torch.float32, False, T, 4 * V * dtype.itemsize, [x is not None for x in tensors])
     arguments = (*tensors, *rows(everything), *per_token[:3], per_token[3] - 3, per_token[4] - 3, per_token[5], segment, B, False, 0.5)
     torch.library.opcheck(OPERATORS.linear_grpo_loss.default, (*arguments, config_numbers(config), True, *how))
 
@@ -52,7 +52,7 @@ def test_opcheck_loss(config: gf.LossConfig, dtype: torch.dtype, everything: boo
 @pytest.mark.parametrize(("dtype", "everything", "extra"), [(torch.float32, True, 1), (torch.bfloat16, False, 0)], ids=["all", "plain"])
 def test_opcheck_log_probabilities(dtype: torch.dtype, everything: bool, extra: int) -> None:
     tensors = head(dtype, everything, extra)
-    how = (dtype, T, 4 * V * dtype.itemsize, [x is not None for x in tensors])
+    how = (dtype, torch.float32, False, T, 4 * V * dtype.itemsize, [x is not None for x in tensors])
     arguments = (*tensors, *rows(everything), *how)
     torch.library.opcheck(OPERATORS.linear_token_logprobs.default, arguments)
     detached = tuple(x.detach() if isinstance(x, Tensor) else x for x in arguments)
@@ -67,7 +67,9 @@ def test_opcheck_log_probabilities_of_a_frozen_head(adapted: bool, extra: int) -
     tensors = head(torch.float32, adapted, extra)
     states = [x is not None and i in (0, 3) for i, x in enumerate(tensors)]
     given = [x if wanted or x is None else x.detach() for x, wanted in zip(tensors, states, strict=True)]
-    torch.library.opcheck(OPERATORS.linear_token_logprobs.default, (*given, *rows(adapted), torch.float32, T, 4 * V * 4, states))
+    torch.library.opcheck(
+        OPERATORS.linear_token_logprobs.default, (*given, *rows(adapted), torch.float32, torch.float32, False, T, 4 * V * 4, states)
+    )
 
 
 @pytest.mark.parametrize("of", ["logprobs", "entropy", "both"])

@@ -253,7 +253,7 @@ def test_autocast_is_that_of_torch(config: gf.LossConfig, trainable: bool, of: t
     a["hidden"] = a["hidden"].to(of)
     frozen = () if trainable else ("weight",)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out, gradients = run(a, config=config, frozen=frozen)
+        out, gradients = run(a, config=config, frozen=frozen, logits_dtype="input")
         hidden, weight = a["hidden"].clone().requires_grad_(), a["weight"].clone().requires_grad_(trainable)
         logits = nn.functional.linear(hidden, weight)
         assert logits.dtype == torch.bfloat16
@@ -333,9 +333,14 @@ def addmm_flops(out: Any, a: Any, b: Any, *_: Any, out_shape: Any = None, **__: 
     return 2 * a[0] * a[1] * b[1]
 
 
+def product_flops(out: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> int:  # flop_counter does not know this package's operator
+    return 2 * a[0] * a[1] * b[1]
+
+
 def products(function: Any) -> float:
     """Multiply-adds of matrix products, in units of D V: 2 for each token and product."""
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flops}) as counter:
+    formulas = {torch.ops.aten.addmm_: addmm_flops, torch.ops.grpo_fast.product_: product_flops}
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         function()
     return counter.get_total_flops() / (D * V)
 

@@ -54,6 +54,7 @@ def linear_grpo_loss(
     chunk_bytes: int | None = None,
     adapter: tuple[Tensor, Tensor] | None = None,  # like hidden with R in place of D, and [V, R]
     process_group: ProcessGroup | None = None,
+    logits_dtype: str = "float32",
 ) -> GRPOOutput:
     """Compute grpo_loss of ``logits = hidden @ weight.T + bias`` without the full logits in memory.
 
@@ -81,7 +82,11 @@ def linear_grpo_loss(
             ``adapted = scale * hidden @ A.T`` and ``adapter_weight = B``; the merged weight is never computed.
         process_group: the processes that share the vocabulary. Each passes its own shard of ``weight`` (and bias), [V of the shard, D];
             the shards follow one another in the order of the ranks. All other arguments must be equal in all processes, and so are the
-            results and the gradient of ``hidden``.
+            results and the gradient of ``hidden``. What the processes computed is added in the order of the ranks.
+        logits_dtype: ``"float32"``: the logits are not rounded to the dtype of hidden states and weight, in which only the operands of the
+            products are. A chunk takes 4 bytes a logit. The gradient of the logits is rounded to bfloat16 for its products if the operands
+            are bfloat16; on a GPU also to float16. Of a callable's logits, whose dtype is its own, the gradient is exact. ``"input"``:
+            logits are rounded to the operands' dtype, as the model's own head does. docs/numerics.md states errors and costs.
 
     The other arguments are those of grpo_loss.
 
@@ -111,6 +116,7 @@ def linear_grpo_loss(
         chunk_bytes=chunk_bytes,
         adapter=adapter,
         process_group=process_group,
+        logits_dtype=logits_dtype,
     )
     loss_options: dict[str, Any] = {
         "config": config,
@@ -131,6 +137,7 @@ def linear_grpo_loss(
     length = call.tokens.token_ids.shape[1]
 
     def run(tensors: HeadTensors, needs_grad: NeedsGrad) -> LinearLossResult:
+        chunks = call.chunks
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             return linear_loss(
                 lambda plan: call.head(tensors, needs_grad, plan),
@@ -138,12 +145,13 @@ def linear_grpo_loss(
                 packed,
                 only_active=only_active,
                 with_gradient=any(needs_grad),
-                rows_per_chunk=call.rows_per_chunk,
+                rows_per_chunk=chunks.rows,
+                tile=chunks.tile,
             )
 
     if call.compiled:
         loss, logprobs, entropy, metrics = compiled_loss(
-            call.tensors, rows, packed, only_active=only_active, dtype=call.dtype, length=length, chunk_bytes=chunk_bytes
+            call.tensors, rows, packed, only_active=only_active, precision=call.precision, length=length, chunk_bytes=chunk_bytes
         )
     elif call.wants_gradient:
         loss, logprobs, entropy, metrics = LinearLossFunction.apply(run, *call.tensors)
@@ -173,6 +181,7 @@ def linear_token_logprobs(
     keep_bytes: int | None = None,
     adapter: tuple[Tensor, Tensor] | None = None,  # like hidden with R in place of D, and [V, R]
     process_group: ProcessGroup | None = None,
+    logits_dtype: str = "float32",
 ) -> TokenLogprobs:
     """Compute token_logprobs of ``logits = hidden @ weight.T + bias`` without the full logits in memory; both results are differentiable.
 
@@ -210,6 +219,7 @@ def linear_token_logprobs(
         chunk_bytes=chunk_bytes,
         adapter=adapter,
         process_group=process_group,
+        logits_dtype=logits_dtype,
     )
     keep_bytes = validated_bytes("keep_bytes", keep_bytes, least=0)
     if call.by_reference:
@@ -217,10 +227,10 @@ def linear_token_logprobs(
     rows = call.rows()
     if call.compiled:
         length = call.tokens.token_ids.shape[1]
-        logprobs, entropy = compiled_logprobs(call.tensors, rows, dtype=call.dtype, length=length, chunk_bytes=chunk_bytes)
+        logprobs, entropy = compiled_logprobs(call.tensors, rows, precision=call.precision, length=length, chunk_bytes=chunk_bytes)
     elif call.wants_gradient:
         free = free_bytes(hidden.device) // KEPT_SHARE if keep_bytes is None else keep_bytes
-        logprobs, entropy = LinearLogprobsFunction.apply(call.head, rows, call.rows_per_chunk, free // call.row_bytes, *call.tensors)
+        logprobs, entropy = LinearLogprobsFunction.apply(call.head, rows, call.chunks, free // call.row_bytes, *call.tensors)
     else:
-        logprobs, entropy = LinearLogprobsFunction.without_gradient(call.head, rows, call.rows_per_chunk, call.tensors)
+        logprobs, entropy = LinearLogprobsFunction.without_gradient(call.head, rows, call.chunks, call.tensors)
     return TokenLogprobs(logprobs.view(call.tokens.shape), entropy.view(call.tokens.shape))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_fast.head.chunking import ChunkPlan
+from grpo_fast.head.chunking import ChunkPlan, ChunkSize
 from grpo_fast.head.logprobs import linear_token_logprobs_bwd, linear_token_logprobs_fwd
 from grpo_fast.head.loss import LinearLossResult
 from grpo_fast.head.matrix_products import Head, HeadTensors, NeedsGrad, per_row
@@ -50,14 +50,15 @@ class LinearLogprobsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: AutogradContext, make_head: MakeHead, rows: TokenRows, rows_per_chunk: int, max_kept_tokens: int, *given: Tensor | None
+        ctx: AutogradContext, make_head: MakeHead, rows: TokenRows, chunks: ChunkSize, max_kept_tokens: int, *given: Tensor | None
     ) -> tuple[Tensor, ...]:
         tensors, needs_grad = HeadTensors(*given), NeedsGrad(*ctx.needs_input_grad[4:])
         with torch.autocast(rows.mask.device.type, enabled=False):
             ctx.state = linear_token_logprobs_fwd(
                 lambda plan: make_head(tensors, needs_grad, plan),
                 rows,
-                rows_per_chunk=rows_per_chunk,
+                rows_per_chunk=chunks.rows,
+                tile=chunks.tile,
                 max_kept_tokens=max_kept_tokens,
                 with_derivative=needs_grad.frozen_head,
             )
@@ -96,13 +97,14 @@ class LinearLogprobsFunction(torch.autograd.Function):
 
     @staticmethod
     @torch.no_grad()
-    def without_gradient(make_head: MakeHead, rows: TokenRows, rows_per_chunk: int, tensors: HeadTensors) -> tuple[Tensor, Tensor]:
+    def without_gradient(make_head: MakeHead, rows: TokenRows, chunks: ChunkSize, tensors: HeadTensors) -> tuple[Tensor, Tensor]:
         """Compute the same log-probabilities and entropies without keeping anything for backward."""
         with torch.autocast(rows.mask.device.type, enabled=False):
             state = linear_token_logprobs_fwd(
                 lambda plan: make_head(tensors, NeedsGrad(), plan),
                 rows,
-                rows_per_chunk=rows_per_chunk,
+                rows_per_chunk=chunks.rows,
+                tile=chunks.tile,
                 max_kept_tokens=0,
                 with_derivative=False,
             )

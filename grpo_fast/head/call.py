@@ -9,17 +9,26 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from grpo_fast.head.chunking import ChunkPlan
+from grpo_fast.head.chunking import ChunkPlan, ChunkSize
 from grpo_fast.head.kept import largest_kept_set
 from grpo_fast.head.matrix_products import DenseHead, Head, HeadTensors, ModuleHead, NeedsGrad
-from grpo_fast.head.memory import chunk_rows
-from grpo_fast.head.validation import check_weight, product_dtype, validated_bytes, validated_module, vocabulary_of
+from grpo_fast.head.precision import Precision
+from grpo_fast.head.validation import (
+    check_invariance,
+    check_logits_dtype,
+    check_weight,
+    product_dtype,
+    validated_bytes,
+    validated_module,
+    vocabulary_of,
+)
 from grpo_fast.head.weights import gathered
 from grpo_fast.loss.api import by_reference, scoring
 from grpo_fast.loss.support import Support
 from grpo_fast.loss.token_inputs import ANY_VOCABULARY, TokenInputs, check_ids, token_inputs
 from grpo_fast.loss.token_rows import TokenRows
 from grpo_fast.loss.vocab_parallel import Shard, all_reduce_min, gather_vocab_shards
+from grpo_fast.ops.invariance import is_batch_invariant
 from grpo_fast.ops.kept_logprobs import KeptSets
 
 __all__ = ["LinearCall", "validated_call"]
@@ -41,7 +50,7 @@ class LinearCall(NamedTuple):
     tensors: HeadTensors
     module: Callable[[Tensor], Tensor] | None  # in place of the weight
     vocabulary: int
-    dtype: torch.dtype  # of the matrix products and the logits
+    precision: Precision
     chunk_bytes: int | None
     group: ProcessGroup | None
     temperature: float | Tensor  # as the caller gave it
@@ -49,13 +58,18 @@ class LinearCall(NamedTuple):
 
     @property
     def row_bytes(self) -> int:
-        return self.vocabulary * self.dtype.itemsize
+        return self.precision.row_bytes(self.vocabulary, self.tokens.scored.device)
 
     @property
-    def rows_per_chunk(self) -> int:
+    def chunks(self) -> ChunkSize:
         """Tokens per chunk, the same for all processes that share the vocabulary."""
-        rows = chunk_rows(self.chunk_bytes, self.row_bytes, self.tokens.scored.device)
-        return rows if self.group is None else all_reduce_min(rows, self.group, self.tokens.scored.device)
+        device = self.tokens.scored.device
+        rows = self.precision.rows_per_chunk(self.chunk_bytes, self.vocabulary, device)
+        return ChunkSize(rows if self.group is None else all_reduce_min(rows, self.group, device), self.precision.tile(device))
+
+    @property
+    def module_logits_dtype(self) -> torch.dtype | None:
+        return self.precision.logits_dtype if self.precision.logits_dtype == torch.float32 else None
 
     @property
     def compiled(self) -> bool:
@@ -65,7 +79,7 @@ class LinearCall(NamedTuple):
     @property
     def by_reference(self) -> bool:
         assert self.tensors.hidden is not None
-        return self.group is None and (self.dtype == torch.float64 or by_reference(self.tensors.hidden))
+        return self.group is None and (self.precision.dtype == torch.float64 or by_reference(self.tensors.hidden))
 
     @property
     def wants_gradient(self) -> bool:
@@ -103,8 +117,8 @@ class LinearCall(NamedTuple):
         length = self.tokens.token_ids.shape[1]
         if self.module is not None:
             assert tensors.hidden is not None
-            return ModuleHead(self.module, tensors.hidden, needs_grad, self.vocabulary, length, self.autocast)
-        return DenseHead(tensors, needs_grad, self.dtype, length, plan, group=self.group)
+            return ModuleHead(self.module, tensors.hidden, needs_grad, self.vocabulary, length, self.autocast, self.module_logits_dtype)
+        return DenseHead(tensors, needs_grad, self.precision, length, plan, group=self.group)
 
     def full_logits(self) -> Tensor:
         """All logits, recorded by autograd, in the shape of the hidden states as the caller gave them."""
@@ -115,10 +129,14 @@ class LinearCall(NamedTuple):
             return None if x is None else torch.where(unmasked, x, 0)
 
         tensors = self.tensors._replace(hidden=select(self.tensors.hidden), adapted=select(self.tensors.adapted))
-        hidden, weight, bias, adapted, adapter_weight = (None if x is None else x.to(self.dtype) for x in tensors)
+        hidden, weight, bias, adapted, adapter_weight = (
+            None if x is None else x.to(self.precision.dtype).to(self.precision.logits_dtype) for x in tensors
+        )
         assert hidden is not None
         if self.module is not None:
-            logits = self.module(hidden)
+            assert tensors.hidden is not None
+            logits = self.module(tensors.hidden.to(self.precision.dtype))
+            logits = logits.to(self.module_logits_dtype or logits.dtype)
         else:
             assert weight is not None
             logits = torch.nn.functional.linear(hidden, weight, bias)
@@ -141,6 +159,7 @@ def validated_call(
     chunk_bytes: int | None,
     adapter: tuple[Tensor, Tensor] | None,
     process_group: ProcessGroup | None,
+    logits_dtype: str,
 ) -> LinearCall:
     """Validate the arguments that linear_grpo_loss and linear_token_logprobs share.
 
@@ -171,6 +190,7 @@ def validated_call(
         name="hidden",
         vocabulary=vocabulary if process_group is None else ANY_VOCABULARY,
     )
+    check_logits_dtype(logits_dtype)
     chunk_bytes = validated_bytes("chunk_bytes", chunk_bytes, least=1)
     adapted, adapter_weight = (None, None) if adapter is None else adapter
     if adapted is not None and tokens.packed:
@@ -183,4 +203,8 @@ def validated_call(
             "process_group was given with float64 hidden states or weight; expected float32, bfloat16 or float16: float64 is computed by "
             "the reference, which needs the whole vocabulary. Convert them: hidden.float(), weight.float()."
         )
-    return LinearCall(tokens, tensors, module, vocabulary, dtype, chunk_bytes, process_group, temperature, autocast)
+    precision = Precision.of(dtype, logits_dtype, is_batch_invariant())
+    call = LinearCall(tokens, tensors, module, vocabulary, precision, chunk_bytes, process_group, temperature, autocast)
+    if precision.batch_invariant:
+        check_invariance(module, by_reference=call.by_reference)
+    return call

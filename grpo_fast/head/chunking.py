@@ -10,9 +10,16 @@ from torch import Tensor
 from grpo_fast.head.memory import is_capturing
 from grpo_fast.loss.sequences import Sequences
 
-__all__ = ["Chunk", "ChunkPlan", "plan_chunks"]
+__all__ = ["Chunk", "ChunkPlan", "ChunkSize", "plan_chunks"]
 
 GRANULE = 64  # chunk sizes are rounded up to a multiple of this, where memory allows it
+
+
+class ChunkSize(NamedTuple):
+    """The number of tokens per chunk, and of batch invariance the number that it is a multiple of."""
+
+    rows: int
+    tile: int | None = None
 
 
 class Chunk(NamedTuple):
@@ -38,6 +45,7 @@ class ChunkPlan(NamedTuple):
     nograd_chunks: list[Chunk]  # tokens for which only the statistics are computed
     has_kept_tokens: bool = False  # other tokens contribute to the gradients too: those with kept sets
     valid_mask: Tensor | None = None  # bool [N], the unmasked tokens; set only if the chunks contain masked tokens too
+    in_order: bool = False  # the gradients of a chunk's pieces are computed from the first to the last
 
     @property
     def is_single_piece(self) -> bool:
@@ -51,8 +59,13 @@ class ChunkPlan(NamedTuple):
 
     @property
     def recomputed_tokens(self) -> int:
-        """Tokens whose logits are computed a second time: all but those of a sequence's last piece, whose logits are still in memory."""
-        return sum(end - begin for chunk in self.grad_chunks for begin, end in chunk.pieces[:-1])
+        """Tokens whose logits are computed a second time."""
+        return sum(end - begin for chunk in self.grad_chunks for begin, end in chunk.pieces if not self.has_logits(chunk, end))
+
+    def has_logits(self, chunk: Chunk, end: int) -> bool:
+        """Whether the logits of the chunk's piece that ends here are still in memory when its gradient is computed: those of the last piece
+        are, if the gradients begin with it."""
+        return end == chunk.end and (len(chunk.pieces) == 1 or not self.in_order)
 
     def chunks_within(self, tokens: int) -> int:
         """Return how many of the first chunks together contain at most this number of tokens."""
@@ -68,18 +81,25 @@ def plan_chunks(
     active: Tensor,  # bool [N], a subset of them: those that get a gradient
     rows_per_chunk: int,
     sequences: Sequences | None,  # chunks begin and end with these; None: anywhere
+    tile: int | None = None,  # batch invariance: all pieces but the last are multiples of it, in the order of the batch
 ) -> ChunkPlan:
     """Decide which tokens are computed, and divide them into chunks.
 
     The number of tokens is read from the device, which is the head's only synchronisation on a GPU. While a CUDA graph is captured nothing
     may be read: all tokens are computed in the order of the batch, and the mask sets the gradient of masked tokens to 0.
+
+    With a ``tile``, which rows_per_chunk must be a multiple of, the cuts between pieces do not depend on the sequences: where whole
+    sequences belong together, all tokens are one chunk.
     """
+    granule = tile or GRANULE
+    in_order = tile is not None
     total = computed.shape[0]
     if is_capturing(computed.device):
-        chunks = _equal_chunks(0, total, rows_per_chunk) if sequences is None else [Chunk(_pieces(0, total, rows_per_chunk))]
-        return ChunkPlan(None, chunks, [], valid_mask=computed)
+        pieces = _pieces(0, total, rows_per_chunk, granule)
+        chunks = [Chunk([piece]) for piece in pieces] if sequences is None else [Chunk(pieces)]
+        return ChunkPlan(None, chunks, [], valid_mask=computed, in_order=in_order)
     counts = torch.stack([active.sum(), computed.sum()])
-    if sequences is not None:
+    if sequences is not None and not in_order:
         counts = torch.cat([counts, _count_per_sequence(active, sequences)])
     num_active, num_computed, *lengths = counts.tolist()
 
@@ -87,8 +107,13 @@ def plan_chunks(
     if num_computed < total or 0 < num_active < total:
         key = torch.where(active, 0, torch.where(computed, 1, 2)).to(torch.uint8)
         order = key.argsort(stable=True)[:num_computed]
-    chunks = _equal_chunks(0, num_active, rows_per_chunk) if sequences is None else _sequence_chunks(lengths, rows_per_chunk)
-    return ChunkPlan(order, chunks, _equal_chunks(num_active, num_computed, rows_per_chunk))
+    if sequences is None:
+        chunks = _equal_chunks(0, num_active, rows_per_chunk, granule)
+    elif in_order:
+        chunks = [Chunk(_pieces(0, num_active, rows_per_chunk, granule))] if num_active else []
+    else:
+        chunks = _sequence_chunks(lengths, rows_per_chunk)
+    return ChunkPlan(order, chunks, _equal_chunks(num_active, num_computed, rows_per_chunk, granule), in_order=in_order)
 
 
 def _count_per_sequence(tokens: Tensor, sequences: Sequences) -> Tensor:  # bool [N] -> int64 [S]
@@ -98,16 +123,16 @@ def _count_per_sequence(tokens: Tensor, sequences: Sequences) -> Tensor:  # bool
     return total[ends].diff(prepend=total[:1])
 
 
-def _pieces(begin: int, end: int, rows: int) -> list[tuple[int, int]]:
+def _pieces(begin: int, end: int, rows: int, granule: int = GRANULE) -> list[tuple[int, int]]:
     """Divide a range into pieces of almost equal size, at most ``rows`` each."""
     count = -(-(end - begin) // rows)
     size = -(-(end - begin) // max(count, 1))
-    size = min(rows, -(-size // GRANULE) * GRANULE)
+    size = min(rows, -(-size // granule) * granule)
     return [(first, min(first + size, end)) for first in range(begin, end, max(size, 1))]
 
 
-def _equal_chunks(begin: int, end: int, rows: int) -> list[Chunk]:
-    return [Chunk([piece]) for piece in _pieces(begin, end, rows)]
+def _equal_chunks(begin: int, end: int, rows: int, granule: int) -> list[Chunk]:
+    return [Chunk([piece]) for piece in _pieces(begin, end, rows, granule)]
 
 
 def _sequence_chunks(lengths: list[int], rows: int) -> list[Chunk]:

@@ -41,6 +41,7 @@ def linear_token_logprobs_fwd(
     rows_per_chunk: int,
     max_kept_tokens: int,
     with_derivative: bool,
+    tile: int | None = None,
 ) -> LogprobsState:
     """Compute log-probability, entropy and log-sum-exp; autograd records nothing.
 
@@ -48,9 +49,10 @@ def linear_token_logprobs_fwd(
         make_head: makes the head for a plan's chunks.
         max_kept_tokens: tokens whose logits may be kept.
         with_derivative: also compute d logprob / d hidden.
+        tile: of batch invariance, see plan_chunks.
     """
     rows, kept_rows = separate_kept(rows)
-    plan = plan_chunks(rows.mask[0], rows.mask[0], rows_per_chunk, None)._replace(has_kept_tokens=kept_rows is not None)
+    plan = plan_chunks(rows.mask[0], rows.mask[0], rows_per_chunk, None, tile)._replace(has_kept_tokens=kept_rows is not None)
     head = make_head(plan)
     statistics = RowStatistics(*(torch.zeros_like(rows.mask, dtype=torch.float32) for _ in range(3)))
     kept_chunks = 0 if with_derivative else plan.chunks_within(max_kept_tokens)

@@ -46,19 +46,21 @@ def linear_loss(
     only_active: bool,
     with_gradient: bool,
     rows_per_chunk: int,
+    tile: int | None = None,
 ) -> LinearLossResult:
     """Compute loss, metrics and gradients; autograd records nothing.
 
     Args:
         make_head: makes the head for a plan's chunks.
         only_active: do not compute unmasked tokens that cannot change the gradient.
+        tile: of batch invariance, see plan_chunks.
     """
     active = inputs.active()
     computed = active if only_active else inputs.mask
     rows, token_level = rows._replace(mask=computed), inputs.token_level()
     with_grad = active if with_gradient else torch.zeros_like(active)
     rows, kept_rows = separate_kept(rows)
-    plan = plan_chunks(rows.mask[0], (with_grad & rows.mask)[0], rows_per_chunk, inputs.sequences if token_level is None else None)
+    plan = plan_chunks(rows.mask[0], (with_grad & rows.mask)[0], rows_per_chunk, inputs.sequences if token_level is None else None, tile)
     if kept_rows is not None:
         plan = plan._replace(has_kept_tokens=True)
     head = make_head(plan)
@@ -96,9 +98,9 @@ def linear_loss(
             g, h = _coefficients(of_chunk, (token_level or inputs).take(tokens), computed[:, tokens])
         else:  # a sequence may have tokens with kept sets too; the sequences of other chunks do not matter here
             g, h = (x[:, tokens] for x in _coefficients(statistics, token_level or inputs, computed))
-        for begin, end in reversed(chunk.pieces):  # the logits of the last piece are still in memory
+        for begin, end in chunk.pieces if plan.in_order else reversed(chunk.pieces):  # the logits of the last piece are still in memory
             tokens, within = plan.tokens(begin, end), slice(begin - chunk.begin, end - chunk.begin)
-            if end != chunk.end:
+            if not plan.has_logits(chunk, end):
                 logits = head.logits(tokens)
             of_piece = RowStatistics(*(x[:, within] for x in of_chunk))
             rows.take(tokens).gradient_(logits.unsqueeze(0), of_piece, g[:, within], h[:, within])

@@ -1,5 +1,4 @@
-"""The matrix products of a head, by the vendor's library: the logits of some tokens, and from the gradient of the logits those of hidden
-states and weights.
+"""The heads: the logits of some tokens, and from the gradient of the logits those of hidden states and weights.
 
 Tokens are indexed over the whole batch: token n of [B, T] is scored by row n of the flattened hidden states [B, T, D], or by row n + n // T
 of [B, T + 1, D], which have one more position per sequence, as a model returns them.
@@ -16,12 +15,12 @@ from torch.distributed import ProcessGroup
 
 import grpo_fast.ops.kept_products  # noqa: F401  defines the operators
 from grpo_fast.head.chunking import ChunkPlan
+from grpo_fast.head.precision import Precision
+from grpo_fast.head.products import Products, products_for
+from grpo_fast.loss.vocab_parallel import sum_in_rank_order_
 
 __all__ = ["DenseHead", "Head", "HeadTensors", "ModuleHead", "NeedsGrad", "per_row"]
 
-# Only NVIDIA's library can return a bfloat16 product in float32. For other libraries the operands are converted to float32 first, a part of
-# the columns of the logits at a time: 1 / CONVERTED_PARTS of them, but at least MIN_CONVERTED.
-CONVERTED_PARTS, MIN_CONVERTED = 32, 256
 _LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -77,7 +76,7 @@ class DenseHead:
         self,
         tensors: HeadTensors,
         needs_grad: NeedsGrad,
-        dtype: torch.dtype,
+        precision: Precision,
         length: int,
         plan: ChunkPlan,
         *,
@@ -87,36 +86,39 @@ class DenseHead:
         assert hidden is not None and weight is not None
         self.tensors, self.needs_grad, self.plan, self.group = tensors, needs_grad, plan, group
         self.length, self.positions = length, hidden.shape[1]
-        self.dtype = dtype
-        self.weight = weight.to(dtype)
+        self.precision, self.dtype = precision, precision.dtype
+        self.products = products_for(precision, hidden.device)
+        self.weight = weight.to(self.dtype)
         self.vocabulary = weight.shape[0]
-        self.bias = None if tensors.bias is None else tensors.bias.to(dtype)
-        self.adapter_weight = None if tensors.adapter_weight is None else tensors.adapter_weight.to(dtype)
+        self.bias = None if tensors.bias is None else tensors.bias.to(precision.logits_dtype)
+        self.adapter_weight = None if tensors.adapter_weight is None else tensors.adapter_weight.to(self.dtype)
         self._buffer = self.weight.new_empty(0)
         self._grads: dict[str, Tensor] = {}
 
     def reserve(self, rows: int) -> None:
-        self._buffer = self.weight.new_empty(rows, self.vocabulary)
+        self._buffer = self.precision.new_logits(rows, self.vocabulary, self.weight.device)
 
     def logits(self, tokens: Tensor | slice, *, keep: bool = False) -> Tensor:
         hidden = self._rows("hidden", tokens)
-        out = hidden.new_empty(hidden.shape[0], self.vocabulary) if keep else self._buffer[: hidden.shape[0]]
-        if self.bias is None:
-            torch.mm(hidden, self.weight.t(), out=out)
-        else:
-            torch.addmm(self.bias, hidden, self.weight.t(), out=out)
+        rows, device = hidden.shape[0], hidden.device
+        out = self.precision.new_logits(rows, self.vocabulary, device) if keep else self._buffer[:rows]
+        self.products.logits(out, hidden, self.weight, self.bias)
         if self.adapter_weight is not None:
-            out.addmm_(self._rows("adapted", tokens), self.adapter_weight.t())
+            self.products.add_logits(out, self._rows("adapted", tokens), self.adapter_weight)
         return out
 
     def add_gradient(self, gradient: Tensor, tokens: Tensor | slice) -> None:
+        if self.needs_grad.bias:
+            first = "bias" not in self._grads
+            if first:
+                self._grads["bias"] = gradient.new_empty(self.vocabulary, dtype=torch.float32)
+            self.products.bias_gradient(self._grads["bias"], gradient, add=not first)
+        if self.precision.widened:
+            gradient = self.products.rounded(gradient, self.dtype)
         if self.needs_grad.hidden:
             self._set_rows("hidden", gradient, self.weight, tokens)
         if self.needs_grad.weight:
             self._accumulate("weight", gradient, self._rows("hidden", tokens))
-        if self.needs_grad.bias:
-            total = gradient.sum(0, dtype=torch.float32)
-            self._grads["bias"] = self._grads["bias"].add_(total) if "bias" in self._grads else total
         if self.adapter_weight is not None:
             if self.needs_grad.adapted:
                 self._set_rows("adapted", gradient, self.adapter_weight, tokens)
@@ -166,7 +168,7 @@ class DenseHead:
             if gradient is None:
                 gradient = torch.zeros_like(x, memory_format=torch.contiguous_format)
             elif self.group is not None and name in ("hidden", "adapted"):  # each process has the sum over its shard of the vocabulary
-                torch.distributed.all_reduce(gradient, group=self.group)
+                sum_in_rank_order_(gradient, self.group)
             out.append(gradient.to(x.dtype))
         return HeadTensors(*out)
 
@@ -187,29 +189,21 @@ class DenseHead:
 
     def _set_rows(self, name: str, gradient: Tensor, weight: Tensor, tokens: Tensor | slice) -> None:
         rows, source = self._gradient_rows(name, tokens)
-        if isinstance(source, slice) and rows.dtype == self.dtype:
+        if type(self.products) is Products and isinstance(source, slice) and rows.dtype == gradient.dtype:
             torch.mm(gradient, weight, out=rows[source])
         else:
-            rows[source] = torch.mm(gradient, weight).to(rows.dtype)
+            rows[source] = self.products.hidden_gradient(gradient, weight).to(rows.dtype)
 
     def _accumulate(self, name: str, gradient: Tensor, rows: Tensor) -> None:
         """Add gradient.T @ rows to the gradient of a weight."""
         x: Tensor = getattr(self.tensors, name)
-        if self.plan.is_single_piece and x.dtype == self.dtype:  # no other contribution follows
+        if self.plan.is_single_piece and x.dtype == self.dtype and type(self.products) is Products:  # no other contribution follows
             self._grads[name] = torch.mm(gradient.t(), rows)
             return
-        beta = 1
-        if name not in self._grads:
-            self._grads[name], beta = torch.empty(x.shape, dtype=torch.float32, device=x.device), 0
-        total = self._grads[name]
-        if gradient.dtype == torch.float32:
-            total.addmm_(gradient.t(), rows, beta=beta)
-        elif gradient.device.type == "cuda" and torch.version.hip is None:
-            torch.addmm(total, gradient.t(), rows, beta=beta, out_dtype=torch.float32, out=total)
-        else:
-            rows, width = rows.float(), max(gradient.shape[1] // CONVERTED_PARTS, MIN_CONVERTED)
-            for part, into in zip(gradient.split(width, 1), total.split(width), strict=True):
-                into.addmm_(part.t().float(), rows, beta=beta)
+        first = name not in self._grads
+        if first:
+            self._grads[name] = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        self.products.weight_gradient(self._grads[name], gradient, rows, add=not first)
 
 
 class ModuleHead:
@@ -223,9 +217,10 @@ class ModuleHead:
         vocabulary: int,
         length: int,
         autocast: torch.dtype | None,  # autocast's dtype at the call; the computation over chunks itself runs without autocast
+        logits_dtype: torch.dtype | None = None,  # that the module's logits are converted to; None: they keep theirs
     ):
         self.module, self.hidden, self.needs_grad, self.vocabulary, self.length = module, hidden, needs_grad, vocabulary, length
-        self.autocast = autocast
+        self.autocast, self.logits_dtype = autocast, logits_dtype
         self._latest: tuple[Tensor, Tensor] | None = None
         self._gradient: Tensor | None = None
 
@@ -244,7 +239,9 @@ class ModuleHead:
                 f"float32, bfloat16 or float16 logits [n, V] = {[rows.shape[0], self.vocabulary]}. Pass the forward of the model's head."
             )
         self._latest = (rows, logits)
-        return logits.detach().clone()  # a copy: the caller overwrites it, and the module's backward may need the original
+        return logits.detach().to(
+            self.logits_dtype or logits.dtype, copy=True
+        )  # a copy: the caller overwrites it, and the module's backward may need the original
 
     def add_gradient(self, gradient: Tensor, tokens: Tensor | slice) -> None:
         if not self.needs_grad.hidden:

@@ -7,7 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from grpo_fast.head.api import linear_grpo_loss
+from grpo_fast.head.validation import check_logits_dtype
 from grpo_fast.loss.api import GRPOOutput
+from grpo_fast.loss.config import LossConfig
 from grpo_fast.loss.modules import LossModule
 
 __all__ = ["LinearGRPOLoss"]
@@ -18,7 +20,7 @@ class LinearGRPOLoss(LossModule):
 
     Args:
         config: the loss type and its settings; None = LossConfig().
-        temperature, softcap, logit_scale, metrics_on: as in gf.linear_grpo_loss, which has the defaults.
+        logits_dtype, temperature, softcap, logit_scale, metrics_on: as in gf.linear_grpo_loss, which has the defaults.
 
     Raises:
         TypeError, ValueError: names the argument, what it was, what was expected and the fix.
@@ -27,6 +29,11 @@ class LinearGRPOLoss(LossModule):
         >>> head, loss = torch.nn.Linear(4, 8, bias=False), LinearGRPOLoss(temperature=0.7)
         >>> out = loss(torch.randn(2, 3, 4), head.weight, torch.randint(8, (2, 3)), torch.tensor([1.0, -1.0]))
     """
+
+    def __init__(self, config: LossConfig | None = None, *, logits_dtype: str = "float32", **settings: Any):
+        super().__init__(config, **settings)
+        check_logits_dtype(logits_dtype)
+        self.logits_dtype = logits_dtype
 
     def forward(
         self,
@@ -37,4 +44,4 @@ class LinearGRPOLoss(LossModule):
         **options: Any,
     ) -> GRPOOutput:
         """Compute gf.linear_grpo_loss with the module's settings. Its other keyword arguments may be given as options."""
-        return linear_grpo_loss(hidden, weight, token_ids, advantages, **self.with_settings(options))
+        return linear_grpo_loss(hidden, weight, token_ids, advantages, **{"logits_dtype": self.logits_dtype, **self.with_settings(options)})

@@ -11,9 +11,9 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from grpo_fast.head.chunking import ChunkPlan
+from grpo_fast.head.chunking import ChunkPlan, ChunkSize
 from grpo_fast.head.matrix_products import DenseHead, HeadTensors, NeedsGrad
-from grpo_fast.head.memory import chunk_rows
+from grpo_fast.head.precision import Precision
 from grpo_fast.loss.inputs import LossInputs
 from grpo_fast.loss.kernel_settings import config_from_numbers, config_numbers
 from grpo_fast.loss.sequences import Sequences
@@ -115,17 +115,25 @@ class LossTensors(NamedTuple):
 class HeadOptions(NamedTuple):
     """Options of the computation over chunks."""
 
-    dtype: torch.dtype  # of the matrix products
+    dtype: torch.dtype  # of the products' operands
+    logits_dtype: torch.dtype
+    batch_invariant: bool
     length: int  # T: tokens per row of the hidden states
     chunk_bytes: int  # 0: chosen from the free memory
     needs_grad: list[bool]  # of the HeadTensors, in their order
 
-    def rows_per_chunk(self, tensors: HeadTensors) -> int:
+    @property
+    def precision(self) -> Precision:
+        return Precision(self.dtype, self.logits_dtype, self.batch_invariant)
+
+    def chunks(self, tensors: HeadTensors) -> ChunkSize:
         assert tensors.hidden is not None and tensors.weight is not None
-        return chunk_rows(self.chunk_bytes or None, tensors.weight.shape[0] * self.dtype.itemsize, tensors.hidden.device)
+        device = tensors.hidden.device
+        rows = self.precision.rows_per_chunk(self.chunk_bytes or None, tensors.weight.shape[0], device)
+        return ChunkSize(rows, self.precision.tile(device))
 
     def head(self, tensors: HeadTensors, plan: ChunkPlan, needs_grad: NeedsGrad | None = None) -> DenseHead:
-        return DenseHead(tensors, NeedsGrad(*self.needs_grad) if needs_grad is None else needs_grad, self.dtype, self.length, plan)
+        return DenseHead(tensors, NeedsGrad(*self.needs_grad) if needs_grad is None else needs_grad, self.precision, self.length, plan)
 
 
 class LossArguments(NamedTuple):

@@ -20,6 +20,7 @@ from grpo_fast.head.operator_arguments import (
     LossTensors,
     RowArguments,
 )
+from grpo_fast.head.precision import Precision
 from grpo_fast.loss.inputs import LossInputs
 from grpo_fast.loss.token_rows import RowStatistics, TokenRows
 from grpo_fast.ops.library import LIBRARY, define
@@ -43,25 +44,25 @@ def compiled_loss(
     inputs: LossInputs,
     *,
     only_active: bool,
-    dtype: torch.dtype,
+    precision: Precision,
     length: int,
     chunk_bytes: int | None,
 ) -> tuple[Tensor, ...]:
     """Call linear_loss as one operator; return loss, logprobs, entropy and metrics."""
-    options = HeadOptions(dtype, length, chunk_bytes or 0, _needs_grad(tensors))
+    options = HeadOptions(*precision, length, chunk_bytes or 0, _needs_grad(tensors))
     arguments = LossArguments(tensors, RowArguments.of(rows), LossTensors.of(inputs, only_active), options)
     return torch.ops.grpo_fast.linear_grpo_loss.default(*arguments.flat())[:4]
 
 
 def compiled_logprobs(
-    tensors: HeadTensors, rows: TokenRows, *, dtype: torch.dtype, length: int, chunk_bytes: int | None
+    tensors: HeadTensors, rows: TokenRows, *, precision: Precision, length: int, chunk_bytes: int | None
 ) -> tuple[Tensor, Tensor]:
     """Compute log-probabilities and entropy by one operator.
 
     Backward scales d logprob / d hidden if the head is frozen, else it computes the logits again: the memory available for keeping them is
     not known when the graph is traced.
     """
-    options = HeadOptions(dtype, length, chunk_bytes or 0, _needs_grad(tensors))
+    options = HeadOptions(*precision, length, chunk_bytes or 0, _needs_grad(tensors))
     arguments = LogprobsArguments(tensors, RowArguments.of(rows), options)
     return torch.ops.grpo_fast.linear_token_logprobs.default(*arguments.flat())[:2]
 
@@ -90,13 +91,15 @@ def _fake_gradients(tensors: HeadTensors, needs_grad: NeedsGrad) -> HeadTensors:
 
 def _linear_grpo_loss(*flat: Argument) -> tuple[Tensor, ...]:
     tensors, rows, loss, options = LossArguments.from_flat(flat)
+    chunks = options.chunks(tensors)
     *out, gradients = linear_loss(
         lambda plan: options.head(tensors, plan),
         rows.rows(),
         loss.inputs(rows.mask),
         only_active=loss.only_active,
         with_gradient=any(options.needs_grad),
-        rows_per_chunk=options.rows_per_chunk(tensors),
+        rows_per_chunk=chunks.rows,
+        tile=chunks.tile,
     )
     return *out, *_tensors_only(gradients, out[0])
 
@@ -137,10 +140,12 @@ torch.library.register_autograd(
 def _linear_token_logprobs(*flat: Argument) -> tuple[Tensor, ...]:
     tensors, rows, options = LogprobsArguments.from_flat(flat)
     needs_grad = NeedsGrad(*options.needs_grad)
+    chunks = options.chunks(tensors)
     state = linear_token_logprobs_fwd(
         lambda plan: options.head(tensors, plan, needs_grad if needs_grad.frozen_head else NeedsGrad()),
         rows.rows(),
-        rows_per_chunk=options.rows_per_chunk(tensors),
+        rows_per_chunk=chunks.rows,
+        tile=chunks.tile,
         max_kept_tokens=0,
         with_derivative=needs_grad.frozen_head,
     )
@@ -162,8 +167,9 @@ def _linear_token_logprobs_fake(*flat: Argument) -> tuple[Tensor | None, ...]:
 
 def _linear_token_logprobs_backward(g: Tensor, h: Tensor, *flat: Argument) -> tuple[Tensor, ...]:
     (tensors, rows, options), statistics = BackwardArguments.from_flat(flat)
+    chunks = options.chunks(tensors)
     others, kept_rows = separate_kept(rows.rows())
-    plan = plan_chunks(others.mask[0], others.mask[0], options.rows_per_chunk(tensors), None)
+    plan = plan_chunks(others.mask[0], others.mask[0], chunks.rows, None, chunks.tile)
     plan = plan._replace(has_kept_tokens=kept_rows is not None)
     gradients = linear_token_logprobs_bwd(
         lambda plan: options.head(tensors, plan), rows.rows(), LogprobsState(statistics, plan, None, []), g, h, keep_graph=False

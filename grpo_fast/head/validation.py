@@ -9,16 +9,49 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from grpo_fast.head.precision import LOGITS_DTYPES
 from grpo_fast.head.weights import is_quantised
 from grpo_fast.loss import checks
 
-__all__ = ["check_weight", "product_dtype", "validated_bytes", "validated_module", "vocabulary_of"]
+__all__ = [
+    "check_invariance",
+    "check_logits_dtype",
+    "check_weight",
+    "product_dtype",
+    "validated_bytes",
+    "validated_module",
+    "vocabulary_of",
+]
 
 
 def product_dtype(hidden: Tensor, weight: Tensor | None, autocast: torch.dtype | None) -> torch.dtype:
     """Return the dtype of the products: the one that both operands promote to, or autocast's if it is in force; float64 is kept."""
     together = hidden.dtype if weight is None else torch.promote_types(hidden.dtype, weight.dtype)
     return together if autocast is None or together == torch.float64 else autocast
+
+
+def check_logits_dtype(logits_dtype: object) -> None:
+    """Raise a ValueError unless logits_dtype is one of its names."""
+    if not isinstance(logits_dtype, str) or logits_dtype not in LOGITS_DTYPES:
+        raise ValueError(
+            f"logits_dtype is {logits_dtype!r}; expected 'float32', or 'input': logits in the dtype of hidden states and weight. "
+            "Fix: leave it out for 'float32'."
+        )
+
+
+def check_invariance(module: object, *, by_reference: bool) -> None:
+    """Raise a RuntimeError if the products of the call cannot be computed in a batch-invariant way."""
+    if module is not None:
+        raise RuntimeError(
+            "batch_invariant() is in force, and weight is a callable; expected a tensor [V, D]: the callable's own products may depend on "
+            "the number of tokens. Fix: pass the weight, or turn it off for this call: with gf.batch_invariant(False)."
+        )
+    if by_reference:
+        raise RuntimeError(
+            "batch_invariant() is in force, and the reference backend computes this call; expected the 'cpu' or 'triton' backend and "
+            "float32, bfloat16 or float16: PyTorch's products depend on the number of tokens. Fix: gf.backends() says why another backend "
+            "is not usable; or with gf.batch_invariant(False)."
+        )
 
 
 def check_weight(hidden: Tensor, weight: Tensor, bias: Tensor | None, adapter: tuple[Tensor, Tensor] | None) -> None:

@@ -9,6 +9,7 @@ Where Liger departs from the formula, this module follows the formula:
                               KL is per token.
     masked tokens             have no effect. In Liger's chunked loss a log-ratio above 88 of a masked token makes the gradient NaN.
     a ratio above exp(20)     is clamped, and has no gradient there.
+As in Liger, the logits of LigerFusedLinearGRPOLoss are rounded to the dtype of the hidden states; gf.linear_grpo_loss does not round them.
 Unlike Liger, it accepts sequences of any length, advantages per token, and a temperature per sequence or token.
 """
 
@@ -25,6 +26,8 @@ from grpo_fast.loss.logprob_loss import kl_penalty, token_losses
 from grpo_fast.loss.token_inputs import checked_scoring
 
 __all__ = ["LigerFusedLinearGRPOLoss", "triton_grpo_loss"]
+
+_LOGITS_DTYPE = "input"  # Liger's loss rounds its logits to the dtype of the hidden states
 
 
 def triton_grpo_loss(
@@ -188,7 +191,13 @@ class LigerFusedLinearGRPOLoss(nn.Module):
                 )
             with torch.no_grad():
                 reference = linear_token_logprobs(
-                    ref_input, ref_weight, selected_token_ids, bias=ref_bias, mask=attention_mask, temperature=self.temperature
+                    ref_input,
+                    ref_weight,
+                    selected_token_ids,
+                    bias=ref_bias,
+                    mask=attention_mask,
+                    temperature=self.temperature,
+                    logits_dtype=_LOGITS_DTYPE,
                 ).logprobs
         out = linear_grpo_loss(
             _input,
@@ -204,6 +213,7 @@ class LigerFusedLinearGRPOLoss(nn.Module):
             temperature=self.temperature,
             num_items=_num_items(attention_mask, num_items_in_batch),
             metrics_on="all",
+            logits_dtype=_LOGITS_DTYPE,
         )
         return out.loss, tuple(_metrics(out, self.beta, self.config, old_per_token_logps, reference, attention_mask))
 

@@ -10,7 +10,9 @@ from torch.distributed import ProcessGroup
 
 from grpo_fast.ops.token_logprobs import RowStatistics
 
-__all__ = ["Shard", "all_reduce_min", "combine_over_shards", "gather_vocab_shards"]
+__all__ = ["Shard", "all_reduce_min", "combine_over_shards", "gather_vocab_shards", "sum_in_rank_order_"]
+
+_SUMMED = 2**22  # elements that sum_in_rank_order_ gathers of each process at a time
 
 
 class Shard(NamedTuple):
@@ -52,6 +54,23 @@ def all_reduce_min(value: int, group: ProcessGroup, device: torch.device) -> int
     smallest = torch.tensor([value], device=device)
     torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN, group=group)
     return int(smallest)
+
+
+def sum_in_rank_order_(x: Tensor, group: ProcessGroup) -> Tensor:
+    """Replace x by its sum over the processes, added in the order of the ranks. The order of an all-reduce is the backend's own and may
+    vary with the number of elements.
+
+    Args:
+        x: contiguous, of one shape in all processes.
+    """
+    processes = torch.distributed.get_world_size(group)
+    for part in x.view(-1).split(_SUMMED):
+        parts = [torch.empty_like(part) for _ in range(processes)]
+        torch.distributed.all_gather(parts, part, group=group)
+        part.copy_(parts[0])
+        for other in parts[1:]:
+            part += other
+    return x
 
 
 def combine_over_shards(own: RowStatistics, has_target: Tensor, mask: Tensor, group: ProcessGroup) -> RowStatistics:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
@@ -24,6 +24,7 @@ from grpo_fast.models.off_policy import masked_weights
 from grpo_fast.models.packing import FLASH, Layout, PackedBatch, attention_of, pack, packing_leak, takes_positions
 from grpo_fast.models.router import RouterLoss
 from grpo_fast.models.unwrap import eval_mode, inner_model, is_fsdp2, is_sharded
+from grpo_fast.ops.invariance import batch_invariant
 
 if TYPE_CHECKING:
     from transformers.utils import ModelOutput
@@ -47,6 +48,8 @@ class ModelForward:
         off_policy_mask_threshold: leave off-policy sequences with a negative advantage out of the surrogate, see
             `off_policy_sequence_mask`; None = none.
         router_loss: the auxiliary loss of a mixture of experts, which `loss` adds; None = none.
+        logits_dtype: of the fused head, see linear_grpo_loss.
+        invariant: compute the fused head with `batch_invariant`.
     """
 
     def __init__(
@@ -58,12 +61,15 @@ class ModelForward:
         fused_head: bool = True,
         off_policy_mask_threshold: float | None = None,
         router_loss: RouterLoss | None = None,
+        logits_dtype: str = "float32",
+        invariant: bool = False,
     ) -> None:
         self.accelerator, self.pad_token_id, self.packing = accelerator, pad_token_id, packing
         self._layout: Layout | None = None  # decided with the first batch
         self._use_fused_head = fused_head
         self.off_policy_mask_threshold = off_policy_mask_threshold
         self.router_loss = router_loss
+        self.logits_dtype, self.invariant = logits_dtype, invariant
 
     def loss(
         self,
@@ -106,8 +112,11 @@ class ModelForward:
             return found
 
         def from_hidden(hidden: Tensor, head: HeadArguments) -> GRPOOutput:
-            found = weights(lambda: linear_token_logprobs(hidden, **head, token_ids=token_ids, **policy))
-            return linear_grpo_loss(hidden, **head, token_ids=token_ids, advantages=advantages, rollout_weights=found, **options)
+            precision: dict[str, Any] = {"logits_dtype": self.logits_dtype}
+            found = weights(lambda: linear_token_logprobs(hidden, **head, token_ids=token_ids, **policy, **precision))
+            return linear_grpo_loss(
+                hidden, **head, token_ids=token_ids, advantages=advantages, rollout_weights=found, **options, **precision
+            )
 
         def from_logits(logits: Tensor) -> GRPOOutput:
             found = weights(lambda: token_logprobs(logits, token_ids, **policy))
@@ -184,7 +193,9 @@ class ModelForward:
         return self._score(
             model,
             packed,
-            lambda hidden, head: linear_token_logprobs(hidden, **head, token_ids=packed.token_ids, **options),
+            lambda hidden, head: linear_token_logprobs(
+                hidden, **head, token_ids=packed.token_ids, logits_dtype=self.logits_dtype, **options
+            ),
             lambda logits: token_logprobs(logits, packed.token_ids, **options),
         )[0]
 
@@ -208,7 +219,8 @@ class ModelForward:
                 output = model(**inputs)
                 return from_logits(output.logits.flatten(0, 1)[scored_at]), output
             hidden = found.hidden.flatten(0, 1)[scored_at]
-            return from_hidden(hidden, found.head.arguments(hidden)), found.output
+            with batch_invariant() if self.invariant else nullcontext():
+                return from_hidden(hidden, found.head.arguments(hidden)), found.output
 
     def _hidden_states(self, model: nn.Module, inputs: ModelInputs) -> HiddenStates | None:
         """Run the model up to its head. Return None, with one warning per ModelForward, if the fused head does not support its head."""

@@ -118,6 +118,9 @@ class GRPOConfig(TrainingArguments):
         packing: remove padding by placing sequences one after the other in a row: ``"true"`` (or True), ``"false"``, or ``"auto"``: only
             with flash attention.
         fused_head: compute the loss from hidden states wherever the model's head allows it; False = from logits.
+        logits_dtype: of the fused head: ``"float32"``: not rounded to the model's dtype; ``"input"``: rounded, as by the model's own head.
+        batch_invariant: compute the fused head so that a token's numbers do not depend on the other tokens of a micro-batch, see
+            gf.batch_invariant. The model's own layers are not affected.
         metrics_on: ``"active"``: sequences with an advantage of 0 are not run through the model if they cannot change the gradient;
             ``"all"``: they are, and are included in entropy and clip ratios.
         log_completions: write the completions of each logged step to ``output_dir/completions``.
@@ -220,6 +223,8 @@ class GRPOConfig(TrainingArguments):
 
     packing: str = "auto"
     fused_head: bool = True
+    logits_dtype: str = "float32"
+    batch_invariant: bool = False
     metrics_on: str = "active"
     log_completions: bool = False
     num_completions_to_print: int | None = None
@@ -284,7 +289,13 @@ class GRPOConfig(TrainingArguments):
 
     def forward_options(self) -> dict[str, Any]:
         """The settings that `ModelForward` takes."""
-        return {"packing": self.packing, "fused_head": self.fused_head, "off_policy_mask_threshold": self.off_policy_mask_threshold}
+        return {
+            "packing": self.packing,
+            "fused_head": self.fused_head,
+            "off_policy_mask_threshold": self.off_policy_mask_threshold,
+            "logits_dtype": self.logits_dtype,
+            "invariant": self.batch_invariant,
+        }
 
     def make_temperature_schedule(self) -> TemperatureSchedule:
         """A new schedule of the temperature; new because a schedule may have a state."""

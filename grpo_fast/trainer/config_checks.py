@@ -272,6 +272,9 @@ def check_training(config: GRPOConfig) -> None:
     _one_of("packing", config.packing, ("auto", True, False))
     _one_of("chat", config.chat, CHAT)
     _one_of("metrics_on", config.metrics_on, ("active", "all"))
+    _one_of("logits_dtype", config.logits_dtype, ("float32", "input"))
+    if config.batch_invariant and not config.fused_head:
+        raise bad_setting("batch_invariant", True, "False with fused_head=False: over logits the model's own head computes the product")
     if config.router_aux_loss_coef is not None and not 0 <= config.router_aux_loss_coef < math.inf:
         expected = "a finite number of at least 0, or None for that of the model's config"
         raise bad_setting("router_aux_loss_coef", config.router_aux_loss_coef, expected)

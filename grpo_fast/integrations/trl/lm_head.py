@@ -1,4 +1,7 @@
-"""This package's LM head in TRL's models: for all trainers (`fused_lm_head`), and for a loss of GRPOTrainer (`install_head_forward`)."""
+"""This package's LM head in TRL's models: for all trainers (`fused_lm_head`), and for a loss of GRPOTrainer (`install_head_forward`).
+
+Logits are rounded where TRL rounds them: to the dtype of the hidden states, which is float32 with cast_lm_head_to_fp32.
+"""
 
 from __future__ import annotations
 
@@ -38,6 +41,7 @@ class HeadCall(NamedTuple):
                 token_ids=token_ids,
                 advantages=advantages,
                 temperature=self.temperature,
+                logits_dtype="input",  # what TRL rounds to
                 **self.head.arguments(hidden),
                 **options,
             )
@@ -47,7 +51,12 @@ class HeadCall(NamedTuple):
         hidden = self._hidden_of(token_ids)
         with self._autocast():
             return linear_token_logprobs(
-                hidden, token_ids=token_ids, mask=mask, temperature=self.temperature, **self.head.arguments(hidden)
+                hidden,
+                token_ids=token_ids,
+                mask=mask,
+                temperature=self.temperature,
+                logits_dtype="input",
+                **self.head.arguments(hidden),
             )
 
     def _autocast(self) -> AbstractContextManager[object]:
@@ -144,7 +153,14 @@ class FusedLogProbFunction:
         if hasattr(weight, "ds_id"):
             raise ValueError("fused_lm_head: the head's weight is split by DeepSpeed's ZeRO-3; expected it whole. Fix: stage 2, or FSDP2.")
         scored = linear_token_logprobs(
-            hidden, weight, targets, bias=bias, temperature=temperature, softcap=final_logit_softcapping, logit_scale=logit_scale
+            hidden,
+            weight,
+            targets,
+            bias=bias,
+            temperature=temperature,
+            softcap=final_logit_softcapping,
+            logit_scale=logit_scale,
+            logits_dtype="input",  # what TRL rounds to
         )
         others = dict.fromkeys(("log_sum_sq_probs", "mean_logits", "is_top1"))
         wanted = [name for name in others if name in outputs]
