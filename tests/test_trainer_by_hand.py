@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -145,10 +146,11 @@ def test_metrics_of_two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     metrics = MetricAccumulator()
     metrics.add_sum("a", 6.0, 2.0)
     metrics.add_max("m", 1.0)
+    metrics.add_min("n", 2.0)
     metrics.add_seconds("s", 4.0)
-    other = ({"a": (0.0, 4.0)}, {"m": 3.0}, {"s": 2.0})
+    other = ({"a": (0.0, 4.0)}, {"m": 3.0}, {"n": 1.0}, {"s": 2.0})
     monkeypatch.setattr("accelerate.utils.gather_object", lambda local: [*local, other])
-    assert metrics.read() == {"a": 1.0, "m": 3.0, "s": 3.0}
+    assert metrics.read() == {"a": 1.0, "m": 3.0, "n": 1.0, "s": 3.0}
 
 
 def test_the_speed_counts_new_tokens_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -418,7 +420,9 @@ class OfAnotherProcess:
 
     def __init__(self, run: Any) -> None:
         self._run = run
-        self.accelerator = SimpleNamespace(process_index=1, num_processes=2, scaler=None, reduce=self.reduce)
+        self.accelerator = SimpleNamespace(
+            process_index=1, num_processes=2, scaler=None, reduce=self.reduce, autocast=lambda *_: nullcontext()
+        )
 
     def reduce(self, value: Tensor, reduction: str) -> Tensor:
         assert reduction == "sum"
