@@ -13,6 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, too: as many of those run as there are cores
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else each worker starts as many compiling processes as there are cores
 
 import pytest
 import torch
