@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from grpo_fast.data.chats import sends_as_chat
 from grpo_fast.data.prompts import encode_prompt
 from grpo_fast.data.row_checks import Prompt
 from grpo_fast.generation import Completion, SamplerError, SamplingParams, WeightsLostError
+from grpo_fast.models.exact_head import float32_head
 from grpo_fast.models.unwrap import end_tokens_of, is_sharded
 from grpo_fast.trainer.prompt_source import Row
 from grpo_fast.trainer.reward_log import RewardLog
@@ -178,7 +179,7 @@ class CompletionRunner:
             drawn, lost = [], None
             try:
                 self._send_weights()
-                with trainer.metrics.timed("step_time/generate"), self._autocast(model), trainer.model_forward.unsharded(model):
+                with trainer.metrics.timed("step_time/generate"), self._as_the_loss(model), trainer.model_forward.unsharded(model):
                     drawn = trainer.sampler.generate(prompts, params) if prompts else []
             except WeightsLostError as error:  # of `update_weights` in all processes, of `generate` in some
                 lost = error
@@ -190,10 +191,15 @@ class CompletionRunner:
                 logger.warning("%s The weights are sent again, and the completions drawn again.", losses[0])
         raise lost or SamplerError(losses[0])
 
-    def _autocast(self, model: nn.Module) -> AbstractContextManager[object]:
-        """The autocast of the loss: accelerate adds it to the wrapped model only, and samplers run the inner model."""
+    @contextmanager
+    def _as_the_loss(self, model: nn.Module) -> Iterator[None]:
+        """The autocast of the loss, which accelerate adds to the wrapped model only, and the precision of its head."""
+        args = self.trainer.args
         # autocast keeps the weights that it has cast, which saves time; of a sharded model it would keep all that are gathered on the way.
-        return self.trainer.accelerator.autocast(AutocastKwargs(cache_enabled=False) if is_sharded(model) else None)
+        autocast = self.trainer.accelerator.autocast(AutocastKwargs(cache_enabled=False) if is_sharded(model) else None)
+        exact = args.fused_head and args.logits_dtype == "float32"
+        with autocast, float32_head(model) if exact else nullcontext():
+            yield
 
     def _send_weights(self) -> None:
         trainer = self.trainer
