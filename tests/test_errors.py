@@ -278,6 +278,20 @@ CASES: list[Case] = [
     Case("logit_scale-none", to(None), TypeError, ("logit_scale is None .NoneType.; expected a number > 0", "Pass 1.0")),
 ]
 
+CASES += [
+    Case("support-lists", to([[1], [2]]), TypeError, ("support is a list; expected a grpo_fast.Support", "from_lists")),
+    Case(
+        "support-positions", to(gf.Support.unrestricted(5)), ValueError, ("support has 5 positions; expected 6", r"\[2, 3\]", "empty set")
+    ),
+    Case("support-id", to(gf.Support.from_lists([range(V + 1)] * (B * T))), ValueError, ("support holds the id 5; expected ids below 5",)),
+    Case(
+        "support-without-the-token",
+        lambda given: gf.Support.from_lists([[(y + 1) % V] for y in given["token_ids"].clamp(min=0).flatten().tolist()]),
+        ValueError,
+        (r"token_ids\[\d, \d\] is \d, which is not among the 1 ids", "expected the sampled token in its set"),
+    ),
+]
+
 LOSS_CASES: list[Case] = [
     # config
     Case("config-dict", to({"loss_type": "dapo"}), TypeError, ("config is a dict; expected a LossConfig", "for example")),
@@ -392,13 +406,13 @@ LOSS_CASES: list[Case] = [
     ],
     *[Case(f"inplace-{value!r}", to(value), TypeError, ("inplace is .*; expected True or False",)) for value in ("no", None, 1)],
 ]
-SCORING = ("logits", "token_ids", "mask", "temperature", "softcap", "logit_scale")  # what token_logprobs takes
+SCORING = ("logits", "token_ids", "mask", "temperature", "softcap", "logit_scale", "support")  # what token_logprobs takes
 
 
 def argument_of(case: Case) -> str:
     return next(
         name
-        for name in (*right(True), "softcap", "logit_scale", "num_items", "loss_scale", "metrics_on")
+        for name in (*right(True), "softcap", "logit_scale", "support", "num_items", "loss_scale", "metrics_on")
         if case.name.startswith(name + "-")
     )
 

@@ -167,8 +167,10 @@ def test_bfloat16() -> None:
     b = batch()
     ids = b["inputs"]["input_ids"][:, -T:]
     expected = gf.token_logprobs(own_logits(model, b["inputs"]), ids)
-    found = gf.linear_logprobs_from(model, b["inputs"], ids)
+    found = gf.linear_logprobs_from(model, b["inputs"], ids, logits_dtype="input")
     assert torch.equal(found.logprobs, expected.logprobs)  # the same product of the same library
+    exact = gf.linear_logprobs_from(model, b["inputs"], ids)  # float32 logits, where the model rounds its own to bfloat16
+    assert 0 < (exact.logprobs - expected.logprobs).abs().max() < 0.02
 
 
 def test_packed_inputs() -> None:

@@ -497,7 +497,7 @@ def test_other_errors_and_a_warning(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="train_dataset: the prompt of row 40 is None; expected a text"):
         trainer(tmp_path, rows=[*ROWS, {"prompt": None, "answer": ""}], **unloaded)
     with pytest.raises(TypeError, match="without a length"):
-        trainer(tmp_path, rows=iter(ROWS), **unloaded)
+        trainer(tmp_path, eval_dataset=iter(ROWS), **unloaded)  # to train on, a stream may be an iterator
     with pytest.raises(ValueError, match=r"weights has 2 numbers; expected 1"):
         trainer(tmp_path, reward_weights=[1.0, 2.0], **unloaded)
     with pytest.raises(ValueError, match=r"reward 'solved' needs 'solution', .* the columns are: answer"):

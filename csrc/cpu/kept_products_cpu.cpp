@@ -30,7 +30,7 @@ struct Matrix {  // [R, C] of float32, bfloat16 or float16, with unit stride alo
         size(0),
         stride(0),
         element(x.scalar_type() == ScalarType::Float ? 4 : 2),
-        type(row_type(x.scalar_type())) {
+        type(row_type(name, x.scalar_type())) {
     STD_TORCH_CHECK(x.is_cpu(), "grpo_fast: ", name, " is not on the CPU");
     STD_TORCH_CHECK(x.dim() == 2, "grpo_fast: ", name, " has ", x.dim(), " dimensions; expected two");
     rows = x.size(0), size = x.size(1), stride = x.stride(0);

@@ -27,7 +27,7 @@ ProductOperand operand(const char* name, const Tensor& x, int64_t outer_dimensio
   STD_TORCH_CHECK(x.is_cpu(), "grpo_fast: ", name, " is not on the CPU");
   STD_TORCH_CHECK(x.dim() == 2, "grpo_fast: ", name, " has ", x.dim(), " dimensions; expected two");
   return {static_cast<const char*>(x.const_data_ptr()), x.stride(outer_dimension), x.stride(1 - outer_dimension),
-          row_type(x.scalar_type())};
+          row_type(name, x.scalar_type())};
 }
 
 struct FreeAligned {

@@ -40,9 +40,9 @@ inline Tensor new_gradient(const Tensor& logits) {
 
 inline Tensor unit_stride(const Tensor& logits) { return logits.stride(2) == 1 ? logits : torch::stable::contiguous(logits); }
 
-inline RowType row_type(ScalarType type) {
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
-                  "grpo_fast: float32, bfloat16 or float16 expected by the CPU kernel");
+inline RowType row_type(const char* name, ScalarType type) {
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, "grpo_fast: ", name,
+                  " has the wrong dtype; expected float32, bfloat16 or float16");
   return type == ScalarType::Float ? RowType::kFloat32 : type == ScalarType::BFloat16 ? RowType::kBFloat16 : RowType::kFloat16;
 }
 
@@ -59,7 +59,7 @@ struct Rows {  // [B, T or T + 1, V] logits or their gradient; position T, if th
         sequence_stride(tensor.stride(0)),
         position_stride(tensor.stride(1)),
         element(tensor.scalar_type() == ScalarType::Float ? 4 : 2),
-        type(row_type(tensor.scalar_type())) {}
+        type(row_type("logits", tensor.scalar_type())) {}
   void* at(int64_t b, int64_t t) const { return data + (b * sequence_stride + t * position_stride) * element; }
   void clear(int64_t b, int64_t t) const { std::memset(at(b, t), 0, static_cast<size_t>(vocabulary * element)); }
 };
