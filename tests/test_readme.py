@@ -60,7 +60,7 @@ def the_loss_of(block: str, names: dict[str, Any]) -> torch.Tensor:
     return names.pop("out").loss if "out" in names else names["loss"]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def model() -> Any:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
