@@ -365,6 +365,7 @@ def test_the_real_trainer(here: Path, capsys: pytest.CaptureFixture[str]) -> Non
     settings = (
         *("--model", "model", "--dataset", "sorting(digits=2)", "--rewards", "task", "repetition", "--output_dir", "run", "--use_cpu"),
         *("--per_device_train_batch_size", "8", "--num_generations", "4", "--max_completion_length", "6", "--report_to", "none"),
+        *("--disable_tqdm", "False"),  # its default is transformers' verbosity, which other libraries change
         *("--logging_steps", "1", "--save_steps", "1", "--log_completions", "--temperature_schedule"),
         '{"kind": "linear", "start": 0.8, "end": 1.2, "steps": 4}',
     )
