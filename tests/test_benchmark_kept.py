@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from grpo_fast.benchmark.harness.suite import run_suite
+from grpo_fast.benchmark.harness.suite import load, run_suite
 from grpo_fast.benchmark.head.implementations import Gradients, make_cases, measure_gradients
 from grpo_fast.benchmark.kept import suite
 from grpo_fast.benchmark.kept.implementations import OVER_SETS, KeptCase, check, make_kept, make_kept_case
@@ -44,6 +44,20 @@ def test_the_sizes_of_top_p_are_those_that_were_measured() -> None:
     sizes = sizes_of("top-p", 20_000, 0).double()
     assert sizes.min() == 1 and sizes.max() <= 2205 and sizes.mean() == pytest.approx(191, rel=0.1)
     assert sizes.median() == pytest.approx(MEASURED_SIZES[16], rel=0.1)
+
+
+def test_the_table_of_the_guide_says_what_was_measured() -> None:
+    root = Path(__file__).resolve().parents[1]
+    found = {
+        (x["implementation"], x["size"], x["trainable"]): x for x in load(root / "bench/results/kept_cpu.json", "bench-kept")["results"]
+    }
+    guide = (root / "docs/kept-sets.md").read_text()
+    for size in ("8", "32", "128", "512", "top-p"):
+        entries = [found[name, size, trainable] for trainable in (False, True) for name in ("kept", "gather")]
+        cells = [f"{1e3 * entry['median']:.3g} ms ({entry['times_faster']:.3g}x)" for entry in entries]
+        assert f"| {size} | {' | '.join(cells)} |" in guide
+    for trainable in (False, True):
+        assert f"{1e3 * found['ours', None, trainable]['median']:,.0f} ms" in guide
 
 
 class InThisProcess:
