@@ -10,6 +10,7 @@ from torch import Tensor
 
 from grpo_fast.loss import checks
 from grpo_fast.loss.truncation import truncated
+from grpo_fast.ops.kept_logprobs import KeptSets
 
 __all__ = ["Support", "check_support"]
 
@@ -218,10 +219,7 @@ class Support:
         """
         if index.dtype == torch.bool:
             index = index.nonzero().squeeze(1)
-        sizes = self.sizes[index]
-        offsets = _offsets(sizes)
-        first = torch.repeat_interleave(self.offsets[index] - offsets[:-1], sizes)
-        return Support._of(self.token_ids[first + torch.arange(first.shape[0], device=first.device)], offsets)
+        return Support._of(*KeptSets(self.token_ids, self.offsets).take(index))
 
     def to(self, device: torch.device | str) -> Support:
         """Return it on another device; itself if it is there already."""
