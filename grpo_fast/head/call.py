@@ -29,7 +29,6 @@ from grpo_fast.loss.token_inputs import ANY_VOCABULARY, TokenInputs, check_ids, 
 from grpo_fast.loss.token_rows import TokenRows
 from grpo_fast.loss.vocab_parallel import Shard, all_reduce_min, gather_vocab_shards
 from grpo_fast.ops.invariance import is_batch_invariant
-from grpo_fast.ops.kept_logprobs import KeptSets
 
 __all__ = ["LinearCall", "validated_call"]
 
@@ -110,7 +109,7 @@ class LinearCall(NamedTuple):
         if tokens.support is None:
             return rows
         largest = 0 if self.module is not None else largest_kept_set(self.vocabulary if shard is None else shard.total)
-        return rows._replace(sets=KeptSets(tokens.support.token_ids, tokens.support.offsets), largest_kept_set=largest)
+        return rows._replace(sets=tokens.support.kept_sets, largest_kept_set=largest)
 
     def head(self, tensors: HeadTensors, needs_grad: NeedsGrad, plan: ChunkPlan) -> Head:
         """The head for a plan's chunks, from the call's tensors as autograd passes them."""

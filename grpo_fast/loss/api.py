@@ -249,7 +249,7 @@ def token_logprobs(
 
 
 def _sets(tokens: TokenInputs) -> KeptSets | None:
-    return None if tokens.support is None else KeptSets(tokens.support.token_ids, tokens.support.offsets)
+    return None if tokens.support is None else tokens.support.kept_sets
 
 
 def _check_inplace(inplace: bool) -> None:

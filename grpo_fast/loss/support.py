@@ -203,6 +203,11 @@ class Support:
         return self.offsets.shape[0] - 1
 
     @property
+    def kept_sets(self) -> KeptSets:
+        """The two tensors as the operators take them."""
+        return KeptSets(self.token_ids, self.offsets)
+
+    @property
     def sizes(self) -> Tensor:
         """The number of ids of each set, int64 ``[N]``; 0 = no restriction."""
         return self.offsets.diff()
@@ -219,7 +224,7 @@ class Support:
         """
         if index.dtype == torch.bool:
             index = index.nonzero().squeeze(1)
-        return Support._of(*KeptSets(self.token_ids, self.offsets).take(index))
+        return Support._of(*self.kept_sets.take(index))
 
     def to(self, device: torch.device | str) -> Support:
         """Return it on another device; itself if it is there already."""

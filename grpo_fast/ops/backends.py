@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.metadata
 import importlib.util
 import os
 import platform
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
 
 import torch
 
 from grpo_fast.ops import extension
+from grpo_fast.ops.switch import Switch
 from grpo_fast.utils.warn import warn
 
 __all__ = ["BACKENDS", "BackendStatus", "backends", "forced", "select", "use_backend"]
 
 BACKENDS = ("reference", "cpu", "triton")
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 _ISA_NAMES = {0: "portable C++", 1: "AVX2", 2: "AVX-512"}
 
 # A module global and not a context variable: torch.compile guards on it, so that a compiled function follows use_backend.
@@ -45,7 +43,7 @@ class BackendStatus:
         return self.fix
 
 
-class use_backend(contextlib.ContextDecorator):  # noqa: N801  (a function to its callers, like torch.set_grad_enabled)
+class use_backend(Switch[str | None]):  # noqa: N801  (a function to its callers, like torch.set_grad_enabled)
     """Force one backend for all following calls, in every thread of the process.
 
     The call takes effect immediately. As a statement it holds until the next call; in a ``with`` it holds until the end of the block. As a
@@ -70,20 +68,15 @@ class use_backend(contextlib.ContextDecorator):  # noqa: N801  (a function to it
             raise ValueError(f"use_backend: name is {name!r}; expected one of {', '.join(BACKENDS)}, or None for the default.")
         if name is not None and not (status := _status(name)).usable:
             raise RuntimeError(f"use_backend: the backend {name!r} is not usable here: {status.why}. {status.fix}")
-        self.name, self._before = name, _forced
-        _force(name)
+        super().__init__(name)
 
-    def __enter__(self) -> None:
-        if _forced != self.name:  # a decorator enters the context at each call of the function, not when it is created
-            self._before = _forced
-            _force(self.name)
+    @staticmethod
+    def current() -> str | None:
+        return _forced
 
-    def __exit__(self, *_: object) -> None:
-        _force(self._before)
-
-    def __call__(self, function: _Function) -> _Function:
-        _force(self._before)  # used as a decorator: not in force until the function is called
-        return super().__call__(function)
+    @staticmethod
+    def put(value: str | None) -> None:
+        _force(value)
 
 
 def _force(name: str | None) -> None:

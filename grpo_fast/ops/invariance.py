@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
-from typing import Any, TypeVar
+from grpo_fast.ops.switch import Switch
 
 __all__ = ["batch_invariant", "is_batch_invariant"]
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 # A module global and not a context variable: torch.compile guards on it, so that a compiled function follows batch_invariant.
 _enabled = False
 
 
-class batch_invariant(contextlib.ContextDecorator):  # noqa: N801  (a function to its callers, like torch.set_grad_enabled)
+class batch_invariant(Switch[bool]):  # noqa: N801  (a function to its callers, like torch.set_grad_enabled)
     """Compute the fused head so that a token's log-probability, entropy and gradient have the same bits in every call.
 
     They then do not depend on the other tokens of the call and their order, on padding, packing, masks and ``chunk_bytes``, nor, on a CPU,
@@ -44,20 +41,15 @@ class batch_invariant(contextlib.ContextDecorator):  # noqa: N801  (a function t
                 f"batch_invariant: enabled is {enabled!r} ({type(enabled).__name__}); expected a bool. Fix: as a decorator it is called "
                 "too, @batch_invariant()."
             )
-        self.enabled, self._before = enabled, _enabled
-        _set(enabled)
+        super().__init__(enabled)
 
-    def __enter__(self) -> None:
-        if _enabled != self.enabled:  # a decorator enters the context at each call of the function, not when it is created
-            self._before = _enabled
-            _set(self.enabled)
+    @staticmethod
+    def current() -> bool:
+        return _enabled
 
-    def __exit__(self, *_: object) -> None:
-        _set(self._before)
-
-    def __call__(self, function: _Function) -> _Function:
-        _set(self._before)  # used as a decorator: not in force until the function is called
-        return super().__call__(function)
+    @staticmethod
+    def put(value: bool) -> None:
+        _set(value)
 
 
 def _set(enabled: bool) -> None:

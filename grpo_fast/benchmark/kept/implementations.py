@@ -109,7 +109,7 @@ def _kept(case: KeptCase) -> Step:
 
 
 def _masked(case: KeptCase) -> Step:
-    """As for sets that are too large to be computed by themselves: the callable in place of the weight computes whole rows."""
+    """All logits of the vocabulary at once, and the loss over the sets from them."""
     head, support = case
 
     def step(hidden: Tensor, weight: Tensor) -> Tensor:
