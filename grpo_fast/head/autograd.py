@@ -62,7 +62,7 @@ class LinearLogprobsFunction(torch.autograd.Function):
                 max_kept_tokens=max_kept_tokens,
                 with_derivative=needs_grad.frozen_head,
             )
-        ctx.make_head, ctx.rows = make_head, rows
+        ctx.make_head, ctx.mask = make_head, rows.mask
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*given)
         return ctx.state.statistics.logprobs.clone(), ctx.state.statistics.entropy.clone()
@@ -78,7 +78,7 @@ class LinearLogprobsFunction(torch.autograd.Function):
             return *not_tensors, *HeadTensors()
         if state.dlogprob_dhidden is not None and h is None:
             assert g is not None
-            g = torch.where(ctx.rows.mask, g, 0)  # the derivative of a masked token is 0, and 0 * NaN is NaN
+            g = torch.where(ctx.mask, g, 0)  # the derivative of a masked token is 0, and 0 * NaN is NaN
             derivatives = (None if x is None else x.clone() if keep_graph else x for x in state.dlogprob_dhidden)
             return *not_tensors, *(None if x is None else scale_rows_(x, g) for x in derivatives)
         state = state._replace(dlogprob_dhidden=None)  # frees the memory, unless the graph is retained
@@ -87,7 +87,6 @@ class LinearLogprobsFunction(torch.autograd.Function):
         with torch.autocast(zero.device.type, enabled=False):
             gradients = linear_token_logprobs_bwd(
                 lambda plan: ctx.make_head(tensors, needs_grad, plan),
-                ctx.rows,
                 state,
                 zero if g is None else g,
                 zero if h is None else h,

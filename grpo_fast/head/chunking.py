@@ -10,7 +10,7 @@ from torch import Tensor
 from grpo_fast.head.memory import is_capturing
 from grpo_fast.loss.sequences import Sequences
 
-__all__ = ["Chunk", "ChunkPlan", "ChunkSize", "plan_chunks"]
+__all__ = ["Chunk", "ChunkPlan", "ChunkSize", "Restricted", "plan_chunks"]
 
 GRANULE = 64  # chunk sizes are rounded up to a multiple of this, where memory allows it
 
@@ -27,6 +27,7 @@ class Chunk(NamedTuple):
     do not fit into the memory of one chunk; the statistics of all pieces are then computed before the gradient of the first."""
 
     pieces: list[tuple[int, int]]
+    sequence_span: slice | None = None  # of chunks of whole sequences: all tokens of these in the order of the batch, also those apart
 
     @property
     def begin(self) -> int:
@@ -37,20 +38,35 @@ class Chunk(NamedTuple):
         return self.pieces[-1][1]
 
 
+class Restricted(NamedTuple):
+    """The tokens of a call that have kept sets, bool [N]."""
+
+    apart: Tensor  # computed at the ids of their sets only, and so in no chunk
+    in_chunks: Tensor  # among the computed ones: their sets are so large that they are in the chunks too
+
+
+class RestrictedCounts(NamedTuple):
+    """The numbers of tokens with kept sets; 0 without sets."""
+
+    apart_with_grad: int = 0
+    apart_without_grad: int = 0
+    in_chunks: int = 0
+
+
 class ChunkPlan(NamedTuple):
     """The order in which tokens are computed. Tokens that can change the gradient come first; masked tokens are left out."""
 
     token_order: Tensor | None  # int64 [n], indices of tokens; None: all tokens in the order of the batch
     grad_chunks: list[Chunk]  # tokens that get a gradient
     nograd_chunks: list[Chunk]  # tokens for which only the statistics are computed
-    has_kept_tokens: bool = False  # other tokens contribute to the gradients too: those with kept sets
+    restricted: RestrictedCounts = RestrictedCounts()
     valid_mask: Tensor | None = None  # bool [N], the unmasked tokens; set only if the chunks contain masked tokens too
     in_order: bool = False  # the gradients of a chunk's pieces are computed from the first to the last
 
     @property
     def is_single_piece(self) -> bool:
         """Whether the gradients of all tokens are computed in a single piece."""
-        return len(self.grad_chunks) == 1 and len(self.grad_chunks[0].pieces) == 1 and not self.has_kept_tokens
+        return len(self.grad_chunks) == 1 and len(self.grad_chunks[0].pieces) == 1 and not self.restricted.apart_with_grad
 
     @property
     def max_rows(self) -> int:
@@ -82,11 +98,16 @@ def plan_chunks(
     rows_per_chunk: int,
     sequences: Sequences | None,  # chunks begin and end with these; None: anywhere
     tile: int | None = None,  # batch invariance: all pieces but the last are multiples of it, in the order of the batch
+    restricted: Restricted | None = None,
 ) -> ChunkPlan:
     """Decide which tokens are computed, and divide them into chunks.
 
-    The number of tokens is read from the device, which is the head's only synchronisation on a GPU. While a CUDA graph is captured nothing
-    may be read: all tokens are computed in the order of the batch, and the mask sets the gradient of masked tokens to 0.
+    The numbers of tokens are read from the device at once, which is the only synchronisation on a GPU of a head without kept sets. While a
+    CUDA graph is captured nothing may be read: all tokens are computed in the order of the batch, and the mask sets the gradient of masked
+    tokens to 0.
+
+    Args:
+        restricted: the tokens with kept sets; those that are ``apart`` get a gradient if they are ``active``, and are not ``computed``.
 
     With a ``tile``, which rows_per_chunk must be a multiple of, the cuts between pieces do not depend on the sequences: where whole
     sequences belong together, all tokens are one chunk.
@@ -96,31 +117,40 @@ def plan_chunks(
     total = computed.shape[0]
     if is_capturing(computed.device):
         pieces = _pieces(0, total, rows_per_chunk, granule)
-        chunks = [Chunk([piece]) for piece in pieces] if sequences is None else [Chunk(pieces)]
+        chunks = [Chunk([piece]) for piece in pieces] if sequences is None else [Chunk(pieces, slice(0, total))]
         return ChunkPlan(None, chunks, [], valid_mask=computed, in_order=in_order)
-    counts = torch.stack([active.sum(), computed.sum()])
+    with_grad = active & computed
+    wanted = [with_grad, computed]
+    if restricted is not None:
+        wanted += [restricted.apart & active, restricted.apart & ~active, restricted.in_chunks]
+    counts = torch.stack([x.sum() for x in wanted])
     if sequences is not None and not in_order:
-        counts = torch.cat([counts, _count_per_sequence(active, sequences)])
-    num_active, num_computed, *lengths = counts.tolist()
+        ends = _sequence_ends(sequences, computed.device)
+        counts = torch.cat([counts, ends, _count_up_to(ends, with_grad)])
+    num_active, num_computed, *more = counts.tolist()
+    found = RestrictedCounts(*more[: len(wanted) - 2])
+    per_sequence = more[len(wanted) - 2 :]
 
     order = None
     if num_computed < total or 0 < num_active < total:
-        key = torch.where(active, 0, torch.where(computed, 1, 2)).to(torch.uint8)
+        key = torch.where(with_grad, 0, torch.where(computed, 1, 2)).to(torch.uint8)
         order = key.argsort(stable=True)[:num_computed]
     if sequences is None:
         chunks = _equal_chunks(0, num_active, rows_per_chunk, granule)
     elif in_order:
-        chunks = [Chunk(_pieces(0, num_active, rows_per_chunk, granule))] if num_active else []
+        chunks = [Chunk(_pieces(0, num_active, rows_per_chunk, granule), slice(0, total))] if num_active else []
     else:
-        chunks = _sequence_chunks(lengths, rows_per_chunk)
-    return ChunkPlan(order, chunks, _equal_chunks(num_active, num_computed, rows_per_chunk, granule), in_order=in_order)
+        chunks = _sequence_chunks(per_sequence[: sequences.count], per_sequence[sequences.count :], rows_per_chunk)
+    return ChunkPlan(order, chunks, _equal_chunks(num_active, num_computed, rows_per_chunk, granule), found, in_order=in_order)
 
 
-def _count_per_sequence(tokens: Tensor, sequences: Sequences) -> Tensor:  # bool [N] -> int64 [S]
+def _sequence_ends(sequences: Sequences, device: torch.device) -> Tensor:  # int64 [S], of all their tokens in the order of the batch
     assert sequences.segment is not None
-    ends = torch.searchsorted(sequences.segment, torch.arange(sequences.count, device=tokens.device), right=True)
-    total = torch.cat([tokens.new_zeros(1, dtype=torch.int64), tokens.cumsum(0)])
-    return total[ends].diff(prepend=total[:1])
+    return torch.searchsorted(sequences.segment, torch.arange(sequences.count, device=device), right=True)
+
+
+def _count_up_to(ends: Tensor, tokens: Tensor) -> Tensor:  # int64 [S], bool [N] -> int64 [S]
+    return torch.cat([tokens.new_zeros(1, dtype=torch.int64), tokens.cumsum(0)])[ends]
 
 
 def _pieces(begin: int, end: int, rows: int, granule: int = GRANULE) -> list[tuple[int, int]]:
@@ -135,17 +165,24 @@ def _equal_chunks(begin: int, end: int, rows: int, granule: int) -> list[Chunk]:
     return [Chunk([piece]) for piece in _pieces(begin, end, rows, granule)]
 
 
-def _sequence_chunks(lengths: list[int], rows: int) -> list[Chunk]:
-    """Fill each chunk with whole sequences. A sequence that is longer than a chunk becomes a separate chunk of several pieces."""
-    chunks, begin, end = [], 0, 0
-    for length in lengths:
-        if end - begin + length > rows and end > begin:
-            chunks.append(Chunk([(begin, end)]))
-            begin = end
-        end += length
+def _sequence_chunks(ends: list[int], counts: list[int], rows: int) -> list[Chunk]:
+    """Fill each chunk with whole sequences. A sequence that is longer than a chunk becomes a separate chunk of several pieces.
+
+    Args:
+        ends: where each sequence ends in the order of the batch.
+        counts: of tokens with a gradient up to there, which is where the sequence ends in the order of the plan.
+    """
+    chunks: list[Chunk] = []
+    first = begin = end = 0  # where the chunk begins in the batch and in the plan, and where the last sequence ended in the plan
+    for previous, sequence_end, count in zip([0, *ends], ends, counts, strict=False):
+        length = count - end
+        if count - begin > rows and end > begin:
+            chunks.append(Chunk([(begin, end)], slice(first, previous)))
+            first, begin = previous, end
+        end = count
         if length > rows:
-            chunks.append(Chunk(_pieces(begin, end, rows)))
-            begin = end
+            chunks.append(Chunk(_pieces(begin, end, rows), slice(first, sequence_end)))
+            first, begin = sequence_end, end
     if end > begin:
-        chunks.append(Chunk([(begin, end)]))
+        chunks.append(Chunk([(begin, end)], slice(first, ends[-1])))
     return chunks

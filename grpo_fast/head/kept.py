@@ -6,16 +6,20 @@ For a set of K ids a token costs 2 D K operations for its logits and 2 D K each 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from grpo_fast.head.chunking import ChunkPlan, Restricted, plan_chunks
 from grpo_fast.head.matrix_products import DenseHead, Head
 from grpo_fast.head.memory import is_capturing
+from grpo_fast.loss.sequences import Sequences
 from grpo_fast.loss.token_rows import RowStatistics, TokenRows
 from grpo_fast.loss.vocab_parallel import combine_over_shards
 from grpo_fast.ops.kept_logprobs import KeptRows, capped
 
-__all__ = ["KeptTokens", "largest_kept_set", "separate_kept"]
+__all__ = ["KeptTokens", "PlannedRows", "largest_kept_set", "plan_rows"]
 
 LARGEST_SHARE = 32
 
@@ -25,30 +29,46 @@ def largest_kept_set(vocabulary: int) -> int:
     return vocabulary // LARGEST_SHARE
 
 
-def separate_kept(rows: TokenRows) -> tuple[TokenRows, TokenRows | None]:
-    """Separate the tokens whose logits are computed over the whole vocabulary from those with a small set.
+class PlannedRows(NamedTuple):
+    """The tokens of a call: those that are computed over the whole vocabulary in chunks, and those at the ids of their sets only."""
+
+    plan: ChunkPlan  # of the former
+    in_chunks: TokenRows  # of the whole call; the mask selects them. With sets only if one of them has a (large) set
+    apart: TokenRows | None  # the same of the latter; None if there are none
+
+
+def plan_rows(
+    rows: TokenRows, with_grad: Tensor, rows_per_chunk: int, sequences: Sequences | None = None, tile: int | None = None
+) -> PlannedRows:
+    """Separate the tokens with small sets from the others, and divide the others into chunks.
 
     Args:
         rows: of the whole call; the mask selects the tokens that are computed.
-
-    Returns:
-        The rows of the former, with sets only if one of them has a (large) set, and of the latter; None without sets.
+        with_grad: bool ``[1, N]``, those of them that get a gradient.
+        rows_per_chunk, sequences, tile: see plan_chunks.
 
     Raises:
-        RuntimeError: a CUDA graph is being captured.
+        RuntimeError: there are sets, and a CUDA graph is being captured.
     """
     if rows.sets is None:
-        return rows, None
+        plan = plan_chunks(rows.mask[0], with_grad[0], rows_per_chunk, sequences, tile)
+        return PlannedRows(plan, rows, None)
     if is_capturing(rows.mask.device):
         raise RuntimeError(
             "support was given while a CUDA graph is captured; expected no capture, since the sizes of the sets are read from the device. "
             "Fix: call the loss outside of the graph."
         )
     sizes = rows.sets.offsets.diff().unsqueeze(0)
-    small = rows.mask & (sizes > 0) & (sizes <= rows.largest_kept_set)
-    others = rows.mask & ~small
-    some_have_sets = bool((others & (sizes > 0)).any())
-    return rows._replace(mask=others, sets=rows.sets if some_have_sets else None), rows._replace(mask=small)
+    apart = rows.mask & (sizes > 0) & (sizes <= rows.largest_kept_set)
+    others = rows.mask & ~apart
+    restricted = Restricted(apart[0], (others & (sizes > 0))[0])
+    plan = plan_chunks(others[0], with_grad[0], rows_per_chunk, sequences, tile, restricted)
+    some_apart = plan.restricted.apart_with_grad + plan.restricted.apart_without_grad > 0
+    return PlannedRows(
+        plan,
+        rows._replace(mask=others, sets=rows.sets if plan.restricted.in_chunks else None),
+        rows._replace(mask=apart) if some_apart else None,
+    )
 
 
 class KeptTokens:

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_fast.head.chunking import Chunk, ChunkPlan, plan_chunks
-from grpo_fast.head.kept import KeptTokens, separate_kept
+from grpo_fast.head.chunking import Chunk, ChunkPlan
+from grpo_fast.head.kept import KeptTokens, PlannedRows, plan_rows
 from grpo_fast.head.matrix_products import Head, HeadTensors
 from grpo_fast.loss.token_rows import RowStatistics, TokenRows
 
@@ -28,7 +28,7 @@ class LogprobsState(NamedTuple):
     """The state that the forward pass saves for backward."""
 
     statistics: RowStatistics  # float32 [1, N]
-    plan: ChunkPlan
+    planned: PlannedRows
     dlogprob_dhidden: HeadTensors | None  # of a frozen head: the derivatives with respect to hidden and adapted
     kept_logits: list[Tensor]  # of the first chunks
     kept_tokens: KeptTokens | None = None  # tokens with kept sets, and the logits of the sets
@@ -51,16 +51,16 @@ def linear_token_logprobs_fwd(
         with_derivative: also compute d logprob / d hidden.
         tile: of batch invariance, see plan_chunks.
     """
-    rows, kept_rows = separate_kept(rows)
-    plan = plan_chunks(rows.mask[0], rows.mask[0], rows_per_chunk, None, tile)._replace(has_kept_tokens=kept_rows is not None)
+    planned = plan_rows(rows, rows.mask, rows_per_chunk, tile=tile)
+    plan, rows, apart = planned
     head = make_head(plan)
     statistics = RowStatistics(*(torch.zeros_like(rows.mask, dtype=torch.float32) for _ in range(3)))
     kept_chunks = 0 if with_derivative else plan.chunks_within(max_kept_tokens)
     if kept_chunks < len(plan.grad_chunks):
         head.reserve(plan.max_rows)
     kept_tokens = None
-    if kept_rows is not None:
-        kept_tokens = KeptTokens(head, kept_rows)
+    if apart is not None:
+        kept_tokens = KeptTokens(head, apart)
         kept_tokens.statistics_into(statistics)
         if with_derivative:
             kept_tokens.add_gradient(statistics, torch.ones_like(statistics.logprobs), torch.zeros_like(statistics.logprobs))
@@ -78,22 +78,21 @@ def linear_token_logprobs_fwd(
             one, zero = torch.ones_like(found.logprobs), torch.zeros_like(found.logprobs)
             chunk_of_rows.gradient_(logits.unsqueeze(0), found, one, zero)
             head.add_gradient(logits, tokens)
-    return LogprobsState(statistics, plan, head.gradients() if with_derivative else None, kept, kept_tokens)
+    return LogprobsState(statistics, planned, head.gradients() if with_derivative else None, kept, kept_tokens)
 
 
 def linear_token_logprobs_bwd(
-    make_head: Callable[[ChunkPlan], Head], rows: TokenRows, state: LogprobsState, g: Tensor, h: Tensor, *, keep_graph: bool
+    make_head: Callable[[ChunkPlan], Head], state: LogprobsState, g: Tensor, h: Tensor, *, keep_graph: bool
 ) -> HeadTensors:
     """Compute the gradients of the head's tensors from those of log-probabilities (g) and entropies (h), ``[1, N]`` each.
 
     Args:
         keep_graph: whether a second backward pass may follow, so that kept logits may not be overwritten.
     """
-    plan, kept = state.plan, state.kept_logits
+    (plan, rows, apart), kept = state.planned, state.kept_logits
     head = make_head(plan)
-    rows, kept_rows = separate_kept(rows)
-    if kept_rows is not None:
-        (state.kept_tokens or KeptTokens(head, kept_rows)).add_gradient(state.statistics, g, h, head=head)
+    if apart is not None:
+        (state.kept_tokens or KeptTokens(head, apart)).add_gradient(state.statistics, g, h, head=head)
     if len(kept) < len(plan.grad_chunks) or keep_graph:
         head.reserve(plan.max_rows)
 

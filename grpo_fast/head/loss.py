@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_fast.head.chunking import Chunk, ChunkPlan, plan_chunks
-from grpo_fast.head.kept import KeptTokens, separate_kept
+from grpo_fast.head.chunking import Chunk, ChunkPlan
+from grpo_fast.head.kept import KeptTokens, plan_rows
 from grpo_fast.head.matrix_products import Head, HeadTensors
 from grpo_fast.loss.inputs import LossInputs
 from grpo_fast.loss.logprob_loss import policy_loss
@@ -59,18 +59,17 @@ def linear_loss(
     computed = active if only_active else inputs.mask
     rows, token_level = rows._replace(mask=computed), inputs.token_level()
     with_grad = active if with_gradient else torch.zeros_like(active)
-    rows, kept_rows = separate_kept(rows)
-    plan = plan_chunks(rows.mask[0], (with_grad & rows.mask)[0], rows_per_chunk, inputs.sequences if token_level is None else None, tile)
-    if kept_rows is not None:
-        plan = plan._replace(has_kept_tokens=True)
+    plan, rows, apart = plan_rows(rows, with_grad, rows_per_chunk, inputs.sequences if token_level is None else None, tile)
     head = make_head(plan)
     head.reserve(plan.max_rows)
     statistics = RowStatistics(*(torch.zeros_like(computed, dtype=torch.float32) for _ in range(3)))
     kept = None
-    if kept_rows is not None:
-        kept = KeptTokens(head, kept_rows._replace(mask=kept_rows.mask & with_grad))
+    if apart is not None and plan.restricted.apart_with_grad:
+        kept = KeptTokens(head, apart._replace(mask=apart.mask & with_grad))
         kept.statistics_into(statistics)
-        KeptTokens(head, kept_rows._replace(mask=kept_rows.mask & ~with_grad)).statistics_into(statistics)
+    if apart is not None and plan.restricted.apart_without_grad:
+        KeptTokens(head, apart._replace(mask=apart.mask & ~with_grad)).statistics_into(statistics)
+    g, h = (torch.zeros_like(x) for x in (statistics.logprobs, statistics.entropy))  # of the chunks' tokens, written by two_passes
 
     def compute_statistics(begin: int, end: int) -> Tensor:  # returns the logits
         tokens = plan.tokens(begin, end)
@@ -92,18 +91,17 @@ def linear_loss(
     def two_passes(chunk: Chunk) -> None:
         for begin, end in chunk.pieces:
             logits = compute_statistics(begin, end)
-        tokens = plan.tokens(chunk.begin, chunk.end)
-        of_chunk = RowStatistics(*(x[:, tokens] for x in statistics))
-        if kept is None:
-            g, h = _coefficients(of_chunk, (token_level or inputs).take(tokens), computed[:, tokens])
-        else:  # a sequence may have tokens with kept sets too; the sequences of other chunks do not matter here
-            g, h = (x[:, tokens] for x in _coefficients(statistics, token_level or inputs, computed))
+        # The coefficients of a token follow from its own log-probability, or from those of its sequence, kept sets included.
+        tokens = plan.tokens(chunk.begin, chunk.end) if token_level is not None else chunk.sequence_span
+        assert tokens is not None
+        of_tokens = RowStatistics(*(x[:, tokens] for x in statistics))
+        g[:, tokens], h[:, tokens] = _coefficients(of_tokens, (token_level or inputs).take(tokens), computed[:, tokens])
         for begin, end in chunk.pieces if plan.in_order else reversed(chunk.pieces):  # the logits of the last piece are still in memory
-            tokens, within = plan.tokens(begin, end), slice(begin - chunk.begin, end - chunk.begin)
+            tokens = plan.tokens(begin, end)
             if not plan.has_logits(chunk, end):
                 logits = head.logits(tokens)
-            of_piece = RowStatistics(*(x[:, within] for x in of_chunk))
-            rows.take(tokens).gradient_(logits.unsqueeze(0), of_piece, g[:, within], h[:, within])
+            of_piece = RowStatistics(*(x[:, tokens] for x in statistics))
+            rows.take(tokens).gradient_(logits.unsqueeze(0), of_piece, g[:, tokens], h[:, tokens])
             head.add_gradient(logits, tokens)
 
     for chunk in plan.nograd_chunks:

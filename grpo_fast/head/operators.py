@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast.head.autograd import AutogradContext
-from grpo_fast.head.chunking import plan_chunks
-from grpo_fast.head.kept import separate_kept
+from grpo_fast.head.kept import plan_rows
 from grpo_fast.head.logprobs import LogprobsState, linear_token_logprobs_bwd, linear_token_logprobs_fwd
 from grpo_fast.head.loss import LINEAR_METRICS, linear_loss
 from grpo_fast.head.matrix_products import HeadTensors, NeedsGrad, per_row
@@ -168,12 +167,9 @@ def _linear_token_logprobs_fake(*flat: Argument) -> tuple[Tensor | None, ...]:
 def _linear_token_logprobs_backward(g: Tensor, h: Tensor, *flat: Argument) -> tuple[Tensor, ...]:
     (tensors, rows, options), statistics = BackwardArguments.from_flat(flat)
     chunks = options.chunks(tensors)
-    others, kept_rows = separate_kept(rows.rows())
-    plan = plan_chunks(others.mask[0], others.mask[0], chunks.rows, None, chunks.tile)
-    plan = plan._replace(has_kept_tokens=kept_rows is not None)
-    gradients = linear_token_logprobs_bwd(
-        lambda plan: options.head(tensors, plan), rows.rows(), LogprobsState(statistics, plan, None, []), g, h, keep_graph=False
-    )
+    planned = plan_rows(rows.rows(), rows.mask, chunks.rows, tile=chunks.tile)
+    state = LogprobsState(statistics, planned, None, [])
+    gradients = linear_token_logprobs_bwd(lambda plan: options.head(tensors, plan), state, g, h, keep_graph=False)
     return tuple(_tensors_only(gradients, g))
 
 

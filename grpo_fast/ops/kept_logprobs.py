@@ -7,7 +7,7 @@ small matrices is -inf, so scale and soft cap are applied while gathering.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -192,22 +192,26 @@ def _gradient(g: Tensor, h: Tensor, logits: Tensor, *arguments: Any, inplace: bo
     given, statistics, columns = KeptArguments(*of_tokens), RowStatistics(logprobs, entropy, lse), logits.shape[-1]
     g, h = g.expand_as(logprobs), h.expand_as(logprobs)
 
-    def gradient_of(rows: KeptRows) -> Tensor:  # [n, K]
-        s, derivative = _gathered(logits, rows, given)
-        given.gradient_(s, rows, statistics, g, h)
-        return (s * derivative).to(logits.dtype)
+    def gradients() -> Iterator[tuple[KeptRows, Tensor]]:  # [n, K] each
+        for rows in given.rows(columns):
+            s, derivative = _gathered(logits, rows, given)
+            given.gradient_(s, rows, statistics, g, h)
+            yield rows, (s * derivative).to(logits.dtype)
 
     # The operator below writes 0 to the rows of restricted positions. Where it overwrites the logits, their gradients are computed before.
-    gradients = [gradient_of(rows) for rows in given.rows(columns)] if inplace else map(gradient_of, given.rows(columns))
+    found: Iterable[tuple[KeptRows, Tensor]] = list(gradients()) if inplace else gradients()
     of_vocabulary = given.of_whole_vocabulary(columns, gradient=True)
     if inplace:
         into = logits
         torch.ops.grpo_fast.token_logprobs_backward_.default(g, h, logits, *of_vocabulary, *statistics)
     else:
         into = torch.ops.grpo_fast.token_logprobs_backward.default(g, h, logits, *of_vocabulary, *statistics)
-    for rows, gradient in zip(given.rows(columns), gradients, strict=True):
-        index = _index(rows, given)
-        into[tuple(x.expand_as(rows.valid)[rows.valid] for x in index)] = gradient[rows.valid]
+    for rows, gradient in found:
+        # The padding writes what another place of its row writes, or 0 to a row without any: a GPU need not wait for the number of places.
+        place = rows.valid.int().argmax(1, keepdim=True)
+        gradient = torch.where(rows.valid, gradient, torch.where(rows.valid, gradient, 0).gather(1, place))
+        rows = rows._replace(columns=torch.where(rows.valid, rows.columns, rows.columns.gather(1, place)))
+        into[_index(rows, given)] = gradient
     return into
 
 
