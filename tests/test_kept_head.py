@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+from support_cases import *  # noqa: F403
 from test_support import B, T, V, lists, sets_of, tensors
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,7 +25,7 @@ TWO_TOKENS = 4 * 2 * V  # bytes of the logits of two tokens: of a chunk
 class Reads(TorchDispatchMode):
     """Counts what would wait for a GPU: reading values, and shapes that depend on values."""
 
-    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "equal")
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "bincount", "repeat_interleave")
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,6 +74,22 @@ def test_a_backward_pass_reads_no_more_from_the_device_than_it_must() -> None:
         assert Reads().during(lambda x=logprobs: gradients.append(torch.autograd.grad(x.sum(), leaves))) == reads
     for a, b in zip(*gradients, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("set_ids", "is_nan"), [([3, 150], [False, False]), ([150, 3, 2], [True, False]), ([3, 200], [True, True])])
+def test_a_shard_says_that_a_set_is_not_valid(set_ids: list[int], is_nan: list[bool]) -> None:
+    """The processes that hold ids 0 ... 99 and 100 ... 199, of which the first holds the sampled token 3, or 1 that is in no set."""
+    token = 1 if len(set_ids) == 3 else 3
+    for begin, nan in zip((0, 100), is_nan, strict=True):
+        arguments = (torch.tensor([[token]]), torch.ones(1, 1, dtype=torch.bool), torch.tensor(set_ids).int(), torch.tensor([0, len(set_ids)]))
+        logits = torch.randn(1, 1, 100)
+        logprobs, _, _ = torch.ops.grpo_fast.kept_token_logprobs(logits, *arguments, None, 1.0, 0.0, 1.0, begin, 200)
+        assert logprobs.isnan().item() == nan
+
+
+def test_a_shard_without_any_id_of_the_set_but_with_the_token_is_not_valid() -> None:
+    arguments = (torch.tensor([[3]]), torch.ones(1, 1, dtype=torch.bool), torch.tensor([150]).int(), torch.tensor([0, 1]))
+    assert torch.ops.grpo_fast.kept_token_logprobs(torch.randn(1, 1, 100), *arguments, None, 1.0, 0.0, 1.0, 0, 200)[0].isnan()
 
 
 def test_the_gradient_of_logits_reads_the_sizes_of_the_sets_once() -> None:

@@ -264,7 +264,7 @@ def test_compiled_without_graph_breaks() -> None:
 def test_opcheck() -> None:
     hidden, weight, ids = tensors()
     support, logits = sets_of(ids, 3), (hidden @ weight.T).requires_grad_()
-    rows = (ids, torch.ones(B, T, dtype=torch.bool), support.token_ids, support.offsets, torch.full((B, 1), 0.7), 1.0, 2.0, 0.5, 0, False)
+    rows = (ids, torch.ones(B, T, dtype=torch.bool), support.token_ids, support.offsets, torch.full((B, 1), 0.7), 1.0, 2.0, 0.5, 0, 0)
     operators = torch.ops.grpo_fast
     torch.library.opcheck(operators.kept_token_logprobs.default, (logits, *rows))
     statistics = operators.kept_token_logprobs(logits.detach(), *rows)

@@ -29,6 +29,7 @@ from cases import KEPT, random_case
 from extreme_cases import *  # noqa: F403
 from launches import small_blocks, splitter
 from row_cases import *  # noqa: F403
+from support_cases import *  # noqa: F403
 from test_triton import check_truth, check_vocabulary
 
 import grpo_fast as gf

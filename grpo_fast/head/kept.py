@@ -61,7 +61,7 @@ def plan_rows(
     sizes = rows.sets.offsets.diff().unsqueeze(0)
     apart = rows.mask & (sizes > 0) & (sizes <= rows.largest_kept_set)
     others = rows.mask & ~apart
-    restricted = Restricted(apart[0], (others & (sizes > 0))[0])
+    restricted = Restricted(apart[0], (others & (sizes != 0))[0])
     plan = plan_chunks(others[0], with_grad[0], rows_per_chunk, sequences, tile, restricted)
     some_apart = plan.restricted.apart_with_grad + plan.restricted.apart_without_grad > 0
     return PlannedRows(

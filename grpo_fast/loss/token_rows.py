@@ -53,9 +53,9 @@ class TokenRows(NamedTuple):
     def kept(self) -> KeptArguments:
         """The arguments of the operators ``kept_token_logprobs`` after the logits; only with ``sets``."""
         assert self.sets is not None
-        first_id = 0 if self.shard is None else self.shard.begin
+        first_id, vocabulary = (0, 0) if self.shard is None else (self.shard.begin, self.shard.total)
         tokens = (self.token_ids, self.mask, self.sets.token_ids, self.sets.offsets)
-        return KeptArguments(*tokens, *self.scoring, first_id, self.shard is not None)
+        return KeptArguments(*tokens, *self.scoring, first_id, vocabulary)
 
     def statistics(self, logits: Tensor) -> RowStatistics:
         """Compute log-probability, entropy and log-sum-exp over the whole vocabulary, or over the kept set where there is one.

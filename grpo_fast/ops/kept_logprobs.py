@@ -19,6 +19,8 @@ from grpo_fast.ops.token_logprobs import RowStatistics, TokenLogprobsArguments
 __all__ = ["KeptArguments", "KeptRows", "KeptSets", "capped", "kept_rows"]
 
 ELEMENTS_AT_ONCE = 1 << 20  # of a small matrix: bounds the memory where sets are large
+DUPLICATES_ARE_REFUSED = ("cpu",)  # by Support, which may read values there; sorting costs up to 7% of the loss over sets in no order
+_GROUPS = 33  # of sizes: none, 1, 2, up to 4, ... up to 2^31
 
 
 class KeptSets(NamedTuple):
@@ -41,7 +43,7 @@ class KeptRows(NamedTuple):
     positions: Tensor  # int64 [n], into the flattened [B, T]
     columns: Tensor  # int64 [n, K]; -1 in the padding, and for ids that another process holds
     target: Tensor  # int64 [n], the place of the sampled token in the row; -1 if this process does not hold it, or it is not in the set
-    elsewhere: Tensor  # bool [n]: another process holds the sampled token
+    elsewhere: Tensor  # bool [n]: another process holds the sampled token, and the set is valid
 
     @property
     def valid(self) -> Tensor:
@@ -60,7 +62,11 @@ class KeptArguments(NamedTuple):
     softcap: float
     logit_scale: float
     first_id: int  # the id of the first column
-    sharded: bool  # other processes hold other ids: the statistics are those of this process's part of each set
+    vocabulary: int  # 0, or the number of ids of all processes: the statistics are then those of this process's part of each set
+
+    @property
+    def sharded(self) -> bool:
+        return self.vocabulary > 0
 
     def of_whole_vocabulary(self, columns: int, *, gradient: bool) -> TokenLogprobsArguments:
         """Return the arguments of ``token_logprobs`` for the positions without restriction."""
@@ -81,15 +87,15 @@ class KeptArguments(NamedTuple):
     def rows(self, columns: int) -> Iterator[KeptRows]:
         """The restricted positions, see ``kept_rows``."""
         sets = KeptSets(self.set_ids, self.set_offsets)
-        return kept_rows(sets, self.token_ids, self.mask, first_id=self.first_id, columns=columns, sharded=self.sharded)
+        return kept_rows(sets, self.token_ids, self.mask, first_id=self.first_id, columns=columns, vocabulary=self.vocabulary)
 
     def statistics(self, s: Tensor, rows: KeptRows) -> list[Tensor]:
         """Return log-probability, entropy and log-sum-exp ``[n]`` of scaled and capped logits ``[n, K]``, -inf in the padding."""
         target = torch.where(rows.elsewhere, 0, rows.target) if self.sharded else rows.target
         found = torch.ops.grpo_fast.token_logprobs.default(s.unsqueeze(0), *self.of_kept(rows, target))
         if self.sharded:  # a process that holds no id of a set has no share in its probability
-            held = rows.valid.any(1)
-            found = [torch.where(held, x, empty) for x, empty in zip(found, (0.0, 0.0, -torch.inf), strict=True)]
+            none = rows.elsewhere & ~rows.valid.any(1)
+            found = [torch.where(none, empty, x) for x, empty in zip(found, (0.0, 0.0, -torch.inf), strict=True)]
         return [x.squeeze(0) for x in found]
 
     def gradient_(self, s: Tensor, rows: KeptRows, statistics: RowStatistics, g: Tensor, h: Tensor) -> None:
@@ -99,8 +105,11 @@ class KeptArguments(NamedTuple):
         torch.ops.grpo_fast.token_logprobs_backward_.default(g_rows, h_rows, s.unsqueeze(0), *of_kept, *of_rows)
 
 
-def kept_rows(sets: KeptSets, token_ids: Tensor, mask: Tensor, *, first_id: int, columns: int, sharded: bool) -> Iterator[KeptRows]:
+def kept_rows(sets: KeptSets, token_ids: Tensor, mask: Tensor, *, first_id: int, columns: int, vocabulary: int) -> Iterator[KeptRows]:
     """Yield the restricted positions that the mask selects, grouped by the size of their sets: 1, 2, up to 4, up to 8, ... ids.
+
+    A set without the sampled token, with an id twice or outside of the vocabulary, or with offsets that decrease or are outside of the ids,
+    has no target in any process, so that its log-probability is NaN; nothing outside of the columns is read.
 
     The number of positions of each size is read from the device: one synchronisation on a GPU.
 
@@ -110,28 +119,41 @@ def kept_rows(sets: KeptSets, token_ids: Tensor, mask: Tensor, *, first_id: int,
         mask: bool ``[B, T]``.
         first_id: the id of the first column of the logits.
         columns: the number of columns. Ids outside of them are never read.
-        sharded: whether other processes hold other ids. If not, a set with an id outside of the columns has no target, so that its
-            log-probability is NaN.
+        vocabulary: if other processes hold other ids, the number of the ids of all; else 0.
     """
-    sizes = sets.offsets.diff()
+    sizes, device = sets.offsets.diff(), sets.offsets.device
     exponents = (2 * sizes - 1).clamp(min=1).double().log2().floor().long()  # ceil(log2(size))
-    groups = torch.where(mask.flatten() & (sizes > 0), exponents + 1, 0)
-    counts = torch.bincount(groups).tolist()
+    groups = torch.where(mask.flatten() & (sizes != 0), exponents + 1, 0)
+    per_group = (groups.unsqueeze(1) == torch.arange(_GROUPS, device=device)).sum(0)
+    *counts, unordered = torch.cat([per_group, _unordered(sets)]).tolist()
+    ids_of_all = sets.token_ids if sets.token_ids.shape[0] > 0 else sets.token_ids.new_full((1,), -1)
     order = groups.argsort(stable=True).split(counts)
     for exponent, positions_of_group in enumerate(order[1:]):
         for positions in positions_of_group.split(max(ELEMENTS_AT_ONCE >> exponent, 1)):
             if positions.numel() == 0:
                 continue
-            place = torch.arange(1 << exponent, device=sizes.device)
+            place = torch.arange(1 << exponent, device=device)
             valid = place < sizes[positions].unsqueeze(1)
             index = torch.where(valid, sets.offsets[positions].unsqueeze(1) + place, 0)
-            ids, token = sets.token_ids[index].long() - first_id, token_ids.flatten()[positions] - first_id
-            held = (ids >= 0) & (ids < columns)
-            wrong = (valid & ~held).any(1) & (not sharded)
-            valid &= held
+            inside = (index >= 0) & (index < ids_of_all.shape[0])
+            all_ids = torch.where(inside, ids_of_all[index.clamp(0, ids_of_all.shape[0] - 1)].long(), -1)
+            wrong = (sizes[positions] < 0) | (valid & ((all_ids < 0) | (all_ids >= (vocabulary or columns)))).any(1)
+            if unordered and device.type not in DUPLICATES_ARE_REFUSED:
+                in_order = torch.where(valid, all_ids, -1 - place).sort(1).values
+                wrong |= (in_order[:, 1:] == in_order[:, :-1]).any(1)
+            ids, token = all_ids - first_id, token_ids.flatten()[positions] - first_id
+            valid &= (ids >= 0) & (ids < columns)
             is_target = valid & (ids == token.unsqueeze(1))
             target = torch.where(is_target.any(1) & ~wrong, is_target.int().argmax(1), -1)
-            yield KeptRows(positions, torch.where(valid, ids, -1), target, (token < 0) | (token >= columns))
+            yield KeptRows(positions, torch.where(valid, ids, -1), target, ((token < 0) | (token >= columns)) & ~wrong)
+
+
+def _unordered(sets: KeptSets) -> Tensor:
+    """Return whether the ids of any set are not in increasing order, int64 [1]. Ordered sets, which samplers return, have no duplicates."""
+    ids = sets.token_ids
+    begins = torch.zeros(ids.shape[0] + 1, dtype=torch.bool, device=ids.device)
+    begins.index_fill_(0, sets.offsets.clamp(0, ids.shape[0]), True)
+    return ((ids[1:] <= ids[:-1]) & ~begins[1:-1][: max(ids.shape[0] - 1, 0)]).any().long().unsqueeze(0)
 
 
 def capped(logits: Tensor, softcap: float, logit_scale: float) -> tuple[Tensor, Tensor | float]:
@@ -148,7 +170,7 @@ def capped(logits: Tensor, softcap: float, logit_scale: float) -> tuple[Tensor, 
 
 _ROWS = (
     "{logits}, Tensor token_ids, Tensor mask, Tensor set_ids, Tensor set_offsets, Tensor? temperatures, float temperature, float softcap, "
-    "float logit_scale, int first_id, bool sharded"
+    "float logit_scale, int first_id, int vocabulary"
 )
 _BACKWARD = "(Tensor g, Tensor h, " + _ROWS + ", Tensor logprobs, Tensor entropy, Tensor lse) -> {result}"
 define(f"kept_token_logprobs({_ROWS.format(logits='Tensor logits')}) -> (Tensor logprobs, Tensor entropy, Tensor lse)")
@@ -241,7 +263,7 @@ def _backward_inplace_fake(g: Tensor, h: Tensor, logits: Tensor, *_: Any) -> Non
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     logits, given = inputs[0], KeptArguments(*inputs[1:])
-    ctx.numbers = (given.temperature, given.softcap, given.logit_scale, given.first_id, given.sharded)
+    ctx.numbers = (given.temperature, given.softcap, given.logit_scale, given.first_id, given.vocabulary)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[2])
     ctx.save_for_backward(logits, given.token_ids, given.mask, given.set_ids, given.set_offsets, given.temperatures, *output)
