@@ -52,7 +52,7 @@ class Reads(TorchDispatchMode):
 
 def mixed_support(ids: Tensor, *sizes: int) -> gf.Support:
     """Sets of these sizes in turn; 0: no restriction."""
-    of_size = [lists(sets_of(ids, size)) if size else [[]] * (B * T) for size in sizes]
+    of_size: list[list[list[int]]] = [lists(sets_of(ids, size)) if size else [[]] * (B * T) for size in sizes]
     return gf.Support.from_lists([of_size[n % len(sizes)][n] for n in range(B * T)])
 
 
@@ -81,7 +81,12 @@ def test_a_shard_says_that_a_set_is_not_valid(set_ids: list[int], is_nan: list[b
     """The processes that hold ids 0 ... 99 and 100 ... 199, of which the first holds the sampled token 3, or 1 that is in no set."""
     token = 1 if len(set_ids) == 3 else 3
     for begin, nan in zip((0, 100), is_nan, strict=True):
-        arguments = (torch.tensor([[token]]), torch.ones(1, 1, dtype=torch.bool), torch.tensor(set_ids).int(), torch.tensor([0, len(set_ids)]))
+        arguments = (
+            torch.tensor([[token]]),
+            torch.ones(1, 1, dtype=torch.bool),
+            torch.tensor(set_ids).int(),
+            torch.tensor([0, len(set_ids)]),
+        )
         logits = torch.randn(1, 1, 100)
         logprobs, _, _ = torch.ops.grpo_fast.kept_token_logprobs(logits, *arguments, None, 1.0, 0.0, 1.0, begin, 200)
         assert logprobs.isnan().item() == nan
