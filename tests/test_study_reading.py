@@ -163,8 +163,14 @@ def test_a_gap_between_sampler_and_loss_is_reported_unless_truncation_explains_i
     assert told(0.03) and not told(0.01)
     assert not told(0.03, sampler_tolerance=0.05) and told(0.01, sampler_tolerance=0.005)
     assert not told(0.03, bf16=True) and told(0.2, fp16=True)
-    for truncation in ({"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}):
-        assert not told(3.0, **truncation), "a truncating sampler has larger probabilities"
+    for truncation in (
+        {"top_p": 0.9},
+        {"top_k": 5},
+        {"min_p": 0.1},
+        {"repetition_penalty": 1.2},
+        {"generation_kwargs": {"typical_p": 0.9}},
+    ):
+        assert not told(3.0, **truncation), "such a sampler has other probabilities"
 
 
 # ---- temperature regions

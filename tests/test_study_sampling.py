@@ -55,9 +55,11 @@ def silent(temperature: float, done: int, total: int) -> None: ...
 
 
 def test_the_sampler_gets_the_settings(here: Path, calls: Calls) -> None:
-    drawer("--top_p", "0.9", "--top_k", "7", "--min_p", "0.05", "--samples", "2", "--rounds", "1").generate(0.7, silent)
+    penalties = ("--repetition_penalty", "1.2", "--generation_kwargs", '{"min_new_tokens": 2}')
+    drawer("--top_p", "0.9", "--top_k", "7", "--min_p", "0.05", *penalties, "--samples", "2", "--rounds", "1").generate(0.7, silent)
     ((_, params),) = calls
     assert (params.top_p, params.top_k, params.min_p, params.max_new_tokens) == (0.9, 7, 0.05, 6)
+    assert (params.repetition_penalty, params.generation_kwargs) == (1.2, {"min_new_tokens": 2})
     assert list(params.temperatures) == [0.7] * 8
 
 

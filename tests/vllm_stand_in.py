@@ -68,6 +68,7 @@ class StandIn:
             body.get("seed"),
             eos_token_id=end,
             pad_token_id=0,
+            repetition_penalty=body["repetition_penalty"],
         )
         with self.lock:
             done = TransformersSampler(self.model).generate([prompt], params)[0]

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from grpo_fast.generation.generation_options import check_generation_options
 from grpo_fast.generation.kept_sets import KeptSetRecorder
+from grpo_fast.generation.logits_processing import has_penalties
 from grpo_fast.generation.paged_model import run_as_here
 from grpo_fast.generation.protocol import Completion, SamplerError, SamplingParams, check_prompts, end_tokens
 from grpo_fast.models.unwrap import eval_mode, inner_model, is_sharded
@@ -83,6 +85,7 @@ class ContinuousBatchingSampler:
             SamplerError: a request failed or took too long.
         """
         check_prompts(prompts, params)
+        check_generation_options("continuous_batching", params.generation_kwargs)
         if not prompts:
             return []
         if params.min_p > 0:
@@ -116,6 +119,8 @@ class ContinuousBatchingSampler:
         from transformers import GenerationConfig
         from transformers.generation import ContinuousBatchingConfig
 
+        from grpo_fast.generation.continuous_batching_sets import add_processors
+
         # transformers creates a logits processor, which requests can then set, only if the default is not neutral.
         processors: dict[str, Any] = {"temperature": 0.5, "top_k": params.top_k, "top_p": params.top_p}
         config = GenerationConfig(
@@ -139,14 +144,11 @@ class ContinuousBatchingSampler:
             use_async_batching=False,
             seed=seed,
         )
-        if recorder is not None:
-            batching.use_cuda_graph = False  # the sizes of the sets are read from the device at each step
+        if recorder is not None or has_penalties(params):
+            batching.use_cuda_graph = False  # the sizes of sets, and the tokens of rows, are read at each step
         manager = model.init_continuous_batching(generation_config=config, continuous_batching_config=batching)
         try:
-            if recorder is not None:
-                from grpo_fast.generation.continuous_batching_sets import record_sets
-
-                record_sets(manager, recorder)
+            by_row = add_processors(manager, params, prompts, model.device, recorder)
             run_as_here(manager, model)
             # All requests are queued before the thread starts, so that the batches, and with them the tokens, do not depend on timing.
             request_ids = [
@@ -156,7 +158,7 @@ class ContinuousBatchingSampler:
                     max_new_tokens=params.max_new_tokens,
                     eos_token_id=end_tokens(params),
                     temperature=float(temperature) or GREEDY_TEMPERATURE,
-                    **({} if recorder is None else {"row": index}),
+                    **({"row": index} if by_row else {}),
                 )
                 for index, (prompt, temperature) in enumerate(zip(prompts, params.temperatures, strict=True))
             ]

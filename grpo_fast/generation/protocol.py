@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from grpo_fast.generation.generation_options import truncations_of
 from grpo_fast.loss.support import Support
 from grpo_fast.utils.redaction import redact_text
 
@@ -45,6 +46,10 @@ class SamplingParams:
         eos_token_id: the token or tokens that end a completion.
         pad_token_id: fills shorter rows; it is never part of a completion.
         return_support: return the sets of tokens that truncation has kept, where the sampler can (see `Completion`).
+        repetition_penalty: divide the positive logits of tokens that are in the prompt or in the completion so far by this, and multiply
+            their negative ones (CTRL, arXiv:1909.05858), before the temperature; 1 = no penalty.
+        generation_kwargs: more options, by the sampler's own names: of transformers' GenerationConfig, or of vLLM's SamplingParams. They
+            are checked by `check_generation_options`.
 
     Raises:
         ValueError: a value is out of range.
@@ -59,6 +64,8 @@ class SamplingParams:
     eos_token_id: int | list[int] = field(kw_only=True)
     pad_token_id: int = field(kw_only=True)
     return_support: bool = False
+    repetition_penalty: float = 1.0
+    generation_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
@@ -74,13 +81,17 @@ class SamplingParams:
             raise ValueError(f"top_k is {self.top_k!r}; expected a whole number >= 0. 0 keeps all tokens.")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p is {self.min_p!r}; expected a number in [0, 1]. 0 keeps all tokens.")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(f"repetition_penalty is {self.repetition_penalty!r}; expected a finite number above 0. 1 is no penalty.")
         if not end_tokens(self):
             raise ValueError("eos_token_id is an empty list; expected at least one token that ends a completion.")
 
     @property
     def truncates(self) -> bool:
-        """Whether top-k, top-p or min-p leave tokens out; the sampler's log-probabilities are then normalised over the kept tokens."""
-        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+        """Whether top-k, top-p, min-p or an option of ``generation_kwargs`` leave tokens out by their probability; the sampler's
+        log-probabilities are then normalised over the kept tokens.
+        """
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0 or bool(truncations_of("transformers", self.generation_kwargs))
 
 
 @dataclass(frozen=True)
@@ -90,8 +101,8 @@ class Completion:
     Args:
         token_ids: its tokens, up to and including the end token if one was drawn.
         finished: whether an end token was drawn; False if the completion was cut at the length limit.
-        logprobs: log-probabilities of the tokens under the distribution they were drawn from (softmax(z/T), after truncation); None if
-            the sampler does not know them, or decoded greedily.
+        logprobs: log-probabilities of the tokens under the distribution they were drawn from (softmax(z/T), with penalties, after
+            truncation); None if the sampler does not know them, or decoded greedily.
         support: for each token the set of tokens that truncation (top-k, top-p, min-p) had kept, on the CPU; an empty set if it had kept
             all of them. None if it was not asked for (``SamplingParams.return_support``), or if the sampler does not know it.
         kept_mass: for each token the probability that its set had before truncation; None if the sampler does not know it.
@@ -117,6 +128,7 @@ class Completion:
 class Sampler(Protocol):
     """Draws completions. A sampler of your own needs these three methods and nothing else.
 
+    It draws as ``SamplingParams`` say, and raises an error if it cannot (because it has no repetition penalty, say).
     A sampler that returns the sets of truncated sampling (``Completion.support``) also has an attribute ``returns_support`` that is True.
     """
 

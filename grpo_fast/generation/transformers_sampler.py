@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from grpo_fast.generation.generation_options import CACHE_OPTIONS, check_generation_options
 from grpo_fast.generation.kept_sets import KeptSetRecorder
+from grpo_fast.generation.logits_processing import PaddedPenalties, has_penalties, truncation_warpers
 from grpo_fast.generation.protocol import Completion, SamplingParams, check_prompts, end_tokens
 from grpo_fast.models.unwrap import eval_mode, inner_model, is_sharded, whole_parameters
 
@@ -26,6 +28,7 @@ class TransformersSampler:
     - `RowSampler` draws the tokens with its own generator. The state of torch's global generator does not change, so a resumed run
       draws the same completions as an uninterrupted one.
     - The model's generation_config is not used, so that do_sample=False, a top-k of 50 or a repetition penalty in it has no effect.
+    - Penalties (``repetition_penalty``, ``generation_kwargs``) come before the temperature, and do not count padding as text.
     - With truncated sampling (top-k, top-p, min-p) it returns the sets of kept tokens, if asked for.
     - The model runs under the autocast that is in force where `generate` is called, as in the trainer.
     - The model is in eval mode while completions are drawn; afterwards every module is in its previous mode.
@@ -76,6 +79,7 @@ class TransformersSampler:
             FloatingPointError: the model's logits are not finite.
         """
         check_prompts(prompts, params)
+        check_generation_options("transformers", params.generation_kwargs)
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # rows of similar length share a call
         size = self.batch_size or max(len(prompts), 1)
         model = inner_model(self.model)
@@ -106,19 +110,22 @@ class TransformersSampler:
         # [B, P], from the lengths and not from the ids, because a prompt may contain the pad token
         attention_mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()
         row_sampler = RowSampler(temperatures, params, generator)
+        processors: LogitsProcessorList = LogitsProcessorList([row_sampler])
+        if has_penalties(params):
+            processors.insert(0, PaddedPenalties(params, [len(p) for p in prompts], device))
         config = GenerationConfig(
             do_sample=False,  # the maximum of the scores that RowSampler returns is the token it has drawn
             max_new_tokens=params.max_new_tokens,
             eos_token_id=end_tokens(params),
             pad_token_id=params.pad_token_id,
-            use_cache=True,
             cache_implementation=self.cache_implementation,
+            **({"use_cache": True} | {name: value for name, value in params.generation_kwargs.items() if name in CACHE_OPTIONS}),
         )
         sequences = model.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
             generation_config=config,
-            logits_processor=LogitsProcessorList([row_sampler]),
+            logits_processor=processors,
             synced_gpus=is_sharded(self.model) and torch.distributed.is_initialized(),
         )
         drawn = sequences[:, width:]  # [B, T]
@@ -134,7 +141,7 @@ class RowSampler:
 
     Args:
         temperatures: [B], >= 0.
-        params: top_k, top_p and min_p, applied to s = z/T in this order.
+        params: top_k, top_p, min_p and the truncations of generation_kwargs, applied to s = z/T in this order.
         generator: source of E, on the device of the logits.
     """
 
@@ -181,11 +188,11 @@ class RowSampler:
 
 
 def truncate(scores: Tensor, params: SamplingParams) -> Tensor:
-    """Set the scores of the tokens that top-k, top-p and min-p leave out to -inf, with transformers' own warpers in `generate`'s order.
+    """Set the scores of the tokens that truncation leaves out to -inf, with transformers' own warpers.
 
     Args:
         scores: float [B, V], z/T.
-        params: top_k, top_p and min_p.
+        params: top_k, top_p, min_p and the truncations of generation_kwargs, applied in this order.
     """
     from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -196,6 +203,8 @@ def truncate(scores: Tensor, params: SamplingParams) -> Tensor:
         scores = TopPLogitsWarper(params.top_p)(unused, scores)
     if params.min_p > 0:
         scores = MinPLogitsWarper(params.min_p)(unused, scores)
+    for warper in truncation_warpers(params.generation_kwargs, scores.device):
+        scores = warper(unused, scores)
     return scores
 
 

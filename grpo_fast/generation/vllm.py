@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any
 
+from grpo_fast.generation.generation_options import check_generation_options
 from grpo_fast.generation.protocol import Completion, SamplerError, SamplingParams, check_prompts, end_tokens
 from grpo_fast.generation.vllm_answer import AnswerReader, is_count
 from grpo_fast.generation.vllm_http import START_COMMAND, ServerClient
@@ -103,6 +104,7 @@ class VLLMSampler:
             SamplerError: the server does not answer, or its answer is wrong.
         """
         check_prompts(prompts, params)
+        check_generation_options("vllm", params.generation_kwargs)
         for index, temperature in enumerate(params.temperatures):
             if 0 < temperature < MIN_TEMPERATURE:
                 raise ValueError(
@@ -168,7 +170,7 @@ class VLLMSampler:
             "top_p": params.top_p,
             "top_k": params.top_k,
             "min_p": params.min_p,
-            "repetition_penalty": 1.0,
+            "repetition_penalty": params.repetition_penalty,
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
             "max_tokens": params.max_new_tokens,
@@ -179,7 +181,9 @@ class VLLMSampler:
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,
             "skip_special_tokens": False,
-        } | more
+            **params.generation_kwargs,
+            **more,
+        }
 
     def _complete(self, index: int, prompt: list[int], params: SamplingParams) -> Completion:
         temperature = float(params.temperatures[index])

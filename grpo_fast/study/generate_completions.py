@@ -133,6 +133,8 @@ class TemperatureSampler:
             top_p=config.top_p,
             top_k=config.top_k,
             min_p=config.min_p or 0.0,
+            repetition_penalty=config.repetition_penalty,
+            generation_kwargs=config.generation_arguments,
             seed=derived_seed(config.seed, "study", number, which.start),
             eos_token_id=self.end_tokens,
             pad_token_id=self.pad,

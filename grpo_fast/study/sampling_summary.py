@@ -127,8 +127,9 @@ def _point(row: JSONObject, values: Mapping[str, list[float] | None]) -> Tempera
 
 
 def _sampler_warnings(rows: Sequence[JSONObject], options: Mapping[str, Any]) -> list[str]:
-    """Warn if sampler and loss disagree on the log-probabilities; a truncating sampler always does."""
-    if options["top_p"] < 1 or options["top_k"] > 0 or options["min_p"]:
+    """Warn if sampler and loss disagree on the log-probabilities; a sampler that truncates or penalises always does."""
+    penalises = options.get("repetition_penalty", 1.0) != 1 or options.get("generation_kwargs")
+    if options["top_p"] < 1 or options["top_k"] > 0 or options["min_p"] or penalises:
         return []
     limit = options["sampler_tolerance"] or (GAP_LIMIT_16_BIT if options["bf16"] or options["fp16"] else GAP_LIMIT)
     beyond = [row for row in rows if row["sampler_gap"] is not None and row["sampler_gap"] > limit]

@@ -30,6 +30,7 @@ __all__ = ["CompletionRunner", "GeneratedCompletion"]
 
 logger = logging.getLogger("grpo_fast")
 ATTEMPTS = 3  # to draw completions from a sampler that loses its weights
+COMPARED_TOKENS = 16  # of a completion that is drawn only to compare the sampler with the loss
 
 
 class GeneratedCompletion(NamedTuple):
@@ -107,9 +108,9 @@ class CompletionRunner:
             top_k=top_k,
             min_p=min_p,
             return_support=return_support,
-            seed=derived_seed(trainer.args.seed, *seed_parts, trainer.accelerator.process_index),
-            eos_token_id=end_tokens_of(trainer.model, tokenizer),
-            pad_token_id=tokenizer.pad_token_id,
+            repetition_penalty=trainer.args.repetition_penalty,
+            generation_kwargs=trainer.args.generation_arguments,
+            **self._tokens_and_seed(*seed_parts),
         )
         drawn = self._draw(prompts, params)
         drawn = drawn[: len(drawn) - unused]
@@ -170,6 +171,25 @@ class CompletionRunner:
         for each, values in zip(completions, log.rows(), strict=True):
             each.extra.update(values)
         return table.values
+
+    def draw_unchanged(self, prompts: list[list[int]], temperatures: Sequence[float], *seed_parts: object) -> list[Completion]:
+        """Draw short completions from softmax(z/T) itself, without penalties and truncation, for a comparison with the loss.
+
+        Args:
+            prompts: token ids.
+            temperatures: one per prompt.
+            seed_parts: see `generate_completions`.
+        """
+        longest = min(self.trainer.args.max_completion_length, COMPARED_TOKENS)
+        return self._draw(prompts, SamplingParams(longest, list(temperatures), **self._tokens_and_seed(*seed_parts)))
+
+    def _tokens_and_seed(self, *seed_parts: object) -> dict[str, Any]:
+        trainer, tokenizer = self.trainer, self.trainer.processing_class
+        return {
+            "seed": derived_seed(trainer.args.seed, *seed_parts, trainer.accelerator.process_index),
+            "eos_token_id": end_tokens_of(trainer.model, tokenizer),
+            "pad_token_id": tokenizer.pad_token_id,
+        }
 
     def _draw(self, prompts: list[list[int]], params: SamplingParams) -> list[Completion]:
         """Draw completions under the current weights: if the sampler has lost them in any process, all send them again and draw again."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from grpo_fast.loss.config import LossConfig
 from grpo_fast.trainer import config_checks as checks
 from grpo_fast.trainer.best_model import choose_metric, choose_mode
 from grpo_fast.trainer.loss_fields import add_loss_fields, make_loss_config
+from grpo_fast.trainer.sampling_settings import SamplingSettings, check_generation_kwargs
 from grpo_fast.trainer.temperature import TemperatureSchedule
 from grpo_fast.trainer.trl_names import explain_wrong_settings
 from grpo_fast.utils.redaction import redact
@@ -23,7 +23,7 @@ __all__ = ["GRPOConfig"]
 @explain_wrong_settings
 @dataclass
 @add_loss_fields
-class GRPOConfig(TrainingArguments):
+class GRPOConfig(SamplingSettings, TrainingArguments):
     """Settings of a GRPO run. Names that TRL has mean the same; docs/training.md lists the few defaults that differ.
 
     Args:
@@ -55,6 +55,12 @@ class GRPOConfig(TrainingArguments):
         top_p: sample from the smallest set of most likely tokens whose probabilities sum to at least this; 1 = all tokens.
         top_k: sample from this many most likely tokens; 0 = all tokens.
         min_p: sample from tokens that are at least this fraction as likely as the most likely one; None = all tokens.
+        repetition_penalty: make tokens of the prompt and of the completion so far less likely (above 1) or likelier (below 1), before the
+            temperature (CTRL, arXiv:1909.05858); 1 = no penalty. The loss is that of the policy without the penalty, and weights per token
+            correct for the difference, see ``vllm_importance_sampling_correction``. Evaluations are penalised too.
+        generation_kwargs: more options of the sampler, by the names of transformers' GenerationConfig (``suppress_tokens``, ``typical_p``,
+            ...), or of vLLM's SamplingParams (``logit_bias``, ``bad_words``, ...). Those that change the distribution are treated like
+            ``repetition_penalty``, and those that truncate it like ``top_p``; others are refused with the reason.
         replay_support: with truncated sampling (``top_p``, ``top_k``, ``min_p``), score each token over the set that it was drawn from, so
             that the policy that is trained is the policy that sampled (arXiv:2512.02556). ``"auto"``: if the sampler returns the sets;
             True: it must; False: never. Without the sets the loss is that of the whole distribution, and
@@ -102,14 +108,14 @@ class GRPOConfig(TrainingArguments):
             ``max_completion_length``. None = off.
         top_entropy_quantile: train on this share of the tokens only, those with the highest entropy (arXiv:2506.01939).
         vllm_importance_sampling_correction: weight each token by the ratio of the trainer's probability to the sampler's, for any sampler;
-            None = for all but ``"transformers"``, which runs the trainer's own model.
+            None = for all but ``"transformers"``, which runs the trainer's own model; and for all with ``repetition_penalty`` or the like.
         vllm_importance_sampling_mode: ``"token_truncate"``, ``"token_mask"``, ``"sequence_truncate"`` or ``"sequence_mask"``. None =
-            ``"sequence_mask"``, and ``"token_mask"`` with ``top_p``, ``top_k`` or ``min_p``, which a weight per sequence cannot correct.
+            ``"sequence_mask"``, and ``"token_mask"`` with truncation or penalties, which a weight per sequence cannot correct.
         vllm_importance_sampling_clip_min: lower bound of that weight; None = no bound.
         vllm_importance_sampling_clip_max: upper bound of that weight; None = no bound.
         off_policy_mask_threshold: leave sequences with a negative advantage out of the surrogate if the mean of sampling - current
             log-probability of their tokens is larger than this, in nats (DeepSeek-V3.2, arXiv:2512.02556, equation 9); 0.5 is usual.
-            None = off. The sampling log-probabilities are the sampler's, else those of the old policy.
+            None = off. The sampling log-probabilities are the sampler's, penalties included, else those of the old policy.
         sampler_tolerance: largest mean difference of a token's log-probability between sampler and trainer, in nats, on the first step;
             a larger one stops the run. None = 0.02 in float32, 0.1 otherwise. Each later rollout is compared too.
         sampler_tolerance_patience: how many rollouts in a row may differ by more than ``sampler_tolerance`` before the run stops; the
@@ -136,7 +142,7 @@ class GRPOConfig(TrainingArguments):
 
     _VALID_DICT_FIELDS = [  # noqa: RUF012 may be JSON on the command line
         *TrainingArguments._VALID_DICT_FIELDS,
-        *("model_init_kwargs", "chat_template_kwargs", "sampler_options", "temperature_schedule"),
+        *("model_init_kwargs", "chat_template_kwargs", "sampler_options", "generation_kwargs", "temperature_schedule"),
     ]
 
     # Defaults that differ from TrainingArguments, as in TRL.
@@ -168,6 +174,8 @@ class GRPOConfig(TrainingArguments):
     top_p: float = 1.0
     top_k: int = 0
     min_p: float | None = None
+    repetition_penalty: float = 1.0
+    generation_kwargs: dict[str, Any] | str | None = None
     replay_support: str = "auto"
     sampler: str = "transformers"
     sampler_options: dict[str, Any] | str | None = None
@@ -245,6 +253,7 @@ class GRPOConfig(TrainingArguments):
         self.scale_rewards = ("group" if scale else "none") if isinstance(scale, bool) else scale
         checks.check_batches(self)
         checks.check_sampling(self)
+        check_generation_kwargs(self)
         schedule = self.temperature if self.temperature_schedule is None else self.temperature_schedule
         self._schedule = TemperatureSchedule.from_config(schedule)  # type: ignore[arg-type]  # TrainingArguments has parsed JSON; warns if it goes below 0.7
         checks.check_rewards(self)
@@ -328,18 +337,3 @@ class GRPOConfig(TrainingArguments):
     def updates_per_rollout(self) -> int:
         """Optimizer steps of all passes over a rollout."""
         return self.minibatches * self.num_iterations
-
-    @property
-    def truncates(self) -> bool:
-        """Whether the sampler draws from a part of the vocabulary (top-p, top-k, min-p)."""
-        return self.top_p < 1 or self.top_k > 0 or bool(self.min_p)
-
-    @property
-    def truncation(self) -> str:
-        """The settings of truncated sampling, for messages."""
-        return f"top_p = {self.top_p}, top_k = {self.top_k}, min_p = {self.min_p}"
-
-    @property
-    def max_truncation_gain(self) -> float:
-        """By how many nats truncation can raise the log-probability of a kept token: minus the logarithm of the least kept probability."""
-        return math.inf if self.top_k > 0 or self.min_p else -math.log(self.top_p)

@@ -10,17 +10,16 @@ from typing import TYPE_CHECKING, TypeVar
 
 from grpo_fast.data.chats import CHAT
 from grpo_fast.generation import check_options
-from grpo_fast.utils.redaction import redact
+from grpo_fast.trainer.sampling_settings import check_importance_weights, corrects_sampler
+from grpo_fast.trainer.setting_errors import bad_setting
 
 if TYPE_CHECKING:
     from grpo_fast.trainer.config import GRPOConfig
 
 __all__ = [
     "TYPES",
-    "bad_setting",
     "check_batches",
     "check_entropy",
-    "check_importance_weights",
     "check_rewards",
     "check_sampler",
     "check_sampling",
@@ -32,11 +31,6 @@ __all__ = [
 
 T = TypeVar("T")
 IMPORTANCE_SAMPLING_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
-
-
-def bad_setting(name: str, value: object, expected: str) -> ValueError:
-    """Return the error for an invalid setting."""
-    return ValueError(f"GRPOConfig: {name} is {redact(value, name=name)!r}; expected {expected}.")
 
 
 # Types -------------------------------------------------------------------------------------------------------------------------
@@ -216,12 +210,11 @@ def check_rewards(config: GRPOConfig) -> None:
         expected = f"between 1 and max_completion_length = {config.max_completion_length}"
         raise bad_setting("soft_punish_cache", config.soft_punish_cache, expected)
     if config.vllm_importance_sampling_mode is None:
-        config.vllm_importance_sampling_mode = "token_mask" if config.truncates else "sequence_mask"
+        config.vllm_importance_sampling_mode = "token_mask" if config.truncates or config.penalises else "sequence_mask"
     _one_of("vllm_importance_sampling_mode", config.vllm_importance_sampling_mode, IMPORTANCE_SAMPLING_MODES)
-    correction = config.vllm_importance_sampling_correction
     setting: object = config.replay_support
     may_replay = setting is True or (setting == "auto" and config.sampler == "transformers")
-    check_importance_weights(config, config.sampler != "transformers" if correction is None else correction, replays=may_replay)
+    check_importance_weights(config, corrects_sampler(config, own_model=config.sampler == "transformers"), replays=may_replay)
     low, high = config.vllm_importance_sampling_clip_min, config.vllm_importance_sampling_clip_max
     if low is not None and not 0 <= low < math.inf:
         raise bad_setting("vllm_importance_sampling_clip_min", low, "a finite number of at least 0, or None: a weight is never below 0")
@@ -234,24 +227,6 @@ def check_rewards(config: GRPOConfig) -> None:
         raise bad_setting("off_policy_mask_threshold", threshold, "a number of nats per token above 0, or None; 0.5 is usual")
     if not 0 < config.top_entropy_quantile <= 1:
         raise bad_setting("top_entropy_quantile", config.top_entropy_quantile, "a share in (0, 1]; 1 trains on all tokens")
-
-
-def check_importance_weights(config: GRPOConfig, corrects: bool, *, replays: bool) -> None:
-    """Check that truncated sampling whose sets are not replayed is not corrected by a weight per sequence.
-
-    Args:
-        config: the settings.
-        corrects: whether the sampler's distribution is corrected.
-        replays: whether the loss is that of the sets of kept tokens, see replay_support.
-    """
-    mode = str(config.vllm_importance_sampling_mode)
-    if corrects and config.truncates and not replays and mode.startswith("sequence"):
-        expected = (
-            f"a mode per token with truncated sampling ({config.truncation}). Each token's weight is the probability of the kept tokens, "
-            "and their product over a sequence vanishes: 0.97 over 512 tokens is 1.7e-7, so that nothing is learned. Fix: 'token_mask', a "
-            "sampler whose sets are replayed (replay_support), or no truncation"
-        )
-        raise bad_setting("vllm_importance_sampling_mode", mode, expected)
 
 
 def check_entropy(config: GRPOConfig) -> None:

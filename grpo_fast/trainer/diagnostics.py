@@ -98,7 +98,8 @@ def measure_loss(metrics: MetricAccumulator, out: gf.GRPOOutput, batch: MicroBat
         out: the loss of ``computed``.
         batch: the micro-batch.
         computed: those of its rows that went through the model.
-        truncated: whether the sampler draws from a part of the vocabulary (top-k, top-p, min-p).
+        truncated: whether the sampler draws from a part of the vocabulary (top-k, top-p, min-p) whose sets are not replayed, and nothing
+            else makes its log-probabilities differ from the loss's.
     """
     num_computed = out.active.sum()
     for metric, name in _LOSS_METRICS.items():

@@ -259,7 +259,7 @@ class GRPOTrainer(AtomicCheckpointTrainer):
                 router_scale=1 / self.args.gradient_accumulation_steps,
             )
         self._losses.append((out._replace(loss=out.loss.detach()), inputs._replace(rows=rows)))
-        measure_loss(self.metrics, out, inputs, rows, truncated=self.args.truncates and rows.support is None)
+        measure_loss(self.metrics, out, inputs, rows, truncated=self.args.truncates and rows.support is None and not self.args.penalises)
         measure_clipping(self.metrics, out, rows, self.loss_config, left_out=len(rows) < len(inputs.rows))
         return (out.loss, out) if return_outputs else out.loss
 

@@ -15,17 +15,18 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 import grpo_fast as gf
+from grpo_fast.generation import SamplerError
 from grpo_fast.generation.transformers_sampler import TransformersSampler
 from grpo_fast.loss.statistics import top_threshold
 from grpo_fast.models.unwrap import is_sharded
 from grpo_fast.trainer.completions import CompletionRunner, GeneratedCompletion
-from grpo_fast.trainer.config_checks import check_importance_weights
 from grpo_fast.trainer.diagnostics import completion_records, measure_rewards, measure_rollout
 from grpo_fast.trainer.length_check import check_lengths
 from grpo_fast.trainer.prompt_source import PromptSource, Row
 from grpo_fast.trainer.prompt_stream import PromptStream
 from grpo_fast.trainer.replay import SupportReplay
 from grpo_fast.trainer.rollout import Rollout
+from grpo_fast.trainer.sampling_settings import check_importance_weights, corrects_sampler, warn_of_penalties
 from grpo_fast.trainer.trl_metrics import measure_lengths, measure_reward_spread
 
 if TYPE_CHECKING:
@@ -54,9 +55,7 @@ class RolloutGenerator:
 
     def __init__(self, trainer: GRPOTrainer, prompts: PromptSource | PromptStream, completions: CompletionRunner) -> None:
         self.trainer, self.prompts, self.completions = trainer, prompts, completions
-        corrects = trainer.args.vllm_importance_sampling_correction
-        # TransformersSampler runs the trainer's model, so by default its distribution needs no correction.
-        self.corrects_sampler = not isinstance(trainer.sampler, TransformersSampler) if corrects is None else corrects
+        self.corrects_sampler = corrects_sampler(trainer.args, own_model=isinstance(trainer.sampler, TransformersSampler))
         self.as_chat = completions.sends_as_chat(prompts.dataset, "train_dataset")
         evaluated = trainer.eval_dataset
         parts = (
@@ -72,6 +71,8 @@ class RolloutGenerator:
         self.replay = SupportReplay(trainer.args, trainer.sampler)
         # Again, since the settings do not know of a sampler that the caller made.
         check_importance_weights(trainer.args, self.corrects_sampler, replays=self.replay.wanted)
+        if trainer.accelerator.is_main_process:
+            warn_of_penalties(trainer.args, self.corrects_sampler)
 
     def generate(self, number: int) -> Rollout:
         """Draw and score this process's completions of a rollout, which is given by its number, counted from 0."""
@@ -93,6 +94,11 @@ class RolloutGenerator:
         if len(sampler_logprobs) == len(completions):
             values = [value for logprobs in sampler_logprobs for value in logprobs]
             rollout.tokens["sampler"] = torch.tensor(values, dtype=torch.float32, device=args.device)
+        elif args.penalises and self.corrects_sampler:
+            raise SamplerError(
+                f"{type(trainer.sampler).__name__} returned completions without log-probabilities; expected them, to correct for "
+                f"{args.penalties}. Fix: a sampler that returns them, or vllm_importance_sampling_correction=False."
+            )
         with trainer.metrics.timed("step_time/logprobs"):
             self._add_token_values(rollout)
         self._measure(groups, rollout, local)

@@ -13,7 +13,7 @@ from torch import Tensor
 import grpo_fast as gf
 from grpo_fast.generation import SamplerError
 from grpo_fast.trainer.random_forward import describe_random_forward
-from grpo_fast.trainer.rollout import MicroBatch
+from grpo_fast.trainer.rollout import MicroBatch, Rollout
 from grpo_fast.trainer.temperature_mismatch import explain_mismatch
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ __all__ = ["LogprobGap", "SamplerCheck", "logprob_gap"]
 
 logger = logging.getLogger("grpo_fast")
 TOLERANCES = {torch.float32: 0.02, torch.bfloat16: 0.1, torch.float16: 0.1}  # mean difference per token, in nats
+COMPARED = 4  # completions that are drawn only for the comparison
 FIXES = (
     "If the sampler computes in another precision than the trainer: `vllm serve --dtype float32`, as the trainer's weights, or train with "
     "--bf16 and a server in bfloat16. If the difference is intended: a larger sampler_tolerance."
@@ -38,6 +39,9 @@ class LogprobGap(NamedTuple):
 
 class SamplerCheck:
     """Compares the sampler's log-probabilities with those of the loss on each on-policy step of a trainer.
+
+    If sampling is penalised (``repetition_penalty``, ``generation_kwargs``), the log-probabilities of a rollout's tokens differ by the
+    penalty. Then a few short completions are drawn without it, under the same weights, and theirs are compared.
 
     The first comparison stops the run before anything is trained. A later one warns at the first excess, and stops the run after
     ``sampler_tolerance_patience`` rollouts in a row, since a sampler can lose the weights during a run.
@@ -65,11 +69,15 @@ class SamplerCheck:
         """
         if not losses[0][1].on_policy:
             return
-        rollouts = self.trainer.rollouts
-        gain = self.trainer.args.max_truncation_gain if rollouts is None else rollouts.replay.max_truncation_gain
-        gaps = gather_object([logprob_gap(losses, gain)])
-        if not self.done and not any(gap.tokens for gap in gaps):  # no token is in the loss: compare those of groups without advantage
-            gaps = gather_object([self._gap_of_all_tokens(losses[0][1], gain)])
+        rollouts, rows = self.trainer.rollouts, losses[0][1].rows
+        if self.trainer.args.penalises:
+            rows = self._drawn_without_penalties(rows)
+            gaps = gather_object([self._gap_of_all_tokens(rows, 0.0)])
+        else:
+            gain = self.trainer.args.max_truncation_gain if rollouts is None else rollouts.replay.max_truncation_gain
+            gaps = gather_object([logprob_gap(losses, gain)])
+            if not self.done and not any(gap.tokens for gap in gaps):  # no token is in the loss: compare those of groups without advantage
+                gaps = gather_object([self._gap_of_all_tokens(rows, gain)])
         if not any(gap.tokens for gap in gaps):
             return
         first, self.done = not self.done, True
@@ -78,9 +86,7 @@ class SamplerCheck:
         if largest <= tolerance:
             self.excesses = 0
         elif first:
-            raise SamplerError(
-                f"{self._explain(losses[0][1])} Nothing was trained. (Allowed: sampler_tolerance = {tolerance:g} nats a token.)"
-            )
+            raise SamplerError(f"{self._explain(rows)} Nothing was trained. (Allowed: sampler_tolerance = {tolerance:g} nats a token.)")
         else:
             self._exceed(largest, tolerance)
 
@@ -106,16 +112,27 @@ class SamplerCheck:
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
         return args.sampler_tolerance or TOLERANCES[dtype]
 
-    def _gap_of_all_tokens(self, batch: MicroBatch, truncation_gain: float) -> LogprobGap:
-        """The gap of a micro-batch's tokens, whether they are in the loss or not; a sharded model needs every process."""
-        rows = batch.rows
+    def _drawn_without_penalties(self, rows: Rollout) -> Rollout:
+        """Completions of the first prompts of these rows, from softmax(z/T) itself; a sharded model needs every process."""
+        prompts, temperature = rows.prompt_ids[:COMPARED], rows.temperature[:COMPARED]
+        step = self.trainer.state.global_step
+        drawn = self.trainer.completions.draw_unchanged(prompts, temperature.tolist(), "comparison", step)
+        values = [value for each in drawn for value in each.logprobs or ()]
+        lengths = [len(each.token_ids) for each in drawn]
+        found = Rollout(prompts, [each.token_ids for each in drawn], temperature, torch.zeros(len(drawn)), torch.ones(len(drawn)).bool())
+        if len(values) == sum(lengths):
+            found.tokens["sampler"] = torch.tensor(values, dtype=torch.float32, device=self.trainer.args.device)
+        return found
+
+    def _gap_of_all_tokens(self, rows: Rollout, truncation_gain: float) -> LogprobGap:
+        """The gap of these rows' tokens, whether they are in the loss or not; a sharded model needs every process."""
         if "sampler" not in rows.tokens:
             return LogprobGap(0.0, 0)
         ours = self.trainer.model_forward.logprobs_at(self.trainer.model_wrapped, rows, rows.temperature)
         return _gap(rows.tokens["sampler"] - ours, truncation_gain)
 
-    def _explain(self, batch: MicroBatch) -> str:
-        rows, trainer = batch.rows, self.trainer
+    def _explain(self, rows: Rollout) -> str:
+        trainer = self.trainer
         assumed = float(rows.temperature.mean())
         mismatch = explain_mismatch(
             lambda other: trainer.model_forward.logprobs_at(trainer.model_wrapped, rows, rows.temperature * (other / assumed)),

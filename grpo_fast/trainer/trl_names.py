@@ -31,15 +31,11 @@ REFUSED_SETTINGS: dict[str, str] = {
     "ds3_gather_for_generation": "the trainer does not gather the weights of DeepSpeed ZeRO-3. Fix: leave it out, and use FSDP2, or vLLM",
     "pad_to_multiple_of": "sequences are packed or padded to the longest only, since no kernel is compiled for a shape. Fix: leave it out; "
     "see packing",
-    "generation_kwargs": "a sampler draws from softmax(z/T), as the loss assumes; other options would make it draw from something else. "
-    "Fix: temperature, top_p, top_k, min_p, or sampler_options for the sampler's own",
-    "repetition_penalty": "the loss would have to know the penalised distribution, or its ratio is wrong from the first step. "
-    "Fix: the reward 'repetition' (RepetitionPenalty)",
     "cache_implementation": "the sampler decides on its cache. Fix: leave it out, or sampler='continuous_batching'",
     "vllm_model_impl": f"{_COLOCATED} --model-impl`",
     "vllm_enable_sleep_mode": "vLLM runs as a separate server here, on other GPUs. Fix: leave it out",
     "vllm_structured_outputs_regex": "the loss is that of the whole softmax(z/T), and a regular expression would leave out tokens that it "
-    "counts. Fix: a reward for the format, such as 'format'",
+    "counts. Fix: a reward for the format, such as 'format', or generation_kwargs={'structured_outputs': {'regex': ...}}",
     "vllm_server_timeout": "it is an option of the sampler. Fix: sampler_options={'retry_seconds': 240}",
     "vllm_group_port": "it is an option of the sampler. Fix: sampler_options={'nccl_port': 51216}",
     "vllm_gpu_memory_utilization": f"{_COLOCATED} --gpu-memory-utilization`",
