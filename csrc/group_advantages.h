@@ -4,8 +4,10 @@
 //   y_i = (x_i - mean_g) * gain_g                                sum then normalise
 //   y_i = sum_k w_k (r_ik - mean_gk) * gain_gk                   normalise then sum (GDPO, arXiv:2601.05242)
 //   A_i = y_i, or y_i / (std of the batch + eps) where the scale is the batch's; exactly 0 for an unscorable completion
+//   A_i = (y_i - mean over the batch's tokens) / (their std + eps), where the scale is that of the tokens (REINFORCE++, arXiv:2501.03262)
 //
-// gain is 1/(std + eps), times n/(n-1) for the leave-one-out baseline: x_i - mean of the n-1 others = (x_i - mean) * n/(n-1).
+// gain is 1, 1/(std + eps), or 1/(mean + eps) (MaxRL, arXiv:2602.02710), times n/(n-1) for the leave-one-out baseline: x_i - mean of the
+// n-1 others = (x_i - mean) * n/(n-1). pass_at_k.h has another y_i.
 // Computation is in double, in two passes (mean, then centred squares): E[x^2] - E[x]^2 loses all digits for rewards such as 1000.0 to
 // 1000.3. Equal rewards are detected (lowest == highest) and give exactly 0, whatever the rounding of their mean.
 //
@@ -23,11 +25,16 @@
 #endif
 #endif
 
+#include "pass_at_k.h"
+
 namespace grpo_fast {
 
-// The standard deviation that a centred reward is divided by, numbered as in grpo_fast/loss/advantages.py. GDPO divides by that of the
-// group, then by that of the batch.
-constexpr int64_t kScaleNone = 0, kScaleGroup = 1, kScaleBatch = 2;
+// What a centred reward is divided by, numbered as in grpo_fast/loss/advantages.py: nothing, the standard deviation of the group or of the
+// batch, the mean of the group, or the standard deviation over the tokens of the batch. GDPO divides by the group's, then by the batch's.
+constexpr int64_t kScaleNone = 0, kScaleGroup = 1, kScaleBatch = 2, kScaleMean = 3, kScaleTokens = 4;
+
+// In place of a y of 0 that the mean over the tokens is not subtracted from. No finite reward has this y.
+constexpr double kExactlyZero = -INFINITY;
 
 // The arguments of one call, passed to the GPU by value.
 struct GroupAdvantagesArgs {
@@ -38,13 +45,17 @@ struct GroupAdvantagesArgs {
   float* mean;                    // [G] out: of x
   float* std;                     // [G] out: of x, unbiased
   bool* degenerate;               // [G] out: all advantages of the group are 0
+  const double* lengths;          // [B], the tokens of each completion, for the scale of the tokens; else null
   double* y;                      // [B] between the stages; null unless the batch's std is needed
   double* batch_moments;          // [3, G] between the stages: count, mean and centred squares of each group; null likewise
+  double* sets;                   // [3, B], scratch for pass@k: the rewards and two probabilities; else null
   int64_t num_rows, num_rewards;  // B, R
   int64_t num_groups, group_size;
   int64_t scale;
+  int64_t pass_at_k;  // 0: off
   double eps;
   bool rewards_are_double, offsets_are_int64, leave_one_out, normalize_then_sum;
+  bool exclude_degenerate;  // from the statistics of the batch
 
   GF_HOST_DEVICE double reward(int64_t row, int64_t k) const {
     const int64_t i = row * num_rewards + k;
@@ -91,10 +102,11 @@ struct Moments {
   bool equal = true;                                // all equal, or fewer than two
 
   GF_HOST_DEVICE double std() const { return equal ? 0.0 : std::sqrt(centred_squares / (count - 1)); }
-  GF_HOST_DEVICE double gain(bool leave_one_out, bool by_std, double eps) const {
+  GF_HOST_DEVICE double gain(bool leave_one_out, int64_t scale, double eps) const {
     if (equal) return 0;  // exactly 0, also if contraction of a * b + c makes equal weighted sums differ
     const double factor = leave_one_out ? count / (count - 1) : 1.0;
-    const double divisor = by_std ? std() + eps : 1.0;
+    if (scale == kScaleMean) return mean + eps > 0 ? factor / (mean + eps) : NAN;  // a mean below 0 would turn the signs around
+    const double divisor = scale == kScaleGroup ? std() + eps : 1.0;
     return divisor == 0 ? 0 : factor / divisor;  // 0 only if the squares underflowed and eps is 0
   }
 };
@@ -129,10 +141,6 @@ GF_HOST_DEVICE Moments moments(const Team& team, int64_t begin, int64_t end, con
   return m;
 }
 
-// Rewards that cancel: a sum of normalised rewards that is smaller than this, relative to its terms, is what their roundings leave of 0.
-// The division by the batch's std, which is as small where all of them cancel, would make advantages of it.
-constexpr double kCancelled = 0x1p-36;
-
 // First stage, for one group: writes its statistics and its rows of y or of the advantages.
 template <typename Team>
 GF_HOST_DEVICE void normalize_group(const Team& team, const GroupAdvantagesArgs& args, int64_t g) {
@@ -149,10 +157,37 @@ GF_HOST_DEVICE void normalize_group(const Team& team, const GroupAdvantagesArgs&
   const CombinedReward combined{args};
   const Moments m = moments(team, begin, end, combined);
   bool degenerate = m.equal;
-  double batch_mean_term = m.mean, batch_squares_term = m.centred_squares;
+  double batch_count_term = m.count, batch_mean_term = m.mean, batch_squares_term = m.centred_squares;
 
-  if (!args.normalize_then_sum) {
-    const double gain = m.gain(args.leave_one_out, args.scale == kScaleGroup, args.eps);
+  if (args.pass_at_k > 0) {
+    double* values = args.sets;
+    for (int64_t row = begin + team.rank(); row < end; row += team.size()) values[row] = combined(row);
+    team.sync();
+    degenerate = pass_at_k_advantages(team, values, values + num_rows, values + 2 * num_rows, begin, end, m.count, args.pass_at_k,
+                                      args.scale == kScaleGroup, args.eps, [&](int64_t row, double y) { args.write(row, y); });
+  } else if (args.scale == kScaleTokens) {
+    const double gain = m.gain(args.leave_one_out, args.scale, args.eps);
+    const bool excluded = degenerate && args.exclude_degenerate;
+    double tokens = 0, total = 0;
+    for (int64_t row = begin + team.rank(); row < end; row += team.size()) {  // the same thread handles y[row] in both loops
+      const double x = combined(row);
+      args.y[row] = x != x || excluded ? kExactlyZero : (x - m.mean) * gain;
+      if (args.y[row] == kExactlyZero) continue;
+      tokens += args.lengths[row];
+      total += args.lengths[row] * args.y[row];
+    }
+    batch_count_term = team.sum(tokens);
+    total = team.sum(total);
+    batch_mean_term = batch_count_term > 0 ? total / batch_count_term : 0.0;
+    double squares = 0;
+    for (int64_t row = begin + team.rank(); row < end; row += team.size()) {
+      if (args.y[row] == kExactlyZero) continue;
+      const double d = args.y[row] - batch_mean_term;
+      squares += args.lengths[row] * d * d;
+    }
+    batch_squares_term = team.sum(squares);
+  } else if (!args.normalize_then_sum) {
+    const double gain = m.gain(args.leave_one_out, args.scale, args.eps);
     for (int64_t row = begin + team.rank(); row < end; row += team.size()) {
       const double x = combined(row);
       args.write(row, x != x ? 0.0 : (x - m.mean) * gain);
@@ -164,7 +199,7 @@ GF_HOST_DEVICE void normalize_group(const Team& team, const GroupAdvantagesArgs&
       const OneReward reward{args, k};
       const double weight = args.weight(k);
       const Moments mk = moments(team, begin, end, reward);
-      const double gain = mk.gain(args.leave_one_out, true, args.eps) * weight;
+      const double gain = mk.gain(args.leave_one_out, kScaleGroup, args.eps) * weight;
       if (!mk.equal && weight != 0) degenerate = false;
       size += mk.std() * std::fabs(gain);
       for (int64_t row = begin + team.rank(); row < end; row += team.size()) {  // the same thread handles y[row] for every k
@@ -174,6 +209,7 @@ GF_HOST_DEVICE void normalize_group(const Team& team, const GroupAdvantagesArgs&
     }
     double squares = 0;
     for (int64_t row = begin + team.rank(); row < end; row += team.size()) {
+      // Rewards that cancel. The division by the batch's std, which is as small where all of them cancel, would make advantages of it.
       if (std::fabs(args.y[row]) <= kCancelled * size) args.y[row] = 0;
       squares += args.y[row] * args.y[row];
     }
@@ -188,15 +224,22 @@ GF_HOST_DEVICE void normalize_group(const Team& team, const GroupAdvantagesArgs&
   args.std[g] = valid ? static_cast<float>(m.std()) : NAN;
   args.degenerate[g] = degenerate;
   if (args.uses_batch()) {
-    args.batch_moments[g] = m.count;
-    args.batch_moments[args.num_groups + g] = batch_mean_term;
-    args.batch_moments[2 * args.num_groups + g] = batch_squares_term;
+    const bool excluded = degenerate && args.exclude_degenerate;
+    args.batch_moments[g] = excluded ? 0.0 : batch_count_term;
+    args.batch_moments[args.num_groups + g] = excluded ? 0.0 : batch_mean_term;
+    args.batch_moments[2 * args.num_groups + g] = excluded ? 0.0 : batch_squares_term;
   }
 }
 
-// Second stage, for the scale "batch": 1/(std + eps) over all scorable rows, from the moments of the groups.
+// A_i = (y_i - shift) * gain
+struct BatchScale {
+  double shift, gain;
+};
+
+// Second stage, for the scales of the batch: 1/(std + eps) over all scorable rows or tokens, and the mean over the tokens, from the moments
+// of the groups.
 template <typename Team>
-GF_HOST_DEVICE double batch_gain(const Team& team, const GroupAdvantagesArgs& args) {
+GF_HOST_DEVICE BatchScale batch_scale(const Team& team, const GroupAdvantagesArgs& args) {
   const double *counts = args.batch_moments, *means = counts + args.num_groups, *squares = means + args.num_groups;
   double count = 0, total = 0;
   for (int64_t g = team.rank(); g < args.num_groups; g += team.size()) {
@@ -204,18 +247,19 @@ GF_HOST_DEVICE double batch_gain(const Team& team, const GroupAdvantagesArgs& ar
     total += counts[g] * means[g];
   }
   count = team.sum(count);
-  if (count < 2) return 0;
+  if (count < 2) return {0, 0};
   const double mean = team.sum(total) / count;
   double centred_squares = 0;
   for (int64_t g = team.rank(); g < args.num_groups; g += team.size()) {
     centred_squares += squares[g] + counts[g] * (means[g] - mean) * (means[g] - mean);
   }
   const double divisor = std::sqrt(team.sum(centred_squares) / (count - 1)) + args.eps;
-  return divisor == 0 ? 0 : 1 / divisor;
+  return {args.scale == kScaleTokens ? mean : 0, divisor == 0 ? 0 : 1 / divisor};
 }
 
-GF_HOST_DEVICE void scale_row(const GroupAdvantagesArgs& args, int64_t row, double gain) {
-  args.advantages[row] = static_cast<float>(args.y[row] * gain);
+GF_HOST_DEVICE void scale_row(const GroupAdvantagesArgs& args, int64_t row, const BatchScale& batch) {
+  const double y = args.y[row];
+  args.advantages[row] = static_cast<float>(args.scale == kScaleTokens && y == kExactlyZero ? 0.0 : (y - batch.shift) * batch.gain);
 }
 
 }  // namespace grpo_fast
@@ -239,7 +283,9 @@ template <typename Run>
 GroupAdvantagesOutput with_group_advantages_args(const torch::stable::Tensor& rewards,
                                                  const std::optional<torch::stable::Tensor>& group_offsets, int64_t group_size,
                                                  const std::optional<torch::stable::Tensor>& reward_weights, int64_t scale,
-                                                 bool leave_one_out, bool normalize_then_sum, double eps, const Run& run) {
+                                                 bool leave_one_out, bool normalize_then_sum, double eps,
+                                                 const std::optional<torch::stable::Tensor>& lengths, bool exclude_degenerate,
+                                                 int64_t pass_at_k, const Run& run) {
   using torch::headeronly::ScalarType;
   using torch::stable::new_empty;
   using torch::stable::Tensor;
@@ -248,7 +294,12 @@ GroupAdvantagesOutput with_group_advantages_args(const torch::stable::Tensor& re
   STD_TORCH_CHECK(rewards_type == ScalarType::Float || rewards_type == ScalarType::Double, kOp, "rewards must be float32 or float64");
   STD_TORCH_CHECK(rewards.dim() == 1 || rewards.dim() == 2, kOp, "rewards must be [B] or [B, R], got ", rewards.dim(), " dimensions");
   STD_TORCH_CHECK(rewards.is_contiguous(), kOp, "rewards must be contiguous");
-  STD_TORCH_CHECK(scale >= kScaleNone && scale <= kScaleBatch, kOp, "scale must be 0 (none), 1 (group) or 2 (batch), got ", scale);
+  STD_TORCH_CHECK(scale >= kScaleNone && scale <= kScaleTokens, kOp,
+                  "scale must be 0 (none), 1 (group), 2 (batch), 3 (mean) or 4 (tokens), got ", scale);
+  STD_TORCH_CHECK(!normalize_then_sum || scale == kScaleGroup, kOp, "normalize_then_sum needs the scale 1 (group), got ", scale);
+  STD_TORCH_CHECK(pass_at_k >= 0, kOp, "pass_at_k must be >= 0, got ", pass_at_k);
+  STD_TORCH_CHECK(pass_at_k == 0 || (scale <= kScaleGroup && !leave_one_out && !normalize_then_sum), kOp,
+                  "pass_at_k needs the scale 0 (none) or 1 (group), the mean as baseline, and no normalize_then_sum");
   STD_TORCH_CHECK(eps >= 0, kOp, "eps must be >= 0, got ", eps);
 
   GroupAdvantagesArgs args{};
@@ -283,7 +334,17 @@ GroupAdvantagesOutput with_group_advantages_args(const torch::stable::Tensor& re
                     "reward_weights must be on the rewards' device");
     args.reward_weights = static_cast<const double*>(reward_weights->const_data_ptr());
   }
+  STD_TORCH_CHECK(lengths.has_value() == (scale == kScaleTokens), kOp, "lengths belong to the scale 4 (tokens)");
+  if (lengths.has_value()) {
+    STD_TORCH_CHECK(lengths->scalar_type() == ScalarType::Double && lengths->numel() == args.num_rows && lengths->is_contiguous(), kOp,
+                    "lengths must be contiguous float64 [B = ", args.num_rows, "]");
+    STD_TORCH_CHECK(lengths->is_cpu() == rewards.is_cpu() && lengths->get_device_index() == rewards.get_device_index(), kOp,
+                    "lengths must be on the rewards' device");
+    args.lengths = static_cast<const double*>(lengths->const_data_ptr());
+  }
   args.scale = scale;
+  args.pass_at_k = pass_at_k;
+  args.exclude_degenerate = exclude_degenerate;
   args.eps = eps;
   args.leave_one_out = leave_one_out;
   args.normalize_then_sum = normalize_then_sum;
@@ -297,7 +358,10 @@ GroupAdvantagesOutput with_group_advantages_args(const torch::stable::Tensor& re
   args.std = static_cast<float*>(std.mutable_data_ptr());
   args.degenerate = static_cast<bool*>(degenerate.mutable_data_ptr());
   std::optional<Tensor> between_stages;
-  if (scale == kScaleBatch || normalize_then_sum) {
+  if (pass_at_k > 0) {
+    between_stages = new_empty(rewards, {3 * args.num_rows}, ScalarType::Double);
+    args.sets = static_cast<double*>(between_stages->mutable_data_ptr());
+  } else if (scale == kScaleBatch || scale == kScaleTokens || normalize_then_sum) {
     between_stages = new_empty(rewards, {args.num_rows + 3 * args.num_groups}, ScalarType::Double);
     args.y = static_cast<double*>(between_stages->mutable_data_ptr());
     args.batch_moments = args.y + args.num_rows;

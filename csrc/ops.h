@@ -9,7 +9,8 @@
 
 std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor> group_advantages_cpu(
     const torch::stable::Tensor& rewards, const std::optional<torch::stable::Tensor>& group_offsets, int64_t group_size,
-    const std::optional<torch::stable::Tensor>& reward_weights, int64_t scale, bool leave_one_out, bool normalize_then_sum, double eps);
+    const std::optional<torch::stable::Tensor>& reward_weights, int64_t scale, bool leave_one_out, bool normalize_then_sum, double eps,
+    const std::optional<torch::stable::Tensor>& lengths, bool exclude_degenerate, int64_t pass_at_k);
 
 int64_t cpu_isa();
 int64_t cpu_matrix_isa();

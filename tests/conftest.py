@@ -19,9 +19,8 @@ import pytest
 import torch
 
 SEED = 1234
-pytest.register_assert_rewrite(
-    "row_cases", "study_cases", "support_cases", "vocabulary_cases"
-)  # tests and checks that are not in a test's own file
+# Tests and checks that are not in a test's own file.
+pytest.register_assert_rewrite("advantage_cases", "row_cases", "study_cases", "support_cases", "vocabulary_cases")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -23,121 +23,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from compare import labelled
+from advantage_cases import CSRC, NAN, Backend, assert_close, needs_compiler, needs_extension, truth
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils import cpp_extension
 
 import grpo_fast as gf
 from grpo_fast.loss import advantages as advantages_module
-from grpo_fast.loss import reference
-from grpo_fast.loss.advantages import BASELINES, SCALES, GroupAdvantages, group_advantages
-from grpo_fast.ops import build, extension
+from grpo_fast.loss.advantages import BASELINES, GroupAdvantages, group_advantages
+from grpo_fast.ops import build
 
-NAN = math.nan
-HERE = Path(__file__).resolve().parent
-CSRC = HERE.parent / "csrc"
+pytest_plugins = ["advantage_cases"]
 
-# (scale, baseline, normalize): all that there are
+# (scale, baseline, normalize): those of standard deviations over completions; test_advantage_estimators.py has the others
+SCALES = advantages_module.SCALES[:3]
 MODES = [(s, b, "sum_then_normalize") for s in SCALES for b in BASELINES] + [("group", b, "normalize_then_sum") for b in BASELINES]
 
-needs_extension = pytest.mark.skipif(not extension.load(), reason=f"the extension is not loaded: {extension.status().why}")
-needs_compiler = pytest.mark.skipif(build.cxx_compiler() is None, reason="no C++ compiler")
-BACKENDS = [
-    "reference",
-    pytest.param("cpu", marks=needs_extension),
-    pytest.param("cuda_on_host", marks=[needs_extension, needs_compiler]),
-    pytest.param("cuda", marks=pytest.mark.gpu),
-]
 
-
-# ---- the backends
-
-
-@pytest.fixture(scope="session")
-def cuda_on_host(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The operators of tests/cuda_on_host: csrc/cuda/group_advantages_cuda.cu, compiled by the C++ compiler."""
-    folder = tmp_path_factory.mktemp("cuda_on_host")
-    source, launches = re.subn(
-        r"([\w:]+<[\w, ]+>)<<<(.+?)>>>\(", r"cuda_on_host::launch(\1, \2, ", (CSRC / "cuda" / "group_advantages_cuda.cu").read_text()
-    )
-    assert launches == 2, "the kernel launches of the .cu file are not where they were"
-    (folder / "kernel.cpp").write_text(source.replace('"../group_advantages.h"', '"group_advantages.h"'))
-    compiler, library = build.cxx_compiler(), folder / "cuda_on_host.so"
-    assert compiler is not None
-    folders = [f"-I{HERE / 'cuda_on_host'}", f"-I{CSRC}"]
-    subprocess.run([compiler, "-O1", "-std=c++17", "-fPIC", "-D__CUDACC__", *folders, "-c", "kernel.cpp"], cwd=folder, check=True)
-    torch_flags = [build.TARGET_TORCH, *(f"-I{each}" for each in cpp_extension.include_paths())]
-    operator = HERE / "cuda_on_host" / "group_advantages_op.cpp"
-    libraries = [*(f"-L{each}" for each in cpp_extension.library_paths()), "-lc10", "-ltorch", "-ltorch_cpu"]
-    command: list[str | Path] = [
-        compiler,
-        "-O1",
-        "-std=c++17",
-        "-fPIC",
-        "-shared",
-        *folders,
-        *torch_flags,
-        operator,
-        "kernel.o",
-        "-o",
-        library,
-        *libraries,
-    ]
-    subprocess.run(command, cwd=folder, check=True)
-    torch.ops.load_library(library)
-    return torch.ops.grpo_fast_cuda_on_host
-
-
-class Backend:
-    """group_advantages of one backend, for CPU tensors in and out."""
-
-    def __init__(self, name: str):
-        self.name = name
-
-    def __call__(self, rewards: Tensor, **arguments: Any) -> GroupAdvantages:
-        if self.name != "cuda":
-            with gf.use_backend("reference" if self.name == "reference" else "cpu"):
-                return group_advantages(rewards, **arguments)
-        on_gpu: dict[str, Any] = {name: x.cuda() if isinstance(x, Tensor) else x for name, x in arguments.items()}
-        return GroupAdvantages(*(x.cpu() for x in group_advantages(rewards.cuda(), **on_gpu)))
-
-
-@pytest.fixture
-def cuda_kernel() -> None:
-    """Checks that the kernel computes tensors on a GPU. Without it the reference would compute them, and every test would pass."""
-    assert advantages_module._has_kernel("cuda"), f"the CUDA kernel is not there: {extension.status()}"
-    assert advantages_module._operator_computes(torch.device("cuda")), "the kernel is there, and is not what computes"
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
-    if request.param == "cuda_on_host":
-        operators = request.getfixturevalue("cuda_on_host")
-        monkeypatch.setattr(torch.ops.grpo_fast, "group_advantages", operators.group_advantages)
-    if request.param == "cuda":
-        request.getfixturevalue("cuda_kernel")
-    return Backend(request.param)
-
-
-# ---- comparing
-
-
-def assert_close(actual: GroupAdvantages, expected: tuple[Tensor, ...]) -> None:
-    """Within a rounding to float32 of the float64 truth (2e-7 relative), and 1e-7 for what cancels; a zero is a zero; types and shapes."""
-    names = GroupAdvantages._fields
-    for name, got, want in zip(names, actual, expected, strict=True):
-        want = torch.as_tensor(want)
-        assert got.dtype == (torch.bool if name == "degenerate" else torch.float32), name
-        assert not got.requires_grad, name
-        torch.testing.assert_close(got.to(want.dtype), want, rtol=2e-7, atol=1e-7, msg=labelled(name))
-        if want.dtype.is_floating_point:
-            assert (got[want == 0] == 0).all(), f"{name}: not exactly 0 where the truth is"
-
-
-def truth(rewards: Tensor, **arguments: Any) -> tuple[Tensor, ...]:
-    return reference.group_advantages(rewards, **arguments)
+# ---- the comparison
 
 
 @pytest.mark.parametrize("spoil", [lambda x: x * 0, lambda x: x * 2, lambda x: x * (1 + 1e-6), lambda x: x + 1e-6])
@@ -585,11 +488,13 @@ def operator_arguments() -> list[tuple]:
         (two, offsets, 0, weights, 2, True, False, 1e-4),
         (two, offsets.int(), 0, weights, 1, False, True, 1e-4),
         (rewards[:0], None, 4, None, 0, False, False, 0.0),
+        (two, offsets, 0, weights, 4, False, False, 1e-4, torch.arange(12.0).double(), True, 0),
+        (rewards, None, 4, None, 1, False, False, 1e-4, None, False, 2),
     ]
 
 
 @needs_extension
-@pytest.mark.parametrize("case", range(4))
+@pytest.mark.parametrize("case", range(6))
 def test_opcheck(case):
     torch.library.opcheck(torch.ops.grpo_fast.group_advantages.default, operator_arguments()[case])
 
@@ -607,12 +512,19 @@ def test_opcheck(case):
         ({1: torch.zeros(2, 2, dtype=torch.int64)}, "must be contiguous and"),
         ({1: torch.zeros(1, dtype=torch.int64)}, "no group"),
         ({3: torch.ones(2, dtype=torch.float64)}, "reward_weights"),
-        ({4: 3}, "scale must be"),
+        ({4: 5}, "scale must be"),
+        ({6: True, 4: 2}, "normalize_then_sum needs the scale 1"),
+        ({4: 4}, "lengths belong to the scale 4"),
+        ({8: torch.ones(12, dtype=torch.float64)}, "lengths belong to the scale 4"),
+        ({4: 4, 8: torch.ones(11, dtype=torch.float64)}, "lengths must be contiguous float64"),
+        ({10: -1}, "pass_at_k must be"),
+        ({10: 2, 4: 2}, "pass_at_k needs the scale 0"),
+        ({10: 2, 5: True}, "pass_at_k needs the scale 0"),
         ({7: NAN}, "eps must be"),
     ],
 )
 def test_the_operator_checks_by_itself(replaced, message):
-    arguments = list(operator_arguments()[0])
+    arguments = [*operator_arguments()[0], None, False, 0]
     for position, value in replaced.items():
         arguments[position] = value
     with pytest.raises(RuntimeError, match=message):
@@ -665,6 +577,7 @@ def bad(error: type[Exception], message: str, **arguments: Any) -> Any:
     return pytest.param(error, message, arguments, id=re.sub(r"\W+", " ", message)[:60])
 
 
+NEGATIVE = torch.tensor([0.0, 1, 2, 3, 4, -1, 6, 7])
 BAD = [
     bad(TypeError, r"rewards is a list; expected a tensor: torch.tensor\(rewards\)", rewards=[0.0, 1.0]),
     bad(TypeError, r"rewards has dtype torch.complex64; expected a real dtype", rewards=torch.zeros(8, dtype=torch.complex64)),
@@ -695,7 +608,24 @@ BAD = [
     bad(ValueError, r"group_offsets\[-1\] is 7; expected 8, the rows of rewards", offsets=torch.tensor([0, 4, 7])),
     bad(ValueError, r"group_offsets\[2\] is 4 after 5; expected offsets that never decrease", offsets=torch.tensor([0, 5, 4, 8])),
     bad(TypeError, r"scale is True \(bool\); expected one of the names none, group, batch", scale=True),
-    bad(ValueError, r"scale is 'std'; expected one of none, group, batch", scale="std"),
+    bad(ValueError, r"scale is 'std'; expected one of none, group, batch, mean, tokens", scale="std"),
+    bad(ValueError, r"the weighted sum of rewards\[5\] is -1.0; expected at least 0 with scale='mean'", rewards=NEGATIVE, scale="mean"),
+    bad(ValueError, r"lengths is missing with scale='tokens'; expected \[B\], the tokens", scale="tokens"),
+    bad(ValueError, r"lengths is given with scale='group'; expected None", lengths=torch.ones(8)),
+    bad(TypeError, r"lengths is a list; expected a tensor \[B\]", scale="tokens", lengths=[1] * 8),
+    bad(TypeError, r"lengths has dtype torch.complex64; expected a real dtype", scale="tokens", lengths=torch.ones(8).cfloat()),
+    bad(ValueError, r"lengths is of shape \(7,\); expected \[B = 8\]", scale="tokens", lengths=torch.ones(7)),
+    bad(ValueError, r"lengths is on meta; expected rewards' device cpu", scale="tokens", lengths=torch.ones(8, device="meta")),
+    bad(ValueError, r"lengths\[5\] is -1.0; expected a number of tokens of at least 0", scale="tokens", lengths=NEGATIVE),
+    bad(ValueError, r"lengths\[2\] is nan; expected a number of tokens", scale="tokens", lengths=torch.tensor([1, 1, NAN, 1, 1, 1, 1, 1])),
+    bad(TypeError, r"exclude_degenerate is 1 \(int\); expected True or False", exclude_degenerate=1),
+    bad(TypeError, r"pass_at_k is 2.0 \(float\); expected an int, or None", pass_at_k=2.0),
+    bad(TypeError, r"pass_at_k is True \(bool\); expected an int, or None", pass_at_k=True),
+    bad(ValueError, r"pass_at_k is 0; expected at least 1, or None", pass_at_k=0),
+    bad(ValueError, r"pass_at_k is 4; expected less than group_size = 4, since .* Fix: a smaller k", pass_at_k=4),
+    bad(ValueError, r"scale is 'batch'; expected 'group' or 'none' with pass_at_k", pass_at_k=2, scale="batch"),
+    bad(ValueError, r"baseline is 'leave_one_out'; expected 'mean' with pass_at_k", pass_at_k=2, baseline="leave_one_out"),
+    bad(ValueError, r"normalize is 'normalize_then_sum'; expected 'sum_then_normalize' with", pass_at_k=2, normalize="normalize_then_sum"),
     bad(TypeError, r"baseline is None \(NoneType\); expected one of the names mean, leave_one_out", baseline=None),
     bad(ValueError, r"baseline is 'rloo'; expected one of mean, leave_one_out", baseline="rloo"),
     bad(ValueError, r"normalize is 'gdpo'; expected one of sum_then_normalize, normalize_then_sum", normalize="gdpo"),

@@ -24,11 +24,20 @@ from grpo_fast.trainer.rollout import Rollout
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "two_processes.py"
 GDPO = "normalize_then_sum"
+
+
+def half_equal(prompts: Any, completions: Any, completion_ids: list[list[int]], **columns: Any) -> list[float]:
+    """Equal rewards for every second prompt, by its digits."""
+    odd = [sum(map(int, filter(str.isdigit, str(prompt)))) % 2 for prompt in prompts]
+    return [0.3 if equal else sum(token % 2 for token in ids) / len(ids) for equal, ids in zip(odd, completion_ids, strict=True)]
+
+
 RUNS: dict[str, dict[str, Any]] = {
     "dapo": {"max_steps": 2},
     "grpo": {"loss_type": "grpo", "mask_truncated_completions": True, "beta": 0.1},
     "several steps a rollout": {"steps_per_generation": 4, "num_iterations": 2, "max_steps": 4, "multi_objective_aggregation": GDPO},
     "groups cut apart": {"num_generations": 16, "scale_rewards": "batch", "top_entropy_quantile": 0.5},
+    "equal groups left out": {"rewards": half_equal, "exclude_degenerate": True, "scale_rewards": "tokens", "loss_type": "grpo"},
 }
 
 

@@ -111,6 +111,8 @@ def test_files_in_subfolders_are_checked_too(copied: Path) -> None:
     ("name", "values", "message"),
     [
         (STATE, {"step_tokens": [1.5]}, "step_tokens is .*expected a list of whole numbers"),
+        (STATE, {"step_sequences": [16, 16, 16]}, "step_sequences has 3 numbers, expected [12], as step_tokens"),
+        (STATE, {"step_sequences": [-1]}, "step_sequences is .*expected a list of whole numbers"),
         (STATE, {"batches": {"processes": "2"}}, "batches is .*expected an object of whole numbers"),
         (STATE, {"settings": []}, r"settings is \[\], expected an object"),
         (STATE, {"version": 3}, "version is 3, expected a whole number from 1 to 2"),

@@ -442,7 +442,7 @@ BAD: dict[str, dict[str, Any]] = {
     "shuffle_dataset is 'no'; expected True or False.": {"shuffle_dataset": "no"},
     "bf16 is 'no'; expected True or False, or None.": {"bf16": "no"},
     "loss_type is ['dapo']; expected a text.": {"loss_type": ["dapo"]},
-    "scale_rewards is ['group']; expected one of 'group', 'batch', 'none'.": {"scale_rewards": ["group"]},
+    "scale_rewards is ['group']; expected one of 'group', 'batch', 'none', 'mean', 'tokens'.": {"scale_rewards": ["group"]},
     "num_completions_to_print is -3; expected a whole number of at least 1": {"num_completions_to_print": -3},
     "use_liger_kernel is True; expected False: it replaces the model's layers": {"use_liger_kernel": True},
 }

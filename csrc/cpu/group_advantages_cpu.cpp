@@ -13,6 +13,7 @@ struct OneThread {
   double sum(double x) const { return x; }
   double min(double x) const { return x; }
   double max(double x) const { return x; }
+  void sync() const {}
 };
 
 constexpr int64_t kRowsPerTask = 16384;  // below this a second thread costs more than it saves
@@ -23,9 +24,9 @@ void run(const grpo_fast::GroupAdvantagesArgs& args) {
     for (int64_t g = begin; g < end; ++g) normalize_group(OneThread(), args, g);
   });
   if (!args.uses_batch()) return;
-  const double gain = batch_gain(OneThread(), args);
+  const grpo_fast::BatchScale batch = batch_scale(OneThread(), args);
   torch::stable::parallel_for(0, args.num_rows, kRowsPerTask, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) scale_row(args, row, gain);
+    for (int64_t row = begin; row < end; ++row) scale_row(args, row, batch);
   });
 }
 
@@ -34,7 +35,9 @@ void run(const grpo_fast::GroupAdvantagesArgs& args) {
 grpo_fast::GroupAdvantagesOutput group_advantages_cpu(const torch::stable::Tensor& rewards,
                                                       const std::optional<torch::stable::Tensor>& group_offsets, int64_t group_size,
                                                       const std::optional<torch::stable::Tensor>& reward_weights, int64_t scale,
-                                                      bool leave_one_out, bool normalize_then_sum, double eps) {
+                                                      bool leave_one_out, bool normalize_then_sum, double eps,
+                                                      const std::optional<torch::stable::Tensor>& lengths, bool exclude_degenerate,
+                                                      int64_t pass_at_k) {
   return grpo_fast::with_group_advantages_args(rewards, group_offsets, group_size, reward_weights, scale, leave_one_out, normalize_then_sum,
-                                               eps, run);
+                                               eps, lengths, exclude_degenerate, pass_at_k, run);
 }

@@ -1,7 +1,7 @@
 // Group-relative advantages on the GPU: a warp or a block per group runs ../group_advantages.h, in one launch for any number of groups.
 //
 // Bitwise the same from run to run: each thread takes its rows in order, threads are combined in a fixed tree, and there are no atomics.
-// Where a statistic of the whole batch is needed (scale "batch", GDPO), one block runs both stages of a small batch in the same launch; a
+// Where a statistic of the whole batch is needed (scale "batch" or "tokens", GDPO), one block runs both stages of a small batch in the same launch; a
 // large batch takes a second launch, in which every block combines the moments of the groups itself, in the same order.
 #include <cuda_runtime.h>
 
@@ -38,6 +38,7 @@ struct Team {
   __device__ double sum(double x) const { return all<Sum>(x); }
   __device__ double min(double x) const { return all<Min>(x); }
   __device__ double max(double x) const { return all<Max>(x); }
+  __device__ void sync() const { kWarps == 1 ? __syncwarp() : __syncthreads(); }
 
   template <typename Op>
   __device__ double all(double x) const {
@@ -69,10 +70,10 @@ __global__ void __launch_bounds__(kBlockWarps* kWarpSize, 1)
   }
   if (stages & kScale) {
     __syncthreads();  // one block for both stages: its groups are done; two launches: the first has finished
-    const double gain = batch_gain(Team<kBlockWarps>{partials}, args);
+    const grpo_fast::BatchScale batch = batch_scale(Team<kBlockWarps>{partials}, args);
     const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
     for (int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; row < args.num_rows; row += stride) {
-      scale_row(args, row, gain);
+      scale_row(args, row, batch);
     }
   }
 }

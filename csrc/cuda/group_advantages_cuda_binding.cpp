@@ -18,7 +18,9 @@ namespace {
 grpo_fast::GroupAdvantagesOutput group_advantages_cuda(const torch::stable::Tensor& rewards,
                                                        const std::optional<torch::stable::Tensor>& group_offsets, int64_t group_size,
                                                        const std::optional<torch::stable::Tensor>& reward_weights, int64_t scale,
-                                                       bool leave_one_out, bool normalize_then_sum, double eps) {
+                                                       bool leave_one_out, bool normalize_then_sum, double eps,
+                                                       const std::optional<torch::stable::Tensor>& lengths, bool exclude_degenerate,
+                                                       int64_t pass_at_k) {
   const auto device = rewards.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   const auto run = [device](const grpo_fast::GroupAdvantagesArgs& args) {
@@ -28,7 +30,7 @@ grpo_fast::GroupAdvantagesOutput group_advantages_cuda(const torch::stable::Tens
     STD_TORCH_CHECK(error == nullptr, "grpo_fast::group_advantages on cuda:", device, ": ", error);
   };
   return grpo_fast::with_group_advantages_args(rewards, group_offsets, group_size, reward_weights, scale, leave_one_out, normalize_then_sum,
-                                               eps, run);
+                                               eps, lengths, exclude_degenerate, pass_at_k, run);
 }
 
 }  // namespace

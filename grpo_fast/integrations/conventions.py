@@ -100,16 +100,18 @@ def rollout_settings(library: str, mode: str, *, high: float | None = None, low:
 
 
 def advantage_settings(library: str, estimator: str = "group") -> Settings:
-    """Return a library's group-relative advantages as arguments of gf.group_advantages: baseline, scale, and the epsilon added to the std.
+    """Return a library's advantages as arguments of gf.group_advantages: baseline, scale, and the epsilon added to the divisor.
 
     All libraries divide by the unbiased standard deviation. Equal rewards give exactly 0 in this package, and a rounding error divided by
-    epsilon in the libraries. A group of one completion gives 0 in this package, and the reward itself in verl.
+    epsilon in the libraries. A group of one completion gives 0 in this package, and the reward itself in verl. Those of REINFORCE++ also
+    need ``lengths``; verl adds its epsilon, 1e-8, to the variance. For ``"reinforce_plus_plus"`` the whole batch is one group.
 
     Args:
-        library: ``"trl"``, ``"swift"``, ``"verl"`` or ``"openrlhf"``.
+        library: ``"trl"``, ``"swift"``, ``"verl"``, ``"openrlhf"`` or ``"skyrl"``.
         estimator: for TRL and ms-swift scale_rewards (``"group"``, ``"batch"``, ``"none"``; ``"gdpo"``); for verl adv_estimator
-            (``"grpo"``, ``"rloo"``; ``"dr_grpo"`` for norm_adv_by_std_in_grpo=False); for OpenRLHF the estimator (``"group_norm"``,
-            ``"rloo"``, ``"dr_grpo"``).
+            (``"grpo"``, ``"rloo"``, ``"reinforce_plus_plus"``, ``"reinforce_plus_plus_baseline"``; ``"dr_grpo"`` for
+            norm_adv_by_std_in_grpo=False); for OpenRLHF the estimator (``"group_norm"``, ``"rloo"``, ``"dr_grpo"``); for SkyRL
+            advantage_estimator (``"maxrl"``).
 
     Raises:
         ValueError: the library or estimator is unknown or has no counterpart.
@@ -126,11 +128,19 @@ def advantage_settings(library: str, estimator: str = "group") -> Settings:
     }
     rloo: Settings = {"scale": "none", "baseline": "leave_one_out"}
     centred: Settings = {"scale": "none", "baseline": "mean"}
+    whitened: Settings = {"scale": "tokens", "baseline": "mean", "eps": 0.0}
     tables: dict[str, dict[str, Settings]] = {
         "trl": trl,
         "swift": {name: settings for name, settings in trl.items() if name != "gdpo"},  # its GDPO has an epsilon of 1e-8
-        "verl": {"grpo": {"scale": "group", "baseline": "mean", "eps": 1e-6}, "rloo": rloo, "dr_grpo": centred},
+        "verl": {
+            "grpo": {"scale": "group", "baseline": "mean", "eps": 1e-6},
+            "rloo": rloo,
+            "dr_grpo": centred,
+            "reinforce_plus_plus": whitened,
+            "reinforce_plus_plus_baseline": whitened,
+        },
         "openrlhf": {"group_norm": {"scale": "group", "baseline": "mean", "eps": 1e-9}, "rloo": rloo, "dr_grpo": centred},
+        "skyrl": {"maxrl": {"scale": "mean", "baseline": "mean", "eps": 1e-6}},
     }
     if library not in tables or estimator not in tables[library]:
         known = "; ".join(f"{name}: {', '.join(table)}" for name, table in tables.items())

@@ -18,7 +18,7 @@ from grpo_fast.ops.backends import forced, select
 
 __all__ = ["GroupAdvantages", "group_advantages"]
 
-SCALES = ("none", "group", "batch")  # the position is the number the operator gets (csrc/group_advantages.h)
+SCALES = ("none", "group", "batch", "mean", "tokens")  # the position is the number the operator gets (csrc/group_advantages.h)
 BASELINES = ("mean", "leave_one_out")
 NORMALIZATIONS = ("sum_then_normalize", "normalize_then_sum")
 _LARGEST_REWARD = torch.finfo(torch.float32).max  # its square is finite in float64, in which the advantages are computed
@@ -30,7 +30,7 @@ class GroupAdvantages(NamedTuple):
     advantages: Tensor  # [B] float32
     mean: Tensor  # [G] float32: mean of each group's (weighted, summed) reward; 0 for a group without rewards
     std: Tensor  # [G] float32: its unbiased standard deviation; 0 for fewer than two rewards
-    degenerate: Tensor  # [G] bool: the group's rewards are all equal, or fewer than two apply, so its advantages are exactly 0
+    degenerate: Tensor  # [G] bool: the group's rewards are all equal, or fewer than two apply, so that they compare nothing
 
 
 def group_advantages(
@@ -43,6 +43,9 @@ def group_advantages(
     reward_weights: Tensor | Sequence[float] | None = None,
     normalize: str = "sum_then_normalize",
     eps: float = 1e-4,
+    lengths: Tensor | None = None,
+    exclude_degenerate: bool = False,
+    pass_at_k: int | None = None,
 ) -> GroupAdvantages:
     """Return the advantage of each completion over the other completions of its prompt (GRPO, arXiv:2402.03300).
 
@@ -53,29 +56,48 @@ def group_advantages(
         scale="group"              A_i / (std + eps)                             GRPO, arXiv:2402.03300
         scale="batch"              A_i / (std of x over the whole batch + eps)   arXiv:2508.08221
         scale="none"               A_i                                           Dr. GRPO, arXiv:2503.20783
+        scale="mean"               A_i / (mean + eps)                            MaxRL, arXiv:2602.02710
+        scale="tokens"             (A_i - mean of A) / (std of A + eps), both over the tokens of the batch
+                                                                                 REINFORCE++, arXiv:2501.03262
 
     ``normalize="normalize_then_sum"`` is GDPO (arXiv:2601.05242): each reward is centred and divided by its own std + eps within the group,
     the results are summed with the weights, and the sum is divided by its std over the batch, + eps (its mean over the batch is 0). A
     reward that varies little within a group thus has the same influence as one that varies a lot, and completions whose summed rewards are
     equal can still have different advantages.
 
+    ``scale="tokens"`` with prompts as groups is the paper's REINFORCE++-baseline, and with the whole batch as one group its REINFORCE++
+    without a KL penalty in the reward. Each token of a completion counts, so that long completions weigh more.
+
+    ``pass_at_k=k`` maximises the chance that the best of k completions is right ("Pass@k Training", arXiv:2508.10751, in its analytical
+    form). A set of k of the group's n completions has the reward of its best one, and A_i is the mean of that over the sets with completion
+    i, minus the mean over all sets, divided by the standard deviation over all sets + eps, or not divided with ``scale="none"``. Rewards
+    need not be 0 and 1. A group is degenerate if fewer than k completions are worse than its best one, so that every set has a best one.
+
     A reward of NaN does not apply to that completion. A completion to which no reward applies has the advantage 0 and is left out of every
-    mean and std. A group of equal rewards gets advantages of exactly 0, not a rounding error divided by eps.
+    mean and std. A group of equal rewards gets advantages of exactly 0, not a rounding error divided by eps; with ``scale="tokens"`` the
+    mean over the tokens is subtracted from these too, as in the paper, unless ``exclude_degenerate`` leaves them out.
 
     Args:
         rewards: ``[B]`` or ``[B, R]``, one column per reward function; any real dtype, any strides. A group's completions are consecutive.
         group_size: completions per prompt, if it is the same for all prompts; it must divide B.
         group_offsets: ``[G+1]`` int32 or int64, for groups of different sizes: group g is ``rewards[group_offsets[g] :
             group_offsets[g + 1]]`` and may be empty. Exactly one of ``group_size`` and ``group_offsets`` is required.
-        scale: ``"group"``, ``"batch"`` or ``"none"``.
+        scale: ``"group"``, ``"batch"``, ``"none"``, ``"mean"`` (rewards must be at least 0) or ``"tokens"`` (needs ``lengths``).
         baseline: ``"mean"`` or ``"leave_one_out"``.
         reward_weights: ``[R]``, a tensor or a sequence of numbers; None = all 1. A tensor on the rewards' device saves a copy to a GPU.
         normalize: ``"sum_then_normalize"`` or ``"normalize_then_sum"``; the latter needs ``scale="group"``.
-        eps: added to every standard deviation that is divided by; at least 0.
+        eps: added to every standard deviation or mean that is divided by; at least 0.
+        lengths: ``[B]``, how many tokens of each completion are in the loss; only with ``scale="tokens"``.
+        exclude_degenerate: leave degenerate groups out of the statistics of the batch (``scale`` of ``"batch"`` and ``"tokens"``, GDPO), as
+            if the batch did not have them; their advantages are then exactly 0 with every scale. To leave their tokens out of the loss's
+            denominators too, mask them.
+        pass_at_k: k, at least 1 and below ``group_size``; None = off. Only with ``scale`` of ``"group"`` or ``"none"`` and the defaults of
+            ``baseline`` and ``normalize``. The time grows with the square of the group's size.
 
     Returns:
-        ``GroupAdvantages(advantages [B], mean [G], std [G], degenerate [G])``. Accumulated in float64 in two passes, returned in float32.
-        Bitwise the same from run to run, and on the CPU whatever the number of threads (the reference on a GPU excepted).
+        ``GroupAdvantages(advantages [B], mean [G], std [G], degenerate [G])``; mean and std are those of the rewards.
+        Accumulated in float64 in two passes, returned in float32. Bitwise the same from run to run, and on the CPU whatever the number of
+        threads (the reference on a GPU excepted).
 
     Raises:
         ValueError: a shape, a value or a combination is wrong; the message names the argument, its value, what was expected and the fix.
@@ -90,6 +112,10 @@ def group_advantages(
         tensor([ 0.8659, -0.8659, -0.8659,  0.8659,  0.0000,  0.0000,  0.0000,  0.0000])
         >>> group_advantages(torch.tensor([1.0, 0.0, 0.5]), group_offsets=torch.tensor([0, 2, 3]), scale="none").degenerate
         tensor([False,  True])
+        >>> group_advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), group_size=4, scale="mean", eps=0).advantages
+        tensor([ 3., -1., -1., -1.])
+        >>> group_advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), group_size=4, pass_at_k=2, eps=0).advantages
+        tensor([ 1.0000, -0.3333, -0.3333, -0.3333])
     """
     _check_rewards(rewards)
     _check_groups(rewards, group_size, group_offsets)
@@ -106,6 +132,11 @@ def group_advantages(
         raise TypeError(f"group_advantages: eps is {eps!r} ({type(eps).__name__}); expected a number, 1e-4 for instance.")
     if not 0 <= eps < math.inf:
         _fail("eps", repr(eps), "a finite number of at least 0")
+    _check_pass_at_k(pass_at_k, group_size, scale, baseline, normalize)
+    if not isinstance(exclude_degenerate, bool):
+        got = f"{exclude_degenerate!r} ({type(exclude_degenerate).__name__})"
+        raise TypeError(f"group_advantages: exclude_degenerate is {got}; expected True or False.")
+    tokens = _checked_lengths(rewards, lengths, scale)
     weights = None if reward_weights is None else _checked_weights(rewards, reward_weights)
 
     values = rewards.detach()
@@ -113,6 +144,8 @@ def group_advantages(
         values = values.to(torch.float32 if values.dtype in (torch.float16, torch.bfloat16) else torch.float64)
     if value_checks_wanted(values):
         _check_finite("rewards", values)
+        if scale == "mean":
+            _check_not_negative(values, weights)
 
     if _operator_computes(values.device):
         return GroupAdvantages(
@@ -125,6 +158,9 @@ def group_advantages(
                 baseline == "leave_one_out",
                 normalize == "normalize_then_sum",
                 float(eps),
+                tokens,
+                exclude_degenerate,
+                int(pass_at_k or 0),
             )
         )
     advantages, mean, std, degenerate = reference.group_advantages(
@@ -136,6 +172,9 @@ def group_advantages(
         reward_weights=weights,
         normalize=normalize,
         eps=float(eps),
+        lengths=tokens,
+        exclude_degenerate=exclude_degenerate,
+        k=None if pass_at_k is None else int(pass_at_k),
     )
     return GroupAdvantages(advantages.float(), mean.float(), std.float(), degenerate)
 
@@ -239,6 +278,58 @@ def _check_finite(name: str, values: Tensor) -> None:
         got = str(values[tuple(where)].item())
         fix = "finite values within float32's range (NaN where a reward does not apply); clamp them or correct the reward function"
         _fail(f"{name}[{', '.join(map(str, where))}]", got, fix)
+
+
+def _check_not_negative(values: Tensor, weights: Tensor | None) -> None:
+    rewards = values if values.dim() == 2 else values.unsqueeze(1)
+    weighted = rewards.double() if weights is None else rewards.double() * weights
+    total = weighted.nansum(1)
+    if (total < 0).any():
+        where = int((total < 0).nonzero()[0])
+        fix = "Fix: rewards of at least 0 (add a constant), or another scale"
+        expected = f"at least 0 with scale='mean', which divides by the group's mean. {fix}"
+        _fail(f"the weighted sum of rewards[{where}]", str(total[where].item()), expected)
+
+
+def _check_pass_at_k(pass_at_k: Any, group_size: int | None, scale: str, baseline: str, normalize: str) -> None:
+    if pass_at_k is None:
+        return
+    if isinstance(pass_at_k, bool) or not isinstance(pass_at_k, (int, numbers.Integral)):
+        raise TypeError(f"group_advantages: pass_at_k is {pass_at_k!r} ({type(pass_at_k).__name__}); expected an int, or None.")
+    if pass_at_k < 1:
+        _fail("pass_at_k", str(pass_at_k), "at least 1, or None")
+    if group_size is not None and pass_at_k >= group_size:
+        why = "since with fewer completions than that every advantage is 0. Fix: a smaller k, or larger groups"
+        _fail("pass_at_k", str(pass_at_k), f"less than group_size = {group_size}, {why}")
+    if scale not in ("group", "none"):
+        _fail("scale", repr(scale), "'group' or 'none' with pass_at_k, which has a standard deviation of its own")
+    if baseline != "mean":
+        _fail("baseline", repr(baseline), "'mean' with pass_at_k, whose baseline is the mean over all sets of k completions")
+    if normalize != "sum_then_normalize":
+        _fail("normalize", repr(normalize), "'sum_then_normalize' with pass_at_k, which compares the summed rewards")
+
+
+def _checked_lengths(rewards: Tensor, lengths: Any, scale: str) -> Tensor | None:  # [B] float64
+    if (lengths is None) == (scale == "tokens"):
+        state, expected = ("missing", "[B], the tokens of each completion,") if lengths is None else ("given", "None")
+        raise ValueError(f"group_advantages: lengths is {state} with scale={scale!r}; expected {expected} with it.")
+    if lengths is None:
+        return None
+    if not isinstance(lengths, Tensor):
+        raise TypeError(f"group_advantages: lengths is a {type(lengths).__name__}; expected a tensor [B]: torch.tensor(lengths).")
+    if lengths.is_complex():
+        raise TypeError(f"group_advantages: lengths has dtype {lengths.dtype}; expected a real dtype.")
+    if tuple(lengths.shape) != (rewards.shape[0],):
+        _fail("lengths", f"of shape {tuple(lengths.shape)}", f"[B = {rewards.shape[0]}], the tokens of each completion")
+    if lengths.device != rewards.device:
+        _fail("lengths", f"on {lengths.device}", f"rewards' device {rewards.device}: lengths.to(rewards.device)")
+    tokens = lengths.detach().double().contiguous()
+    if value_checks_wanted(tokens):
+        wrong = ~((tokens >= 0) & (tokens <= _LARGEST_REWARD))
+        if wrong.any():
+            where = int(wrong.nonzero()[0])
+            _fail(f"lengths[{where}]", str(tokens[where].item()), "a number of tokens of at least 0")
+    return tokens
 
 
 def _checked_weights(rewards: Tensor, reward_weights: Tensor | Sequence[float]) -> Tensor:  # [R] float64

@@ -6,8 +6,9 @@ the rewards of its group:
 
     1. weighted_sum            rewards r_ik     ->  one number x_i per completion; NaN where no reward applies
     2. group_moments           x, group         ->  count, mean and unbiased std of each group, and whether its values are all equal
-    3. normalized              x, moments       ->  (x_i - baseline) / (std + eps), exactly 0 in a group of equal values
-    4. group_advantages        1 to 3, with the std of the group or of the batch, and rewards summed before or after the normalization
+    3. normalized              x, moments       ->  (x_i - baseline) / divisor, exactly 0 in a group of equal values
+       pass_at_k               x                ->  the same for the best of k completions
+    4. group_advantages        1 to 3, with statistics of the group or of the batch, and rewards summed before or after the normalization
 
 For a token with logits z and temperature T the policy is p = softmax(s), s = f(z) / T, where f is an optional scale followed by an optional
 soft cap. The sampler drew the token y from p, so the loss must use the same p:
@@ -103,19 +104,59 @@ def normalized(
     group: Tensor,  # [B]
     *,
     baseline: str,
-    divide_by_std: bool,
-    eps: float,
+    divisor: Tensor | None,  # like moments.mean
 ) -> Tensor:  # like x
-    """Subtract the group's baseline from each value and, if asked for, divide by the group's std + eps.
+    """Subtract the group's baseline from each value and, if asked for, divide by a number of the group.
 
     The result is 0 for NaN (the reward does not apply) and for all values of a group whose values are equal.
     """
     factor = torch.ones_like(moments.mean)
     if baseline == "leave_one_out":  # x_i - mean of the n - 1 others = (x_i - mean) * n / (n - 1)
         factor = factor * moments.count / (moments.count - 1)
-    if divide_by_std:
-        factor = factor / (moments.std + eps)
+    if divisor is not None:
+        factor = factor / divisor
     return ((x - moments.mean[group]) * factor[group]).masked_fill(x.isnan() | moments.equal[group], 0.0)
+
+
+def pass_at_k(
+    x: Tensor,  # [B], NaN = does not apply
+    group: Tensor,  # [B]
+    num_groups: int,
+    k: int,
+    *,
+    divide_by_std: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor]:  # [B], bool [G]
+    """Return the advantages for pass@k, and whether all of a group are 0 (Pass@k Training, arXiv:2508.10751, in its analytical form).
+
+    A set of k of the group's n completions has the reward of its best one. A completion's advantage is the mean of that over the sets that
+    it is in, minus the mean over all sets, divided by the standard deviation over all sets, + eps. Over all sets the best reward is at most
+    v with probability C(c, k) / C(n, k), if c rewards of the group are at most v; over the sets with completion i it is at most v >= x_i
+    with probability C(c - 1, k - 1) / C(n - 1, k - 1). With N wrong completions of reward 0, and the others of reward 1, that is
+
+        mean = 1 - C(N, k) / C(n, k),    std^2 = mean (1 - mean),    right: (1 - mean) / std,
+        wrong: (1 - mean - C(N - 1, k - 1) / C(n - 1, k - 1)) / std
+    """
+    highest = x.new_full((num_groups,), -math.inf).scatter_reduce(0, group, torch.where(x.isnan(), -math.inf, x), "amax")
+    member = (group[:, None] == group) & ~x.isnan()  # [B, B]: whether j is in the group of i
+    n, at_most, below = member.sum(1), (member & (x <= x[:, None])).sum(1), (member & (x < x[:, None])).sum(1)
+    lower = torch.zeros_like(highest).scatter_add(0, group, (x < highest[group]).to(x))
+    degenerate = lower < k  # every set of k has the highest reward, or there is none
+
+    def share(c: Tensor, first: int) -> Tensor:  # C(c - first, k - first) / C(n - first, k - first)
+        t = torch.arange(first, k, device=x.device)
+        return torch.where(c >= k, ((c[:, None] - t).to(x) / (n[:, None] - t).to(x)).prod(1), 0.0)
+
+    ties = (at_most - below).clamp(min=1)  # completions with the same reward share its probability
+    of_all, with_another = ((share(at_most, first) - share(below, first)) / ties for first in (0, 1))
+    d = torch.where(x.isnan(), 0.0, x - highest[group])  # from the highest, and then from the mean
+    mean = torch.where(member, of_all * d, 0.0).sum(1)
+    std = torch.where(member, of_all * (d - mean[:, None]).square(), 0.0).sum(1).sqrt()
+    better = torch.where(member & (x > x[:, None]), with_another * (d - mean[:, None]), 0.0).sum(1)
+    best = (d - mean) * share(at_most, 1) + better
+    y = best / (std + eps if divide_by_std else torch.ones_like(std))
+    # A difference of 0 is a rounding error here; so it is 0 if it is tiny relative to the std.
+    return y.masked_fill(x.isnan() | degenerate[group] | (best.abs() <= 2.0**-36 * std), 0.0), degenerate
 
 
 # 4 ------------------------------------------------------------------------------------------------------------------------
@@ -131,6 +172,9 @@ def group_advantages(
     reward_weights: Tensor | None = None,  # [R]
     normalize: str = "sum_then_normalize",
     eps: float = 1e-4,
+    lengths: Tensor | None = None,  # [B], with scale="tokens"
+    exclude_degenerate: bool = False,
+    k: int | None = None,  # pass_at_k of the public function
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [B], [G], [G], [G] bool
     """Return the advantages, and for each group the mean and the std of the summed reward and whether the group is degenerate.
 
@@ -148,12 +192,16 @@ def group_advantages(
     moments = group_moments(x, group, num_groups)
     degenerate = moments.equal
 
+    if k is not None:
+        y, degenerate = pass_at_k(x, group, num_groups, k, divide_by_std=scale == "group", eps=eps)
+        return y, moments.mean, moments.std, degenerate
     if normalize == "sum_then_normalize":
-        y = normalized(x, moments, group, baseline=baseline, divide_by_std=scale == "group", eps=eps)
-        batch_std = group_moments(x, torch.zeros_like(group), 1).std
+        above_0 = (moments.mean + eps).masked_fill(moments.mean + eps <= 0, math.nan)  # else the signs of the advantages would turn around
+        divisor = {"group": moments.std + eps, "mean": above_0}.get(scale)  # mean: MaxRL, arXiv:2602.02710
+        y = normalized(x, moments, group, baseline=baseline, divisor=divisor)
     else:  # GDPO, arXiv:2601.05242
         per_reward = group_moments(r, group, num_groups)
-        z = normalized(r, per_reward, group, baseline=baseline, divide_by_std=True, eps=eps)
+        z = normalized(r, per_reward, group, baseline=baseline, divisor=per_reward.std + eps)
         y = (weights * z).sum(1)
         # Where weighted rewards cancel, y is a rounding error and not 0, and the division by the std of y would amplify it. It is set to
         # 0 if it is tiny relative to the terms that were added. The size of a term is the std of its z.
@@ -163,12 +211,25 @@ def group_advantages(
             term_size = term_size * (moments.count / (moments.count - 1).clamp(min=1))[group]
         y = torch.where(y.abs() <= 2.0**-36 * term_size, 0.0, y)
         degenerate = (per_reward.equal | (weights == 0)).all(1)
-        # The z of each reward sum to 0 within a group, so the mean of y over the batch is 0 up to rounding. It is not subtracted, because
-        # the advantages of degenerate groups would then no longer be exactly 0.
-        batch_std = (y.square().sum() / (moments.count.sum() - 1).clamp(min=1)).sqrt()
 
-    if scale == "batch" or normalize == "normalize_then_sum":
-        y = torch.where(y == 0, 0.0, y / (batch_std + eps))  # 0 / 0 would be NaN
+    counted = ~x.isnan()  # the completions whose advantages make the statistics of the batch
+    if exclude_degenerate:
+        counted = counted & ~degenerate[group]
+    if scale == "tokens":  # REINFORCE++, arXiv:2501.03262: every token has its completion's y
+        assert lengths is not None
+        tokens = torch.where(counted, lengths.to(y), 0.0)
+        mean = (tokens * y).sum() / tokens.sum().clamp(min=1)
+        std = ((tokens * (y - mean).square()).sum() / (tokens.sum() - 1).clamp(min=1)).sqrt()
+        scorable = counted & (tokens.sum() >= 2) & (std + eps > 0)
+        y = torch.where(scorable, (y - mean) / (std + eps), 0.0)
+    elif scale == "batch" or normalize == "normalize_then_sum":
+        if scale == "batch":
+            std = group_moments(x.masked_fill(~counted, math.nan), torch.zeros_like(group), 1).std
+        else:
+            # The z of each reward sum to 0 within a group, so the mean of y over the batch is 0 up to rounding. It is not subtracted,
+            # because the advantages of degenerate groups would then no longer be exactly 0.
+            std = (y.square().sum() / (counted.sum() - 1).clamp(min=1)).sqrt()
+        y = torch.where(y == 0, 0.0, y / (std + eps))  # 0 / 0 would be NaN
     return y, moments.mean, moments.std, degenerate
 
 

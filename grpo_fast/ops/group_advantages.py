@@ -9,7 +9,8 @@ from grpo_fast.ops.library import LIBRARY, define
 
 define(
     "group_advantages(Tensor rewards, Tensor? group_offsets, int group_size, Tensor? reward_weights, int scale, bool leave_one_out, "
-    "bool normalize_then_sum, float eps) -> (Tensor advantages, Tensor mean, Tensor std, Tensor degenerate)"
+    "bool normalize_then_sum, float eps, Tensor? lengths=None, bool exclude_degenerate=False, int pass_at_k=0) "
+    "-> (Tensor advantages, Tensor mean, Tensor std, Tensor degenerate)"
 )
 
 
@@ -23,6 +24,9 @@ def _group_advantages_fake(
     leave_one_out: bool,
     normalize_then_sum: bool,
     eps: float,
+    lengths: Tensor | None = None,  # [B]
+    exclude_degenerate: bool = False,
+    pass_at_k: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_groups = rewards.shape[0] // group_size if group_offsets is None else group_offsets.shape[0] - 1
     per_group = rewards.new_empty(num_groups, dtype=torch.float32)

@@ -163,7 +163,6 @@ class TemperatureSampler:
         groups = gf.group_advantages(
             rewards,
             group_size=options.samples,
-            scale=config.scale_rewards,
             reward_weights=self.study.runner.weights,
             normalize=config.multi_objective_aggregation,
         )

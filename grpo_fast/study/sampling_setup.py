@@ -38,7 +38,7 @@ CONFIG_SETTINGS = (  # of GRPOConfig that the study reads
     *("max_completion_length", "top_p", "top_k", "min_p", "seed", "data_seed", "per_device_eval_batch_size"),
     *("repetition_penalty", "generation_kwargs"),
     *("sampler", "sampler_options", "sampler_tolerance", "chat", "chat_template_kwargs"),
-    *("reward_weights", "scale_rewards", "multi_objective_aggregation", "reward_timeout", "reward_on_error", "reward_isolation"),
+    *("reward_weights", "multi_objective_aggregation", "reward_timeout", "reward_on_error", "reward_isolation"),
     *("model_init_kwargs", "trust_remote_code", "use_cpu", "bf16", "fp16", "fused_head", "packing"),
 )
 TRL_SAMPLER_SETTINGS = (  # of GRPOConfig, which derives ``sampler`` and ``sampler_options`` from them

@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from grpo_fast.loss.config import LossConfig
 from grpo_fast.trainer import config_checks as checks
+from grpo_fast.trainer.advantages import check_advantages
 from grpo_fast.trainer.best_model import choose_metric, choose_mode
 from grpo_fast.trainer.loss_fields import add_loss_fields, make_loss_config
 from grpo_fast.trainer.sampling_settings import SamplingSettings, check_generation_kwargs
@@ -95,7 +96,15 @@ class GRPOConfig(SamplingSettings, TrainingArguments):
         entropy_coef_max: with ``use_adaptive_entropy``, the largest coefficient.
         entropy_coef_delta: with ``use_adaptive_entropy``, by how much a step changes the coefficient.
         entropy_target: with ``use_adaptive_entropy``, nats per token, the mean over all tokens in the loss. 0.2 is Skywork-OR1's.
-        scale_rewards: ``"group"``, ``"batch"`` or ``"none"`` (True and False mean the first and the last).
+        scale_rewards: what a reward minus the mean of its group is divided by: ``"group"``, its standard deviation; ``"batch"``, that of
+            the batch; ``"none"`` (True and False mean the first and the third). TRL does not have ``"mean"``: the group's mean (MaxRL,
+            arXiv:2602.02710; rewards must be at least 0), and ``"tokens"``: the standard deviation over the tokens of the rollout, whose
+            mean is subtracted (REINFORCE++-baseline, arXiv:2501.03262).
+        pass_at_k: advantages for the chance that the best of k completions is right ("Pass@k Training", arXiv:2508.10751); below
+            ``num_generations``. None = off.
+        exclude_degenerate: leave groups whose rewards are all equal out of the loss: their tokens and sequences do not count in its
+            denominators, over all processes, nor in the statistics of ``scale_rewards``; and the KL penalty and the entropy bonus do not
+            apply to them. False, as in TRL: they are divided by, so that a step with many of them is a small one.
         reward_weights: weights of the rewards, one each; None = all 1.
         multi_objective_aggregation: ``"sum_then_normalize"``, or ``"normalize_then_sum"`` (GDPO, arXiv:2601.05242).
         skip_special_tokens: remove special tokens from the texts of completions that rewards read; False keeps all but the end token.
@@ -214,6 +223,8 @@ class GRPOConfig(SamplingSettings, TrainingArguments):
     scale_rewards: str = "group"
     reward_weights: list[float] | None = None
     multi_objective_aggregation: str = "sum_then_normalize"
+    pass_at_k: int | None = None
+    exclude_degenerate: bool = False
     skip_special_tokens: bool = True
     reward_timeout: float | None = None
     reward_on_error: str = "raise"
@@ -257,6 +268,7 @@ class GRPOConfig(SamplingSettings, TrainingArguments):
         schedule = self.temperature if self.temperature_schedule is None else self.temperature_schedule
         self._schedule = TemperatureSchedule.from_config(schedule)  # type: ignore[arg-type]  # TrainingArguments has parsed JSON; warns if it goes below 0.7
         checks.check_rewards(self)
+        check_advantages(self)
         checks.check_entropy(self)
         checks.check_training(self)
         self.loss_config()

@@ -19,12 +19,14 @@ if TYPE_CHECKING:
 __all__ = [
     "TYPES",
     "check_batches",
+    "check_count",
     "check_entropy",
     "check_rewards",
     "check_sampler",
     "check_sampling",
     "check_training",
     "convert_types",
+    "one_of",
     "parse_bool",
     "resolve_checkpointing",
 ]
@@ -131,12 +133,12 @@ def check_batches(config: GRPOConfig) -> None:
         if config.eval_rounds not in (type(config).eval_rounds, config.num_generations_eval):
             expected = f"eval_rounds = {config.eval_rounds}, which it is TRL's name for. Fix: remove one of the two"
             raise bad_setting("num_generations_eval", config.num_generations_eval, expected)
-        _check_count("num_generations_eval", config.num_generations_eval, 1)
+        check_count("num_generations_eval", config.num_generations_eval, 1)
         config.eval_rounds = config.num_generations_eval
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-        _check_count(name, getattr(config, name), 1)
+        check_count(name, getattr(config, name), 1)
     for name in ("num_generations", "max_completion_length", "num_iterations", "eval_rounds", "shuffle_buffer_size"):
-        _check_count(name, getattr(config, name), 1)
+        check_count(name, getattr(config, name), 1)
     if config.num_generations < 2:
         raise bad_setting("num_generations", config.num_generations, "at least 2: an advantage compares the members of a group")
     if config.auto_find_batch_size:
@@ -169,7 +171,7 @@ def _resolve_generation_batch(config: GRPOConfig) -> None:
         config.steps_per_generation = config.generation_batch_size // per_micro_batch
     elif config.steps_per_generation is None:
         config.steps_per_generation = config.gradient_accumulation_steps
-    _check_count("steps_per_generation", config.steps_per_generation, 1)
+    check_count("steps_per_generation", config.steps_per_generation, 1)
     assert config.steps_per_generation is not None
     config.generation_batch_size = per_micro_batch * config.steps_per_generation
 
@@ -186,32 +188,28 @@ def check_sampling(config: GRPOConfig) -> None:
     for name in ("top_p", "eval_top_p"):
         if not 0 < getattr(config, name) <= 1:
             raise bad_setting(name, getattr(config, name), "a number in (0, 1]; 1 keeps all tokens")
-    _check_count("top_k", config.top_k, 0)
-    _one_of("replay_support", config.replay_support, ("auto", True, False))
+    check_count("top_k", config.top_k, 0)
+    one_of("replay_support", config.replay_support, ("auto", True, False))
     if config.min_p is not None and not 0 <= config.min_p <= 1:
         raise bad_setting("min_p", config.min_p, "a number in [0, 1], or None")
-    _check_count("dynamic_sampling_attempts", config.dynamic_sampling_attempts, 0)
+    check_count("dynamic_sampling_attempts", config.dynamic_sampling_attempts, 0)
     if config.sampler_tolerance is not None and not config.sampler_tolerance > 0:
         raise bad_setting("sampler_tolerance", config.sampler_tolerance, "a number of nats above 0, or None")
-    _check_count("sampler_tolerance_patience", config.sampler_tolerance_patience, 1)
+    check_count("sampler_tolerance_patience", config.sampler_tolerance_patience, 1)
 
 
 def check_rewards(config: GRPOConfig) -> None:
-    """Check the settings of rewards, advantages and token weights."""
-    _one_of("scale_rewards", config.scale_rewards, ("group", "batch", "none"))
-    _one_of("reward_on_error", config.reward_on_error, ("raise", "not_applicable"))
-    _one_of("reward_isolation", config.reward_isolation, ("thread", "process"))
+    """Check the settings of rewards and token weights."""
+    one_of("reward_on_error", config.reward_on_error, ("raise", "not_applicable"))
+    one_of("reward_isolation", config.reward_isolation, ("thread", "process"))
     if config.reward_timeout is not None and not 0 < config.reward_timeout < math.inf:
         raise bad_setting("reward_timeout", config.reward_timeout, "a number of seconds above 0, or None for no limit")
-    _one_of("multi_objective_aggregation", config.multi_objective_aggregation, ("sum_then_normalize", "normalize_then_sum"))
-    if config.multi_objective_aggregation == "normalize_then_sum" and config.scale_rewards != "group":
-        raise bad_setting("scale_rewards", config.scale_rewards, "'group' with normalize_then_sum, which divides by the stds itself")
     if config.soft_punish_cache is not None and not 0 < config.soft_punish_cache <= config.max_completion_length:
         expected = f"between 1 and max_completion_length = {config.max_completion_length}"
         raise bad_setting("soft_punish_cache", config.soft_punish_cache, expected)
     if config.vllm_importance_sampling_mode is None:
         config.vllm_importance_sampling_mode = "token_mask" if config.truncates or config.penalises else "sequence_mask"
-    _one_of("vllm_importance_sampling_mode", config.vllm_importance_sampling_mode, IMPORTANCE_SAMPLING_MODES)
+    one_of("vllm_importance_sampling_mode", config.vllm_importance_sampling_mode, IMPORTANCE_SAMPLING_MODES)
     setting: object = config.replay_support
     may_replay = setting is True or (setting == "auto" and config.sampler == "transformers")
     check_importance_weights(config, corrects_sampler(config, own_model=config.sampler == "transformers"), replays=may_replay)
@@ -244,22 +242,22 @@ def check_entropy(config: GRPOConfig) -> None:
 
 def check_training(config: GRPOConfig) -> None:
     """Check the settings of the forward passes, the reference policy, the processes and the logs."""
-    _one_of("packing", config.packing, ("auto", True, False))
-    _one_of("chat", config.chat, CHAT)
-    _one_of("metrics_on", config.metrics_on, ("active", "all"))
-    _one_of("logits_dtype", config.logits_dtype, ("float32", "input"))
+    one_of("packing", config.packing, ("auto", True, False))
+    one_of("chat", config.chat, CHAT)
+    one_of("metrics_on", config.metrics_on, ("active", "all"))
+    one_of("logits_dtype", config.logits_dtype, ("float32", "input"))
     if config.batch_invariant and not config.fused_head:
         raise bad_setting("batch_invariant", True, "False with fused_head=False: over logits the model's own head computes the product")
     if config.router_aux_loss_coef is not None and not 0 <= config.router_aux_loss_coef < math.inf:
         expected = "a finite number of at least 0, or None for that of the model's config"
         raise bad_setting("router_aux_loss_coef", config.router_aux_loss_coef, expected)
     if config.num_completions_to_print is not None:
-        _check_count("num_completions_to_print", config.num_completions_to_print, 1)
+        check_count("num_completions_to_print", config.num_completions_to_print, 1)
     if config.use_liger_kernel:
         reason = "it replaces the model's layers and forward, which has not been tested with this trainer. The loss is fused without it"
         raise bad_setting("use_liger_kernel", True, f"False: {reason}, see fused_head")
     if config.sync_ref_model:
-        _check_count("ref_model_sync_steps", config.ref_model_sync_steps, 1)
+        check_count("ref_model_sync_steps", config.ref_model_sync_steps, 1)
         if config.beta == 0:
             raise bad_setting("sync_ref_model", True, "False with beta=0, which has no reference to synchronise")
         if not 0 < config.ref_model_mixup_alpha <= 1:
@@ -272,11 +270,13 @@ def check_training(config: GRPOConfig) -> None:
         raise bad_setting("parallelism_config", "context or sequence parallel", "neither: rollouts are made inside the trainer")
 
 
-def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
+def one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    """Check that a setting has one of the allowed values."""
     if value not in allowed:
         raise bad_setting(name, value, f"one of {', '.join(map(repr, allowed))}")
 
 
-def _check_count(name: str, value: object, least: int) -> None:
+def check_count(name: str, value: object, least: int) -> None:
+    """Check that a setting is a whole number of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise bad_setting(name, value, f"a whole number of at least {least}")

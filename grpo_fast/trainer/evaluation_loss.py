@@ -9,6 +9,7 @@ from torch import Tensor
 
 import grpo_fast as gf
 from grpo_fast.models.unwrap import eval_mode
+from grpo_fast.trainer.advantages import compute_advantages
 from grpo_fast.trainer.completions import GeneratedCompletion
 from grpo_fast.trainer.metrics import MetricAccumulator
 from grpo_fast.trainer.rollout import Rollout
@@ -90,13 +91,8 @@ class EvaluationLoss:
         counts = torch.arange(len(drawn)) < self._counted * rounds
         rewards = torch.tensor([each.rewards for each in drawn]).masked_fill(~counts[:, None], torch.nan)
         rewards = trainer.accelerator.gather(rewards.to(args.device))
-        groups = gf.group_advantages(
-            rewards,
-            group_size=rounds,
-            scale=args.scale_rewards,
-            reward_weights=trainer.rewards.weights.to(rewards.device),
-            normalize=args.multi_objective_aggregation,
-        )
+        lengths = torch.tensor([len(each.completion.completion.token_ids) for each in drawn], device=args.device)
+        groups = compute_advantages(args, rewards, trainer.rewards.weights, group_size=rounds, lengths=trainer.accelerator.gather(lengths))
         first = trainer.accelerator.process_index * len(drawn)
         temperature = args.eval_temperature or trainer.temperatures.base(trainer.state.global_step)
         rollout = Rollout(

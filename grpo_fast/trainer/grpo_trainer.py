@@ -149,6 +149,7 @@ class GRPOTrainer(AtomicCheckpointTrainer):
         self.metrics, self.metrics_to_log = MetricAccumulator(), MetricAccumulator()  # of this step; of the steps since the last log
         self.throughput = Throughput()
         self.step_tokens: list[int] = []  # tokens in the loss of each optimizer step of the rollout, over all processes
+        self.step_sequences: list[int] = []  # likewise the sequences; empty: all of them
         self._losses: list[tuple[gf.GRPOOutput, MicroBatch]] = []  # of the current step
         self._grad_norm: float | Tensor | None = None
         self.resumed: Resumed | None = None  # what the run was resumed from
@@ -192,10 +193,11 @@ class GRPOTrainer(AtomicCheckpointTrainer):
                 raise ValueError(f"the rollout of step {step} is missing; expected it in the checkpoint that was resumed from.")
             assert self.rollouts is not None  # get_train_dataloader has checked it
             self.rollout = self.rollouts.generate(number)
-            self.step_tokens = self.rollouts.step_tokens(self.rollout)
+            self.step_tokens, self.step_sequences = self.rollouts.step_tokens(self.rollout), self.rollouts.step_sequences
         minibatch, size = position % args.minibatches, args.per_device_train_batch_size
         first, tokens = minibatch * args.gradient_accumulation_steps, self.step_tokens[minibatch]
-        sequences = size * args.gradient_accumulation_steps * self.accelerator.num_processes
+        all_sequences = size * args.gradient_accumulation_steps * self.accelerator.num_processes
+        sequences = self.step_sequences[minibatch] if self.step_sequences else all_sequences
         batches = []
         for i in range(first, first + args.gradient_accumulation_steps):
             rows = self.rollout.select(range(i * size, (i + 1) * size))
@@ -247,7 +249,7 @@ class GRPOTrainer(AtomicCheckpointTrainer):
         if self.loss_config.resolved_aggregation == "global_token_mean":
             num_items = max(inputs.step_tokens, 1)
         else:
-            scale *= len(rows) / inputs.step_sequences
+            scale *= len(rows) / max(inputs.step_sequences, 1)
         with self.metrics.timed("step_time/loss"):
             out = self.model_forward.loss(
                 model,

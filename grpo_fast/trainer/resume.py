@@ -46,6 +46,7 @@ def save_run(trainer: GRPOTrainer, folder: Path) -> None:
         recorded_settings(trainer.args, trainer.rewards.names),
         trainer.reference.kind,
         trainer.entropy_control.state_dict(),
+        step_sequences=trainer.step_sequences if unfinished else [],
     ).save(folder)
 
 
@@ -71,7 +72,7 @@ def load_run(trainer: GRPOTrainer, folder: Path) -> Resumed:
                 f"{folder} has a state of the temperature that cannot be read: {error} Fix: another checkpoint."
             ) from error
     trainer.entropy_control.load_state_dict(state.entropy)
-    trainer.step_tokens = state.step_tokens
+    trainer.step_tokens, trainer.step_sequences = state.step_tokens, state.step_sequences
     rollout = _rollout_file(trainer, folder)
     vocab_size = getattr(inner_model(trainer.model).get_input_embeddings(), "num_embeddings", None)
     trainer.rollout = Rollout.load(rollout, trainer.args.device, vocab_size) if rollout.exists() else None

@@ -19,6 +19,7 @@ from grpo_fast.generation import SamplerError
 from grpo_fast.generation.transformers_sampler import TransformersSampler
 from grpo_fast.loss.statistics import top_threshold
 from grpo_fast.models.unwrap import is_sharded
+from grpo_fast.trainer.advantages import compute_advantages
 from grpo_fast.trainer.completions import CompletionRunner, GeneratedCompletion
 from grpo_fast.trainer.diagnostics import completion_records, measure_rewards, measure_rollout
 from grpo_fast.trainer.length_check import check_lengths
@@ -69,6 +70,7 @@ class RolloutGenerator:
         tokenizer, longest = trainer.processing_class, trainer.args.max_completion_length
         check_lengths(trainer.model, tokenizer, None if isinstance(prompts, PromptStream) else rows, longest, options, as_chat=self.as_chat)
         self.replay = SupportReplay(trainer.args, trainer.sampler)
+        self.step_sequences: list[int] = []  # of each optimizer step of the last rollout, over all processes: those in the denominators
         # Again, since the settings do not know of a sampler that the caller made.
         check_importance_weights(trainer.args, self.corrects_sampler, replays=self.replay.wanted)
         if trainer.accelerator.is_main_process:
@@ -80,12 +82,14 @@ class RolloutGenerator:
         temperatures = trainer.temperatures.temperatures(trainer.state.global_step, args.prompts_per_rollout, args.num_generations)
         groups = self._sample_groups(number, temperatures, local)
         completions = groups.completions
+        counted = self._counted_rows(groups.advantages)
+        self.step_sequences = counted.view(args.minibatches, -1).sum(1).tolist()
         rollout = Rollout(
             [each.prompt_ids for each in completions],
             [each.completion.token_ids for each in completions],
             torch.tensor([temperatures[i] for i in local], dtype=torch.float32),
             groups.advantages.advantages[local].cpu(),
-            torch.tensor([each.completion.finished or not args.mask_truncated_completions for each in completions]),
+            torch.tensor([self._is_scored(each) for each in completions]) & counted[local],
         )
         drawn = [each.completion for each in completions]
         rollout.support = self.replay.of(drawn, args.device)
@@ -110,6 +114,15 @@ class RolloutGenerator:
         tokens = accelerator.gather(rollout.loss_lengths().to(args.device))
         per_step: list[int] = tokens.view(accelerator.num_processes, args.minibatches, -1).sum((0, 2)).tolist()
         return per_step
+
+    def _is_scored(self, completion: GeneratedCompletion) -> bool:
+        """Return whether a completion is in the loss, unless its group is left out."""
+        return completion.completion.finished or not self.trainer.args.mask_truncated_completions
+
+    def _counted_rows(self, groups: gf.GroupAdvantages) -> Tensor:
+        """Return which rows of the rollout, of all processes, count in the loss's denominators, bool on the CPU."""
+        counted = torch.ones_like(groups.degenerate) if not self.trainer.args.exclude_degenerate else ~groups.degenerate
+        return counted.cpu().repeat_interleave(self.trainer.args.num_generations)
 
     # Completions and rewards -----------------------------------------------------------------------------------------------------
 
@@ -136,24 +149,21 @@ class RolloutGenerator:
             scores = self.completions.score(drawn_rows, drawn, at)
             for i, completion, score in zip(indices, drawn, scores, strict=True):
                 completions[i], rewards[position[i]] = completion, score
-            all_rewards, advantages = self._advantages(rewards)
+            lengths = [len(each.completion.token_ids) * self._is_scored(each) for each in (completions[i] for i in local)]
+            all_rewards, advantages = self._advantages(rewards, torch.tensor(lengths))
             pending = advantages.degenerate.nonzero().flatten().tolist()
             if not pending or attempt == args.dynamic_sampling_attempts:
                 break
         self.trainer.metrics.add_mean("dynamic_sampling/attempts", attempt)
         return _Groups(rows, [completions[i] for i in local], all_rewards, advantages)
 
-    def _advantages(self, rewards: Tensor) -> tuple[Tensor, gf.GroupAdvantages]:
-        """Rewards [B, R] and advantages of all processes, from the rewards of this process."""
+    def _advantages(self, rewards: Tensor, lengths: Tensor) -> tuple[Tensor, gf.GroupAdvantages]:
+        """Rewards [B, R] and advantages of all processes, from the rewards and the tokens in the loss of this process's completions."""
         trainer, args = self.trainer, self.trainer.args
-        all_rewards = self._in_row_order(trainer.accelerator.gather(rewards.to(args.device)))
-        groups = gf.group_advantages(
-            all_rewards,
-            group_size=args.num_generations,
-            scale=args.scale_rewards,
-            reward_weights=trainer.rewards.weights.to(all_rewards.device),
-            normalize=args.multi_objective_aggregation,
-        )
+        columns = torch.cat([rewards, lengths[:, None].to(rewards)], 1).to(args.device)  # a length is exact in float32
+        *reward_columns, tokens = self._in_row_order(trainer.accelerator.gather(columns)).unbind(1)
+        all_rewards = torch.stack(reward_columns, 1)
+        groups = compute_advantages(args, all_rewards, trainer.rewards.weights, group_size=args.num_generations, lengths=tokens)
         return all_rewards, groups
 
     def _local_indices(self) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,8 @@ class RunState:
         entropy: the state of the adaptive entropy coefficient; None without one.
         reference: which reference policy the run has, see `ReferencePolicy.kind`; empty if the checkpoint does not know it.
         version: of the format.
+        step_sequences: sequences in the denominators of each optimizer step of an unfinished rollout; empty if the checkpoint does not
+            know them.
     """
 
     batches: dict[str, int]
@@ -41,6 +43,7 @@ class RunState:
     reference: str
     entropy: EntropyState | None = None
     version: int = VERSION
+    step_sequences: list[int] = field(default_factory=list)
 
     def save(self, folder: Path) -> None:
         """Write the file into a checkpoint's folder."""
@@ -53,12 +56,14 @@ class RunState:
         Raises:
             CheckpointError: a field is unknown, missing or of another type, or the file is of a later version.
         """
-        found = {"settings": {}, "reference": "", "entropy": None, "version": 1, **read_object(folder / STATE)}
+        found = {"settings": {}, "reference": "", "entropy": None, "version": 1, "step_sequences": [], **read_object(folder / STATE)}
         names = [each.name for each in fields(cls)]
         wrong = [f"unknown {name!r}" for name in found if name not in names]
         wrong += [
             f"{name} is {found.get(name)!r:.100}, expected {_TYPES[name][1]}" for name in names if not _TYPES[name][0](found.get(name))
         ]
+        if not wrong and found["step_sequences"] and len(found["step_sequences"]) != len(found["step_tokens"]):
+            wrong = [f"step_sequences has {len(found['step_sequences'])} numbers, expected {len(found['step_tokens'])}, as step_tokens"]
         if wrong:
             raise CheckpointError(f"{folder / STATE} cannot be read: {'; '.join(wrong)}. Fix: another checkpoint.")
         return cls(**found)
@@ -93,6 +98,7 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {  # field -> (whether a 
     "batches": (lambda value: _is_object(value) and all(map(_is_count, value.values())), "an object of whole numbers"),
     "temperature": (_is_object, "an object"),
     "step_tokens": (lambda value: isinstance(value, list) and all(map(_is_count, value)), "a list of whole numbers"),
+    "step_sequences": (lambda value: isinstance(value, list) and all(map(_is_count, value)), "a list of whole numbers"),
     "settings": (_is_object, "an object"),
     "entropy": (_is_entropy_state, "an object with the numbers coef and entropy, or null"),
     "reference": (lambda value: isinstance(value, str), "a text"),

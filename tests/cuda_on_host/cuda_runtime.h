@@ -254,6 +254,7 @@ void launch(Kernel kernel, int64_t count, unsigned threads, size_t shared, cudaS
 }  // namespace cuda_on_host
 
 inline void __syncthreads() { cuda_on_host::wait(cuda_on_host::block().barrier); }
+inline void __syncwarp() { cuda_on_host::wait(cuda_on_host::block().warps[threadIdx.x / 32]); }
 
 inline double __shfl_xor_sync(unsigned, double x, int distance) {
   using namespace cuda_on_host;
