@@ -379,7 +379,7 @@ def test_advantages_are_those_of_the_settings(tmp_path: Path, settings: dict[str
     run = trainer(tmp_path, rewards=[odd_tokens, short], **settings)
     assert run.rollouts is not None
     rewards = torch.randn(16, 2, generator=torch.Generator().manual_seed(0))
-    _, found = run.rollouts._advantages(rewards)
+    _, found = run.rollouts._advantages(rewards, torch.ones(len(rewards)))
     torch.testing.assert_close(found.advantages, gf.group_advantages(rewards, group_size=4, **expected).advantages)
 
 
