@@ -1,4 +1,5 @@
-// Advantages for pass@k, the chance that the best of k completions solves the prompt: "Pass@k Training", arXiv:2508.10751, section 2.4.
+// Advantages for pass@k, the chance that the best of k completions solves the prompt: "Pass@k Training", arXiv:2508.10751,
+// in its analytical form.
 //
 // A set of k of the group's n completions has the reward of its best one. Over all sets of k, with F(c) = C(c, k) / C(n, k) and
 // F1(c) = C(c - 1, k - 1) / C(n - 1, k - 1), and c(x), b(x) = how many rewards of the group are at most x, and below x:
@@ -7,9 +8,9 @@
 //   best_i           its mean over the sets with completion i: x_i with probability F1(c(x_i)), any x > x_i with F1(c(x)) - F1(b(x))
 //   A_i              (best_i - mean) / (std + eps), or best_i - mean without the scale
 //
-// With rewards of 0 and 1 this is equations 9 to 15 of the paper. Equal rewards share their probability equally, so that their advantages
-// have the same bits. All differences are taken from the highest reward: where fewer than k rewards are below it, every set has it, and every
-// difference is exactly 0. The time grows with the square of the group's size.
+// The paper has it for rewards of 0 and 1. Equal rewards share their probability equally, so that their advantages
+// have the same bits. All differences are taken from the highest reward: where fewer than k rewards are below it, every set has it, and
+// every difference is exactly 0. The time grows with the square of the group's size.
 #pragma once
 #include <cmath>
 #include <cstdint>

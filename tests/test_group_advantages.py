@@ -613,7 +613,9 @@ BAD = [
     bad(ValueError, r"lengths is missing with scale='tokens'; expected \[B\], the tokens", scale="tokens"),
     bad(ValueError, r"lengths is given with scale='group'; expected None", lengths=torch.ones(8)),
     bad(TypeError, r"lengths is a list; expected a tensor \[B\]", scale="tokens", lengths=[1] * 8),
-    bad(TypeError, r"lengths has dtype torch.complex64; expected a real dtype", scale="tokens", lengths=torch.ones(8).cfloat()),
+    bad(
+        TypeError, r"lengths has dtype torch.complex64; expected a real dtype", scale="tokens", lengths=torch.ones(8, dtype=torch.complex64)
+    ),
     bad(ValueError, r"lengths is of shape \(7,\); expected \[B = 8\]", scale="tokens", lengths=torch.ones(7)),
     bad(ValueError, r"lengths is on meta; expected rewards' device cpu", scale="tokens", lengths=torch.ones(8, device="meta")),
     bad(ValueError, r"lengths\[5\] is -1.0; expected a number of tokens of at least 0", scale="tokens", lengths=NEGATIVE),

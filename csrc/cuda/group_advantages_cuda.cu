@@ -1,8 +1,8 @@
 // Group-relative advantages on the GPU: a warp or a block per group runs ../group_advantages.h, in one launch for any number of groups.
 //
 // Bitwise the same from run to run: each thread takes its rows in order, threads are combined in a fixed tree, and there are no atomics.
-// Where a statistic of the whole batch is needed (scale "batch" or "tokens", GDPO), one block runs both stages of a small batch in the same launch; a
-// large batch takes a second launch, in which every block combines the moments of the groups itself, in the same order.
+// Where a statistic of the whole batch is needed (scale "batch" or "tokens", GDPO), one block runs both stages of a small batch in the same
+// launch; a large batch takes a second launch, in which every block combines the moments of the groups itself, in the same order.
 #include <cuda_runtime.h>
 
 #include <algorithm>

@@ -133,9 +133,7 @@ def group_advantages(
     if not 0 <= eps < math.inf:
         _fail("eps", repr(eps), "a finite number of at least 0")
     _check_pass_at_k(pass_at_k, group_size, scale, baseline, normalize)
-    if not isinstance(exclude_degenerate, bool):
-        got = f"{exclude_degenerate!r} ({type(exclude_degenerate).__name__})"
-        raise TypeError(f"group_advantages: exclude_degenerate is {got}; expected True or False.")
+    _check_bool("exclude_degenerate", exclude_degenerate)
     tokens = _checked_lengths(rewards, lengths, scale)
     weights = None if reward_weights is None else _checked_weights(rewards, reward_weights)
 
@@ -208,6 +206,11 @@ def _check_name(name: str, value: Any, allowed: tuple[str, ...]) -> None:
         raise TypeError(f"group_advantages: {name} is {value!r} ({type(value).__name__}); expected one of the names {', '.join(allowed)}.")
     if value not in allowed:
         _fail(name, repr(value), f"one of {', '.join(allowed)}")
+
+
+def _check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"group_advantages: {name} is {value!r} ({type(value).__name__}); expected True or False.")
 
 
 def _check_rewards(rewards: Any) -> None:
@@ -296,6 +299,7 @@ def _check_pass_at_k(pass_at_k: Any, group_size: int | None, scale: str, baselin
         return
     if isinstance(pass_at_k, bool) or not isinstance(pass_at_k, (int, numbers.Integral)):
         raise TypeError(f"group_advantages: pass_at_k is {pass_at_k!r} ({type(pass_at_k).__name__}); expected an int, or None.")
+    pass_at_k = int(pass_at_k)
     if pass_at_k < 1:
         _fail("pass_at_k", str(pass_at_k), "at least 1, or None")
     if group_size is not None and pass_at_k >= group_size:

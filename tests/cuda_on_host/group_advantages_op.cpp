@@ -13,8 +13,7 @@ static grpo_fast::GroupAdvantagesOutput group_advantages(const torch::stable::Te
                                                          int64_t pass_at_k) {
   return grpo_fast::with_group_advantages_args(
       rewards, group_offsets, group_size, reward_weights, scale, leave_one_out, normalize_then_sum, eps, lengths, exclude_degenerate,
-      pass_at_k,
-      [](const grpo_fast::GroupAdvantagesArgs& args) { group_advantages_cuda_launch(&args, nullptr); });
+      pass_at_k, [](const grpo_fast::GroupAdvantagesArgs& args) { group_advantages_cuda_launch(&args, nullptr); });
 }
 
 extern "C" int cuda_on_host_launches();
