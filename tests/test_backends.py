@@ -7,6 +7,7 @@ import importlib
 import multiprocessing
 import os
 import re
+import runpy
 import subprocess
 import sys
 import threading
@@ -345,6 +346,20 @@ def test_the_version_is_an_option():
     result = CliRunner().invoke(app, ["--version"])
     assert (result.exit_code, result.output) == (0, f"grpo_fast {gf.__version__}\n")
     assert "doctor" in CliRunner().invoke(app, []).output, "without a command there is the help"
+
+
+@pytest.mark.parametrize("module", ["grpo_fast", "grpo_fast.cli", "grpo_fast.cli.main"])
+def test_python_m_is_the_command(module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """As ``python -m`` runs it, in this process: a name that ends with the package's file, and the modules imported afresh."""
+    monkeypatch.setattr(sys, "argv", [f"{module}/__main__.py", "--version"])
+    monkeypatch.delitem(sys.modules, "grpo_fast.cli.main")
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    assert not ended.value.code and capsys.readouterr().out == f"grpo_fast {gf.__version__}\n"
+    monkeypatch.setattr(sys, "argv", [f"{module}/__main__.py", "no-such-command"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    assert ended.value.code and "no-such-command" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", [name for name in MOUNTED if name.startswith("bench")])

@@ -84,7 +84,7 @@ def test_step_is_the_hand_written_one(tmp_path: Path) -> None:
     assert log["loss"] == pytest.approx(out.loss.item(), abs=1e-6)
     assert log["entropy"] == pytest.approx(out.metrics["entropy"].item(), abs=1e-5)
     assert log["reward"] == pytest.approx(rewards.sum(1).mean().item(), abs=1e-6)
-    assert log["reward_std"] == pytest.approx(groups.std.mean().item(), abs=1e-6)
+    assert log["reward_std_group"] == pytest.approx(groups.std.mean().item(), abs=1e-6)
     assert log["rewards/short/mean"] == pytest.approx(rewards[:, 1].mean().item(), abs=1e-6)
 
 

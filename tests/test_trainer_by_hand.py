@@ -89,7 +89,7 @@ def test_what_is_logged_of_rewards() -> None:
     assert metrics.read() == pytest.approx(
         {
             "reward": (1 + 0.5 * 2 + 3 + 5) / 3,
-            "reward_std": 1.5,
+            "reward_std_group": 1.5,
             "frac_reward_zero_std": 0.5,
             "rewards/a/mean": 3.0,
             "rewards/a/std": 2.0,  # unbiased: sqrt((4 + 0 + 4) / 2)

@@ -69,7 +69,7 @@ def measured(output: Path, name: str, processes: int) -> dict[str, Any]:
     sampler = Known(16 // processes * rank) if RUNS[name].get("num_generations") == 16 else Scripted()
     run = trainer(output, of=of, sampler=sampler, **settings(name, processes))
     run.train()
-    keys = ("loss", "grad_norm", "reward", "reward_std", "entropy", "completions/mean_length", "frac_reward_zero_std")
+    keys = ("loss", "grad_norm", "reward", "reward_std", "reward_std_group", "entropy", "completions/mean_length", "frac_reward_zero_std")
     checksum = {key: value.double().sum().item() for key, value in parameters(of).items()}
     evaluated = run.evaluate(ROWS[:5]) if name == "dapo" else {}  # five rows on two processes
     found = {key: value for key, value in evaluated.items() if "reward" in key or "completions" in key}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,10 +17,11 @@ from trainer_cases import ROWS, TOKENIZER, Scripted, config, logs, model, short,
 
 import grpo_fast as gf
 from grpo_fast.loss.statistics import entropy_summary, quantiles, top_threshold
+from grpo_fast.trainer.diagnostics import measure_rewards
 from grpo_fast.trainer.evaluation import add_means
 from grpo_fast.trainer.metrics import MetricAccumulator
 from grpo_fast.trainer.rollout import Rollout
-from grpo_fast.trainer.trl_metrics import METRICS, NOT_LOGGED, measure_clipping
+from grpo_fast.trainer.trl_metrics import METRICS, NOT_LOGGED, measure_clipping, measure_reward_spread
 
 EVALUATED: dict[str, Any] = {
     "eval_strategy": "steps",
@@ -45,6 +47,28 @@ def test_the_table_has_trls_names() -> None:
     assert names - set(METRICS) == set(NOT_LOGGED) and not set(METRICS) & set(NOT_LOGGED)
 
 
+@needs_trl
+def test_the_reward_statistics_are_trls() -> None:
+    """TRL's own lines that log them, run on rewards of two functions: some do not apply, and one completion has none."""
+    from trl.trainer import grpo_trainer
+
+    source = Path(grpo_trainer.__file__).read_text()
+    first, last = "        # Calculate mean reward per function", '["reward_std"].append'
+    lines = source[source.index(first) : source.index("\n", source.index(last))]
+    nan = float("nan")
+    rewards = torch.tensor([[1.0, 0.5], [0.0, nan], [nan, nan], [2.0, -1.0], [nan, 3.0], [1.0, 1.0]])
+    weights, found = torch.tensor([1.0, 0.7]), _Lists({})
+    stand_in = SimpleNamespace(reward_func_names=["a", "b"], reward_weights=weights, _metrics={"train": found})
+    given = {"self": stand_in, "mode": "train", "rewards_per_func": rewards, "unscorable_mask": rewards.isnan().all(1)}
+    exec(textwrap.dedent(lines), {**vars(grpo_trainer), **given})
+    metrics = MetricAccumulator()
+    measure_reward_spread(metrics, rewards, weights)
+    measure_rewards(metrics, ["a", "b"], rewards, weights, gf.group_advantages(rewards, group_size=3))
+    ours, theirs = metrics.read(), {name: values[0] for name, values in found.into.items()}
+    assert len(theirs) == 6 and {name: ours[name] for name in theirs} == pytest.approx(theirs)
+    assert abs(ours["reward_std_group"] - ours["reward_std"]) > 0.05
+
+
 def test_the_guide_lists_the_table() -> None:
     guide = (Path(__file__).parent.parent / "docs" / "training.md").read_text()
     rows = dict(re.findall(r"^\| `([\w/]+)` \| (.*) \|$", guide, re.M))
@@ -67,7 +91,16 @@ def test_a_run_logs_them(tmp_path: Path) -> None:
     assert second["clip_ratio/high_mean"] < second["clip_ratio/high_max"] <= 1.0
     parts = sum(value for name, value in first.items() if name.startswith("step_time/") and not name.endswith("optimizer"))
     assert first["step_time"] == pytest.approx(parts)
-    for name in ("loss", "kl", "entropy", "reward_std", "reward_std_all", "frac_reward_zero_std", "completions/min_length"):
+    for name in (
+        "loss",
+        "kl",
+        "entropy",
+        "reward_std",
+        "reward_std_all",
+        "reward_std_group",
+        "frac_reward_zero_std",
+        "completions/min_length",
+    ):
         assert f"eval_{name}" in evaluated, name
     assert evaluated["eval_kl"] > 0 and evaluated["eval_entropy"] > 0
 
@@ -147,8 +180,8 @@ def test_the_loss_of_an_evaluation(tmp_path: Path) -> None:
     rewards = -0.1 * lengths
     advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
     assert results["eval_loss"] == pytest.approx((-(advantages * lengths).sum() / lengths.sum()).item(), abs=1e-4)
-    assert results["eval_reward_std_all"] == pytest.approx(rewards.std().item(), rel=1e-4)
-    assert results["eval_reward_std"] == pytest.approx(rewards.std(1).mean().item(), rel=1e-4)
+    assert results["eval_reward_std"] == results["eval_reward_std_all"] == pytest.approx(rewards.std().item(), rel=1e-4)
+    assert results["eval_reward_std_group"] == pytest.approx(rewards.std(1).mean().item(), rel=1e-4)
     assert results["eval_frac_reward_zero_std"] == 0.0 and results["eval_completions/max_length"] == lengths.max()
     assert run.metrics.read() == {}  # nothing of it is in the metrics of the step
     greedy = trainer(tmp_path, sampler=Scripted(), eval_temperature=0.0, eval_rounds=1, eval_dataset=ROWS[:3])

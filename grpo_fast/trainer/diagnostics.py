@@ -48,7 +48,7 @@ def measure_rewards(metrics: MetricAccumulator, names: Sequence[str], rewards: T
         groups: what `group_advantages` returned for them.
     """
     metrics.add_mean("reward", mean_weighted_reward(rewards, weights).nan_to_num())
-    metrics.add_mean("reward_std", groups.std.mean())
+    metrics.add_mean("reward_std_group", groups.std.mean())
     metrics.add_mean("frac_reward_zero_std", groups.degenerate.float().mean())
     for name, column in zip(names, rewards.unbind(1), strict=True):
         values = column[~column.isnan()]

@@ -56,7 +56,7 @@ class EvaluationLoss:
         trainer, args = self.trainer, self.trainer.args
         rollout, rewards, groups = self._rollout()
         found = MetricAccumulator()
-        found.add_mean("reward_std", groups.std.nanmean())
+        found.add_mean("reward_std_group", groups.std.nanmean())
         found.add_mean("frac_reward_zero_std", groups.degenerate.float().mean())
         measure_reward_spread(found, rewards, trainer.rewards.weights)
         drawn = [each.completion.completion for group in self._drawn[: self._counted] for each in group]

@@ -15,7 +15,7 @@ __all__ = ["RewardLog"]
 
 # Names of the trainer's own metrics, with which a reward's would be averaged.
 _OWN = re.compile(
-    r"(loss|reward|reward_std|reward_std_all|entropy|entropy_coef|kl|learning_rate|grad_norm|epoch|step|temperature|num_tokens|tokens_per_second|active_fraction"
+    r"(loss|reward|reward_std|reward_std_all|reward_std_group|entropy|entropy_coef|kl|learning_rate|grad_norm|epoch|step|temperature|num_tokens|tokens_per_second|active_fraction"
     r"|aux_loss|off_policy_masked|cispo_clip_ratio|step_time|frac_reward_zero_std|(rewards|completions|clip_ratio|ratio|sampling|step_time|dynamic_sampling)/.*|eval_.*)"
 )
 

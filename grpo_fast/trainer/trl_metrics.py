@@ -24,8 +24,9 @@ METRICS: dict[str, str] = {
     "tokens_per_second": "since the last log",
     "temperature": "mean over the completions",
     "reward": "mean over the completions of the weighted sum of the rewards",
-    "reward_std": "mean over the groups of their standard deviation; TRL's is `reward_std_all`",
-    "reward_std_all": "standard deviation over all completions of the rollout, which TRL 1.16 calls `reward_std`",
+    "reward_std": "standard deviation over all completions of the rollout, as in TRL 1.16",
+    "reward_std_all": "the same as `reward_std`",
+    "reward_std_group": "mean over the groups of their standard deviation",
     "frac_reward_zero_std": "share of the groups whose rewards are all equal",
     "rewards/NAME/mean": "of the reward, without the completions to which it does not apply",
     "rewards/NAME/std": "likewise, over all completions",
@@ -84,7 +85,7 @@ def measure_lengths(metrics: MetricAccumulator, lengths: Sequence[int], finished
 
 
 def measure_reward_spread(metrics: MetricAccumulator, rewards: Tensor, weights: Tensor) -> None:
-    """Add the unbiased standard deviation of the weighted sum of the rewards over all completions.
+    """Add TRL's ``reward_std``: the unbiased standard deviation of the weighted sum of the rewards, over all completions with a reward.
 
     Args:
         metrics: where to add it.
@@ -93,7 +94,8 @@ def measure_reward_spread(metrics: MetricAccumulator, rewards: Tensor, weights: 
     """
     total = (rewards.nan_to_num() @ weights.to(rewards.device))[~rewards.isnan().all(1)]
     if total.numel() > 1:
-        metrics.add_mean("reward_std_all", total.std())
+        for name in ("reward_std", "reward_std_all"):
+            metrics.add_mean(name, total.std())
 
 
 @torch.no_grad()
