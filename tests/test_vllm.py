@@ -1036,8 +1036,10 @@ def test_truncation_has_weights_per_token(tmp_path: Path, cut: dict[str, Any]) -
     assert config(tmp_path, use_vllm=True, **cut).vllm_importance_sampling_mode == "token_mask"
     for mode in ("sequence_mask", "sequence_truncate"):
         refused = rf"vllm_importance_sampling_mode is '{mode}'; expected a mode per token .*1\.7e-7.*Fix: 'token_mask'"
-        with pytest.raises(ValueError, match=refused):
-            config(tmp_path, use_vllm=True, vllm_importance_sampling_mode=mode, **cut)
+        for switch in ("use_vllm", "use_transformers_continuous_batching"):
+            with pytest.raises(ValueError, match=refused):
+                config(tmp_path, **{switch: True}, vllm_importance_sampling_mode=mode, replay_support=False, **cut)
+            config(tmp_path, **{switch: True}, vllm_importance_sampling_mode=mode, **cut)  # the sets are replayed
         with pytest.raises(ValueError, match=refused):
             correction = {"vllm_importance_sampling_correction": True, "replay_support": False}
             config(tmp_path, vllm_importance_sampling_mode=mode, **correction, **cut)
@@ -1048,13 +1050,14 @@ def test_truncation_has_weights_per_token(tmp_path: Path, cut: dict[str, Any]) -
         config(tmp_path, use_vllm=True, vllm_importance_sampling_mode=mode)  # no truncation
 
 
-def test_truncated_sampling_with_vllm_learns(tmp_path: Path) -> None:
+def test_truncated_sampling_with_vllm_learns_without_replay(tmp_path: Path) -> None:
     """The mean weight is the probability of the kept tokens, and not its product over a sequence."""
     from trainer_cases import model, trainer
 
     with serving(StandIn(model().eval())) as address:
         options = {"url": address, "weight_sync": "disk", "concurrency": 4}
-        run = trainer(tmp_path, rewards=_dead_until(0), use_vllm=True, sampler_options=options, top_p=0.6, vllm_server_base_url=address)
+        settings = {"use_vllm": True, "sampler_options": options, "vllm_server_base_url": address}
+        run = trainer(tmp_path, rewards=_dead_until(0), top_p=0.6, replay_support=False, **settings)
         run.train()
     assert run.rollout is not None
     weights = run.rollout.tokens["weights"]

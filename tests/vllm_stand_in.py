@@ -18,12 +18,28 @@ from unittest import mock
 
 import torch
 
-from grpo_fast.generation import SamplingParams
+import grpo_fast as gf
+from grpo_fast.generation import Completion, SamplingParams
 from grpo_fast.generation.transformers_sampler import TransformersSampler
 
 IDLE_SECONDS = 0.2
 TRANSFER = ("/init_weight_transfer_engine", "/start_weight_update", "/update_weights", "/finish_weight_update")
 SHUTDOWN = "/shutdown_weight_transfer_engine"
+# Those of vLLM 0.32's GenerateRequest and SamplingParams that a client may need
+GENERATE_FIELDS = {
+    "request_id",
+    "model",
+    "token_ids",
+    "sampling_params",
+    "return_token_ids",
+    "output_mode",
+    "stream",
+    "priority",
+    "cache_salt",
+}
+SAMPLING_FIELDS = {"n", "presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "top_p", "top_k", "min_p", "seed"}
+SAMPLING_FIELDS |= {"stop_token_ids", "ignore_eos", "max_tokens", "min_tokens", "logprobs", "detokenize", "skip_special_tokens"}
+SAMPLING_FIELDS |= {"logit_bias", "allowed_token_ids", "bad_words", "structured_outputs", "thinking_token_budget"}
 
 
 class StandIn:
@@ -34,9 +50,22 @@ class StandIn:
     one does), "other prompt", "short" (a finish_reason that does not fit), "no logprobs".
     """
 
-    def __init__(self, model: Any, *, logprobs_mode: str = "processed_logprobs", dev_mode: bool = True, versions: bool = True) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        logprobs_mode: str = "processed_logprobs",
+        dev_mode: bool = True,
+        versions: bool = True,
+        scale_out: bool = False,
+        return_sampling_mask: bool = False,
+        max_logprobs: int = 20,
+    ) -> None:
         self.model, self.logprobs_mode, self.dev_mode = model, logprobs_mode, dev_mode
         self.versions = versions  # whether it names its weights, as vLLM 0.32 does and older ones do not
+        self.scale_out = scale_out  # whether it serves /inference/v1/generate (--enable-scale-out)
+        self.return_sampling_mask, self.max_logprobs = return_sampling_mask, max_logprobs
+        self.generated: list[dict[str, Any]] = []  # requests to /inference/v1/generate
         self.base, self.weight_version = copy.deepcopy(model), "default"
         self.version_calls: list[str] = []  # /weight_info, /update_weight_version and questions about the model
         self.on_cpu, self.version = False, "0.32.0"  # what it says of itself
@@ -55,32 +84,57 @@ class StandIn:
         self.release = threading.Event()
         self.lock = threading.Lock()
 
-    def complete(self, body: dict[str, Any]) -> dict[str, Any]:
-        prompt, end = body["prompt"], body["stop_token_ids"]
-        if not body.get("return_token_ids") or not body.get("ignore_eos"):
-            raise ValueError("the client must ask for ids, and name its own end tokens")
+    def draw(self, prompt: list[int], sampling: dict[str, Any]) -> tuple[Completion, torch.Tensor]:
+        """A completion with the sets that it was drawn from, and what the server reports as log-probabilities, [T, V]."""
+        if sampling["logprobs"] > self.max_logprobs:
+            raise ValueError(f"Requested sample logprobs of {sampling['logprobs']}, which is greater than max allowed: {self.max_logprobs}")
+        if self.return_sampling_mask and sampling["temperature"] <= 0:
+            raise ValueError("sampling distribution replay requires temperature > 0")
+        if self.return_sampling_mask and sampling["top_k"] <= 0:
+            raise ValueError("sampling distribution replay requires top_k > 0 to bound sampling mask size")
+        if not sampling.get("ignore_eos"):
+            raise ValueError("the client must name its own end tokens")
+        greedy = sampling["temperature"] == 0
         params = SamplingParams(
-            body["max_tokens"],
-            [body["temperature"]],
-            body["top_p"],
-            body["top_k"],
-            body["min_p"],
-            body.get("seed"),
-            eos_token_id=end,
+            sampling["max_tokens"],
+            [sampling["temperature"]],
+            1.0 if greedy else sampling["top_p"],
+            0 if greedy else sampling["top_k"],
+            0.0 if greedy else sampling["min_p"],
+            sampling.get("seed"),
+            eos_token_id=sampling["stop_token_ids"],
             pad_token_id=0,
-            repetition_penalty=body["repetition_penalty"],
+            return_support=True,
+            repetition_penalty=sampling["repetition_penalty"],
         )
         with self.lock:
             done = TransformersSampler(self.model).generate([prompt], params)[0]
             with torch.no_grad():
                 logits = self.model(input_ids=torch.tensor([prompt + done.token_ids]), use_cache=False).logits[0, len(prompt) - 1 : -1]
         values = logits.float()
-        if self.logprobs_mode == "processed_logprobs" and body["temperature"] > 0:
-            values = values / body["temperature"]
+        if self.logprobs_mode == "processed_logprobs" and not greedy:
+            values = values / sampling["temperature"]
+            if done.support is not None:
+                values = values.masked_fill(~done.support.dense(values.shape[-1]), -torch.inf)
         if self.logprobs_mode != "raw_logits":
             values = values.log_softmax(-1)
+        return done, values.clamp(min=-9999.0)  # as in the server's JSON
+
+    def complete(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The answer of /v1/completions."""
+        prompt = body["prompt"]
+        if not body.get("return_token_ids"):
+            raise ValueError("the client must ask for ids")
+        done, values = self.draw(prompt, body)
         ids = torch.tensor(done.token_ids)
-        top = values.topk(max(body["logprobs"], 1), -1)
+        sampled = values.gather(-1, ids[:, None]).squeeze(-1).tolist()
+        if done.logprobs is not None and self.logprobs_mode == "processed_logprobs":
+            sampled = done.logprobs
+        top = values.topk(min(max(body["logprobs"], 1), values.shape[-1]), -1)
+        tops = [
+            {f"token_id:{token}": value} | {f"token_id:{i}": v for i, v in zip(row_ids, row, strict=True)}
+            for token, value, row_ids, row in zip(done.token_ids, sampled, top.indices.tolist(), top.values.tolist(), strict=True)
+        ]
         return {
             "object": "text_completion",
             "choices": [
@@ -92,18 +146,42 @@ class StandIn:
                     "finish_reason": "stop" if done.finished else "length",
                     "logprobs": {
                         "tokens": [f"token_id:{token}" for token in done.token_ids],
-                        # renormalised after truncation, as the server does: the sampler's own
-                        "token_logprobs": done.logprobs
-                        if done.logprobs is not None and self.logprobs_mode == "processed_logprobs"
-                        else values.gather(-1, ids[:, None]).squeeze(-1).tolist(),
-                        "top_logprobs": [
-                            {f"token_id:{i}": v for i, v in zip(row_ids, row, strict=True)}
-                            for row_ids, row in zip(top.indices.tolist(), top.values.tolist(), strict=True)
-                        ],
+                        "token_logprobs": sampled,
+                        "top_logprobs": tops,
                     },
                 }
             ],
         }
+
+    def generate(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The answer of /inference/v1/generate: ``GenerateTokensResponse`` of vLLM 0.32."""
+        if unknown := set(body) - GENERATE_FIELDS:
+            raise ValueError(f"GenerateRequest has no {unknown}")
+        if unknown := set(body["sampling_params"]) - SAMPLING_FIELDS:
+            raise ValueError(f"SamplingParams has no {unknown}")
+        prompt, sampling = body["token_ids"], body["sampling_params"]
+        done, values = self.draw(prompt, sampling)
+        vocabulary = values.shape[-1]
+        masks = None
+        if self.return_sampling_mask:
+            sets = done.support if done.support is not None else gf.Support.unrestricted(len(done.token_ids))
+            masks = [kept.nonzero()[:, 0].tolist() for kept in sets.dense(vocabulary)]  # in the order of the ids
+        content = []
+        for token, row, value in zip(done.token_ids, values.tolist(), done.logprobs or [0.0] * len(done.token_ids), strict=True):
+            entry = {"token_id": token, "logprob": value, "rank": sum(other > row[token] for other in row) + 1}
+            content.append(entry | {"top_logprobs": [entry]})
+        choice = {
+            "index": 0,
+            "finish_reason": "stop" if done.finished else "length",
+            "stop_reason": done.token_ids[-1] if done.finished else None,
+            "token_ids": done.token_ids,
+            "routed_experts": None,
+            "sampling_mask": masks,
+            "weight_versions": [{"version": self.weight_version, "start": 0, "end": len(done.token_ids)}],
+            "logprobs": {"content": content} if sampling.get("logprobs") is not None else None,
+        }
+        echoed = prompt if body.get("return_token_ids") else None
+        return {"request_id": "1", "model": "stand-in", "choices": [choice], "prompt_token_ids": echoed, "output_mode": "tokens"}
 
     def restart(self) -> None:
         """It has the weights that it was started with, and their name."""
@@ -266,6 +344,9 @@ def serving(stand_in: StandIn) -> Iterator[str]:
             if self.path == "/v1/completions":
                 self.completions(body)
                 return
+            if self.path == "/inference/v1/generate":
+                self.generate(body)
+                return
             asked = self.path == "/update_weight_version" or body.get("method") == "get_model_inspection"
             (stand_in.version_calls if asked else stand_in.calls).append(self.path)
             if asked and stand_in.dev_mode and stand_in.versions:
@@ -300,6 +381,19 @@ def serving(stand_in: StandIn) -> Iterator[str]:
             else:
                 self.answer(404, {"detail": "Not Found"})
 
+        def generate(self, body: dict[str, Any]) -> None:
+            stand_in.generated.append(body)
+            if not stand_in.scale_out:
+                self.answer(403, {"error": {"message": "Scale-out endpoints are disabled. Restart vllm serve with --enable-scale-out"}})
+                return
+            try:
+                content = stand_in.generate(body)
+            except ValueError as error:
+                self.answer(400, {"error": {"message": str(error), "type": "BadRequestError", "code": 400}})
+                return
+            probe = body["sampling_params"]["max_tokens"] == 1
+            self.answer(200, content if stand_in.change is None or probe else stand_in.change(content))
+
         def completions(self, body: dict[str, Any]) -> None:
             stand_in.requests.append(body)
             if len(stand_in.requests) == stand_in.restart_at:
@@ -314,7 +408,11 @@ def serving(stand_in: StandIn) -> Iterator[str]:
                 return
             if fault == "hang":
                 stand_in.release.wait(20)
-            content = stand_in.complete(body)
+            try:
+                content = stand_in.complete(body)
+            except ValueError as error:
+                self.answer(400, {"error": {"message": str(error), "type": "BadRequestError", "code": 400}})
+                return
             choice = content["choices"][0]
             if fault == "other prompt":
                 choice["prompt_token_ids"] = [*choice["prompt_token_ids"], 1]

@@ -14,6 +14,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from grpo_fast.generation.protocol import Completion, Sampler, SamplerError, SamplingParams, WeightsLostError
+from grpo_fast.generation.sglang_reply import completion_from_sglang
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,6 +28,7 @@ __all__ = [
     "SamplingParams",
     "WeightsLostError",
     "check_options",
+    "completion_from_sglang",
     "make_sampler",
     "sampler_class",
 ]

@@ -6,12 +6,14 @@ import math
 import reprlib
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from grpo_fast.generation.generation_options import check_generation_options
-from grpo_fast.generation.protocol import Completion, SamplerError, SamplingParams, check_prompts, end_tokens
+from grpo_fast.generation.protocol import Completion, SamplerError, SamplingParams, check_prompts
 from grpo_fast.generation.vllm_answer import AnswerReader, is_count
 from grpo_fast.generation.vllm_http import START_COMMAND, ServerClient
+from grpo_fast.generation.vllm_requests import COMPLETIONS, GENERATE, completion_body, generate_body, sampling_settings
+from grpo_fast.generation.vllm_sets import KeptSetSource
 from grpo_fast.generation.vllm_versions import WeightVersions
 from grpo_fast.generation.vllm_weights import WeightSync, make_weight_sync
 from grpo_fast.models.unwrap import unwrap
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["VLLMSampler"]
 
 MIN_TEMPERATURE = 0.01  # vLLM raises lower temperatures, except 0, to this
+BYTES_PER_ID = 40  # of a set in a reply, at most
+MOST_IDS = 4096  # of a set without top_k, on average over a completion
 
 
 class VLLMSampler:
@@ -41,6 +45,11 @@ class VLLMSampler:
     By default vLLM reports log-probabilities of softmax(z), whatever the temperature, and an importance ratio against those is wrong from
     the first step. So before the first completions the sampler requests one token at two temperatures, and raises an error if the
     reported log-probabilities do not depend on the temperature.
+
+    With ``SamplingParams.return_support`` it returns the sets that truncation has kept. A server with ``--return-sampling-mask`` and
+    ``--enable-scale-out`` (vLLM 0.32 on a GPU, with ``VLLM_USE_V2_MODEL_RUNNER=1``) lists them. From any other, ``top_k`` and some more
+    log-probabilities of each token are requested, and those that are not -inf are its set, so it needs ``--max-logprobs`` above ``top_k``.
+    A set that may have more tokens than the server has reported is an error.
 
     Args:
         model: the causal language model that is trained, for `update_weights`.
@@ -61,6 +70,8 @@ class VLLMSampler:
         ValueError: an option is invalid.
         SamplerError: the server does not answer, or a package is missing.
     """
+
+    returns_support = True
 
     def __init__(
         self,
@@ -84,12 +95,13 @@ class VLLMSampler:
         self._sync: WeightSync = make_weight_sync(
             weight_sync, self.server, model, weights_dir=weights_dir, nccl_address=nccl_address, nccl_port=nccl_port
         )
-        self._reader = AnswerReader(f"POST {self.server.url}/v1/completions", _vocab_size(model))
+        self._reader = AnswerReader(f"POST {self.server.url}{COMPLETIONS}", _vocab_size(model))
         self._concurrency = concurrency
         self._pool: ThreadPoolExecutor | None = None
         self._logprobs_checked = False
         try:
             self.served_model = served_model or self._listed_model()
+            self._sets = KeptSetSource(self.server, self.served_model, self._reader.vocab_size)
             self._versions = WeightVersions(self.server, enabled=weight_sync != "none")
         except BaseException:
             self.close()
@@ -101,6 +113,7 @@ class VLLMSampler:
         Raises:
             ValueError: ``params`` do not fit the prompts, or vLLM would raise a temperature.
             WeightsLostError: the server may have drawn under other weights than those of the last `update_weights`: it was restarted.
+            IncompleteSupportError: the server does not report whole sets of kept tokens.
             SamplerError: the server does not answer, or its answer is wrong.
         """
         check_prompts(prompts, params)
@@ -113,10 +126,13 @@ class VLLMSampler:
                 )
         if not prompts:
             return []
+        self._sets.ask(prompts[0], params)
         if not self._logprobs_checked:
             self._check_logprobs(prompts[0])
+        wanted = params.return_support and params.truncates and not self._sets.masks
+        requested = self._sets.logprobs(params) if wanted else None
         pool = self._pool = self._pool or ThreadPoolExecutor(self._concurrency, thread_name_prefix="grpo_fast-vllm")
-        futures = [pool.submit(self._complete, index, list(prompt), params) for index, prompt in enumerate(prompts)]
+        futures = [pool.submit(self._complete, index, list(prompt), params, requested) for index, prompt in enumerate(prompts)]
         wait(futures, return_when=FIRST_EXCEPTION)
         for future in futures:
             future.cancel()  # has no effect unless a request has failed
@@ -160,36 +176,22 @@ class VLLMSampler:
             raise SamplerError(f"GET {self.server.url}/v1/models: {found}; expected a list of models. Is this a vLLM server?")
         return name
 
-    def _request(self, prompt: list[int], params: SamplingParams, temperature: float, **more: int) -> dict[str, Any]:
-        """The body of a request. It sets every option, because the server takes others from the model's generation_config.json."""
-        return {
-            "model": self.served_model,
-            "prompt": prompt,
-            "n": 1,
-            "temperature": temperature,
-            "top_p": params.top_p,
-            "top_k": params.top_k,
-            "min_p": params.min_p,
-            "repetition_penalty": params.repetition_penalty,
-            "presence_penalty": 0.0,
-            "frequency_penalty": 0.0,
-            "max_tokens": params.max_new_tokens,
-            "min_tokens": 0,
-            "ignore_eos": True,  # only stop_token_ids end a completion, not the end token that the server finds in the model
-            "stop_token_ids": end_tokens(params),
-            "logprobs": 0,
-            "return_token_ids": True,
-            "return_tokens_as_token_ids": True,
-            "skip_special_tokens": False,
-            **params.generation_kwargs,
-            **more,
-        }
-
-    def _complete(self, index: int, prompt: list[int], params: SamplingParams) -> Completion:
-        temperature = float(params.temperatures[index])
-        seed = {} if params.seed is None else {"seed": (params.seed * 1_000_003 + index) % 2**63}
-        answer = self.server.post("/v1/completions", self._request(prompt, params, temperature, **seed))
-        return self._reader.completion(answer, prompt, params, temperature, f", prompt {index}")
+    def _complete(self, index: int, prompt: list[int], params: SamplingParams, requested: int | None) -> Completion:
+        """Draw one completion; ``requested``: log-probabilities of each token, where they are to show its set."""
+        temperature, where = float(params.temperatures[index]), f", prompt {index}"
+        seed = None if params.seed is None else (params.seed * 1_000_003 + index) % 2**63
+        settings = sampling_settings(params, temperature, seed, masks=self._sets.masks)
+        size = params.max_new_tokens * BYTES_PER_ID * (16 + (requested or params.top_k or MOST_IDS))
+        wanted = params.return_support and params.truncates and temperature > 0
+        if wanted and self._sets.masks:
+            answer = self.server.post(GENERATE, generate_body(self.served_model, prompt, settings), largest_answer=size)
+            return self._reader._replace(source=f"POST {self.server.url}{GENERATE}").generated(answer, prompt, params, where)
+        requested = requested if wanted else None
+        answer = self.server.post(
+            COMPLETIONS, completion_body(self.served_model, prompt, settings, requested or 0), largest_answer=size if wanted else 0
+        )
+        fix = self._sets.fix(params) if wanted else ""
+        return self._reader.completion(answer, prompt, params, temperature, where, requested=requested, fix=fix)
 
     def _check_logprobs(self, prompt: list[int]) -> None:
         """Check that the server reports log-probabilities of softmax(z/T).
@@ -200,7 +202,8 @@ class VLLMSampler:
         params = SamplingParams(1, [1.0], eos_token_id=0, pad_token_id=0)
         tops = []
         for temperature in (1.0, 2.0):
-            answer = self.server.post("/v1/completions", self._request(list(prompt), params, temperature, logprobs=5))
+            settings = sampling_settings(params, temperature, None, masks=self._sets.masks)
+            answer = self.server.post(COMPLETIONS, completion_body(self.served_model, prompt, settings, 5))
             tops.append(self._reader.top_logprobs(answer, ""))
         first, second = tops
         shared = sorted((token for token in first if token in second), key=lambda token: first[token])

@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import time
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import httpx
@@ -15,7 +15,7 @@ import httpx
 from grpo_fast.generation.protocol import SamplerError, WeightsLostError
 from grpo_fast.utils.redaction import redact_text, remember_secrets
 
-__all__ = ["START_COMMAND", "ConnectionLostError", "NotServedError", "ServerClient"]
+__all__ = ["START_COMMAND", "ConnectionLostError", "NotServedError", "RefusedError", "ServerClient"]
 
 logger = logging.getLogger("grpo_fast")
 START_COMMAND = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --dtype DTYPE --logprobs-mode processed_logprobs"
@@ -29,7 +29,11 @@ LARGEST_ANSWER = 64 << 20  # bytes; a completion of 100,000 tokens with its log-
 _API_KEY = "Fix: the key that the server was started with (--api-key), as the sampler option api_key or in VLLM_API_KEY."
 
 
-class NotServedError(SamplerError):
+class RefusedError(SamplerError):
+    """The server has answered that it does not carry out the request, with a status of 400 or more that is not temporary."""
+
+
+class NotServedError(RefusedError):
     """The server does not serve an address: an older version, or not in development mode."""
 
 
@@ -91,6 +95,7 @@ class ServerClient:
         repeatable: bool = True,
         retry_seconds: float | None = None,
         timeout: float | None = None,
+        largest_answer: int = 0,
     ) -> Any:
         """Send a POST request and return the decoded JSON of the answer; None if it is empty.
 
@@ -99,6 +104,7 @@ class ServerClient:
             body: sent as JSON.
             repeatable: False for a request that must not be carried out twice: it is repeated only if no connection could be made.
             retry_seconds, timeout: in place of the client's.
+            largest_answer: bytes that the answer may have, if more than 64 MiB.
 
         Raises:
             ConnectionLostError: the connection broke, and the request must not be repeated.
@@ -106,7 +112,9 @@ class ServerClient:
         """
         retry_seconds = self.retry_seconds if retry_seconds is None else retry_seconds
         payload = json.dumps(body).encode()
-        return self._request("POST", path, payload, repeatable=repeatable, retry_seconds=retry_seconds, timeout=timeout)
+        return self._request(
+            "POST", path, payload, repeatable=repeatable, retry_seconds=retry_seconds, timeout=timeout, largest_answer=largest_answer
+        )
 
     def close(self) -> None:
         """Close all connections. Requests under way fail; a later request opens new connections."""
@@ -122,9 +130,18 @@ class ServerClient:
             return self._connections
 
     def _request(
-        self, method: str, path: str, payload: bytes | None, *, repeatable: bool, retry_seconds: float, timeout: float | None = None
+        self,
+        method: str,
+        path: str,
+        payload: bytes | None,
+        *,
+        repeatable: bool,
+        retry_seconds: float,
+        timeout: float | None = None,
+        largest_answer: int = 0,
     ) -> Any:
         timeout = self.timeout if timeout is None else timeout
+        limits = _Limits(timeout, max(largest_answer, LARGEST_ANSWER))
         deadline = time.monotonic() + retry_seconds
         pause, tries = 0.1, 0
         connections = self._open()
@@ -134,7 +151,7 @@ class ServerClient:
                 raise SamplerError(f"{method} {self.url}{path}: the client was closed while the request was under way.")
             try:
                 client, kept = connections.for_request(repeatable=repeatable), repeatable and tries == 1
-                return self._attempt(client, method, path, payload, timeout, kept=kept)
+                return self._attempt(client, method, path, payload, limits, kept=kept)
             except _RetryableError as failure:
                 may_repeat = repeatable or not failure.sent
                 if not may_repeat or time.monotonic() + pause > deadline:
@@ -156,18 +173,18 @@ class ServerClient:
         what = redact_text(f"{self.url}: {reason}")
         logger.warning("%s. Waiting for the server, for up to %.0f s more (retry_seconds).", what, deadline - now)
 
-    def _attempt(self, client: httpx.Client, method: str, path: str, payload: bytes | None, timeout: float, *, kept: bool) -> Any:
+    def _attempt(self, client: httpx.Client, method: str, path: str, payload: bytes | None, limits: _Limits, *, kept: bool) -> Any:
         """Send a request once. ``kept``: on a connection that may have been idle, which the server may close at any moment: if it breaks
         before the answer begins, that is no sign of a restart, after which the next attempt fails too.
         """
         answered = False
         late = _RetryableError(
-            f"no answer within {timeout:g} s", "Fix: a larger timeout, or fewer tokens; or the server hangs: see its log."
+            f"no answer within {limits.seconds:g} s", "Fix: a larger timeout, or fewer tokens; or the server hangs: see its log."
         )
         try:
-            with client.stream(method, self.url + path, content=payload, timeout=timeout) as response:
+            with client.stream(method, self.url + path, content=payload, timeout=limits.seconds) as response:
                 answered = True
-                status, text = response.status_code, _body(response, timeout, late)
+                status, text = response.status_code, _body(response, limits, late)
         except httpx.ConnectError as error:
             self.lost_connections += 1
             reason = "connection refused" if "refused" in str(error).lower() else f"no connection ({error})"
@@ -187,13 +204,20 @@ class ServerClient:
                 fix = _DEV_MODE
             elif status in (401, 403):
                 fix = _API_KEY
-            kind = NotServedError if status in (404, 405) else SamplerError
+            kind = NotServedError if status in (404, 405) else RefusedError
             raise kind(f"{method} {self.url}{path}: the server answers {status}: {_excerpt(text)}. {fix}")
         try:
             return json.loads(text) if text.strip() else None
         except (ValueError, RecursionError) as error:
             fix = "Is this a vLLM server, and does nothing between here and the server cut answers?"
             raise _RetryableError(f"the answer is no JSON ({_excerpt(text)})", fix) from error
+
+
+class _Limits(NamedTuple):
+    """The limits of an answer."""
+
+    seconds: float
+    size: int  # bytes
 
 
 class _RetryableError(Exception):
@@ -229,17 +253,17 @@ class _Connections:
         self._single_use.close()
 
 
-def _body(response: httpx.Response, timeout: float, late: _RetryableError) -> bytes:
+def _body(response: httpx.Response, limits: _Limits, late: _RetryableError) -> bytes:
     """The whole body, received before the deadline and within the size limit: httpx limits the wait for each part, not for all."""
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + limits.seconds
     body = bytearray()
     for part in response.iter_raw():
         body += part
         if time.monotonic() > deadline:
             raise late
-        if len(body) > LARGEST_ANSWER:
+        if len(body) > limits.size:
             raise SamplerError(
-                f"{response.request.method} {response.request.url}: the answer is larger than {LARGEST_ANSWER >> 20} MiB; expected "
+                f"{response.request.method} {response.request.url}: the answer is larger than {limits.size >> 20} MiB; expected "
                 "JSON with the tokens of one completion. Is this a vLLM server?"
             )
     return bytes(body)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from grpo_fast.loss import checks
+from grpo_fast.loss.reported_sets import LARGEST_ID, checked_sets, sets_of_top_logprobs
 from grpo_fast.loss.truncation import truncated
 from grpo_fast.ops.kept_logprobs import KeptSets
 
 __all__ = ["Support", "check_support"]
-
-LARGEST_ID = 2**31 - 1  # of int32
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,9 +105,61 @@ class Support:
                     raise TypeError(f"the set of position {n} holds {x!r} ({type(x).__name__}); expected integer token ids.")
                 if not 0 <= x <= LARGEST_ID:
                     raise ValueError(f"the set of position {n} holds id {x}; expected 0 <= id <= {LARGEST_ID}.")
-        token_ids = torch.tensor([x for ids in lists for x in ids], dtype=torch.int32)
-        support = cls(token_ids, _offsets(torch.tensor([len(ids) for ids in lists], dtype=torch.int64)))
+        support = cls(*_compressed(lists))
         return support if device is None else support.to(device)
+
+    @classmethod
+    def from_sampling_mask(
+        cls, sampling_mask: Sequence[Sequence[int]], token_ids: Sequence[int], *, vocab_size: int | None = None
+    ) -> Support:
+        """Build it from the lists of ids in a server's reply: ``sampling_mask`` of vLLM, ``output_token_sampling_mask`` of SGLang.
+
+        Unlike in `from_lists`, an empty list is an error, and a list of the whole vocabulary means no restriction.
+
+        Args:
+            sampling_mask: one list of ids for each sampled token.
+            token_ids: the sampled tokens.
+            vocab_size: size of the vocabulary; None = unknown, so that too large ids are found by the loss only.
+
+        Raises:
+            TypeError: something is no list, or an id is no integer.
+            ValueError: another number of lists than of tokens; a list is empty, has an id twice or one out of range, or lacks the sampled
+                token.
+
+        Example:
+            >>> Support.from_sampling_mask([[1, 2], [0, 1, 2]], [2, 0], vocab_size=3).sizes
+            tensor([2, 0])
+        """
+        return cls._of(*_compressed(checked_sets(sampling_mask, token_ids, vocab_size)))
+
+    @classmethod
+    def from_top_logprobs(
+        cls, top_logprobs: Sequence[Mapping[int, float]], token_ids: Sequence[int], *, requested: int, vocab_size: int | None = None
+    ) -> Support:
+        """Build it from the largest log-probabilities in a server's reply, if they are computed after truncation.
+
+        vLLM does so with ``--logprobs-mode processed_logprobs``: tokens outside of the set have -inf. Only sets that are proved to be
+        complete are accepted: a position has at least one -inf, or fewer finite log-probabilities than were requested. So request at least
+        ``top_k + 1``.
+
+        Args:
+            top_logprobs: for each sampled token the largest log-probabilities by token id; -inf may be written as -9999, as vLLM does.
+            token_ids: the sampled tokens.
+            requested: how many log-probabilities were requested for each token.
+            vocab_size: size of the vocabulary; None = unknown.
+
+        Raises:
+            TypeError: an entry is no mapping from integers to numbers.
+            IncompleteSetError: a set may have more ids than were reported (a ValueError).
+            ValueError: as for `from_sampling_mask`; or a number is NaN or above 0, or the probabilities of a set do not sum to 1.
+
+        Example:
+            >>> half = -0.6931472
+            >>> Support.from_top_logprobs([{5: half, 2: half, 7: float("-inf")}], [2], requested=3).token_ids
+            tensor([5, 2], dtype=torch.int32)
+        """
+        sets = sets_of_top_logprobs(top_logprobs, requested, vocab_size)
+        return cls._of(*_compressed(checked_sets(sets, token_ids, vocab_size, name="top_logprobs")))
 
     @classmethod
     def from_mask(cls, kept: Tensor) -> Support:
@@ -241,6 +292,12 @@ class Support:
 
 def _offsets(sizes: Tensor) -> Tensor:
     return torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
+
+
+def _compressed(lists: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Return ids and offsets of lists that have been checked."""
+    sizes = torch.tensor([len(ids) for ids in lists], dtype=torch.int64)
+    return torch.tensor([x for ids in lists for x in ids], dtype=torch.int32), _offsets(sizes)
 
 
 def check_support(support: object, token_ids: Tensor, mask: Tensor, vocabulary: int, *, packed: bool) -> None:

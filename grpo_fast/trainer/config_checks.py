@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 from grpo_fast.data.chats import CHAT
-from grpo_fast.generation import check_options
+from grpo_fast.generation import check_options, sampler_class
 from grpo_fast.trainer.sampling_settings import check_importance_weights, corrects_sampler
 from grpo_fast.trainer.setting_errors import bad_setting
 
@@ -211,7 +211,8 @@ def check_rewards(config: GRPOConfig) -> None:
         config.vllm_importance_sampling_mode = "token_mask" if config.truncates or config.penalises else "sequence_mask"
     one_of("vllm_importance_sampling_mode", config.vllm_importance_sampling_mode, IMPORTANCE_SAMPLING_MODES)
     setting: object = config.replay_support
-    may_replay = setting is True or (setting == "auto" and config.sampler == "transformers")
+    returns = getattr(sampler_class(config.sampler), "returns_support", False)  # a sampler object is checked when the trainer has it
+    may_replay = setting is True or (setting == "auto" and returns)
     check_importance_weights(config, corrects_sampler(config, own_model=config.sampler == "transformers"), replays=may_replay)
     low, high = config.vllm_importance_sampling_clip_min, config.vllm_importance_sampling_clip_max
     if low is not None and not 0 <= low < math.inf:

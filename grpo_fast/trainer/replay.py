@@ -41,7 +41,7 @@ class SupportReplay:
         self.wanted = config.truncates and setting is not False and returns
         self._warned = False
         if config.truncates and setting is True and not returns:
-            fix = "Fix: sampler='transformers', no truncation, or replay_support='auto'."
+            fix = "Fix: a sampler that returns them (each built-in one does), no truncation, or replay_support='auto'."
             raise SamplerError(f"replay_support is True. {self._reason(type(sampler).__name__)} {fix}")
         if config.truncates and not self.wanted:
             self._warn(self._reason(type(sampler).__name__) if setting is not False else "replay_support is False.")
