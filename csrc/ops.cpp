@@ -16,6 +16,7 @@ STABLE_TORCH_LIBRARY_IMPL(grpo_fast, CPU, m) {
   m.impl("kept_hidden_gradient", TORCH_BOX(&kept_hidden_gradient_cpu));
   m.impl("add_kept_weight_gradient_", TORCH_BOX(&add_kept_weight_gradient_cpu));
   m.impl("product_", TORCH_BOX(&product_cpu));
+  m.impl("use_huge_pages_", TORCH_BOX(&use_huge_pages_cpu));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(grpo_fast, CompositeExplicitAutograd, m) {

@@ -31,7 +31,7 @@ void token_logprobs_backward_inplace_cpu(const torch::stable::Tensor& grad_logpr
                                          torch::stable::Tensor logits, const torch::stable::Tensor& token_ids,
                                          const torch::stable::Tensor& mask, const std::optional<torch::stable::Tensor>& temperatures,
                                          double temperature, double softcap, double logit_scale, const torch::stable::Tensor& logprobs,
-                                         const torch::stable::Tensor& entropy, const torch::stable::Tensor& lse);
+                                         const torch::stable::Tensor& entropy, const torch::stable::Tensor& lse, bool bfloat16_gradient);
 
 std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor> grpo_loss_cpu(
     const torch::stable::Tensor& logits, const torch::stable::Tensor& token_ids, const torch::stable::Tensor& mask,
@@ -47,7 +47,7 @@ std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, 
     const std::optional<torch::stable::Tensor>& entropy_weights, const std::optional<torch::stable::Tensor>& old_logprobs,
     const std::optional<torch::stable::Tensor>& ref_logprobs, const std::optional<torch::stable::Tensor>& rollout_weights,
     const std::optional<torch::stable::Tensor>& temperatures, double temperature, double softcap, double logit_scale, double loss_scale,
-    std::vector<double> settings, bool only_active);
+    std::vector<double> settings, bool only_active, bool bfloat16_gradient);
 
 torch::stable::Tensor kept_logits_cpu(const torch::stable::Tensor& hidden, const torch::stable::Tensor& weight,
                                       const torch::stable::Tensor& columns);
@@ -60,3 +60,6 @@ void add_kept_weight_gradient_cpu(torch::stable::Tensor into, const torch::stabl
 
 void product_cpu(torch::stable::Tensor out, const torch::stable::Tensor& a, const torch::stable::Tensor& b,
                  const std::optional<torch::stable::Tensor>& bias, bool accumulate);
+
+// Asks the system for huge pages in this tensor's memory, where it offers them.
+void use_huge_pages_cpu(torch::stable::Tensor x);

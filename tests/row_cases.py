@@ -14,6 +14,7 @@ import compare
 import pytest
 import test_grpo_loss
 import torch
+from bfloat16_gradient import check_bfloat16_gradient
 from test_triton import far_apart
 from torch import Tensor
 from vocabulary_cases import big
@@ -341,6 +342,11 @@ def test_autocast(device: str) -> None:
     expected = gf.grpo_loss(**call).loss
     with torch.autocast(device, dtype=torch.bfloat16):
         assert torch.equal(gf.grpo_loss(**call).loss, expected)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_bfloat16_gradient_of_float32_logits(device: str, softcap: float) -> None:
+    check_bfloat16_gradient(device, softcap)
 
 
 def test_opcheck(device: str) -> None:

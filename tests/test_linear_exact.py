@@ -11,8 +11,9 @@ from torch import Tensor
 
 import grpo_fast as gf
 from grpo_fast.head.precision import Precision
-from grpo_fast.head.products import FixedShapeProducts, Products, products_for, rounded_
+from grpo_fast.head.products import FixedShapeProducts, Products, products_for
 from grpo_fast.ops.backends import backends
+from grpo_fast.ops.rounding import rounded_
 
 HALF = [torch.bfloat16, torch.float16]
 CPU = pytest.mark.skipif(not backends()["cpu"].usable, reason="needs the C++ extension")

@@ -38,6 +38,11 @@ GF_INLINE void from_float(float x, BFloat* out) {  // a NaN from a bfloat16 has 
   const uint32_t u = bits<uint32_t>(x);
   out->bits = static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
 }
+// Any float32 number: a NaN, whose low bits may be all that it has, stays NaN.
+GF_INLINE void round_any(float x, BFloat* out) {
+  const uint32_t u = bits<uint32_t>(x), rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  out->bits = static_cast<uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
 GF_INLINE void from_float(float x, Half* out) {
   const uint32_t u = bits<uint32_t>(x), a = u & 0x7fffffffu;
   const uint32_t normal = (a - 0x38000000u + 0xfffu + ((a >> 13) & 1u)) >> 13;
@@ -47,6 +52,7 @@ GF_INLINE void from_float(float x, Half* out) {
   v = a >= 0x47800000u ? overflow : v;
   out->bits = static_cast<uint16_t>(v | ((u >> 16) & 0x8000u));
 }
+GF_INLINE void round_any(float x, Half* out) { from_float(x, out); }
 
 }  // namespace
 }  // namespace grpo_fast

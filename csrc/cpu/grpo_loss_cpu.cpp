@@ -75,11 +75,12 @@ struct LossOutput {
   Tensor loss, logprobs, entropy, metrics;
 };
 
-// gradient: where to write it (the logits themselves if in place), or null if no gradient is wanted
+// gradient: where to write it (the logits themselves if in place), or null if no gradient is wanted; bfloat16: see RowKernels
 LossOutput grpo_loss_rows(const Tensor& logits, const Tensor* gradient, const Tokens& tokens, const Tensor& token_ids,
-                          const PolicyInputs& policy, bool only_active) {
-  const Rows in(logits), out(gradient ? *gradient : logits);
+                          const PolicyInputs& policy, bool only_active, bool bfloat16 = false) {
+  const Rows in(logits), own(gradient ? *gradient : logits), out = bfloat16 ? own.in_bfloat16() : own;
   const RowKernels& kernels = rows(in.type);
+  const auto write_gradient = bfloat16 ? kernels.gradient_bfloat16 : kernels.gradient;
   const int64_t length = token_ids.size(1);
 
   LossOutput output{torch::stable::new_empty(token_ids, {}, ScalarType::Float), like_tokens(token_ids), like_tokens(token_ids),
@@ -117,7 +118,7 @@ LossOutput grpo_loss_rows(const Tensor& logits, const Tensor* gradient, const To
     records[static_cast<size_t>(n)] = record;
     if (!gradient) return;
     if (terms.g == 0 && terms.h == 0) return out.clear(b, t);
-    kernels.gradient(in.at(b, t), out.at(b, t), in.vocabulary, target, transform, row, terms.g, terms.h);
+    write_gradient(in.at(b, t), out.at(b, t), in.vocabulary, target, transform, row, terms.g, terms.h);
   });
   *output.loss.mutable_data_ptr<float>() = static_cast<float>(sum_up(records, output.metrics.mutable_data_ptr<float>()));
   return output;
@@ -146,11 +147,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grpo_loss_inplace_cpu(
     Tensor logits, const Tensor& token_ids, const Tensor& mask, const Tensor& advantages, const Tensor& weights,
     const std::optional<Tensor>& entropy_weights, const std::optional<Tensor>& old_logprobs, const std::optional<Tensor>& ref_logprobs,
     const std::optional<Tensor>& rollout_weights, const std::optional<Tensor>& temperatures, double temperature, double softcap,
-    double logit_scale, double loss_scale, std::vector<double> settings, bool only_active) {
+    double logit_scale, double loss_scale, std::vector<double> settings, bool only_active, bool bfloat16_gradient) {
   const TokenShape shape(logits, token_ids);
   STD_TORCH_CHECK(logits.stride(2) == 1, "in place: logits must be contiguous over the vocabulary");
   const Tokens tokens(shape, token_ids, mask, temperatures, {temperature, logit_scale, softcap});
   const PolicyInputs policy(shape, settings, advantages, weights, entropy_weights, old_logprobs, ref_logprobs, rollout_weights, loss_scale);
-  LossOutput output = grpo_loss_rows(logits, &logits, tokens, token_ids, policy, only_active);
+  LossOutput output = grpo_loss_rows(logits, &logits, tokens, token_ids, policy, only_active, bfloat16_gradient);
   return {output.loss, output.logprobs, output.entropy, output.metrics};
 }

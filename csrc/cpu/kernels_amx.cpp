@@ -28,18 +28,27 @@ struct alignas(64) TileConfiguration {
 };
 
 // c += a @ b, block after block of 32 values of k: the registers begin with c. The instruction makes the sum of a block and then adds it.
-// Meanwhile the cache fetches the square that is next.
+// Meanwhile the first-level cache fetches the square that is next, and the second-level cache what is packed next.
 template <bool kBothRows>
-void amx_kernel(const float* a, const float* b, int64_t units, float* c, int64_t stride, const float* next) {
+void amx_kernel(const float* a, const float* b, int64_t units, float* c, int64_t stride, bool from_zero, const float* next, Fetch* fetch_a,
+                Fetch* fetch_b) {
   const int64_t bytes = stride * 4, fetch = (kSquare * kTile + units - 1) / units;
-  _tile_loadd(0, c, bytes);
-  _tile_loadd(1, c + kTile, bytes);
-  if constexpr (kBothRows) {
-    _tile_loadd(2, c + kTile * stride, bytes);
-    _tile_loadd(3, c + kTile * stride + kTile, bytes);
+  if (from_zero) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  } else {
+    _tile_loadd(0, c, bytes);
+    _tile_loadd(1, c + kTile, bytes);
+    if constexpr (kBothRows) {
+      _tile_loadd(2, c + kTile * stride, bytes);
+      _tile_loadd(3, c + kTile * stride + kTile, bytes);
+    }
   }
   for (int64_t u = 0; u < units; u += kTile) {
     for (int64_t r = 0; r < fetch; r++, next += stride) __builtin_prefetch(next, 1), __builtin_prefetch(next + kTile, 1);
+    fetch_a->some(), fetch_b->some();
     _tile_loadd(4, a + u * kTile, 64);
     _tile_loadd(6, b + u * kTile, 64);
     _tile_loadd(7, b + (units + u) * kTile, 64);
@@ -59,29 +68,40 @@ void amx_kernel(const float* a, const float* b, int64_t units, float* c, int64_t
   }
 }
 
-void amx_tile(const ProductCall& call, int64_t m0, int64_t m1, int64_t n0, int64_t n1, float* buffer) {
+using AmxPacking = Packing<true, true, 2 * kPackUnits, kTile, kTile, kTile>;
+constexpr int64_t kStep = AmxPacking::kStep;
+
+void add_tile_amx(const ProductCall& call, const Tile& tile, const Packed& packed, float* sums, int64_t stride, const Tile* next) {
   static_assert(kTileRows % kSquare == 0 && kTileColumns % kSquare == 0 && kPackUnits % kTile == 0 && kSumBlock % (2 * kTile) == 0, "");
-  const int64_t rows = m1 - m0, columns = n1 - n0;
+  const int64_t rows = tile.m1 - tile.m0, columns = tile.n1 - tile.n0;
+  const int64_t squares = round_up(rows, kSquare) / kSquare * (round_up(columns, kSquare) / kSquare);
   alignas(64) float edge[kSquare * kSquare] = {};
   const TileConfiguration configuration;
   _tile_loadconfig(&configuration);
-  for (int64_t k = 0; k < call.k; k += 2 * kPackUnits) {
-    const int64_t ks = std::min(call.k - k, 2 * kPackUnits), units = round_up((ks + 1) / 2, kTile);
-    float *a = buffer, *b = buffer + round_up(rows, kSquare) * units;
-    pack<true, true>(call.a, m0, rows, k, ks, kTile, units, a);
-    pack<true>(call.b, n0, columns, k, ks, kTile, units, b);
+  for (int64_t k = 0; k < call.k; k += kStep) {
+    const int64_t units = AmxPacking::units(std::min(call.k - k, kStep));
+    const bool from_zero = packed.from_zero && k == 0;
+    const float *a = AmxPacking::a_of(call, tile, packed, k), *b = AmxPacking::b_of(call, tile, packed, k);
+    Fetch fetch_a, fetch_b;  // what is packed next
+    const int64_t steps = squares * (units / kTile);
+    const int64_t next_k = k + kStep < call.k ? k + kStep : 0;
+    if (const Tile* of = next_k ? &tile : next) {
+      const int64_t ks = std::min(call.k - next_k, kStep);
+      if (!packed.a) fetch_a = Fetch(call.a, of->m0, of->m1 - of->m0, next_k, ks, steps);
+      if (!packed.b) fetch_b = Fetch(call.b, of->n0, of->n1 - of->n0, next_k, ks, steps);
+    }
     for (int64_t j = 0; j < columns; j += kSquare, b += kSquare * units) {
       const int64_t wide = std::min(kSquare, columns - j);
       for (int64_t i = 0; i < rows; i += kSquare) {
         const int64_t high = std::min(kSquare, rows - i);
         const auto kernel = high > kTile ? &amx_kernel<true> : &amx_kernel<false>;
-        float* c = call.out + (m0 + i) * call.out_stride + n0 + j;
+        float* c = sums + i * stride + j;
         if (wide == kSquare && high % kTile == 0) {
-          kernel(a + i * units, b, units, c, call.out_stride, c + kSquare * call.out_stride);
+          kernel(a + i * units, b, units, c, stride, from_zero, c + kSquare * stride, &fetch_a, &fetch_b);
         } else {
-          copy_tile(high, wide, c, call.out_stride, edge, kSquare);
-          kernel(a + i * units, b, units, edge, kSquare, edge);
-          copy_tile(high, wide, edge, kSquare, c, call.out_stride);
+          copy_tile(high, wide, c, stride, edge, kSquare);
+          kernel(a + i * units, b, units, edge, kSquare, from_zero, edge, &fetch_a, &fetch_b);
+          copy_tile(high, wide, edge, kSquare, c, stride);
         }
       }
     }
@@ -93,5 +113,5 @@ void amx_tile(const ProductCall& call, int64_t m0, int64_t m1, int64_t n0, int64
 }  // namespace grpo_fast
 #include "target_end.h"
 
-GF_DEFINE_PRODUCT(kProductAmx, &amx_tile)
+GF_DEFINE_PRODUCT(kProductAmx, AmxPacking, &add_tile_amx)
 #endif

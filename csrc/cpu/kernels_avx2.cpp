@@ -15,6 +15,6 @@
 // clang-format on
 
 GF_DEFINE_KEPT_PRODUCTS(kKeptAvx2)
-GF_DEFINE_PRODUCT(kProductAvx2, &product_tile)
+GF_DEFINE_PRODUCT(kProductAvx2, FloatPacking, &add_tile)
 GF_DEFINE_ROWS(kRowsAvx2)
 #endif

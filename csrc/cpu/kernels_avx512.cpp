@@ -20,6 +20,6 @@
 // clang-format on
 
 GF_DEFINE_KEPT_PRODUCTS(kKeptAvx512)
-GF_DEFINE_PRODUCT(kProductAvx512, &product_tile)
+GF_DEFINE_PRODUCT(kProductAvx512, FloatPacking, &add_tile)
 GF_DEFINE_ROWS(kRowsAvx512)
 #endif

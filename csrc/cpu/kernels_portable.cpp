@@ -17,5 +17,5 @@
 // clang-format on
 
 GF_DEFINE_KEPT_PRODUCTS(kKeptPortable)
-GF_DEFINE_PRODUCT(kProductPortable, &product_tile)
+GF_DEFINE_PRODUCT(kProductPortable, FloatPacking, &add_tile)
 GF_DEFINE_ROWS(kRowsPortable)

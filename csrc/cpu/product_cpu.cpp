@@ -11,7 +11,7 @@
 namespace grpo_fast {
 namespace {
 
-ProductKernel product_kernel(RowType a, RowType b) {
+const ProductKernel& product_kernel(RowType a, RowType b) {
 #if defined(__x86_64__) && defined(__GNUC__)
   const int64_t isa = matrix_instruction_set();
 #if defined(GF_HAS_AMX)
@@ -33,6 +33,11 @@ ProductOperand operand(const char* name, const Tensor& x, int64_t outer_dimensio
 struct FreeAligned {
   void operator()(float* memory) const { ::operator delete(memory, std::align_val_t(64)); }
 };
+
+using Floats = std::unique_ptr<float, FreeAligned>;
+Floats new_floats(int64_t count) {
+  return Floats(static_cast<float*>(::operator new(static_cast<size_t>(count) * sizeof(float), std::align_val_t(64))));
+}
 
 // Halves the tiles until every thread has a few. The bits do not depend on it.
 struct Tiles {
@@ -64,15 +69,17 @@ struct Tiles {
 using namespace grpo_fast;
 
 void product_cpu(Tensor out, const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias_in, bool accumulate) {
-  ProductCall call{operand("a", a, 0), operand("b", b, 1), nullptr, 0, 0};
-  const int64_t m = a.size(0), n = b.size(1), k = a.size(1);
-  STD_TORCH_CHECK(b.size(0) == k, "grpo_fast: a is [", m, ", ", k, "] and b is [", b.size(0), ", ", n, "]; expected a.size(1) = b.size(0)");
-  STD_TORCH_CHECK(out.is_cpu() && out.scalar_type() == ScalarType::Float, "grpo_fast: out must be float32 on the CPU");
+  const ProductCall call{operand("a", a, 0), operand("b", b, 1), a.size(1)};
+  const int64_t m = a.size(0), n = b.size(1);
+  STD_TORCH_CHECK(b.size(0) == call.k, "grpo_fast: a is [", m, ", ", call.k, "] and b is [", b.size(0), ", ", n,
+                  "]; expected a.size(1) = b.size(0)");
+  STD_TORCH_CHECK(out.is_cpu(), "grpo_fast: out is not on the CPU");
   STD_TORCH_CHECK(out.dim() == 2 && out.size(0) == m && out.size(1) == n, "grpo_fast: out has the wrong shape; expected [", m, ", ", n,
                   "]");
   STD_TORCH_CHECK((n <= 1 || out.stride(1) == 1) && (m <= 1 || out.stride(0) >= n),
                   "grpo_fast: out must have contiguous rows that do not overlap; its strides are [", out.stride(0), ", ", out.stride(1),
                   "]");
+  const RowType type = row_type("out", out.scalar_type());
   std::vector<float> bias;
   if (bias_in.has_value()) {
     STD_TORCH_CHECK(!accumulate, "grpo_fast: bias is what the sums begin with; with accumulate they begin with out");
@@ -82,24 +89,60 @@ void product_cpu(Tensor out, const Tensor& a, const Tensor& b, const std::option
     for (int64_t j = 0; j < n; j++) bias.push_back(values[j * bias_in->stride(0)]);
   }
   if (m == 0 || n == 0) return;
-  call.out = out.mutable_data_ptr<float>(), call.out_stride = m > 1 ? out.stride(0) : n, call.k = k;
+  char* data = static_cast<char*>(out.mutable_data_ptr());
+  const int64_t out_stride = m > 1 ? out.stride(0) : n, element = type == RowType::kFloat32 ? 4 : 2;
 
-  const ProductKernel kernel = product_kernel(call.a.type, call.b.type);
+  const ProductKernel& kernel = product_kernel(call.a.type, call.b.type);
   Tiles tiles(m, n);
-  torch::stable::parallel_for(0, tiles.count(m, n), 1, [&](int64_t begin, int64_t end) {
-    const size_t bytes = static_cast<size_t>(product_buffer_size(tiles.rows, tiles.columns)) * sizeof(float);
-    const std::unique_ptr<float, FreeAligned> buffer(static_cast<float*>(::operator new(bytes, std::align_val_t(64))));
-    for (int64_t tile = begin; tile < end; tile++) {  // those that need the same part of b follow one another
-      const int64_t m0 = tile % tiles.down * tiles.rows, n0 = tile / tiles.down * tiles.columns;
-      const int64_t m1 = std::min(m, m0 + tiles.rows), n1 = std::min(n, n0 + tiles.columns);
-      for (int64_t i = m0; i < m1 && !accumulate; i++) {
-        float* row = call.out + i * call.out_stride;
-        if (bias.empty())
-          std::fill(row + n0, row + n1, 0.0f);
-        else
-          std::copy(bias.begin() + n0, bias.begin() + n1, row + n0);
+  const int64_t count = tiles.count(m, n);
+  const auto tile_at = [&](int64_t number) {  // those that need the same part of b follow one another
+    const int64_t m0 = number % tiles.down * tiles.rows, n0 = number / tiles.down * tiles.columns;
+    return Tile{m0, std::min(m, m0 + tiles.rows), n0, std::min(n, n0 + tiles.columns)};
+  };
+
+  // An operand that many tiles share is packed once, if it is small.
+  constexpr int64_t kLargest = int64_t(4) << 20;
+  const int64_t of_a = packed_size(tiles.rows, kTileRows, call.k), of_b = packed_size(tiles.columns, kTileColumns, call.k);
+  const Floats all_a = tiles.across > 1 && of_a * tiles.down <= kLargest ? new_floats(of_a * tiles.down) : Floats();
+  const Floats all_b = tiles.down > 1 && of_b * tiles.across <= kLargest ? new_floats(of_b * tiles.across) : Floats();
+  if (all_a || all_b) {
+    torch::stable::parallel_for(0, std::max(tiles.down, tiles.across), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) {
+        if (all_a && i < tiles.down) kernel.pack_a(call, i * tiles.rows, std::min(m, (i + 1) * tiles.rows), all_a.get() + i * of_a);
+        if (all_b && i < tiles.across) kernel.pack_b(call, i * tiles.columns, std::min(n, (i + 1) * tiles.columns), all_b.get() + i * of_b);
       }
-      kernel(call, m0, m1, n0, n1, buffer.get());
+    });
+  }
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    const int64_t room_a = block_size(tiles.rows, kTileRows), room_b = block_size(tiles.columns, kTileColumns);
+    const Floats buffer = new_floats(room_a + room_b + tiles.rows * tiles.columns);
+    float* sums = buffer.get() + room_a + room_b;
+    for (int64_t number = begin; number < end; number++) {
+      const Tile tile = tile_at(number), next = tile_at(std::min(number + 1, count - 1));
+      const int64_t rows = tile.m1 - tile.m0, columns = tile.n1 - tile.n0, stride = tiles.columns;
+      const Packed packed{all_a ? all_a.get() + number % tiles.down * of_a : nullptr,
+                          all_b ? all_b.get() + number / tiles.down * of_b : nullptr, buffer.get(), buffer.get() + room_a,
+                          !accumulate && bias.empty()};
+      const ProductOutput place{data + (tile.m0 * out_stride + tile.n0) * element, out_stride, type};
+      const Tile* following = number + 1 < end ? &next : nullptr;
+      if (accumulate && type == RowType::kFloat32) {
+        kernel.add(call, tile, packed, reinterpret_cast<float*>(place.data), out_stride, following);
+        continue;
+      }
+      if (accumulate) kernel.load(sums, stride, rows, columns, place);
+      for (int64_t i = 0; i < rows && (!bias.empty() || (packed.from_zero && call.k == 0)); i++) {
+        if (bias.empty())
+          std::fill_n(sums + i * stride, columns, 0.0f);
+        else
+          std::copy(bias.begin() + tile.n0, bias.begin() + tile.n1, sums + i * stride);
+      }
+      kernel.add(call, tile, packed, sums, stride, following);
+      kernel.store(sums, stride, rows, columns, place);
     }
   });
+}
+
+void use_huge_pages_cpu(Tensor x) {
+  STD_TORCH_CHECK(x.is_contiguous(), "grpo_fast: x must be contiguous");
+  use_huge_pages(x);
 }

@@ -168,8 +168,9 @@ void pack(const ProductOperand& operand, int64_t outer, int64_t outers, int64_t 
 }
 
 // c[r][:] += the products of kRows rows of a panel of a with a panel of b: for every block of k its sum, made in registers, then added.
+// With from_zero c begins with 0.
 template <int64_t kRows>
-void micro_kernel(const float* a, const float* b, int64_t units, float* c, int64_t stride) {
+void micro_kernel(const float* a, const float* b, int64_t units, float* c, int64_t stride, bool from_zero) {
 #pragma GCC unroll 8
   for (int64_t r = 0; r < kRows; r++)
     for (int64_t v = 0; v < kMicroVectors; v++) __builtin_prefetch(c + r * stride + v * kWidth, 1);
@@ -191,19 +192,20 @@ void micro_kernel(const float* a, const float* b, int64_t units, float* c, int64
 #pragma GCC unroll 3
       for (int64_t v = 0; v < kMicroVectors; v++) {
         float* at = c + r * stride + v * kWidth;
-        write(at, load(at) + sums[r][v]);
+        write(at, (from_zero ? Vector{} : load(at)) + sums[r][v]);
       }
     }
+    from_zero = false;
   }
 }
 
 // The largest power of two of the rows that are left, so that one row does not cost as much as all. A row's bits do not depend on it.
-GF_INLINE int64_t some_rows(int64_t left, const float* a, const float* b, int64_t units, float* c, int64_t stride) {
+GF_INLINE int64_t some_rows(int64_t left, const float* a, const float* b, int64_t units, float* c, int64_t stride, bool from_zero) {
   if constexpr (kMicroRows >= 8)
-    if (left >= 8) return micro_kernel<8>(a, b, units, c, stride), 8;
-  if (left >= 4) return micro_kernel<4>(a, b, units, c, stride), 4;
-  if (left >= 2) return micro_kernel<2>(a, b, units, c, stride), 2;
-  return micro_kernel<1>(a, b, units, c, stride), 1;
+    if (left >= 8) return micro_kernel<8>(a, b, units, c, stride, from_zero), 8;
+  if (left >= 4) return micro_kernel<4>(a, b, units, c, stride, from_zero), 4;
+  if (left >= 2) return micro_kernel<2>(a, b, units, c, stride, from_zero), 2;
+  return micro_kernel<1>(a, b, units, c, stride, from_zero), 1;
 }
 
 GF_INLINE void copy_tile(int64_t rows, int64_t columns, const float* from, int64_t from_stride, float* to, int64_t to_stride) {
@@ -211,27 +213,93 @@ GF_INLINE void copy_tile(int64_t rows, int64_t columns, const float* from, int64
     for (int64_t j = 0; j < columns; j++) to[r * to_stride + j] = from[r * from_stride + j];
 }
 
-[[maybe_unused]] void product_tile(const ProductCall& call, int64_t m0, int64_t m1, int64_t n0, int64_t n1, float* buffer) {
-  constexpr int64_t kStep = kPackUnits / 2;  // a panel of b stays in the first-level cache
-  const int64_t rows = m1 - m0, columns = n1 - n0;
+// How a kernel packs the operands: so many values of k at a time, in panels of so many rows of a and of b.
+template <bool kPairs, bool kOuterMajorA, int64_t kStepOfK, int64_t kPanelA, int64_t kPanelB, int64_t kUnitsMultiple>
+struct Packing {
+  static constexpr int64_t kStep = kStepOfK;
+
+  static int64_t units(int64_t ks) { return round_up(kPairs ? (ks + 1) / 2 : ks, kUnitsMultiple); }
+  // The sizes of a block, which is also the distance between the blocks of an operand that is packed for all of k.
+  static int64_t size_a(int64_t rows) { return round_up(rows, kTileRows) * units(kStep); }
+  static int64_t size_b(int64_t columns) { return round_up(columns, kTileColumns) * units(kStep); }
+
+  static void pack_a(const ProductCall& call, int64_t m0, int64_t rows, int64_t k, float* to) {
+    const int64_t ks = std::min(call.k - k, kStep);
+    pack<kPairs, kOuterMajorA>(call.a, m0, rows, k, ks, kPanelA, units(ks), to);
+  }
+  static void pack_b(const ProductCall& call, int64_t n0, int64_t columns, int64_t k, float* to) {
+    const int64_t ks = std::min(call.k - k, kStep);
+    pack<kPairs>(call.b, n0, columns, k, ks, kPanelB, units(ks), to);
+  }
+  static void all_of_a(const ProductCall& call, int64_t m0, int64_t m1, float* to) {
+    for (int64_t k = 0; k < call.k; k += kStep, to += size_a(m1 - m0)) pack_a(call, m0, m1 - m0, k, to);
+  }
+  static void all_of_b(const ProductCall& call, int64_t n0, int64_t n1, float* to) {
+    for (int64_t k = 0; k < call.k; k += kStep, to += size_b(n1 - n0)) pack_b(call, n0, n1 - n0, k, to);
+  }
+
+  // A block of an operand: packed before, or now.
+  static const float* a_of(const ProductCall& call, const Tile& tile, const Packed& packed, int64_t k) {
+    if (packed.a) return packed.a + k / kStep * size_a(tile.m1 - tile.m0);
+    pack_a(call, tile.m0, tile.m1 - tile.m0, k, packed.room_a);
+    return packed.room_a;
+  }
+  static const float* b_of(const ProductCall& call, const Tile& tile, const Packed& packed, int64_t k) {
+    if (packed.b) return packed.b + k / kStep * size_b(tile.n1 - tile.n0);
+    pack_b(call, tile.n0, tile.n1 - tile.n0, k, packed.room_b);
+    return packed.room_b;
+  }
+};
+
+// Fetches a part of an operand into the second-level cache, a few lines at a time, while something else is computed.
+class Fetch {
+ public:
+  Fetch() = default;
+  Fetch(const ProductOperand& operand, int64_t outer, int64_t outers, int64_t k, int64_t ks, int64_t calls) {
+    const int64_t element = operand.type == RowType::kFloat32 ? 4 : 2;
+    const bool along_k = operand.k_stride == 1;
+    if (!along_k && operand.outer_stride != 1) return;
+    at_ = operand.data + (outer * operand.outer_stride + k * operand.k_stride) * element;
+    stride_ = (along_k ? operand.outer_stride : operand.k_stride) * element;
+    lines_ = ((along_k ? ks : outers) * element + kLine - 1) / kLine;
+    left_ = (along_k ? outers : ks) * lines_;
+    each_ = (left_ + calls - 1) / std::max<int64_t>(calls, 1);
+  }
+  GF_INLINE void some() {
+    for (int64_t i = std::min(each_, left_); i > 0; i--, left_--) {
+      __builtin_prefetch(at_ + line_ * kLine, 0, 2);
+      if (++line_ == lines_) line_ = 0, at_ += stride_;
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  const char* at_ = nullptr;
+  int64_t stride_ = 0, lines_ = 0, left_ = 0, each_ = 0, line_ = 0;
+};
+
+using FloatPacking = Packing<false, false, kPackUnits / 2, kPanel, kMicroColumns, 1>;  // a panel of b stays in the first-level cache
+
+[[maybe_unused]] void add_tile(const ProductCall& call, const Tile& tile, const Packed& packed, float* sums, int64_t stride,
+                               const Tile* /*next*/) {
+  const int64_t rows = tile.m1 - tile.m0, columns = tile.n1 - tile.n0;
   float edge[kMicroRows * kMicroColumns] = {};
-  for (int64_t k = 0; k < call.k; k += kStep) {
-    const int64_t units = std::min(call.k - k, kStep);
-    float *a = buffer, *b = buffer + round_up(rows, kPanel) * units;
-    pack<false>(call.a, m0, rows, k, units, kPanel, units, a);
-    pack<false>(call.b, n0, columns, k, units, kMicroColumns, units, b);
+  for (int64_t k = 0; k < call.k; k += FloatPacking::kStep) {
+    const int64_t units = std::min(call.k - k, FloatPacking::kStep);
+    const bool from_zero = packed.from_zero && k == 0;
+    const float *a = FloatPacking::a_of(call, tile, packed, k), *b = FloatPacking::b_of(call, tile, packed, k);
     for (int64_t j = 0; j < columns; j += kMicroColumns, b += kMicroColumns * units) {
       const int64_t wide = std::min(kMicroColumns, columns - j);
       for (int64_t i = 0; i < rows;) {
         const float* panel = a + i / kPanel * kPanel * units + i % kPanel;
         const int64_t left = std::min(kMicroRows - i % kMicroRows, rows - i);
-        float* c = call.out + (m0 + i) * call.out_stride + n0 + j;
+        float* c = sums + i * stride + j;
         if (wide == kMicroColumns) {
-          i += some_rows(left, panel, b, units, c, call.out_stride);
+          i += some_rows(left, panel, b, units, c, stride, from_zero);
         } else {
-          copy_tile(left, wide, c, call.out_stride, edge, kMicroColumns);
-          const int64_t done = some_rows(left, panel, b, units, edge, kMicroColumns);
-          copy_tile(done, wide, edge, kMicroColumns, c, call.out_stride);
+          copy_tile(left, wide, c, stride, edge, kMicroColumns);
+          const int64_t done = some_rows(left, panel, b, units, edge, kMicroColumns, from_zero);
+          copy_tile(done, wide, edge, kMicroColumns, c, stride);
           i += done;
         }
       }
@@ -239,11 +307,70 @@ GF_INLINE void copy_tile(int64_t rows, int64_t columns, const float* from, int64
   }
 }
 
+// Copies bytes. Whole cache lines bypass the caches where the processor can: they need not be read before they are written, and what is in
+// the caches stays there.
+GF_INLINE void copy_past_caches(char* to, const char* from, int64_t bytes) {
+#if GF_VECTOR_FLOATS == 16
+  const int64_t head = std::min<int64_t>(bytes, static_cast<int64_t>(-reinterpret_cast<uintptr_t>(to) & 63));
+  std::memcpy(to, from, static_cast<size_t>(head));
+  int64_t at = head;
+  for (; at + 64 <= bytes; at += 64) _mm512_stream_si512(reinterpret_cast<__m512i*>(to + at), read_as<__m512i>(from + at));
+  std::memcpy(to + at, from + at, static_cast<size_t>(bytes - at));
+#else
+  std::memcpy(to, from, static_cast<size_t>(bytes));
+#endif
+}
+
+template <typename T>
+void store_tile_as(const float* sums, int64_t stride, int64_t rows, int64_t columns, char* out, int64_t out_stride) {
+  constexpr int64_t kPart = 512;
+  alignas(64) T rounded[kPart];
+  for (int64_t i = 0; i < rows; i++) {
+    for (int64_t j = 0; j < columns; j += kPart) {
+      const int64_t n = std::min(kPart, columns - j);
+      const float* row = sums + i * stride + j;
+      char* to = out + (i * out_stride + j) * static_cast<int64_t>(sizeof(T));
+      if constexpr (std::is_same_v<T, float>) {
+        copy_past_caches(to, reinterpret_cast<const char*>(row), n * 4);
+      } else {
+#pragma omp simd
+        for (int64_t l = 0; l < n; l++) round_any(row[l], rounded + l);
+        copy_past_caches(to, reinterpret_cast<const char*>(rounded), n * 2);
+      }
+    }
+  }
+#if GF_VECTOR_FLOATS == 16
+  _mm_sfence();
+#endif
+}
+
+void store_tile(const float* sums, int64_t stride, int64_t rows, int64_t columns, const ProductOutput& out) {
+  if (out.type == RowType::kFloat32) return store_tile_as<float>(sums, stride, rows, columns, out.data, out.stride);
+  if (out.type == RowType::kBFloat16) return store_tile_as<BFloat>(sums, stride, rows, columns, out.data, out.stride);
+  store_tile_as<Half>(sums, stride, rows, columns, out.data, out.stride);
+}
+
+template <typename T>
+void load_tile_as(float* sums, int64_t stride, int64_t rows, int64_t columns, const char* out, int64_t out_stride) {
+  for (int64_t i = 0; i < rows; i++) {
+    const T* from = reinterpret_cast<const T*>(out) + i * out_stride;
+    float* to = sums + i * stride;
+#pragma omp simd
+    for (int64_t j = 0; j < columns; j++) to[j] = to_float(from[j]);
+  }
+}
+
+void load_tile(float* sums, int64_t stride, int64_t rows, int64_t columns, const ProductOutput& out) {
+  if (out.type == RowType::kFloat32) return load_tile_as<float>(sums, stride, rows, columns, out.data, out.stride);
+  if (out.type == RowType::kBFloat16) return load_tile_as<BFloat>(sums, stride, rows, columns, out.data, out.stride);
+  load_tile_as<Half>(sums, stride, rows, columns, out.data, out.stride);
+}
+
 }  // namespace
 }  // namespace grpo_fast
 
-#define GF_DEFINE_PRODUCT(name, kernel) \
-  namespace grpo_fast {                 \
-  extern const ProductKernel name;      \
-  const ProductKernel name = kernel;    \
+#define GF_DEFINE_PRODUCT(name, packing, add)                                                        \
+  namespace grpo_fast {                                                                              \
+  extern const ProductKernel name;                                                                   \
+  const ProductKernel name = {&packing::all_of_a, &packing::all_of_b, add, &store_tile, &load_tile}; \
   }

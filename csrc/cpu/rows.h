@@ -29,6 +29,9 @@ struct RowKernels {
   // d loss / d z for the whole row; gradient may be the row itself, target may be kNoTarget.
   void (*gradient)(const void* row, void* gradient, int64_t vocabulary, int64_t target, const RowTransform& transform,
                    const RowStatistics& statistics, double g, double h);
+  // The same rounded to bfloat16, where the row is float32; gradient may be the beginning of the row's memory.
+  void (*gradient_bfloat16)(const void* row, void* gradient, int64_t vocabulary, int64_t target, const RowTransform& transform,
+                            const RowStatistics& statistics, double g, double h);
 };
 
 const RowKernels& rows(RowType type);

@@ -183,8 +183,17 @@ struct GradientTerms {  // d loss / d f = e * (constant + linear * t), e = 2^t, 
   float cap_scale;  // a soft cap's derivative is that of tanh at z * cap_scale
 };
 
-template <bool kCapped, bool kEntropy, typename E, typename T>
-GF_INLINE void gradient_block(const E* f, const float* cap_slope, T* out, int64_t n, const GradientTerms& terms) {
+// Conversion of float to the type of the gradient. Only a row in the gradient's own type has no NaN that from_float() might lose.
+template <typename T, typename G>
+GF_INLINE void round_gradient(float d, G* out) {
+  if constexpr (std::is_same_v<T, G>)
+    from_float(d, out);
+  else
+    round_any(d, out);
+}
+
+template <bool kCapped, bool kEntropy, typename T, typename E, typename G>
+GF_INLINE void gradient_block(const E* f, const float* cap_slope, G* out, int64_t n, const GradientTerms& terms) {
   const GradientTerms c = terms;  // a copy, which stores to out cannot alias
   const float floor = exponent_floor();
 #pragma omp simd
@@ -192,12 +201,13 @@ GF_INLINE void gradient_block(const E* f, const float* cap_slope, T* out, int64_
     const float x = to_float(f[j]), t = at_least(floor, (x - c.pivot) * c.k), e = exp2_fast(t);
     float d = kEntropy ? e * (c.constant + c.linear * t) : e * c.constant;
     if (kCapped) d *= cap_slope[j];
-    from_float(d, out + j);
+    round_gradient<T>(d, out + j);
   }
 }
 
-template <typename T, bool kCapped, bool kEntropy>
-GF_INLINE void gradient_of(const T* row, T* gradient, int64_t vocabulary, int64_t target, const RowTransform& transform,
+// G is T, or a shorter type: then the gradient of a block may be written over the logits of this block and of those before.
+template <typename T, typename G, bool kCapped, bool kEntropy>
+GF_INLINE void gradient_of(const T* row, G* gradient, int64_t vocabulary, int64_t target, const RowTransform& transform,
                            const RowStatistics& statistics, double g, double h) {
   alignas(64) float buffer[kBlock], cap_slope[kCapped ? kBlock : 1];
   const double cap_slope_of_target =
@@ -222,9 +232,16 @@ GF_INLINE void gradient_of(const T* row, T* gradient, int64_t vocabulary, int64_
 #pragma omp simd
       for (int64_t j = 0; j < n; j++) cap_slope[j] = tanh_derivative(to_float(row[begin + j]) * terms.cap_scale);
     }
-    gradient_block<kCapped, kEntropy>(block_of<kCapped>(row + begin, n, transform, buffer), cap_slope, gradient + begin, n, terms);
+    const auto f = block_of<kCapped>(row + begin, n, transform, buffer);
+    if constexpr (std::is_same_v<T, G>) {
+      gradient_block<kCapped, kEntropy, T>(f, cap_slope, gradient + begin, n, terms);
+    } else {
+      alignas(64) G rounded[kBlock];
+      gradient_block<kCapped, kEntropy, T>(f, cap_slope, rounded, n, terms);
+      std::memcpy(gradient + begin, rounded, static_cast<size_t>(n) * sizeof(G));
+    }
   }
-  if (target != kNoTarget) from_float(static_cast<float>(d_target), gradient + target);
+  if (target != kNoTarget) round_gradient<T>(static_cast<float>(d_target), gradient + target);
 }
 
 template <typename T>
@@ -234,30 +251,31 @@ RowStatistics statistics(const void* row, int64_t vocabulary, int64_t target, co
                                : statistics_of<T, false>(typed, vocabulary, target, transform);
 }
 
-template <typename T>
+template <typename T, typename G>
 void gradient(const void* row, void* gradient, int64_t vocabulary, int64_t target, const RowTransform& transform,
               const RowStatistics& statistics, double g, double h) {
   const T* in = static_cast<const T*>(row);
-  T* out = static_cast<T*>(gradient);
+  G* out = static_cast<G*>(gradient);
   if (transform.softcap > 0) {
     if (h != 0)
-      gradient_of<T, true, true>(in, out, vocabulary, target, transform, statistics, g, h);
+      gradient_of<T, G, true, true>(in, out, vocabulary, target, transform, statistics, g, h);
     else
-      gradient_of<T, true, false>(in, out, vocabulary, target, transform, statistics, g, h);
+      gradient_of<T, G, true, false>(in, out, vocabulary, target, transform, statistics, g, h);
   } else {
     if (h != 0)
-      gradient_of<T, false, true>(in, out, vocabulary, target, transform, statistics, g, h);
+      gradient_of<T, G, false, true>(in, out, vocabulary, target, transform, statistics, g, h);
     else
-      gradient_of<T, false, false>(in, out, vocabulary, target, transform, statistics, g, h);
+      gradient_of<T, G, false, false>(in, out, vocabulary, target, transform, statistics, g, h);
   }
 }
 
 }  // namespace
 }  // namespace grpo_fast
 
-#define GF_DEFINE_ROWS(table)                                                                                                  \
-  namespace grpo_fast {                                                                                                        \
-  extern const RowKernels table[3];                                                                                            \
-  const RowKernels table[3] = {                                                                                                \
-      {&statistics<float>, &gradient<float>}, {&statistics<BFloat>, &gradient<BFloat>}, {&statistics<Half>, &gradient<Half>}}; \
+#define GF_DEFINE_ROWS(table)                                                                               \
+  namespace grpo_fast {                                                                                     \
+  extern const RowKernels table[3];                                                                         \
+  const RowKernels table[3] = {{&statistics<float>, &gradient<float, float>, &gradient<float, BFloat>},     \
+                               {&statistics<BFloat>, &gradient<BFloat, BFloat>, &gradient<BFloat, BFloat>}, \
+                               {&statistics<Half>, &gradient<Half, Half>, nullptr}};                        \
   }

@@ -57,13 +57,14 @@ static void set_pivot(RowStatistics* statistics, const RowKernels& kernels, cons
 static void token_logprobs_gradient(const Tensor& logits, const Tensor& gradient, const Tensor& grad_logprobs, const Tensor& grad_entropy,
                                     const Tensor& token_ids, const Tensor& mask, const std::optional<Tensor>& temperatures,
                                     double temperature, double softcap, double logit_scale, const Tensor& logprobs, const Tensor& entropy,
-                                    const Tensor& lse) {
+                                    const Tensor& lse, bool bfloat16 = false) {
   const TokenShape shape(logits, token_ids);
   const Tokens tokens(shape, token_ids, mask, temperatures, {temperature, logit_scale, softcap});
   const PerToken<float> g("grad_logprobs", grad_logprobs, shape), h("grad_entropy", grad_entropy, shape),
       logprob("logprobs", logprobs, shape), row_entropy("entropy", entropy, shape), row_lse("lse", lse, shape);
-  const Rows in(logits), out(gradient);
+  const Rows in(logits), own(gradient), out = bfloat16 ? own.in_bfloat16() : own;
   const RowKernels& kernels = rows(in.type);
+  const auto write_gradient = bfloat16 ? kernels.gradient_bfloat16 : kernels.gradient;
 
   const int64_t length = token_ids.size(1);
   for_each_row(in.sequences * in.positions, in.vocabulary, [&](int64_t n) {
@@ -74,7 +75,7 @@ static void token_logprobs_gradient(const Tensor& logits, const Tensor& gradient
     RowStatistics row{logprob.at(b, t), row_entropy.at(b, t), row_lse.at(b, t), 0, 0};
     const int64_t target = tokens.in_vocabulary(b, t, in.vocabulary) ? tokens.ids.at(b, t) : kNoTarget;
     set_pivot(&row, kernels, in.at(b, t), in.vocabulary, target, transform);
-    kernels.gradient(in.at(b, t), out.at(b, t), in.vocabulary, target, transform, row, g.at(b, t), h.at(b, t));
+    write_gradient(in.at(b, t), out.at(b, t), in.vocabulary, target, transform, row, g.at(b, t), h.at(b, t));
   });
 }
 
@@ -92,8 +93,9 @@ Tensor token_logprobs_backward_cpu(const Tensor& grad_logprobs, const Tensor& gr
 
 void token_logprobs_backward_inplace_cpu(const Tensor& grad_logprobs, const Tensor& grad_entropy, Tensor logits, const Tensor& token_ids,
                                          const Tensor& mask, const std::optional<Tensor>& temperatures, double temperature, double softcap,
-                                         double logit_scale, const Tensor& logprobs, const Tensor& entropy, const Tensor& lse) {
+                                         double logit_scale, const Tensor& logprobs, const Tensor& entropy, const Tensor& lse,
+                                         bool bfloat16_gradient) {
   STD_TORCH_CHECK(logits.dim() == 3 && logits.stride(2) == 1, "in place: logits must be [B, T, V], contiguous over the vocabulary");
   token_logprobs_gradient(logits, logits, grad_logprobs, grad_entropy, token_ids, mask, temperatures, temperature, softcap, logit_scale,
-                          logprobs, entropy, lse);
+                          logprobs, entropy, lse, bfloat16_gradient);
 }

@@ -24,17 +24,21 @@ namespace grpo_fast {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Memory for a gradient of the shape of the logits. Page faults on 64,000 small pages cost more than the whole loss, so huge pages are
-// requested for a large gradient.
-inline Tensor new_gradient(const Tensor& logits) {
-  Tensor gradient = torch::stable::new_empty(logits, {logits.size(0), logits.size(1), logits.size(2)});
+// Requests huge pages for memory that is not in use yet: page faults on 64,000 small pages cost more than the whole loss.
+inline void use_huge_pages(const Tensor& x) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHugePage = uintptr_t(2) << 20;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(gradient.mutable_data_ptr());
-  const uintptr_t end = begin + static_cast<uintptr_t>(gradient.numel()) * static_cast<uintptr_t>(gradient.element_size());
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(x.const_data_ptr());
+  const uintptr_t end = begin + static_cast<uintptr_t>(x.numel()) * static_cast<uintptr_t>(x.element_size());
   const uintptr_t first = (begin + kHugePage - 1) & ~(kHugePage - 1), last = end & ~(kHugePage - 1);
   if (last > first + 4 * kHugePage) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
+}
+
+// Memory for a gradient of the shape of the logits.
+inline Tensor new_gradient(const Tensor& logits) {
+  Tensor gradient = torch::stable::new_empty(logits, {logits.size(0), logits.size(1), logits.size(2)});
+  use_huge_pages(gradient);
   return gradient;
 }
 
@@ -60,6 +64,13 @@ struct Rows {  // [B, T or T + 1, V] logits or their gradient; position T, if th
         position_stride(tensor.stride(1)),
         element(tensor.scalar_type() == ScalarType::Float ? 4 : 2),
         type(row_type("logits", tensor.scalar_type())) {}
+  // The rows of a bfloat16 gradient that begin where those of float32 logits begin.
+  Rows in_bfloat16() const {
+    STD_TORCH_CHECK(type == RowType::kFloat32, "grpo_fast: bfloat16_gradient needs float32 logits");
+    Rows out = *this;
+    out.sequence_stride *= 2, out.position_stride *= 2, out.element = 2, out.type = RowType::kBFloat16;
+    return out;
+  }
   void* at(int64_t b, int64_t t) const { return data + (b * sequence_stride + t * position_stride) * element; }
   void clear(int64_t b, int64_t t) const { std::memset(at(b, t), 0, static_cast<size_t>(vocabulary * element)); }
 };

@@ -76,7 +76,7 @@ def linear_token_logprobs_fwd(
             kept.append(logits)
         elif with_derivative:
             one, zero = torch.ones_like(found.logprobs), torch.zeros_like(found.logprobs)
-            chunk_of_rows.gradient_(logits.unsqueeze(0), found, one, zero)
+            chunk_of_rows.gradient_(logits.unsqueeze(0), found, one, zero, bfloat16=head.bfloat16_gradient)
             head.add_gradient(logits, tokens)
     return LogprobsState(statistics, planned, head.gradients() if with_derivative else None, kept, kept_tokens)
 
@@ -100,7 +100,8 @@ def linear_token_logprobs_bwd(
         tokens = plan.tokens(chunk.begin, chunk.end)
         logits = head.logits(tokens) if i >= len(kept) or keep_graph else kept[i]
         statistics = RowStatistics(*(x[:, tokens] for x in state.statistics))
-        rows.take(tokens).gradient_(logits.unsqueeze(0), statistics, g[:, tokens], h[:, tokens])
+        of_logits = (logits.unsqueeze(0), statistics, g[:, tokens], h[:, tokens])
+        rows.take(tokens).gradient_(*of_logits, bfloat16=head.bfloat16_gradient)
         head.add_gradient(logits, tokens)
         if i < len(kept) and not keep_graph:
             kept[i] = logits.new_empty(0)  # frees the memory for the products of the next chunk

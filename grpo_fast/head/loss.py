@@ -84,7 +84,7 @@ def linear_loss(
         logits = head.logits(tokens)
         arguments = loss_arguments(rows.take(tokens), token_level.take(tokens))
         _, statistics.logprobs[:, tokens], statistics.entropy[:, tokens], _ = call_below_autograd(
-            torch.ops.grpo_fast.grpo_loss_.default, logits.unsqueeze(0), *arguments
+            torch.ops.grpo_fast.grpo_loss_.default, logits.unsqueeze(0), *arguments, head.bfloat16_gradient
         )
         head.add_gradient(logits, tokens)
 
@@ -101,7 +101,8 @@ def linear_loss(
             if not plan.has_logits(chunk, end):
                 logits = head.logits(tokens)
             of_piece = RowStatistics(*(x[:, tokens] for x in statistics))
-            rows.take(tokens).gradient_(logits.unsqueeze(0), of_piece, g[:, tokens], h[:, tokens])
+            of_logits = (logits.unsqueeze(0), of_piece, g[:, tokens], h[:, tokens])
+            rows.take(tokens).gradient_(*of_logits, bfloat16=head.bfloat16_gradient)
             head.add_gradient(logits, tokens)
 
     for chunk in plan.nograd_chunks:

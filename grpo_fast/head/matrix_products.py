@@ -16,8 +16,10 @@ from torch.distributed import ProcessGroup
 import grpo_fast.ops.kept_products  # noqa: F401  defines the operators
 from grpo_fast.head.chunking import ChunkPlan
 from grpo_fast.head.precision import Precision
-from grpo_fast.head.products import Products, products_for
+from grpo_fast.head.products import CppProducts, products_for
 from grpo_fast.loss.vocab_parallel import sum_in_rank_order_
+from grpo_fast.ops import huge_pages
+from grpo_fast.ops.rounding import first_half
 
 __all__ = ["DenseHead", "Head", "HeadTensors", "ModuleHead", "NeedsGrad", "per_row"]
 
@@ -54,6 +56,7 @@ class Head(Protocol):
 
     vocabulary: int
     needs_grad: NeedsGrad
+    bfloat16_gradient: bool  # whether add_gradient() takes the first half of each row of float32 logits as their gradient in bfloat16
 
     def reserve(self, rows: int) -> None:
         """Allocate memory for the logits of this number of tokens, once for all chunks."""
@@ -88,6 +91,10 @@ class DenseHead:
         self.length, self.positions = length, hidden.shape[1]
         self.precision, self.dtype = precision, precision.dtype
         self.products = products_for(precision, hidden.device)
+        # The products round the gradient to bfloat16 anyway; the sum of the bias's gradient does not.
+        self.bfloat16_gradient = (
+            isinstance(self.products, CppProducts) and precision.widened and self.dtype == torch.bfloat16 and not needs_grad.bias
+        )
         self.weight = weight.to(self.dtype)
         self.vocabulary = weight.shape[0]
         self.bias = None if tensors.bias is None else tensors.bias.to(precision.logits_dtype)
@@ -113,7 +120,9 @@ class DenseHead:
             if first:
                 self._grads["bias"] = gradient.new_empty(self.vocabulary, dtype=torch.float32)
             self.products.bias_gradient(self._grads["bias"], gradient, add=not first)
-        if self.precision.widened:
+        if self.bfloat16_gradient:
+            gradient = first_half(gradient, torch.bfloat16)
+        elif self.precision.widened:
             gradient = self.products.rounded(gradient, self.dtype)
         if self.needs_grad.hidden:
             self._set_rows("hidden", gradient, self.weight, tokens)
@@ -189,20 +198,21 @@ class DenseHead:
 
     def _set_rows(self, name: str, gradient: Tensor, weight: Tensor, tokens: Tensor | slice) -> None:
         rows, source = self._gradient_rows(name, tokens)
-        if type(self.products) is Products and isinstance(source, slice) and rows.dtype == gradient.dtype:
-            torch.mm(gradient, weight, out=rows[source])
+        if isinstance(source, slice):
+            self.products.hidden_gradient_into(rows[source], gradient, weight)
         else:
             rows[source] = self.products.hidden_gradient(gradient, weight).to(rows.dtype)
 
     def _accumulate(self, name: str, gradient: Tensor, rows: Tensor) -> None:
         """Add gradient.T @ rows to the gradient of a weight."""
         x: Tensor = getattr(self.tensors, name)
-        if self.plan.is_single_piece and x.dtype == self.dtype and type(self.products) is Products:  # no other contribution follows
-            self._grads[name] = torch.mm(gradient.t(), rows)
+        if self.plan.is_single_piece and x.dtype == self.dtype and self.products.one_result:  # no other contribution follows
+            self._grads[name] = huge_pages.empty(x.shape, x.dtype, x.device)
+            self.products.weight_gradient(self._grads[name], gradient, rows, add=False)
             return
         first = name not in self._grads
         if first:
-            self._grads[name] = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+            self._grads[name] = huge_pages.empty(x.shape, torch.float32, x.device)
         self.products.weight_gradient(self._grads[name], gradient, rows, add=not first)
 
 
@@ -221,6 +231,7 @@ class ModuleHead:
     ):
         self.module, self.hidden, self.needs_grad, self.vocabulary, self.length = module, hidden, needs_grad, vocabulary, length
         self.autocast, self.logits_dtype = autocast, logits_dtype
+        self.bfloat16_gradient = False
         self._latest: tuple[Tensor, Tensor] | None = None
         self._gradient: Tensor | None = None
 

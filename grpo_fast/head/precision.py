@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from grpo_fast.head.memory import chunk_rows
+from grpo_fast.ops import huge_pages
 from grpo_fast.ops.product import SUM_BLOCK
 
 __all__ = ["LOGITS_DTYPES", "Precision"]
@@ -58,4 +59,4 @@ class Precision(NamedTuple):
 
     def new_logits(self, rows: int, vocabulary: int, device: torch.device) -> torch.Tensor:
         """Allocate memory for logits, [rows, V]."""
-        return torch.empty(rows, self.columns(vocabulary, device), dtype=self.logits_dtype, device=device)[:, :vocabulary]
+        return huge_pages.empty((rows, self.columns(vocabulary, device)), self.logits_dtype, device)[:, :vocabulary]

@@ -14,16 +14,19 @@ from torch import Tensor
 import grpo_fast.ops.product  # noqa: F401  defines the operator
 from grpo_fast.head.precision import GPU_TILE, Precision
 from grpo_fast.ops import extension
+from grpo_fast.ops.rounding import converted_width, rounded_
 
-__all__ = ["CppProducts", "FixedShapeProducts", "Products", "products_for", "rounded_"]
-
-# Only NVIDIA's library can return a 16-bit product in float32. For other libraries the operands are converted to float32 first, a part of
-# the columns of the logits at a time: 1 / CONVERTED_PARTS of them, but at least MIN_CONVERTED.
-CONVERTED_PARTS, MIN_CONVERTED = 32, 256
+__all__ = ["CppProducts", "FixedShapeProducts", "Products", "products_for"]
 
 
 class Products:
-    """The products by PyTorch."""
+    """The products by PyTorch.
+
+    Only NVIDIA's library can return a 16-bit product in float32. For other libraries the operands are converted to float32 first, a part of
+    the columns of the logits at a time.
+    """
+
+    one_result = True  # whether the whole product is computed at once, so that it may be rounded to the dtype of its result
 
     def logits(self, out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         """Compute out = hidden @ weight.T + bias: [n, V] from [n, D], [V, D] and, in the dtype of out, [V]."""
@@ -37,7 +40,7 @@ class Products:
             torch.mm(hidden, weight.t(), out_dtype=torch.float32, out=out)
         else:
             rows = hidden.float()
-            for part, into in zip(weight.split(_width(out)), out.split(_width(out), 1), strict=True):
+            for part, into in zip(weight.split(converted_width(out)), out.split(converted_width(out), 1), strict=True):
                 torch.mm(rows, part.float().t(), out=into)
         if bias is not None:
             out += bias
@@ -50,7 +53,7 @@ class Products:
             torch.addmm(out, adapted, weight.t(), out_dtype=torch.float32, out=out)
         else:
             rows = adapted.float()
-            for part, into in zip(weight.split(_width(out)), out.split(_width(out), 1), strict=True):
+            for part, into in zip(weight.split(converted_width(out)), out.split(converted_width(out), 1), strict=True):
                 into.addmm_(rows, part.float().t())
 
     def rounded(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
@@ -63,15 +66,23 @@ class Products:
         """Compute gradient @ weight, [n, D], in the dtype of either operand or in float32."""
         return torch.mm(gradient, weight)
 
+    def hidden_gradient_into(self, out: Tensor, gradient: Tensor, weight: Tensor) -> None:
+        """Compute out = gradient @ weight, [n, D]."""
+        if type(self) is Products and out.dtype == gradient.dtype:
+            torch.mm(gradient, weight, out=out)
+        else:
+            out.copy_(self.hidden_gradient(gradient, weight))
+
     def weight_gradient(self, total: Tensor, gradient: Tensor, rows: Tensor, *, add: bool) -> None:
-        """Compute total = gradient.T @ rows, or with ``add`` total += gradient.T @ rows, float32 [V, D]."""
+        """Compute total = gradient.T @ rows, or with ``add`` total += gradient.T @ rows, float32 [V, D]; with ``one_result`` and without
+        ``add`` also in another dtype."""
         beta = int(add)
-        if gradient.dtype == torch.float32:
+        if total.dtype == gradient.dtype == rows.dtype:
             total.addmm_(gradient.t(), rows, beta=beta)
         elif _returns_float32(total):
             torch.addmm(total, gradient.t(), rows, beta=beta, out_dtype=torch.float32, out=total)
         else:
-            width = _width(gradient)
+            width = converted_width(gradient)
             rows = rows.float()
             for part, into in zip(gradient.split(width, 1), total.split(width), strict=True):
                 into.addmm_(part.t().float(), rows, beta=beta)
@@ -83,27 +94,13 @@ class Products:
 
 
 class CppProducts(Products):
-    """The products by the C++ extension: float32 results, each element a fixed sequence of operations, whatever is computed beside it."""
+    """The products by the C++ extension, each element a fixed sequence of operations in float32, whatever is computed beside it."""
 
     def logits(self, out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-        if out.dtype == torch.float32:
-            _product(out, hidden, weight.t(), bias)
-            return
-        width = _width(out)
-        biases = [None] * out.shape[1] if bias is None else bias.float().split(width)
-        for part, into, of_part in zip(weight.split(width), out.split(width, 1), biases, strict=False):
-            exact = out.new_empty(into.shape, dtype=torch.float32)
-            _product(exact, hidden, part.t(), of_part)
-            into.copy_(exact)
+        _product(out, hidden, weight.t(), None if bias is None else bias.float())
 
     def add_logits(self, out: Tensor, adapted: Tensor, weight: Tensor) -> None:
-        if out.dtype == torch.float32:
-            _product(out, adapted, weight.t(), add=True)
-            return
-        for part, into in zip(weight.split(_width(out)), out.split(_width(out), 1), strict=True):
-            exact = into.float()
-            _product(exact, adapted, part.t(), add=True)
-            into.copy_(exact)
+        _product(out, adapted, weight.t(), add=True)
 
     def rounded(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
         return rounded_(gradient, dtype) if dtype == torch.bfloat16 else gradient
@@ -112,6 +109,9 @@ class CppProducts(Products):
         out = gradient.new_empty(gradient.shape[0], weight.shape[1], dtype=torch.float32)
         _product(out, gradient, weight)
         return out
+
+    def hidden_gradient_into(self, out: Tensor, gradient: Tensor, weight: Tensor) -> None:
+        _product(out, gradient, weight)
 
     def weight_gradient(self, total: Tensor, gradient: Tensor, rows: Tensor, *, add: bool) -> None:
         _product(total, gradient.t(), rows, add=add)
@@ -123,6 +123,8 @@ class CppProducts(Products):
 
 class FixedShapeProducts(Products):
     """The products by PyTorch, each of ``tile`` tokens: the last tokens are padded with zeros to that number."""
+
+    one_result = False
 
     def __init__(self, tile: int = GPU_TILE):
         self.tile = tile
@@ -182,25 +184,9 @@ def products_for(precision: Precision, device: torch.device) -> Products:
     return Products()
 
 
-def rounded_(gradient: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round a float32 matrix to a 16-bit dtype within its own memory, and return the result: the first half of each row.
-
-    A part of the columns is rounded at a time, which moves it to memory that only columns before it, or itself, occupied.
-    """
-    out = gradient.view(dtype)[:, : gradient.shape[1]]
-    width = _width(gradient)
-    for part, into in zip(gradient.split(width, 1), out.split(width, 1), strict=True):
-        into.copy_(part.to(dtype))
-    return out
-
-
 def _product(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, *, add: bool = False) -> None:
     torch.ops.grpo_fast.product_.default(out, a, b, bias, add)
 
 
 def _returns_float32(out: Tensor) -> bool:
     return out.device.type == "cuda" and torch.version.hip is None
-
-
-def _width(logits: Tensor) -> int:
-    return max(logits.shape[1] // CONVERTED_PARTS, MIN_CONVERTED)

@@ -10,6 +10,7 @@ from torch import Tensor
 from grpo_fast.loss.vocab_parallel import Shard, combine_over_shards
 from grpo_fast.ops.kept_logprobs import KeptArguments, KeptSets
 from grpo_fast.ops.library import call_below_autograd
+from grpo_fast.ops.rounding import rounded_
 from grpo_fast.ops.token_logprobs import RowStatistics
 
 __all__ = ["RowLogprobsFunction", "RowStatistics", "TokenRows"]
@@ -76,14 +77,18 @@ class TokenRows(NamedTuple):
             return statistics
         return combine_over_shards(statistics, ids >= 0, self.mask, self.shard.group)
 
-    def gradient_(self, logits: Tensor, statistics: RowStatistics, g: Tensor, h: Tensor) -> None:
-        """Overwrite the logits with d loss / d logits, from ``g = d loss / d logprob`` and ``h = d loss / d entropy`` of every token."""
+    def gradient_(self, logits: Tensor, statistics: RowStatistics, g: Tensor, h: Tensor, *, bfloat16: bool = False) -> None:
+        """Overwrite the logits with d loss / d logits, from ``g = d loss / d logprob`` and ``h = d loss / d entropy`` of every token.
+
+        With ``bfloat16`` the gradient of float32 logits is rounded to bfloat16, in the first half of each row.
+        """
         if self.sets is not None:
-            operator, arguments = torch.ops.grpo_fast.kept_token_logprobs_backward_.default, tuple(self.kept)
-        else:
-            operator = torch.ops.grpo_fast.token_logprobs_backward_.default
-            arguments = (self.own_ids, self.mask, *self.scoring)
-        call_below_autograd(operator, g, h, logits, *arguments, *statistics)
+            call_below_autograd(torch.ops.grpo_fast.kept_token_logprobs_backward_.default, g, h, logits, *self.kept, *statistics)
+            if bfloat16:
+                rounded_(logits, torch.bfloat16)
+            return
+        arguments = (self.own_ids, self.mask, *self.scoring, *statistics)
+        call_below_autograd(torch.ops.grpo_fast.token_logprobs_backward_.default, g, h, logits, *arguments, bfloat16)
 
     def gradient(self, logits: Tensor, statistics: RowStatistics, g: Tensor, h: Tensor) -> Tensor:
         """Return d loss / d logits in new memory; arguments as in ``gradient_``."""

@@ -3,7 +3,8 @@
 Shapes and types are those of token_logprobs.py. The gradient is that of the logits for an upstream gradient of 1. Forms:
 
     grpo_loss            returns the gradient in new memory; with ``want_gradient=False`` an empty tensor
-    grpo_loss_           overwrites the logits with the gradient
+    grpo_loss_           overwrites the logits with the gradient; with ``bfloat16_gradient`` float32 logits with the gradient rounded to
+                         bfloat16, which then is the first half of each row, see ops/rounding.py
     grpo_loss_cluster    the same two by thread-block clusters, csrc/cuda/grpo_loss_cluster.cu
     grpo_loss_cluster_
 """
@@ -52,7 +53,8 @@ _SCHEMA = (
 )
 for _name in ("grpo_loss", "grpo_loss_cluster"):
     define(_name + _SCHEMA.format(logits="Tensor logits", last=", bool want_gradient", gradient=", Tensor gradient"))
-    define(f"{_name}_" + _SCHEMA.format(logits="Tensor(a!) logits", last="", gradient=""))
+    last = ", bool bfloat16_gradient=False" if _name == "grpo_loss" else ""
+    define(f"{_name}_" + _SCHEMA.format(logits="Tensor(a!) logits", last=last, gradient=""))
 LIBRARY.define("cluster_row_bytes(int device) -> int")  # the longest row that the clusters of a GPU can hold
 
 
@@ -100,6 +102,7 @@ def _inplace_fake(
     loss_scale: float,
     settings: list[float],
     only_active: bool,
+    bfloat16_gradient: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _outputs_fake(logits, token_ids)
 

@@ -38,11 +38,14 @@ class RowStatistics(NamedTuple):
 
 _ROWS = "Tensor token_ids, Tensor mask, Tensor? temperatures, float temperature, float softcap, float logit_scale"
 _BACKWARD = (
-    "(Tensor grad_logprobs, Tensor grad_entropy, {logits}, " + _ROWS + ", Tensor logprobs, Tensor entropy, Tensor lse) -> {result}"
+    "(Tensor grad_logprobs, Tensor grad_entropy, {logits}, " + _ROWS + ", Tensor logprobs, Tensor entropy, Tensor lse{last}) -> {result}"
 )  # fmt: skip
 define(f"token_logprobs(Tensor logits, {_ROWS}) -> (Tensor logprobs, Tensor entropy, Tensor lse)")
-define("token_logprobs_backward" + _BACKWARD.format(logits="Tensor logits", result="Tensor"))
-define("token_logprobs_backward_" + _BACKWARD.format(logits="Tensor(a!) logits", result="()"))  # overwrites the logits with the gradient
+define("token_logprobs_backward" + _BACKWARD.format(logits="Tensor logits", last="", result="Tensor"))
+# Overwrites the logits with the gradient; with bfloat16_gradient float32 logits with the gradient rounded to bfloat16, which then is the
+# first half of each row, see ops/rounding.py.
+_LAST = ", bool bfloat16_gradient=False"
+define("token_logprobs_backward_" + _BACKWARD.format(logits="Tensor(a!) logits", last=_LAST, result="()"))
 
 
 @torch.library.register_fake("grpo_fast::token_logprobs", lib=LIBRARY)
@@ -91,6 +94,7 @@ def _backward_inplace_fake(
     logprobs: Tensor,
     entropy: Tensor,
     lse: Tensor,
+    bfloat16_gradient: bool = False,
 ) -> None:
     return None
 

@@ -24,7 +24,8 @@ from grpo_fast.kernels.scale import scale_
 from grpo_fast.kernels.token_logprobs import LogitRows, Scoring, token_logprobs_bwd, token_logprobs_fwd
 from grpo_fast.ops.grpo_loss import GrpoLossArguments
 from grpo_fast.ops.library import LIBRARY
-from grpo_fast.ops.token_logprobs import TokenLogprobsArguments
+from grpo_fast.ops.rounding import rounded_
+from grpo_fast.ops.token_logprobs import RowStatistics, TokenLogprobsArguments
 
 __all__ = ["INTERPRETED", "interpret_on_cpu", "interpreted_on_cpu"]
 
@@ -43,6 +44,11 @@ def _new_gradient(logits: Tensor) -> Tensor:
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
+def _without_flag(arguments: tuple[Any, ...], count: int) -> tuple[tuple[Any, ...], bool]:
+    """Return the first ``count`` arguments, and bfloat16_gradient after them, which PyTorch does not pass on if it has its default."""
+    return arguments[:count], any(arguments[count:])
+
+
 def _token_logprobs(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     given = TokenLogprobsArguments(*arguments)
     return token_logprobs_fwd(_rows(logits, given.token_ids, given.mask), _scoring(given))
@@ -53,8 +59,11 @@ def _token_logprobs_backward(grad_logprobs: Tensor, grad_entropy: Tensor, logits
 
 
 def _token_logprobs_backward_inplace(grad_logprobs: Tensor, grad_entropy: Tensor, logits: Tensor, *arguments: Any) -> None:
+    others, bfloat16_gradient = _without_flag(arguments, len(TokenLogprobsArguments._fields) + len(RowStatistics._fields))
     _require_unit_stride(logits)
-    _logits_gradient(grad_logprobs, grad_entropy, logits, *arguments, inplace=True)
+    _logits_gradient(grad_logprobs, grad_entropy, logits, *others, inplace=True)
+    if bfloat16_gradient:
+        rounded_(logits, torch.bfloat16)
 
 
 def _logits_gradient(grad_logprobs: Tensor, grad_entropy: Tensor, logits: Tensor, *arguments: Any, inplace: bool) -> Tensor:
@@ -72,8 +81,12 @@ def _grpo_loss(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor,
 
 
 def _grpo_loss_inplace(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    given, bfloat16_gradient = _without_flag(arguments, len(GrpoLossArguments._fields))
     _require_unit_stride(logits)
-    return _loss(logits, GrpoLossArguments(*arguments), gradient=logits)
+    out = _loss(logits, GrpoLossArguments(*given), gradient=logits)
+    if bfloat16_gradient:
+        rounded_(logits, torch.bfloat16)
+    return out
 
 
 def _loss(logits: Tensor, given: GrpoLossArguments, gradient: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
