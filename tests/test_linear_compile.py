@@ -22,6 +22,7 @@ CONFIGS = [
     gf.LossConfig(loss_type="vespo"),
     gf.LossConfig(loss_type="grpo", delta=1.5, dual_clip=3.0, aggregation="fixed_length", max_completion_length=8),
 ]
+CUSTOM = gf.LossConfig(loss_type="custom", surrogate=lambda ratio, advantages, one, other: -ratio * advantages * one - other)
 ids_of = lambda config: config.loss_type  # noqa: E731
 
 
@@ -38,14 +39,16 @@ def rows(kept: bool = False) -> tuple[Any, ...]:
     return ids, mask, *((support.token_ids, support.offsets) if kept else (None, None)), torch.full((1, B * T), 0.8), 1.0, 5.0, 0.5, V
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=ids_of)
+@pytest.mark.parametrize("config", [*CONFIGS, CUSTOM], ids=ids_of)
 @pytest.mark.parametrize(("dtype", "everything", "extra"), [(torch.float32, True, 1), (torch.bfloat16, False, 0)], ids=["all", "plain"])
 def test_opcheck_loss(config: gf.LossConfig, dtype: torch.dtype, everything: bool, extra: int) -> None:
     tensors = head(dtype, everything, extra)
     per_token = [torch.rand(1, B * T) for _ in range(6)]
     segment = torch.arange(B).repeat_interleave(T)
     how = (dtype, torch.float32, False, T, 4 * V * dtype.itemsize, [x is not None for x in tensors])
-    arguments = (*tensors, *rows(everything), *per_token[:3], per_token[3] - 3, per_token[4] - 3, per_token[5], segment, B, False, 0.5)
+    arguments = (*tensors, *rows(everything), *per_token[:3], per_token[3] - 3, per_token[4] - 3, per_token[5])
+    columns = (torch.rand(2, B * T), ["one", "other"]) if config.custom is not None else (None, [])
+    arguments = (*arguments, *columns, segment, B, False, 0.5)
     torch.library.opcheck(OPERATORS.linear_grpo_loss.default, (*arguments, config_numbers(config), True, *how))
 
 

@@ -274,9 +274,9 @@ def kl_with_the_other_sign(patch: pytest.MonkeyPatch) -> None:
 def rollout_weights_applied_to_the_kl_too(patch: pytest.MonkeyPatch) -> None:
     right = logprob_loss.token_losses
 
-    def wrong(logprobs: Tensor, given: LossInputs, computed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def wrong(logprobs: Tensor, given: LossInputs, *others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         assert given.rollout_weights is not None
-        loss, ratio, kl = right(logprobs, dataclasses.replace(given, rollout_weights=None), computed)
+        loss, ratio, kl = right(logprobs, dataclasses.replace(given, rollout_weights=None), *others)
         return loss * given.rollout_weights, ratio, kl
 
     patch.setattr(logprob_loss, "token_losses", wrong)

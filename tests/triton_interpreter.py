@@ -22,12 +22,14 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before Python starts; tests/test_triton.py sets it", allow_module_level=True)
 
 import compare
+import custom_surrogate_cases
 import test_grpo_loss
 import test_linear
 import test_operator_checks as operator_checks
 from cases import KEPT, random_case
 from extreme_cases import *  # noqa: F403
 from launches import small_blocks, splitter
+from linear_cases import random_linear_case
 from row_cases import *  # noqa: F403
 from support_cases import *  # noqa: F403
 from test_triton import check_truth, check_vocabulary
@@ -100,6 +102,12 @@ def test_whole_vocabularies(dtype: torch.dtype, softcap: float | None, split: An
 def test_the_head(seed: int) -> None:
     """Chunks of logits from hidden states, in one pass and in two."""
     test_linear.check(seed, DTYPES[seed % 2])
+
+
+@pytest.mark.parametrize("seed", [2, KEPT + 1])
+def test_a_custom_surrogate(seed: int) -> None:
+    custom_surrogate_cases.test_a_repeated_formula_over_logits(seed)
+    custom_surrogate_cases.test_every_input(seed, random_linear_case)
 
 
 def test_the_random_options_are_all_there() -> None:

@@ -5,7 +5,7 @@ The full ``logits = hidden @ weight.T`` are never in memory: they are computed f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -49,6 +49,7 @@ def linear_grpo_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     support: Support | None = None,  # of B * T or N positions
+    surrogate_inputs: Mapping[str, Tensor] | None = None,  # each [B], [B, 1], [B, T] or [N]
     loss_scale: float = 1.0,
     metrics_on: str = "active",
     chunk_bytes: int | None = None,
@@ -123,6 +124,7 @@ def linear_grpo_loss(
         "old_logprobs": old_logprobs,
         "ref_logprobs": ref_logprobs,
         "rollout_weights": rollout_weights,
+        "surrogate_inputs": surrogate_inputs,
         "cu_seqlens": cu_seqlens,
         "num_items": num_items,
         "loss_scale": loss_scale,

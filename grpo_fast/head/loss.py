@@ -108,7 +108,7 @@ def linear_loss(
     for chunk in plan.nograd_chunks:
         compute_statistics(chunk.begin, chunk.end)
     for chunk in plan.grad_chunks:
-        if token_level is not None and rows.shard is None and rows.sets is None:
+        if token_level is not None and not inputs.needs_two_passes and rows.shard is None and rows.sets is None:
             one_pass(chunk.begin, chunk.end)
         else:
             two_passes(chunk)

@@ -22,7 +22,7 @@ from grpo_fast.ops.kept_logprobs import KeptSets
 
 __all__ = ["BackwardArguments", "Flat", "HeadOptions", "LogprobsArguments", "LossArguments", "LossTensors", "RowArguments"]
 
-Argument = Tensor | float | int | bool | list[float] | list[bool] | torch.dtype | None  # of an operator
+Argument = Tensor | float | int | bool | list[float] | list[bool] | list[str] | torch.dtype | None  # of an operator
 Flat = Sequence[Argument]
 Part = TypeVar("Part", bound=tuple[object, ...])
 
@@ -34,6 +34,7 @@ _SCHEMA_TYPES = {
     "bool": "bool",
     "list[float]": "float[]",
     "list[bool]": "bool[]",
+    "list[str]": "str[]",
     "torch.dtype": "ScalarType",
 }
 
@@ -71,6 +72,8 @@ class LossTensors(NamedTuple):
     old_logprobs: Tensor | None
     ref_logprobs: Tensor | None
     rollout_weights: Tensor | None
+    columns: Tensor | None  # the surrogate_inputs, [K, N]
+    column_names: list[str]
     segment: Tensor  # int64 [N]
     num_sequences: int
     rollout_per_sequence: bool
@@ -88,6 +91,8 @@ class LossTensors(NamedTuple):
             inputs.old_logprobs,
             inputs.ref_logprobs,
             inputs.rollout_weights,
+            torch.cat(list(inputs.surrogate_inputs.values())) if inputs.surrogate_inputs else None,
+            list(inputs.surrogate_inputs),
             inputs.sequences.segment,
             inputs.sequences.count,
             inputs.rollout_per_sequence,
@@ -107,6 +112,7 @@ class LossTensors(NamedTuple):
             old_logprobs=self.old_logprobs,
             ref_logprobs=self.ref_logprobs,
             rollout_weights=self.rollout_weights,
+            surrogate_inputs={} if self.columns is None else dict(zip(self.column_names, self.columns.split(1), strict=True)),
             rollout_per_sequence=self.rollout_per_sequence,
             loss_scale=self.loss_scale,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -68,6 +69,7 @@ def grpo_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     support: Support | None = None,  # of B * T or N positions
+    surrogate_inputs: Mapping[str, Tensor] | None = None,  # each [B], [B, 1], [B, T] or [N]
     loss_scale: float = 1.0,
     metrics_on: str = "all",
     inplace: bool = False,
@@ -102,6 +104,8 @@ def grpo_loss(
             that sampled (arXiv:2512.02556); logits outside of it are not read, and get a gradient of 0. old_logprobs must be of the
             same sets; ref_logprobs are taken as given: for a KL penalty between truncated policies compute them over the same sets.
             None = no restriction.
+        surrogate_inputs: with ``loss_type="custom"``, numbers per token or per sequence (bool, integer or floating-point) that the
+            parameters of the surrogate name; they get no gradient.
         loss_scale: multiplies the loss and its gradient at no cost, for example 1 / gradient-accumulation steps.
         metrics_on: ``"all"``: compute log-probability, entropy and metrics of every unmasked token; ``"active"``: only of the tokens that
             can change the gradient. The loss is the same.
@@ -148,12 +152,13 @@ def grpo_loss(
         old_logprobs=old_logprobs,
         ref_logprobs=ref_logprobs,
         rollout_weights=rollout_weights,
+        surrogate_inputs=surrogate_inputs,
         cu_seqlens=cu_seqlens,
         num_items=num_items,
         loss_scale=loss_scale,
         metrics_on=metrics_on,
     )
-    one_pass = process_group is None and support is None and inputs.token_level() is not None
+    one_pass = process_group is None and support is None and not inputs.needs_two_passes and inputs.token_level() is not None
     if impl is not None:
         check_impl(impl, logits, select(logits.device), one_pass=one_pass)
     inplace = inplace and _can_write_over(logits)
@@ -174,6 +179,7 @@ def grpo_loss(
                 softcap=softcap,
                 logit_scale=logit_scale,
                 support=_sets(tokens),
+                surrogate_inputs=dict(surrogate_inputs or {}),
                 loss_scale=inputs.loss_scale,
                 metrics_on=metrics_on,
             )
@@ -181,7 +187,7 @@ def grpo_loss(
     computed = tokens.mask if metrics_on == "all" else inputs.active()
     if one_pass and (token_level := inputs.token_level()) is not None:
         loss, logprobs, entropy, metrics = _one_pass_loss(tokens, inputs, token_level, computed, inplace, cluster=impl == "cluster")
-    else:  # a ratio needs the whole sequence, or a row its kept set: the gradient of the logits is computed in backward
+    else:  # a ratio needs the whole sequence, a row its kept set, or the surrogate is a function: the logits' gradient comes in backward
         logprobs, entropy = _statistics(tokens, computed, inplace, process_group)
         with torch.autocast(logits.device.type, enabled=False):
             loss, metrics = policy_loss(logprobs, entropy, inputs, computed)

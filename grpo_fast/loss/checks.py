@@ -45,6 +45,11 @@ def debug_checks(enabled: bool = True) -> Iterator[None]:
         _debug = before
 
 
+def is_debugging() -> bool:
+    """Return whether debug_checks or GRPO_FAST_CHECK asks for every check."""
+    return _debug
+
+
 def value_checks_wanted(tensor: Tensor) -> bool:
     """Return whether checks may read this tensor's values: they would synchronise a GPU, and torch.compile cannot trace them."""
     return not torch.compiler.is_compiling() and (_debug or tensor.device.type == "cpu")

@@ -11,11 +11,13 @@ import math
 import numbers
 import sys
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
+from grpo_fast.loss.custom_surrogate import CustomSurrogate, Surrogate
+from grpo_fast.utils.load_object import load_object
 from grpo_fast.utils.warn import warn
 
-__all__ = ["AGGREGATIONS", "KL_ESTIMATORS", "LEVELS", "LOSS_TYPES", "SURROGATES", "LossConfig", "LossRow"]
+__all__ = ["AGGREGATIONS", "CUSTOM", "KL_ESTIMATORS", "LEVELS", "LOSS_TYPES", "SURROGATES", "LossConfig", "LossRow"]
 
 # The kernels get the position of a name. New names go to the end; then run python tools/generate_loss_settings.py.
 SURROGATES = ("clip", "cispo", "sapo", "reinforce", "vespo", "dppo_tv", "dppo_kl")
@@ -79,6 +81,8 @@ LOSS_TYPES: dict[str, LossRow] = {
     "dppo_kl": LossRow("dppo_kl", "token", "global_token_mean"),  # DPPO with a binary KL divergence, arXiv:2602.04879
     "reinforce": LossRow("reinforce", "token", "global_token_mean"),  # no ratio at all: -A log p
 }
+CUSTOM = "custom"  # the loss type whose surrogate is a function of the user; the kernels do not know it
+_CUSTOM_ROW = LossRow(CUSTOM, "token", "global_token_mean")
 
 
 @dataclass(frozen=True)
@@ -86,8 +90,10 @@ class LossConfig:
     """Settings of the loss: immutable, hashable, checked on construction.
 
     Args:
-        loss_type: a name of ``LOSS_TYPES``; it sets surrogate, ratio level and aggregation.
-        epsilon_low: the ratio is clipped below ``1 - epsilon_low``.
+        loss_type: a name of ``LOSS_TYPES``, which sets surrogate, ratio level and aggregation; or ``"custom"``: the surrogate is a function
+            of yours, at the level ``"token"`` with ``"global_token_mean"`` unless set otherwise.
+        epsilon_low: the ratio is clipped below ``1 - epsilon_low``. With ``"custom"``, epsilon_low and epsilon_high have no effect on the
+            loss: they bound the range of which the metrics ``clip_low`` and ``clip_high`` report the tokens outside.
         epsilon_high: the ratio is clipped above ``1 + epsilon_high``. With ``loss_type="cispo"`` it is the raw upper bound of the ratio
             (as in TRL and MiniMax-M1), so 5.0 rather than 0.2; a bound below 1 reduces every ratio and gives a warning.
         delta: upper bound of the unclipped ratio, ``> 1 + epsilon_high`` (two-sided clipping, INTELLECT-2, arXiv:2505.07291).
@@ -112,6 +118,15 @@ class LossConfig:
             divergence of the two Bernoulli distributions in nats (0.05).
         dppo_mask_high: the same for a positive advantage and a probability that rose.
         max_completion_length: the fixed length of ``"fixed_length"`` (Dr. GRPO), in tokens; required there.
+        surrogate: with ``"custom"``, a function that returns the loss of each token, or the name of one, ``"package.module:function"`` or
+            ``"path/to/file.py:function"``. Its parameters name its inputs, each ``[n]`` with one number per token, float32 (float64 in the
+            reference): ``ratio``, ``logprobs`` and ``entropy``, through which the gradient flows; ``advantages``, ``old_logprobs``,
+            ``ref_logprobs`` and ``rollout_weights``; and any name in ``surrogate_inputs``, an argument of the loss. A function that takes
+            ``rollout_weights`` applies them itself; else the loss multiplies by them. Other parameters need a default. It must treat
+            each token by itself, without randomness. docs/custom-loss.md has examples. With another loss type None; the attribute is then
+            the name of the built-in surrogate.
+        zero_advantage_loss: with ``"custom"``, whether the surrogate has a loss or a gradient where the advantage is 0, so that such tokens
+            must be computed; None = found by evaluating the function.
 
     Raises:
         ValueError: a setting is out of range or does not fit the loss type; the message names the setting, its value, what was expected
@@ -123,7 +138,7 @@ class LossConfig:
         'sequence'
     """
 
-    loss_type: str = field(default="dapo", metadata={"names": tuple(LOSS_TYPES)})
+    loss_type: str = field(default="dapo", metadata={"names": (*LOSS_TYPES, CUSTOM)})
     epsilon_low: float = field(default=0.2, metadata=KERNEL)
     epsilon_high: float = field(default=0.2, metadata=KERNEL)
     delta: float | None = field(default=None, metadata=KERNEL)
@@ -145,18 +160,25 @@ class LossConfig:
     dppo_mask_low: float = field(default=0.2, metadata=KERNEL)
     dppo_mask_high: float = field(default=0.2, metadata=KERNEL)
     max_completion_length: int | None = None
+    surrogate: str | Surrogate | None = None
+    zero_advantage_loss: bool | None = None
+    custom: ClassVar[CustomSurrogate | None] = None  # what is known of a custom surrogate; set on the instance
 
     def __new__(cls, *settings: object, **named: object) -> LossConfig:
         """Raise a TypeError for an unknown setting that suggests a known one; the message of a dataclass names the unknown one only."""
+        known = [name for name in cls.__dataclass_fields__ if name != "custom"]  # torch.compile does not trace fields()
         for name in named:
-            if name not in cls.__dataclass_fields__:
-                near = _OTHER_NAMES.get(name) or ", ".join(difflib.get_close_matches(name, cls.__dataclass_fields__, n=2, cutoff=0.6))
-                hint = f"Did you mean {near}?" if near else f"The settings are {', '.join(cls.__dataclass_fields__)}."
+            if name not in known:
+                near = _OTHER_NAMES.get(name) or ", ".join(difflib.get_close_matches(name, known, n=2, cutoff=0.6))
+                hint = f"Did you mean {near}?" if near else f"The settings are {', '.join(known)}."
                 raise TypeError(f"LossConfig has no setting {name!r}. {hint}")
+        if "surrogate" in named and len(named) < len(known):  # replace() gives all, with the name that is set below
+            _check_surrogate(named["surrogate"], named.get("loss_type", settings[0] if settings else "dapo"))
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        _one_of("loss_type", self.loss_type, tuple(LOSS_TYPES))
+        _one_of("loss_type", self.loss_type, (*LOSS_TYPES, CUSTOM))
+        self._set_surrogate()
         _one_of("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
         _one_of("entropy_aggregation", self.entropy_aggregation, ENTROPY_AGGREGATIONS)
         if self.importance_sampling_level is not None:
@@ -169,9 +191,26 @@ class LossConfig:
         switch: Any = self.bias_corrected_kl
         if not isinstance(switch, bool):
             raise TypeError(f"LossConfig: bias_corrected_kl is {switch!r} ({type(switch).__name__}); expected True or False.")
+        needed: Any = self.zero_advantage_loss
+        if needed is not None and not isinstance(needed, bool):
+            raise TypeError(f"LossConfig: zero_advantage_loss is {needed!r} ({type(needed).__name__}); expected True, False or None.")
         self._check_ranges()
         self._check_combinations()
         self._warn_of_cispo_bound()
+
+    def _set_surrogate(self) -> None:
+        """Set ``surrogate`` to the name of the built-in one or to the custom function, and ``custom`` to what is known of the latter."""
+        given, custom = self.surrogate, None
+        if self.loss_type != CUSTOM:
+            if not isinstance(given, str):
+                _check_surrogate(given, self.loss_type)
+            surrogate: str | Surrogate = _row_of(self.loss_type).surrogate
+        else:
+            function = load_object(given, by="LossConfig: surrogate") if isinstance(given, str) else given
+            custom = CustomSurrogate.of(function)  # type: ignore[arg-type]  # which rejects None
+            surrogate = custom.function
+        object.__setattr__(self, "surrogate", surrogate)
+        object.__setattr__(self, "custom", custom)
 
     def _set_finite(self, name: str, *, optional: bool) -> None:
         value: Any = getattr(self, name)
@@ -193,7 +232,7 @@ class LossConfig:
             _require(getattr(self, name) > 0, name, getattr(self, name), "a number > 0")
         most = f"at most {LARGEST_LOG_RATIO}, since exp(88.8) overflows float32"
         _require(self.log_ratio_clamp <= LARGEST_LOG_RATIO, "log_ratio_clamp", self.log_ratio_clamp, most)
-        if self.surrogate == "clip":
+        if self.surrogate == "clip" or self.custom is not None:
             _require(self.epsilon_low <= 1, "epsilon_low", self.epsilon_low, "at most 1: a ratio is never below 0")
         if self.max_completion_length is not None:
             length: Any = self.max_completion_length
@@ -256,19 +295,36 @@ class LossConfig:
         return loss_config(library, options)
 
     @property
-    def surrogate(self) -> str:
-        """The per-token objective, a name of ``SURROGATES``."""
-        return LOSS_TYPES[self.loss_type].surrogate
+    def surrogate_weighs(self) -> bool:
+        """Whether the surrogate applies the rollout weights itself; the loss then does not multiply by them."""
+        return self.surrogate == "vespo" or (self.custom is not None and "rollout_weights" in self.custom.names)
+
+    @property
+    def skips_zero_advantages(self) -> bool:
+        """Whether tokens with an advantage of 0 cannot change the gradient of the surrogate."""
+        if self.custom is None:
+            return True
+        return not (self.custom.zero_advantage_loss if self.zero_advantage_loss is None else self.zero_advantage_loss)
 
     @property
     def level(self) -> str:
         """The level of the importance ratio, a name of ``LEVELS``."""
-        return self.importance_sampling_level or LOSS_TYPES[self.loss_type].level
+        return self.importance_sampling_level or _row_of(self.loss_type).level
 
     @property
     def resolved_aggregation(self) -> str:
         """The aggregation, a name of ``AGGREGATIONS``: ``aggregation``, or else that of the loss type."""
-        return self.aggregation or LOSS_TYPES[self.loss_type].aggregation
+        return self.aggregation or _row_of(self.loss_type).aggregation
+
+
+def _row_of(loss_type: str) -> LossRow:
+    return _CUSTOM_ROW if loss_type == CUSTOM else LOSS_TYPES[loss_type]
+
+
+def _check_surrogate(surrogate: object, loss_type: object) -> None:
+    if surrogate is not None and loss_type != CUSTOM:
+        fix = f"Fix: loss_type={CUSTOM!r} for a function of yours; a built-in surrogate is chosen by loss_type"
+        raise ValueError(f"LossConfig: surrogate is {surrogate!r} with loss_type={loss_type!r}; expected None. {fix}.")
 
 
 def _require(ok: bool, name: str, value: Any, expected: str) -> None:

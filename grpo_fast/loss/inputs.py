@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -30,16 +30,18 @@ class LossInputs:
     old_logprobs: Tensor | None = None  # None: on-policy
     ref_logprobs: Tensor | None = None
     rollout_weights: Tensor | None = None
+    surrogate_inputs: dict[str, Tensor] = field(default_factory=dict)  # of a custom surrogate; float32, float64 in the reference
     rollout_per_sequence: bool = False  # the rollout weights are one number per sequence, shared by its tokens
     loss_scale: float = 1.0
 
     def active(self) -> Tensor:
         """Return the tokens that can change the gradient, bool ``[B, T]``.
 
-        With a KL penalty or an entropy bonus these are all unmasked tokens, else those with an advantage other than 0. Where a ratio or a
-        weight is made from a whole sequence, all unmasked tokens of a sequence are active if one of them has an advantage other than 0.
+        With a KL penalty, an entropy bonus or a custom surrogate that needs no advantage these are all unmasked tokens, else those with an
+        advantage other than 0. Where a ratio or a weight is made from a whole sequence, all unmasked tokens of a sequence are active if one
+        of them has an advantage other than 0.
         """
-        if self.config.beta != 0 or self.config.entropy_coef != 0:
+        if self.config.beta != 0 or self.config.entropy_coef != 0 or not self.config.skips_zero_advantages:
             return self.mask
         active = self.mask & (self.advantages != 0)
         if self.config.level != "token" or self.config.surrogate == "vespo":
@@ -64,9 +66,15 @@ class LossInputs:
         return self._map(lambda x: x[:, tokens], self.sequences.take(tokens))
 
     def _map(self, change: Callable[[Tensor], Tensor], sequences: Sequences) -> LossInputs:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
         changed: dict[str, Any] = {name: change(x) for name, x in values.items() if isinstance(x, Tensor)}
+        changed["surrogate_inputs"] = {name: change(x) for name, x in self.surrogate_inputs.items()}
         return replace(self, sequences=sequences, **changed)
+
+    @property
+    def needs_two_passes(self) -> bool:
+        """Whether no kernel knows the surrogate, so that the statistics of the tokens come first and the gradient of the logits after."""
+        return self.config.custom is not None
 
     def token_level(self) -> LossInputs | None:
         """Return inputs with token-level ratios that have the same loss and gradient; None if there are none.
@@ -87,8 +95,8 @@ class LossInputs:
             return replace(self, config=replace(config, loss_type="reinforce"), advantages=phi * self.advantages, rollout_weights=None)
         if config.level == "sequence_token" or config.surrogate == "cispo":  # the derivative is that of the token's own ratio
             return replace(self, config=replace(config, importance_sampling_level="token"))
-        if config.surrogate == "sapo":  # its value depends on the sign of each token's advantage, which the mean does not keep
-            return None
+        if config.surrogate == "sapo" or config.custom is not None:  # SAPO's value depends on the sign of each token's advantage, a custom
+            return None  # one on anything: the mean does not keep it
         advantages = self.advantages if self.rollout_weights is None else self.advantages * self.rollout_weights
         mean = self.sequences.mean(torch.where(self.mask, advantages, 0), self.mask)
         return replace(self, config=replace(config, importance_sampling_level="token"), advantages=mean, rollout_weights=None)

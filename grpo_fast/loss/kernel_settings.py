@@ -9,12 +9,14 @@ from dataclasses import fields
 from typing import Any
 
 from grpo_fast.loss.config import SURROGATES, LossConfig
+from grpo_fast.loss.custom_surrogate import CustomSurrogate
 
 __all__ = ["KERNEL_FIELDS", "config_from_numbers", "config_numbers", "loss_settings"]
 
 _FIELDS = fields(LossConfig)
 _ALLOWED: dict[str, tuple[str, ...] | None] = {each.name: each.metadata.get("names") for each in _FIELDS}  # None: the field is a number
 KERNEL_FIELDS = tuple(each for each in _FIELDS if each.metadata.get("kernel"))
+_SURROGATE = [each.name for each in _FIELDS].index("surrogate")
 _KERNEL_NAMES = tuple((each.name, _ALLOWED[each.name]) for each in KERNEL_FIELDS)
 
 
@@ -33,8 +35,8 @@ def loss_settings(config: LossConfig) -> list[float]:
 
 
 def config_numbers(config: LossConfig) -> list[float]:
-    """Return all fields of a LossConfig as numbers, for an operator that needs all of them. A name becomes its position, a bool 0 or 1, and
-    None NaN.
+    """Return all fields of a LossConfig as numbers, for an operator that needs all of them. A name becomes its position, a bool 0 or 1, a
+    custom surrogate its number, and None NaN.
 
     Example:
         >>> from grpo_fast.loss.config import LossConfig
@@ -46,7 +48,10 @@ def config_numbers(config: LossConfig) -> list[float]:
 
 def config_from_numbers(numbers: Sequence[float]) -> LossConfig:
     """Return the LossConfig whose ``config_numbers`` are given."""
-    return _config_from_numbers(tuple(None if math.isnan(x) else x for x in numbers))
+    settings = tuple(None if math.isnan(x) else x for x in numbers)
+    if (number := settings[_SURROGATE]) is not None:  # not cached: the function must not outlive the configurations that hold it
+        return LossConfig(**_settings(settings), surrogate=CustomSurrogate.numbered(number).function)
+    return _config_from_numbers(settings)
 
 
 def _numbers(config: LossConfig, names: tuple[tuple[str, tuple[str, ...] | None], ...], *, none: float) -> list[float]:
@@ -54,6 +59,8 @@ def _numbers(config: LossConfig, names: tuple[tuple[str, tuple[str, ...] | None]
     numbers = []
     for name, allowed in names:
         value = getattr(config, name)
+        if name == "surrogate":
+            value = None if config.custom is None else config.custom.number
         if value is None:
             numbers.append(none)
         else:
@@ -63,13 +70,21 @@ def _numbers(config: LossConfig, names: tuple[tuple[str, tuple[str, ...] | None]
 
 @functools.cache
 def _config_from_numbers(numbers: tuple[float | None, ...]) -> LossConfig:
+    return LossConfig(**_settings(numbers))
+
+
+def _settings(numbers: tuple[float | None, ...]) -> dict[str, Any]:
+    """Return all settings except the surrogate."""
     settings: dict[str, Any] = {}
     for each, value in zip(_FIELDS, numbers, strict=True):
         allowed = _ALLOWED[each.name]
+        if each.name == "surrogate":
+            continue
         if value is None:
             settings[each.name] = None
         elif allowed is not None:
             settings[each.name] = allowed[int(value)]
         else:
-            settings[each.name] = bool(value) if each.type == "bool" else int(value) if each.type == "int | None" else value
-    return LossConfig(**settings)
+            kind = str(each.type).removesuffix(" | None")
+            settings[each.name] = bool(value) if kind == "bool" else int(value) if kind == "int" else value
+    return settings

@@ -24,7 +24,7 @@ def policy_loss(logprobs: Tensor, entropy: Tensor, inputs: LossInputs, computed:
         logprobs, entropy: ``[B, T]``, read only where ``computed`` is True.
         computed: bool ``[B, T]``: all unmasked tokens, or the active ones alone; the loss is the same.
     """
-    loss, ratio, kl = token_losses(logprobs, inputs, computed)
+    loss, ratio, kl = token_losses(logprobs, inputs, computed, entropy)
     entropy = torch.where(computed, entropy, 0).to(logprobs.dtype)
     total = (inputs.weights * loss).sum()
     if inputs.config.entropy_coef != 0:
@@ -35,10 +35,13 @@ def policy_loss(logprobs: Tensor, entropy: Tensor, inputs: LossInputs, computed:
     return total * inputs.loss_scale, policy_metrics(ratio, kl, entropy, clipped, inputs, computed)
 
 
-def token_losses(logprobs: Tensor, inputs: LossInputs, computed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def token_losses(logprobs: Tensor, inputs: LossInputs, computed: Tensor, entropy: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss of each token before the weights (0 where not computed), its importance ratio and its KL estimate.
 
     The factors are in TRL's order: rollout weights multiply the surrogate and not the KL penalty, which is added afterwards.
+
+    Args:
+        entropy: like logprobs, for a custom surrogate; None: not known.
     """
     config, sequences, clamp = inputs.config, inputs.sequences, inputs.config.log_ratio_clamp
 
@@ -56,8 +59,21 @@ def token_losses(logprobs: Tensor, inputs: LossInputs, computed: Tensor) -> tupl
     if config.surrogate == "vespo":
         phi = vespo_phi(log_ratio, advantages, inputs.log_rollout(computed), sequences, config)
 
-    loss = surrogate(ratio, advantages, logprobs, old_logprobs, phi, config)
-    if rollout_weights is not None and config.surrogate != "vespo":
+    if config.custom is not None:
+        given = {
+            "ratio": ratio,
+            "advantages": advantages,
+            "logprobs": logprobs,
+            "old_logprobs": old_logprobs,
+            "ref_logprobs": None if inputs.ref_logprobs is None else select(inputs.ref_logprobs),
+            "rollout_weights": torch.ones_like(ratio) if rollout_weights is None else rollout_weights,
+            "entropy": None if entropy is None else select(entropy),
+            **{name: select(x) for name, x in inputs.surrogate_inputs.items()},
+        }
+        loss = config.custom.losses(given, computed, skips_zero_advantages=config.skips_zero_advantages)
+    else:
+        loss = surrogate(ratio, advantages, logprobs, old_logprobs, phi, config)
+    if rollout_weights is not None and not config.surrogate_weighs:
         loss = torch.where(rollout_weights == 0, 0, loss * rollout_weights)
     kl = torch.zeros_like(logprobs)
     if inputs.ref_logprobs is not None:

@@ -350,6 +350,7 @@ def surrogate(ratio: Tensor, advantages: Tensor, logprobs: Tensor, old_logprobs:
     dppo_tv    -r A; 0 for the tokens that clipped_tokens drops                  DPPO, arXiv:2602.04879
     dppo_kl    as dppo_tv, with the KL divergence in place of the total variation
     reinforce  -A log p
+    custom     the user's function, which policy_loss calls (loss/custom_surrogate.py)
     """
     if config.surrogate == "clip":
         unclipped = ratio if config.delta is None else ratio.clamp(max=config.delta)
@@ -379,14 +380,14 @@ def clipped_tokens(
 ) -> tuple[Tensor, Tensor]:  # bool, bool
     """Return two masks of clipped tokens: those with A < 0 and those with A > 0 whose ratio has moved too far in the direction of A.
 
-    clip     r < 1 - eps_low;  r > 1 + eps_high
+    clip     r < 1 - eps_low;  r > 1 + eps_high                              (custom: the same, which only the metrics read)
     cispo    none;             r > eps_high
     dppo_*   D > dppo_mask_low and p < q;  D > dppo_mask_high and p > q
              with p and q the token's probability under the current and the old policy, and the divergence D:
              dppo_tv: D = |p - q|; dppo_kl: D = q log(q / p) + (1 - q) log((1 - q) / (1 - p))
     """
     below, above = torch.zeros_like(advantages, dtype=torch.bool), torch.zeros_like(advantages, dtype=torch.bool)
-    if config.surrogate == "clip":
+    if config.surrogate == "clip" or config.custom is not None:
         below, above = ratio < 1 - config.epsilon_low, ratio > 1 + config.epsilon_high
     elif config.surrogate == "cispo":
         above = ratio > config.epsilon_high
@@ -515,10 +516,10 @@ def active_tokens(mask: Tensor, advantages: Tensor, cu_seqlens: Tensor | None, c
     """Return the tokens whose log-probability or entropy can change the gradient: bool, like the mask.
 
     The KL penalty and the entropy bonus apply to every unmasked token; the surrogate applies to every unmasked token whose advantage is not
-    0. A ratio (or weight) of a whole sequence depends on all its unmasked tokens: they are all active if one of them has an advantage other
-    than 0.
+    0 (a custom one that does not vanish there, to every unmasked token). A ratio (or weight) of a whole sequence depends on all its
+    unmasked tokens: they are all active if one of them has an advantage other than 0.
     """
-    if config.beta != 0 or config.entropy_coef != 0:
+    if config.beta != 0 or config.entropy_coef != 0 or not config.skips_zero_advantages:
         return mask
     has_signal = torch.where(mask, advantages, 0) != 0
     if config.level == "token" and config.surrogate != "vespo":
@@ -540,6 +541,7 @@ def policy_loss(
     old_logprobs: Tensor | None = None,  # None: on-policy
     ref_logprobs: Tensor | None = None,
     rollout_weights: Tensor | None = None,  # [B, T], [B, 1] or [N]
+    surrogate_inputs: dict[str, Tensor] | None = None,  # of a custom surrogate; [B], [B, 1], [B, T] or [N]
     cu_seqlens: Tensor | None = None,  # [S + 1], packed input only
     num_items: int | float | Tensor | None = None,
     loss_scale: float = 1.0,
@@ -571,8 +573,21 @@ def policy_loss(
         vespo_weights = rollout_weights if rollout_weights is None or per_sequence else select(rollout_weights, masked=1.0)
         phi = vespo_phi(log_ratio, advantages, vespo_weights, cu_seqlens, config)
 
-    losses = surrogate(ratio, advantages, logprobs, old_logprobs, phi, config)
-    if rollout_weights is not None and config.surrogate != "vespo":
+    if config.custom is not None:
+        given = {
+            "ratio": ratio,
+            "advantages": advantages,
+            "logprobs": logprobs,
+            "old_logprobs": old_logprobs,
+            "ref_logprobs": None if ref_logprobs is None else select(ref_logprobs),
+            "rollout_weights": torch.ones_like(ratio) if rollout_weights is None else select(rollout_weights),
+            "entropy": entropy,
+            **{name: select(per_token(x, logprobs)) for name, x in (surrogate_inputs or {}).items()},
+        }
+        losses = config.custom.losses(given, computed, skips_zero_advantages=config.skips_zero_advantages)
+    else:
+        losses = surrogate(ratio, advantages, logprobs, old_logprobs, phi, config)
+    if rollout_weights is not None and not config.surrogate_weighs:
         losses = torch.where(select(rollout_weights) == 0, 0, losses * select(rollout_weights))
     kl = torch.zeros_like(logprobs) if ref_logprobs is None else kl_penalty(logprobs, select(ref_logprobs), config.kl_estimator, clamp)
     if config.beta != 0:
@@ -666,6 +681,7 @@ def grpo_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     support: tuple[Tensor, Tensor] | None = None,  # ids and offsets of the kept sets of B * T or N positions
+    surrogate_inputs: dict[str, Tensor] | None = None,  # of a custom surrogate; [B], [B, 1], [B, T] or [N]
     loss_scale: float = 1.0,
     metrics_on: str = "all",
 ) -> ReferenceOutput:
@@ -685,6 +701,7 @@ def grpo_loss(
         old_logprobs=old_logprobs,
         ref_logprobs=ref_logprobs,
         rollout_weights=rollout_weights,
+        surrogate_inputs=surrogate_inputs,
         cu_seqlens=cu_seqlens,
         num_items=num_items,
         loss_scale=loss_scale,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,7 @@ def validated_loss_inputs(
     old_logprobs: Tensor | None,
     ref_logprobs: Tensor | None,
     rollout_weights: Tensor | None,
+    surrogate_inputs: Mapping[str, Tensor] | None = None,
     cu_seqlens: Tensor | None,
     num_items: int | float | Tensor | None,
     loss_scale: float,
@@ -41,6 +44,7 @@ def validated_loss_inputs(
             f"ref_logprobs is None; expected a tensor like the mask, since config.beta = {config.beta:g}. Pass them, or set beta=0."
         )
     check_metrics_on(metrics_on)
+    columns = _checked_surrogate_inputs(surrogate_inputs, tokens, config, has_reference=ref_logprobs is not None)
     loss_scale = checks.finite("loss_scale", loss_scale, "Multiply the loss by a tensor afterwards.", most=checks.LARGEST_FLOAT32)
     _check_cu_seqlens(cu_seqlens, tokens, config)
     sequences = Sequences(tokens.mask, cu_seqlens)
@@ -55,12 +59,35 @@ def validated_loss_inputs(
         old_logprobs=tokens.optional("old_logprobs", old_logprobs),
         ref_logprobs=tokens.optional("ref_logprobs", ref_logprobs),
         rollout_weights=tokens.optional("rollout_weights", rollout_weights, one_column=True),
+        surrogate_inputs=columns,
         rollout_per_sequence=rollout_weights is not None and not tokens.packed and rollout_weights.shape != tokens.shape,
         loss_scale=loss_scale,
     )
     if checks.value_checks_wanted(tokens.scored):
         _check_values(tokens, inputs)
     return inputs
+
+
+def _checked_surrogate_inputs(
+    given: Mapping[str, Tensor] | None, tokens: TokenBatch, config: LossConfig, *, has_reference: bool
+) -> dict[str, Tensor]:
+    if config.custom is None:
+        if given:
+            raise ValueError(
+                f"surrogate_inputs has {', '.join(map(repr, given))} with loss_type={config.loss_type!r}; expected None: only a custom "
+                "surrogate takes any. Fix: LossConfig(loss_type='custom', surrogate=...)."
+            )
+        return {}
+    if given is not None and not isinstance(given, Mapping):
+        raise TypeError(f"surrogate_inputs is a {type(given).__name__}; expected a dictionary from names to tensors.")
+    config.custom.check_inputs(given or {}, has_reference=has_reference)
+    return {name: _checked_column(f"surrogate_inputs[{name!r}]", x, tokens) for name, x in (given or {}).items()}
+
+
+def _checked_column(name: str, x: Tensor, tokens: TokenBatch) -> Tensor:
+    if isinstance(x, Tensor) and not x.is_floating_point() and not x.is_complex():  # bool or whole numbers
+        x = x.float()
+    return tokens.per_token(name, x, like_sequences=True, one_column=True)
 
 
 def check_config(config: LossConfig) -> None:

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import inspect
 import re
-import sys
-import traceback
 from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from grpo_fast.rewards.accuracy import accuracy_reward
@@ -22,6 +17,7 @@ from grpo_fast.rewards.length import CosineLengthReward, LengthReward, SoftOverl
 from grpo_fast.rewards.mathematics import MathReward
 from grpo_fast.rewards.repetition import CertainRunPenalty, RepetitionPenalty
 from grpo_fast.rewards.structure import FormatReward, TagCountReward
+from grpo_fast.utils.load_object import load_object
 
 __all__ = ["BUILT_IN", "load_reward", "parse_call"]
 
@@ -63,7 +59,8 @@ def load_reward(name: str) -> Reward:
         RepetitionPenalty(ngram_size=6, max_penalty=0.5)
     """
     what, settings = parse_call(name)
-    found = BUILT_IN[what] if what in BUILT_IN else _imported(what)
+    own = f"the package's own rewards, {', '.join(BUILT_IN)}"
+    found = BUILT_IN[what] if what in BUILT_IN else load_object(what, by="load_reward", others=own)
     if settings is None and not inspect.isclass(found):
         reward = found
     else:
@@ -98,49 +95,3 @@ def parse_call(text: str) -> tuple[str, dict[str, Any] | None]:
     except (SyntaxError, ValueError):
         pass
     raise ValueError(f"the settings of {text!r} are {match['settings']}; expected keywords with plain values: '(ngram_size=6)'.")
-
-
-def _imported(what: str) -> Any:
-    place, colon, attribute = what.rpartition(":")
-    if not colon:
-        place, _, attribute = what.rpartition(".")
-    if not place or not attribute:
-        raise ValueError(
-            f"load_reward: {what!r} is none of the package's own rewards, {', '.join(BUILT_IN)}; expected one of these, "
-            "'package.module:function' or 'file.py:function'."
-        )
-    module = _from_file(Path(place)) if place.endswith(".py") else _from_module(place, what)
-    found = module
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            raise ValueError(f"load_reward: {place!r} has no {attribute!r}, which {what!r} asks for.")
-        found = getattr(found, part)
-    return found
-
-
-def _from_module(place: str, what: str) -> ModuleType:
-    try:
-        return importlib.import_module(place)
-    except ModuleNotFoundError as error:
-        if error.name is not None and (place == error.name or place.startswith(f"{error.name}.")):
-            fix = f"Fix: install it, add its folder to PYTHONPATH, or name the file: 'path/{place.rpartition('.')[2]}.py:...'."
-            raise ValueError(f"load_reward: there is no module {place!r} for {what!r}. {fix}") from error
-        raise  # the module exists; a module that it imports does not
-
-
-def _from_file(path: Path) -> ModuleType:
-    path = path.resolve()
-    if not path.is_file():
-        raise ValueError(f"load_reward: there is no file {path}.")
-    if str(path.parent) not in sys.path:
-        sys.path.insert(0, str(path.parent))  # as `python path/to/file.py` does; worker processes can then import it by name
-    importlib.invalidate_caches()
-    try:
-        module = importlib.import_module(path.stem)
-    except Exception as error:
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        line = "" if isinstance(error, SyntaxError) else f" ({where.filename}, line {where.lineno})"  # its message has the line
-        raise ValueError(f"load_reward: {path} cannot be imported: {type(error).__name__}: {error}{line}.") from error
-    if Path(module.__file__ or "").resolve() != path:
-        raise ValueError(f"load_reward: the name of {path} is taken by the module {module.__file__}. Fix: rename the file.")
-    return module
