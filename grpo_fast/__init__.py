@@ -16,6 +16,7 @@ from grpo_fast.loss.checks import debug_checks
 from grpo_fast.loss.config import LOSS_TYPES, LossConfig
 from grpo_fast.loss.corrections import off_policy_sequence_mask, rollout_weights, top_entropy_mask
 from grpo_fast.loss.modules import GRPOLoss
+from grpo_fast.loss.rejection import rejection_mask
 from grpo_fast.loss.support import Support
 from grpo_fast.models.api import linear_logprobs_from, linear_loss_from
 from grpo_fast.models.lm_head import head_of
@@ -47,6 +48,7 @@ __all__ = [
     "linear_loss_from",
     "linear_token_logprobs",
     "off_policy_sequence_mask",
+    "rejection_mask",
     "rollout_weights",
     "token_logprobs",
     "top_entropy_mask",

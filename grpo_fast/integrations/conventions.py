@@ -2,12 +2,14 @@
 
     loss_config(library, options)             LossConfig.like: the loss
     rollout_settings(library, ...)            the arguments of gf.rollout_weights
+    rejection_settings(library, ...)          the arguments of gf.rejection_mask
     advantage_settings(library, ...)          the arguments of gf.group_advantages
 
 The same word can mean different things:
 
 - CISPO's epsilon_high is the bound of the ratio in TRL, Liger and ms-swift, and the bound's distance from 1 in verl.
 - A sampler-mismatch weight of level "sequence" is a product in TRL and verl, and a geometric mean in ms-swift and OpenRLHF.
+- verl's bounds of a k1 rejection are those of sampler / trainer, and gf.rejection_mask's those of trainer / sampler.
 - A fully masked row counts in a mean over sequences in TRL, Liger and ms-swift, and does not in verl and OpenRLHF.
 - verl always applies the dual clip. TRL multiplies the KL by the ratio by default.
 
@@ -30,8 +32,9 @@ from grpo_fast.integrations.loss_options import (
 )
 from grpo_fast.integrations.versions import refuse_other_versions
 from grpo_fast.loss.config import LossConfig
+from grpo_fast.loss.rejection import parse_rejections
 
-__all__ = ["LIBRARIES", "advantage_settings", "loss_config", "rollout_settings"]
+__all__ = ["LIBRARIES", "advantage_settings", "loss_config", "rejection_settings", "rollout_settings"]
 
 Settings = dict[str, str | float | None]  # keyword arguments of a function
 
@@ -97,6 +100,28 @@ def rollout_settings(library: str, mode: str, *, high: float | None = None, low:
         "low": low,
         "high": (3.0 if library == "trl" else 2.0) if high is None else high,
     }
+
+
+def rejection_settings(library: str, criteria: str, threshold: str | float) -> list[Settings]:
+    """Return a library's rejection of tokens and sequences, as arguments of gf.rejection_mask: one set for each criterion.
+
+    A token is kept if every mask keeps it: multiply them. verl removes rejected tokens from the loss's mask, and so from its denominators.
+
+    Args:
+        library: ``"verl"``; NeMo-RL's ``seq-mask-tis`` with the bounds low and high is ``"seq_mean_k1"`` with ``"1/high_1/low"``.
+        criteria: rollout_rs.
+        threshold: rollout_rs_threshold.
+
+    Raises:
+        ValueError: the library, a criterion or a threshold is unknown; the message names it and the fix.
+
+    Example:
+        >>> rejection_settings("verl", "seq_mean_k1", "0.5_1.25")
+        [{'estimator': 'k1', 'level': 'sequence_mean', 'low': 0.8, 'high': 2.0}]
+    """
+    if library != "verl":
+        raise ValueError(f"rejection_settings: library is {library!r}; expected 'verl'.")
+    return [each._asdict() for each in parse_rejections(criteria, threshold)]
 
 
 def advantage_settings(library: str, estimator: str = "group") -> Settings:

@@ -15,7 +15,7 @@ from grpo_fast.loss.sequences import Sequences
 from grpo_fast.loss.statistics import top_threshold
 from grpo_fast.loss.token_inputs import check_cu_seqlens, checked_mask
 
-__all__ = ["off_policy_sequence_mask", "rollout_weights", "top_entropy_mask"]
+__all__ = ["checked_bound", "checked_loss_mask", "checked_sequences", "off_policy_sequence_mask", "rollout_weights", "top_entropy_mask"]
 
 LEVELS = ("token", "sequence", "sequence_mean")
 
@@ -61,15 +61,15 @@ def rollout_weights(
         raise ValueError(f"mode is {mode!r}; expected 'truncate' or 'mask'.")
     if level not in LEVELS:
         raise ValueError(f"level is {level!r}; expected one of {', '.join(LEVELS)}.")
-    low, high = _checked_bound("low", low), _checked_bound("high", high)
+    low, high = checked_bound("low", low), checked_bound("high", high)
     if low is not None and high is not None and low > high:
         raise ValueError(f"low is {low}, high is {high}; expected low <= high.")
     if checks.positive("log_ratio_clamp", log_ratio_clamp, "20 is usual.") > LARGEST_LOG_RATIO:
         raise ValueError(f"log_ratio_clamp is {log_ratio_clamp}; expected at most {LARGEST_LOG_RATIO}, since exp(88.8) overflows float32.")
-    loss_mask = _checked_loss_mask("old_logprobs", old_logprobs, mask, rollout_logprobs=rollout_logprobs)
+    loss_mask = checked_loss_mask("old_logprobs", old_logprobs, mask, rollout_logprobs=rollout_logprobs)
     log_weight = torch.where(loss_mask, (old_logprobs - rollout_logprobs).float(), 0).nan_to_num(nan=0.0)
     if level != "token" or cu_seqlens is not None:
-        sequences = _checked_sequences("old_logprobs", old_logprobs, cu_seqlens)
+        sequences = checked_sequences("old_logprobs", old_logprobs, cu_seqlens)
     if level != "token":
         log_weight = sequences.total(log_weight) if level == "sequence" else sequences.mean(log_weight, loss_mask)
     weight = log_weight.clamp(-log_ratio_clamp, log_ratio_clamp).exp()
@@ -117,8 +117,8 @@ def off_policy_sequence_mask(
                 [0.]])
     """
     threshold = checks.finite("threshold", threshold, "It is in nats per token; 0.5 is usual.")
-    loss_mask = _checked_loss_mask("logprobs", logprobs, mask, rollout_logprobs=rollout_logprobs)
-    sequences = _checked_sequences("logprobs", logprobs, cu_seqlens)
+    loss_mask = checked_loss_mask("logprobs", logprobs, mask, rollout_logprobs=rollout_logprobs)
+    sequences = checked_sequences("logprobs", logprobs, cu_seqlens)
     checks.tensor("advantages", advantages, like=logprobs, like_name="logprobs")
     allowed: list[tuple[tuple[int, ...], str]] = [(tuple(logprobs.shape), "[N]" if logprobs.dim() == 1 else "[B, T]")]
     if logprobs.dim() == 2:
@@ -160,11 +160,11 @@ def top_entropy_mask(
     quantile = checks.positive("quantile", quantile, "It is the share of tokens that are kept; 0.2 is usual.")
     if quantile > 1:
         raise ValueError(f"quantile is {quantile}; expected at most 1, which keeps every token.")
-    loss_mask = _checked_loss_mask("entropy", entropy, mask) & ~entropy.isnan()
+    loss_mask = checked_loss_mask("entropy", entropy, mask) & ~entropy.isnan()
     return (loss_mask & (entropy >= top_threshold(entropy[loss_mask], quantile))).float()
 
 
-def _checked_loss_mask(name: str, tokens: Tensor, mask: Tensor, **same_shape: Tensor) -> Tensor:
+def checked_loss_mask(name: str, tokens: Tensor, mask: Tensor, **same_shape: Tensor) -> Tensor:
     """Validate the tokens, the tensors that must have their shape, and the mask; return the mask as bool."""
     checks.tensor(name, tokens, like=None)
     if tokens.dim() not in (1, 2):
@@ -175,7 +175,8 @@ def _checked_loss_mask(name: str, tokens: Tensor, mask: Tensor, **same_shape: Te
     return checked_mask(mask, tokens, name)
 
 
-def _checked_sequences(name: str, tokens: Tensor, cu_seqlens: Tensor | None) -> Sequences:
+def checked_sequences(name: str, tokens: Tensor, cu_seqlens: Tensor | None) -> Sequences:
+    """Validate the boundaries of the sequences of packed tokens, and return the sequences."""
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, tokens, name)
     elif tokens.dim() == 1:
@@ -183,5 +184,6 @@ def _checked_sequences(name: str, tokens: Tensor, cu_seqlens: Tensor | None) -> 
     return Sequences(tokens, cu_seqlens)
 
 
-def _checked_bound(name: str, value: float | None) -> float | None:
-    return None if value is None else checks.not_negative(name, value, "It bounds a weight exp(old - rollout). Pass None for no bound.")
+def checked_bound(name: str, value: float | None, what: str = "It bounds a weight exp(old - rollout).") -> float | None:
+    """Validate a bound that may be None; ``what`` says in the message what it bounds."""
+    return None if value is None else checks.not_negative(name, value, f"{what} Pass None for no bound.")

@@ -47,6 +47,13 @@ class Sequences:
         """Return the mean of x over the unmasked tokens of each token's sequence; 0 for a sequence without unmasked tokens."""
         return self.total(x * mask) / self.total(mask.to(x.dtype)).clamp(min=1)
 
+    def largest(self, x: Tensor) -> Tensor:
+        """Return the maximum of x over each token's sequence, shaped as by `total`; x ``[B, T]`` or ``[N]``."""
+        if self.segment is None:
+            return x.amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)
+        per_sequence = x.new_full((self.count,), -torch.inf).scatter_reduce(0, self.segment, x, "amax")
+        return per_sequence.index_select(0, self.segment)
+
     def take(self, tokens: Tensor | slice) -> Sequences:
         """Select some tokens of packed input, in the given order."""
         assert self.segment is not None

@@ -5,7 +5,7 @@ if the model's head allows it, else from the model's logits.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -18,6 +18,7 @@ from transformers.utils import logging
 from grpo_fast.head.api import linear_grpo_loss, linear_token_logprobs
 from grpo_fast.loss.api import GRPOOutput, TokenLogprobs, grpo_loss, token_logprobs
 from grpo_fast.loss.config import LossConfig
+from grpo_fast.loss.rejection import Rejection
 from grpo_fast.models.batch import ForwardBatch, ModelInputs
 from grpo_fast.models.lm_head import HeadArguments, HiddenStates, head_of, hidden_states_of
 from grpo_fast.models.off_policy import masked_weights
@@ -47,6 +48,7 @@ class ModelForward:
         fused_head: compute from hidden states where the model's head allows it; False: from logits.
         off_policy_mask_threshold: leave off-policy sequences with a negative advantage out of the surrogate, see
             `off_policy_sequence_mask`; None = none.
+        rejections: criteria by which tokens are left out of the surrogate whose current policy is too far from the sampler's.
         router_loss: the auxiliary loss of a mixture of experts, which `loss` adds; None = none.
         logits_dtype: of the fused head, see linear_grpo_loss.
         invariant: compute the fused head with `batch_invariant`.
@@ -60,6 +62,7 @@ class ModelForward:
         packing: bool | Literal["auto"] = "auto",
         fused_head: bool = True,
         off_policy_mask_threshold: float | None = None,
+        rejections: Sequence[Rejection] = (),
         router_loss: RouterLoss | None = None,
         logits_dtype: str = "float32",
         invariant: bool = False,
@@ -67,7 +70,7 @@ class ModelForward:
         self.accelerator, self.pad_token_id, self.packing = accelerator, pad_token_id, packing
         self._layout: Layout | None = None  # decided with the first batch
         self._use_fused_head = fused_head
-        self.off_policy_mask_threshold = off_policy_mask_threshold
+        self.off_policy_mask_threshold, self.rejections = off_policy_mask_threshold, tuple(rejections)
         self.router_loss = router_loss
         self.logits_dtype, self.invariant = logits_dtype, invariant
 
@@ -105,10 +108,11 @@ class ModelForward:
         metrics: dict[str, Tensor] = {}
 
         def weights(logprobs: Callable[[], TokenLogprobs]) -> Tensor | None:
-            if threshold is None:
+            if threshold is None and not self.rejections:
                 return batch.tokens.get("weights")
             with torch.no_grad():  # the head's product is repeated, but not the model's forward pass
-                found, metrics["off_policy_masked"] = masked_weights(batch, packed, logprobs().logprobs, threshold)
+                found, measured = masked_weights(batch, packed, logprobs().logprobs, threshold, self.rejections)
+            metrics.update(measured)
             return found
 
         def from_hidden(hidden: Tensor, head: HeadArguments) -> GRPOOutput:

@@ -13,6 +13,7 @@ from grpo_fast.trainer import config_checks as checks
 from grpo_fast.trainer.advantages import check_advantages
 from grpo_fast.trainer.best_model import choose_metric, choose_mode
 from grpo_fast.trainer.loss_fields import add_loss_fields, make_loss_config
+from grpo_fast.trainer.off_policy import check_off_policy, rejections_of
 from grpo_fast.trainer.sampling_settings import SamplingSettings, check_generation_kwargs
 from grpo_fast.trainer.temperature import TemperatureSchedule
 from grpo_fast.trainer.trl_names import explain_wrong_settings
@@ -125,6 +126,15 @@ class GRPOConfig(SamplingSettings, TrainingArguments):
         off_policy_mask_threshold: leave sequences with a negative advantage out of the surrogate if the mean of sampling - current
             log-probability of their tokens is larger than this, in nats (DeepSeek-V3.2, arXiv:2512.02556, equation 9); 0.5 is usual.
             None = off. The sampling log-probabilities are the sampler's, penalties included, else those of the old policy.
+        rollout_rs: verl's criteria of rejection, separated by commas: leave a token (``"token_k1"``, ``"token_k2"``, ``"token_k3"``) or its
+            sequence out of the surrogate if trainer and sampler are too far apart, by the sum (``"seq_sum_k1"``, ...), the mean
+            (``"seq_mean_k1"``, ...: for k1 a band of the geometric mean of the ratios) or the largest (``"seq_max_k2"``, ``"seq_max_k3"``,
+            arXiv:2512.23075) of an estimate of their KL divergence, see `gf.rejection_mask`. Importance weights are as without. None = off.
+        rollout_rs_threshold: for all of them, or one for each, separated by commas: for k1 bounds of the ratio of sampler to trainer
+            (``"0.999_1.001"``; of one number the reciprocal is the lower bound), else the largest divergence, in nats.
+        bypass_mode: take the sampler's log-probabilities for those of the old policy, which is not computed (verl's name): for samplers
+            that may be several steps behind, so that only the first rollout is compared with ``sampler_tolerance``. The one ratio, of the
+            current policy to the sampler, is clipped, and there are no importance weights; ``rollout_rs`` compares the current policy.
         sampler_tolerance: largest mean difference of a token's log-probability between sampler and trainer, in nats, on the first step;
             a larger one stops the run. None = 0.02 in float32, 0.1 otherwise. Each later rollout is compared too.
         sampler_tolerance_patience: how many rollouts in a row may differ by more than ``sampler_tolerance`` before the run stops; the
@@ -237,6 +247,9 @@ class GRPOConfig(SamplingSettings, TrainingArguments):
     vllm_importance_sampling_clip_min: float | None = None
     vllm_importance_sampling_clip_max: float | None = 3.0
     off_policy_mask_threshold: float | None = None
+    rollout_rs: str | None = None
+    rollout_rs_threshold: str | None = None
+    bypass_mode: bool = False
     sampler_tolerance: float | None = None
     sampler_tolerance_patience: int = 3
 
@@ -269,6 +282,7 @@ class GRPOConfig(SamplingSettings, TrainingArguments):
         self._schedule = TemperatureSchedule.from_config(schedule)  # type: ignore[arg-type]  # TrainingArguments has parsed JSON; warns if it goes below 0.7
         checks.check_rewards(self)
         check_advantages(self)
+        check_off_policy(self)
         checks.check_entropy(self)
         checks.check_training(self)
         self.loss_config()
@@ -314,6 +328,7 @@ class GRPOConfig(SamplingSettings, TrainingArguments):
             "packing": self.packing,
             "fused_head": self.fused_head,
             "off_policy_mask_threshold": self.off_policy_mask_threshold,
+            "rejections": rejections_of(self) if self.bypass_mode else (),
             "logits_dtype": self.logits_dtype,
             "invariant": self.batch_invariant,
         }

@@ -107,6 +107,9 @@ def measure_loss(metrics: MetricAccumulator, out: gf.GRPOOutput, batch: MicroBat
             metrics.add_mean(name, out.metrics[metric], num_computed)
     if "off_policy_masked" in out.metrics:
         metrics.add_mean("off_policy_masked", out.metrics["off_policy_masked"], float(len(computed)))
+    if "rejected_tokens" in out.metrics:
+        metrics.add_mean("sampling/rejected_tokens", out.metrics["rejected_tokens"], float(computed.num_loss_tokens()))
+        metrics.add_mean("sampling/rejected_sequences", out.metrics["rejected_sequences"], float(computed.loss_mask.sum()))
     if "aux_loss" in out.metrics:
         metrics.add_mean("aux_loss", out.metrics["aux_loss"])
     metrics.add_max("ratio/max", out.metrics["ratio_max"])

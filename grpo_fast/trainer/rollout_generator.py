@@ -23,6 +23,7 @@ from grpo_fast.trainer.advantages import compute_advantages
 from grpo_fast.trainer.completions import CompletionRunner, GeneratedCompletion
 from grpo_fast.trainer.diagnostics import completion_records, measure_rewards, measure_rollout
 from grpo_fast.trainer.length_check import check_lengths
+from grpo_fast.trainer.off_policy import reject, require_sampler
 from grpo_fast.trainer.prompt_source import PromptSource, Row
 from grpo_fast.trainer.prompt_stream import PromptStream
 from grpo_fast.trainer.replay import SupportReplay
@@ -188,11 +189,15 @@ class RolloutGenerator:
         """Add the log-probabilities of the old policy and of the reference, and the weights, if the settings need them."""
         trainer, args = self.trainer, self.trainer.args
         corrects = self.corrects_sampler and "sampler" in rollout.tokens
-        needs_old = args.updates_per_rollout > 1
+        require_sampler(args, rollout, trainer.sampler)
+        needs_old = args.updates_per_rollout > 1 and not args.bypass_mode
+        rejects = args.rollout_rs is not None and not args.bypass_mode
+        if args.bypass_mode:  # the sampler is the old policy, so that the one ratio is that of the current policy to it
+            rollout.tokens["old"] = rollout.tokens["sampler"]
         # With a sharded model every process must make as many forward passes as the others, so none may leave rows out.
         rows = list(range(len(rollout))) if is_sharded(trainer.model_wrapped) else trainer.rows_with_gradient(rollout)
         part = rollout.select(rows)
-        if needs_old or corrects or args.top_entropy_quantile < 1:
+        if needs_old or corrects or rejects or args.top_entropy_quantile < 1:
             old = trainer.model_forward.logprobs(trainer.model_wrapped, part, batch_size=args.per_device_train_batch_size)
             if needs_old:
                 rollout.tokens["old"] = rollout.scatter_tokens(old.logprobs, rows)
@@ -206,11 +211,14 @@ class RolloutGenerator:
 
     def _token_weights(self, rows: Rollout, old: gf.TokenLogprobs, corrects: bool) -> Tensor | None:
         """Return the factor of each token's surrogate, float32 [n]: importance weights that correct for the sampler's distribution, times
-        the mask of the tokens with the highest entropy (arXiv:2506.01939). None = no factor.
+        the masks of the tokens that are not rejected, and of those with the highest entropy (arXiv:2506.01939). None = no factor.
         """
         args = self.trainer.args
         mask = rows.loss_mask.repeat_interleave(torch.tensor(rows.lengths)).to(old.logprobs.device)  # bool [n]
         weights = self._importance_weights(rows, old.logprobs, mask) if corrects else None
+        kept = reject(args, rows, old.logprobs, mask, self.trainer.metrics)
+        if kept is not None:
+            weights = kept if weights is None else weights * kept
         if args.top_entropy_quantile < 1:
             everyone = torch.cat([values.to(old.entropy.device) for values in gather_object([old.entropy[mask].cpu()])])
             highest = (old.entropy >= top_threshold(everyone, args.top_entropy_quantile)).float()

@@ -97,6 +97,8 @@ def corrects_sampler(config: GRPOConfig, *, own_model: bool) -> bool:
         config: the settings.
         own_model: whether the sampler runs the trainer's own model, so that only penalties make a difference.
     """
+    if config.bypass_mode:
+        return False  # the ratio of the loss is that to the sampler
     corrects = config.vllm_importance_sampling_correction
     return (config.penalises or not own_model) if corrects is None else corrects
 
@@ -133,7 +135,7 @@ def warn_of_penalties(config: GRPOConfig, corrects: bool) -> None:
         config: the settings.
         corrects: whether the sampler's distribution is corrected.
     """
-    if not config.penalises:
+    if not config.penalises or config.bypass_mode:  # then the ratio is that to the penalised distribution
         return
     what = (
         f"The sampler draws from a penalised distribution ({config.penalties}), and the loss is that of softmax(z/T) without it: the "

@@ -61,6 +61,8 @@ METRICS: dict[str, str] = {
     "sampling/importance_sampling_ratio/min": "weight that corrects for the sampler",
     "sampling/importance_sampling_ratio/mean": "likewise",
     "sampling/importance_sampling_ratio/max": "likewise",
+    "sampling/rejected_tokens": "share of the tokens in the loss that `rollout_rs` rejects",
+    "sampling/rejected_sequences": "share of the sequences in the loss of which it rejects a token",
     "sampling/kept_mass": "probability of the tokens that truncated sampling keeps",
     "dynamic_sampling/attempts": "how often groups were drawn again",
     "step_time": "seconds of a step without its optimizer",
