@@ -223,6 +223,7 @@ def test_a_band_of_the_geometric_mean_leaves_the_weights_of_tokens_alone(correct
     run = trainer(tmp_path, sampler=Shifted(0.1, -0.1, 0.5, 0.0), sampler_tolerance=9.0, metrics_on="all", **settings)
     run.train()
     weights = [math.exp(-0.1), math.exp(0.1), 0.0, 1.0] if corrects else [1.0, 1.0, 0.0, 1.0]
+    assert run.rollout is not None
     for row, found in enumerate(per_row(run, "weights")):
         assert found == pytest.approx([weights[row % 4]] * len(found), rel=1e-4)
     log = logs(run)[0]
@@ -236,6 +237,7 @@ def test_the_sampler_as_the_old_policy(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(ModelForward, "logprobs", lambda *_, **__: pytest.fail("the old policy is computed"))
     run = trainer(tmp_path, sampler=Shifted(0.15), sampler_tolerance=0.2, bypass_mode=True, num_iterations=2, max_steps=2, epsilon=0.1)
     run.train()
+    assert run.rollout is not None
     assert torch.equal(run.rollout.tokens["old"], run.rollout.tokens["sampler"]) and "weights" not in run.rollout.tokens
     first, second = logs(run)
     assert first["ratio/mean"] == pytest.approx(math.exp(-0.15), rel=1e-5) and second["ratio/mean"] != first["ratio/mean"]
@@ -276,7 +278,7 @@ def test_rejection_by_the_current_policy(fused: bool) -> None:
     terms = -0.5 * torch.tensor([-1.0, -1.0, 1.0, -1.0, -1.0, -0.5])
     out = loss("seq_mean_k1", "0.9_2.0")
     assert out.loss.item() == pytest.approx(terms[:5].sum().item() / 6, abs=1e-6)
-    assert (out.metrics["rejected_tokens"].item(), out.metrics["rejected_sequences"].item()) == (pytest.approx(1 / 6), 0.25)
+    assert out.metrics["rejected_tokens"].item() == pytest.approx(1 / 6) and out.metrics["rejected_sequences"].item() == 0.25
     out = loss("token_k1", "0.9_2.0")  # 0.9 is at most e^0.69, and e^-0.2 is below 0.9
     assert out.loss.item() == pytest.approx(terms[[2, 3]].sum().item() / 6 + terms[1].item() / 6, abs=1e-6)
     assert (out.metrics["rejected_tokens"].item(), out.metrics["rejected_sequences"].item()) == (0.5, 0.75)
@@ -304,12 +306,23 @@ def test_a_sampler_without_log_probabilities(settings: dict[str, Any], tmp_path:
             {"bypass_mode": True, "vllm_importance_sampling_correction": True},
             "importance_sampling_correction is True; .*applied twice",
         ),
+        (
+            {"rollout_rs": "token_k3, seq_sum_k1", "rollout_rs_threshold": 2, "top_p": 0.9, "replay_support": False},
+            "no sum .*Fix: 'seq_mean_k1'",
+        ),
+        ({"rollout_rs": "seq_sum_k3", "rollout_rs_threshold": 2, "repetition_penalty": 1.1}, "no sum over a sequence with penalties"),
         ({"bypass_mode": True, "loss_type": "reinforce"}, "loss_type is 'reinforce'; expected a loss with a ratio.*Fix: 'cispo'"),
     ],
 )
 def test_wrong_settings(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"GRPOConfig: .*{message}"):
         config(tmp_path, **settings)
+
+
+def test_sums_are_allowed_where_the_sets_are_replayed(tmp_path: Path) -> None:
+    config(tmp_path, rollout_rs="seq_sum_k1", rollout_rs_threshold=2, top_p=0.9)  # by the trainer's own sampler
+    with pytest.raises(ValueError, match="rollout_rs is 'seq_sum_k1'; expected no sum"):
+        trainer(tmp_path, sampler=Scripted(), rollout_rs="seq_sum_k1", rollout_rs_threshold=2, top_p=0.9)
 
 
 def test_the_criteria_are_read_from_a_command_line_and_a_number(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from grpo_fast.data.chats import CHAT
 from grpo_fast.generation import check_options, sampler_class
-from grpo_fast.trainer.sampling_settings import check_importance_weights, corrects_sampler
+from grpo_fast.trainer.sampling_settings import check_importance_weights, check_rejection, corrects_sampler
 from grpo_fast.trainer.setting_errors import bad_setting
 
 if TYPE_CHECKING:
@@ -213,6 +213,7 @@ def check_rewards(config: GRPOConfig) -> None:
     setting: object = config.replay_support
     returns = getattr(sampler_class(config.sampler), "returns_support", False)  # a sampler object is checked when the trainer has it
     may_replay = setting is True or (setting == "auto" and returns)
+    check_rejection(config, replays=may_replay)
     check_importance_weights(config, corrects_sampler(config, own_model=config.sampler == "transformers"), replays=may_replay)
     low, high = config.vllm_importance_sampling_clip_min, config.vllm_importance_sampling_clip_max
     if low is not None and not 0 <= low < math.inf:

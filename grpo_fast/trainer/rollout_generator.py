@@ -28,7 +28,7 @@ from grpo_fast.trainer.prompt_source import PromptSource, Row
 from grpo_fast.trainer.prompt_stream import PromptStream
 from grpo_fast.trainer.replay import SupportReplay
 from grpo_fast.trainer.rollout import Rollout
-from grpo_fast.trainer.sampling_settings import check_importance_weights, corrects_sampler, warn_of_penalties
+from grpo_fast.trainer.sampling_settings import check_importance_weights, check_rejection, corrects_sampler, warn_of_penalties
 from grpo_fast.trainer.trl_metrics import measure_lengths, measure_reward_spread
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ class RolloutGenerator:
         self.replay = SupportReplay(trainer.args, trainer.sampler)
         self.step_sequences: list[int] = []  # of each optimizer step of the last rollout, over all processes: those in the denominators
         # Again, since the settings do not know of a sampler that the caller made.
+        check_rejection(trainer.args, replays=self.replay.wanted)
         check_importance_weights(trainer.args, self.corrects_sampler, replays=self.replay.wanted)
         if trainer.accelerator.is_main_process:
             warn_of_penalties(trainer.args, self.corrects_sampler)

@@ -16,7 +16,14 @@ from grpo_fast.trainer.setting_errors import bad_setting
 if TYPE_CHECKING:
     from grpo_fast.trainer.config import GRPOConfig
 
-__all__ = ["SamplingSettings", "check_generation_kwargs", "check_importance_weights", "corrects_sampler", "warn_of_penalties"]
+__all__ = [
+    "SamplingSettings",
+    "check_generation_kwargs",
+    "check_importance_weights",
+    "check_rejection",
+    "corrects_sampler",
+    "warn_of_penalties",
+]
 
 logger = logging.getLogger("grpo_fast")
 
@@ -126,6 +133,24 @@ def check_importance_weights(config: GRPOConfig, corrects: bool, *, replays: boo
             "'token_mask', or no penalty"
         )
         raise bad_setting("vllm_importance_sampling_mode", mode, expected)
+
+
+def check_rejection(config: GRPOConfig, *, replays: bool) -> None:
+    """Check that a sum over a sequence does not reject every sequence: of what penalties and truncation without its sets differ by.
+
+    Args:
+        config: the settings.
+        replays: whether the loss is that of the sets of kept tokens, see replay_support.
+    """
+    sums = [name.strip() for name in (config.rollout_rs or "").split(",") if name.strip().startswith("seq_sum")]
+    if not sums or not (config.penalises or (config.truncates and not replays)):
+        return
+    what = f"penalties ({config.penalties})" if config.penalises else f"truncated sampling ({config.truncation})"
+    expected = (
+        f"no sum over a sequence with {what}: each token differs by it, so that the sum grows with the length and rejects every long "
+        f"sequence. Fix: {sums[0].replace('seq_sum', 'seq_mean')!r}, or a sampler whose sets are replayed (replay_support)"
+    )
+    raise bad_setting("rollout_rs", config.rollout_rs, expected)
 
 
 def warn_of_penalties(config: GRPOConfig, corrects: bool) -> None:
