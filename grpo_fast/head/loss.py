@@ -59,7 +59,11 @@ def linear_loss(
     computed = active if only_active else inputs.mask
     rows, token_level = rows._replace(mask=computed), inputs.token_level()
     with_grad = active if with_gradient else torch.zeros_like(active)
+    sets_given = rows.sets is not None
     plan, rows, apart = plan_rows(rows, with_grad, rows_per_chunk, inputs.sequences if token_level is None else None, tile)
+    # The two ways to the gradient differ in rounding. With batch invariance the sets of other tokens do not choose between them.
+    without_sets = rows.sets is None if tile is None else not sets_given
+    in_one_pass = token_level is not None and not inputs.needs_two_passes and rows.shard is None and without_sets
     head = make_head(plan)
     head.reserve(plan.max_rows)
     statistics = RowStatistics(*(torch.zeros_like(computed, dtype=torch.float32) for _ in range(3)))
@@ -108,7 +112,7 @@ def linear_loss(
     for chunk in plan.nograd_chunks:
         compute_statistics(chunk.begin, chunk.end)
     for chunk in plan.grad_chunks:
-        if token_level is not None and not inputs.needs_two_passes and rows.shard is None and rows.sets is None:
+        if in_one_pass:
             one_pass(chunk.begin, chunk.end)
         else:
             two_passes(chunk)
