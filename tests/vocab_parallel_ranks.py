@@ -6,6 +6,8 @@ By hand: python tests/vocab_parallel_ranks.py RANK PROCESSES FOLDER
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,9 @@ import grpo_fast as gf
 from grpo_fast.head import kept
 
 B, T, D, V, R = 3, 6, 8, 37, 2
-CUTS = {1: (0, V), 2: (0, 5, V), 3: (0, 2, 30, V)}  # parts of very different sizes
+CUTS = {1: (0, V), 2: (0, 5, V), 4: (0, 2, 11, 30, V)}  # parts of very different sizes
+LARGEST_SHARE = 10  # so that sets of up to 3 of the 37 ids are computed by themselves
+IN_BFLOAT16 = ("adapter bias", "kept sets gspo bias")
 
 
 def case(name: str, config: gf.LossConfig, **extra: Any) -> dict[str, Any]:
@@ -146,16 +150,24 @@ def messages(part: slice, group: Any) -> dict[str, str]:
     return found
 
 
+def results_of(rank: int, group: Any, names: Iterable[str], dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
+    """What one rank of the group finds."""
+    cuts, of = CUTS[torch.distributed.get_world_size(group)], cases()
+    return {name: measured(name, of[name], slice(*cuts[rank : rank + 2]), group, dtype) for name in names}
+
+
 def main() -> None:
-    kept.LARGEST_SHARE = 10  # so that sets of up to 3 of the 37 ids are computed by themselves
+    kept.LARGEST_SHARE = LARGEST_SHARE
     rank, processes, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
     store = torch.distributed.FileStore(str(folder / "store"), processes)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=processes, timeout=timedelta(seconds=HANG))
     group = torch.distributed.group.WORLD
-    part = slice(*CUTS[processes][rank : rank + 2])
-    results = {name: measured(name, of, part, group, torch.float32) for name, of in cases().items()}
-    torch.save({"results": results, "messages": messages(part, group)}, folder / f"{rank}.pt")
+    results = results_of(rank, group, cases(), torch.float32)
+    time.sleep(0.01 * (processes - rank))  # the first rank arrives last
+    in_bfloat16 = results_of(rank, group, IN_BFLOAT16, torch.bfloat16)
+    bad_calls = messages(slice(*CUTS[processes][rank : rank + 2]), group)
+    torch.save({"results": results, "in bfloat16": in_bfloat16, "messages": bad_calls}, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
