@@ -15,6 +15,15 @@ import grpo_fast as gf
 D = 24
 
 
+def operands(
+    tokens: int, width: int, vocabulary: int, dtype: torch.dtype, seed: int = 0, std: float = 2.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, a weight with which logits have this standard deviation, and token ids."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden, weight = torch.randn(tokens, width, generator=generator), torch.randn(vocabulary, width, generator=generator)
+    return hidden.to(dtype), (weight * std / width**0.5).to(dtype), torch.randint(vocabulary, (tokens,), generator=generator)
+
+
 @dataclass
 class LinearCase:
     """The arguments of one call of linear_grpo_loss, and what autograd gives for it."""

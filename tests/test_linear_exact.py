@@ -1,4 +1,4 @@
-"""The head with 16-bit operands against float64 of the same operands, and the same bits whatever stands beside a token."""
+"""The head with 16-bit operands against float64 of the same operands."""
 
 from __future__ import annotations
 
@@ -6,26 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from linear_cases import random_linear_case
+from linear_cases import operands, random_linear_case
 from torch import Tensor
 
 import grpo_fast as gf
 from grpo_fast.head.precision import Precision
-from grpo_fast.head.products import FixedShapeProducts, Products, products_for
-from grpo_fast.ops.backends import backends
+from grpo_fast.head.products import Products
 from grpo_fast.ops.rounding import rounded_
 
 HALF = [torch.bfloat16, torch.float16]
-CPU = pytest.mark.skipif(not backends()["cpu"].usable, reason="needs the C++ extension")
-
-
-def operands(
-    tokens: int, width: int, vocabulary: int, dtype: torch.dtype, seed: int = 0, std: float = 2.0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states, a weight with which logits have this standard deviation, and token ids."""
-    generator = torch.Generator().manual_seed(seed)
-    hidden, weight = torch.randn(tokens, width, generator=generator), torch.randn(vocabulary, width, generator=generator)
-    return hidden.to(dtype), (weight * std / width**0.5).to(dtype), torch.randint(vocabulary, (tokens,), generator=generator)
 
 
 def check_logprobs(hidden: Tensor, weight: Tensor, ids: Tensor, **options: Any) -> None:
@@ -145,153 +134,6 @@ def test_random_calls_against_float64() -> None:
 @pytest.mark.sweep
 def test_many_random_calls_against_float64() -> None:
     check_errors(errors_of_gradients(range(1000)))
-
-
-def one_batch(seed: int) -> None:
-    """Each token alone, in a batch, permuted, padded, among masked tokens and in other chunks, by other numbers of threads."""
-    generator = torch.Generator().manual_seed(seed)
-    n, width, vocabulary = (int(torch.randint(low, high, (), generator=generator)) for low, high in ((3, 150), (5, 70), (9, 300)))
-    dtype = (*HALF, torch.float32)[seed % 3]
-    hidden, weight, ids = operands(n, width, vocabulary, dtype, seed)
-    g, h = torch.randn(2, n, generator=generator)
-    row = vocabulary * 4 + 64
-
-    def run(x: Tensor, at: Tensor, chunk: int = 512, trainable: bool = True, mask: Tensor | None = None) -> tuple[Tensor, ...]:
-        x, w = x.detach().clone().requires_grad_(), weight.clone().requires_grad_(trainable)
-        safe = at.clamp(min=0)
-        out = gf.linear_token_logprobs(x, w, ids[safe], mask=mask, chunk_bytes=chunk * row)
-        upstream = [torch.where(at >= 0, y[safe], 0) for y in (g, h)]
-        ((out.logprobs * upstream[0]) + (out.entropy * upstream[1])).sum().backward()
-        assert x.grad is not None
-        return out.logprobs.detach(), out.entropy.detach(), x.grad, w.grad if w.grad is not None else x.new_empty(0)
-
-    everything = torch.arange(n)
-    whole = run(hidden, everything)
-
-    def check(found: tuple[Tensor, ...], at: Tensor, of_weight: bool) -> None:
-        kept = at >= 0
-        for a, b in zip(found[:3], whole[:3], strict=True):
-            assert torch.equal(a[kept], b[at[kept]])
-        assert not of_weight or torch.equal(found[3], whole[3])
-
-    for chunk in (1, 70, 128):
-        check(run(hidden, everything, chunk), everything, True)
-    check(run(hidden, everything, trainable=False), everything, False)
-    order = torch.randperm(n, generator=generator)
-    check(run(hidden[order], order), order, False)
-    one = order[:1]
-    check(run(hidden[one], one), one, False)
-    padded = torch.full((2 * n,), -1)
-    padded[torch.randperm(2 * n, generator=generator)[:n].sort().values] = everything
-    filled = torch.where((padded >= 0)[:, None], hidden[padded.clamp(min=0)], torch.nan)
-    check(run(filled, padded, 64, mask=padded >= 0), padded, True)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2 if threads == 1 else 1)
-    try:
-        check(run(hidden, everything), everything, True)
-    finally:
-        torch.set_num_threads(threads)
-
-
-@CPU
-def test_bits_do_not_depend_on_the_batch() -> None:
-    with gf.batch_invariant():
-        for seed in range(6):
-            one_batch(seed)
-
-
-@CPU
-@pytest.mark.sweep
-def test_bits_of_many_random_batches() -> None:
-    with gf.batch_invariant():
-        for seed in range(1000):
-            one_batch(seed)
-
-
-@CPU
-@pytest.mark.parametrize("loss_type", ["dapo", "gspo"])
-def test_gradients_of_the_loss_have_the_same_bits_in_any_chunks(loss_type: str) -> None:
-    hidden, weight, ids = operands(200, 24, 150, torch.bfloat16)
-    bias, adapter = torch.randn(150), (torch.randn(200, 3).bfloat16(), torch.randn(150, 3).bfloat16())
-    options: dict[str, Any] = {
-        "config": gf.LossConfig(loss_type=loss_type),
-        "old_logprobs": torch.full((200,), -5.0),
-        "cu_seqlens": torch.tensor([0, 90, 100, 200]),
-        "num_items": 50,
-    }
-
-    def run(chunk: int) -> tuple[Tensor, ...]:
-        leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias.bfloat16(), *adapter)]
-        out = gf.linear_grpo_loss(
-            leaves[0], leaves[1], ids, torch.randn(200, generator=torch.Generator().manual_seed(1)), bias=leaves[2],
-            adapter=(leaves[3], leaves[4]), chunk_bytes=chunk * 700, **options,
-        )  # fmt: skip
-        out.loss.backward()
-        recomputed.append(float(out.metrics["recomputed_fraction"]))
-        return out.loss.detach(), out.logprobs, *(x.grad for x in leaves if x.grad is not None)
-
-    recomputed: list[float] = []
-    with gf.batch_invariant():
-        whole, parts = run(512), run(70)
-    assert len(whole) == 7 and all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
-    assert recomputed == [0, 1 if loss_type == "gspo" else 0]
-
-
-def test_batch_invariant_is_a_statement_a_block_and_a_decorator() -> None:
-    from grpo_fast.ops.invariance import is_batch_invariant
-
-    @gf.batch_invariant()
-    def inside() -> bool:
-        return is_batch_invariant()
-
-    assert not is_batch_invariant() and inside() and not is_batch_invariant()
-    with gf.batch_invariant():
-        with gf.batch_invariant(False):
-            assert not is_batch_invariant()
-        assert is_batch_invariant()
-    gf.batch_invariant()
-    assert is_batch_invariant()
-    gf.batch_invariant(False)
-    assert not is_batch_invariant()
-    with pytest.raises(TypeError, match="as a decorator it is called"):
-        gf.batch_invariant(inside)  # type: ignore[arg-type]
-
-
-def test_what_cannot_be_batch_invariant_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    hidden, weight, ids = operands(3, 8, 20, torch.float32)
-    with gf.batch_invariant():
-        with pytest.raises(RuntimeError, match="weight is a callable"):
-            gf.linear_token_logprobs(hidden, lambda x: x @ weight.T, ids)
-        with gf.use_backend("reference"), pytest.raises(RuntimeError, match="the reference backend"):
-            gf.linear_token_logprobs(hidden, weight, ids)
-    monkeypatch.setattr("grpo_fast.ops.extension.load", lambda: False)
-    with pytest.raises(RuntimeError, match="the C\\+\\+ extension is not usable"):
-        products_for(Precision(torch.float32, torch.float32, True), torch.device("cpu"))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_products_of_one_shape(dtype: torch.dtype) -> None:
-    """What a GPU computes with batch invariance: a token's numbers are those of the token in a tile of zeros."""
-    hidden, weight, _ = operands(19, 24, 60, dtype)
-    products, bias = FixedShapeProducts(tile=8), torch.randn(60)
-    out, alone = torch.empty(19, 60), torch.empty(1, 60)
-    products.logits(out, hidden, weight, bias)
-    products.add_logits(out, hidden, weight)
-    torch.testing.assert_close(out, 2 * hidden.float() @ weight.float().T + bias, rtol=1e-4, atol=1e-4)
-    products.logits(alone, hidden[8:9], weight, bias)
-    products.add_logits(alone, hidden[8:9], weight)
-    assert torch.equal(alone[0], out[8])
-    d = torch.randn(19, 60).to(dtype)
-    torch.testing.assert_close(products.hidden_gradient(d, weight), d @ weight)
-    total, of_bias = torch.randn(60, 24), torch.randn(60)
-    products.weight_gradient(total, d, hidden, add=False)
-    products.bias_gradient(of_bias, d, add=False)
-    torch.testing.assert_close(total, d.float().T @ hidden.float(), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(of_bias, d.float().sum(0), rtol=1e-4, atol=1e-4)
-    parts = torch.empty_like(total)
-    products.weight_gradient(parts, d[:16], hidden[:16], add=False)
-    products.weight_gradient(parts, d[16:], hidden[16:], add=True)
-    assert torch.equal(parts, total)
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)

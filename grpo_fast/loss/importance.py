@@ -23,9 +23,11 @@ def importance_log_ratio(log_ratio: Tensor, mask: Tensor, sequences: Sequences, 
     """
     if level == "token":
         return log_ratio
-    mean = sequences.mean(log_ratio, mask)
+    # In float64, as is what backward adds over a sequence: the order of a sum depends on padding and packing, and float32 would show it.
+    exact = log_ratio.double() if log_ratio.device.type == "cpu" else log_ratio
+    mean = sequences.mean(exact, mask).expand_as(log_ratio).to(log_ratio.dtype)
     if level == "sequence":
-        return mean.expand_as(log_ratio)
+        return mean
     own_gradient = (log_ratio - log_ratio.detach()).nan_to_num(nan=0.0)  # value 0; inf - inf where old_logprobs is -inf
     return mean.detach() + own_gradient
 

@@ -364,7 +364,7 @@ def surrogate(ratio: Tensor, advantages: Tensor, logprobs: Tensor, old_logprobs:
         return -torch.where(weight == 0, 0, weight * logprobs)  # 0 * -inf is NaN
     if config.surrogate == "sapo":
         tau = by_sign(advantages > 0, config.sapo_temperature_pos, config.sapo_temperature_neg, ratio.dtype)
-        return -4 / tau * torch.sigmoid(tau * (ratio - 1)) * advantages
+        return -4 / tau * sigmoid(tau * (ratio - 1)) * advantages
     if config.surrogate == "vespo":
         assert phi is not None
         return -torch.where(phi * advantages == 0, 0, phi * advantages * logprobs)
@@ -409,6 +409,12 @@ def binary_kl(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
     q, others, old_others = old_logprobs.exp(), -torch.expm1(logprobs), -torch.expm1(old_logprobs)
     token_term = torch.where(q > 0, q * (old_logprobs - logprobs), 0)
     return token_term + torch.where(old_others > 0, old_others * (old_others.log() - others.log()), 0)
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """Return 1 / (1 + exp(-x)), whose bits depend on x alone; those of torch.sigmoid also depend on an element's place in its tensor."""
+    e = torch.exp(torch.where(x >= 0, -x, x))
+    return torch.where(x >= 0, 1, e) / (1 + e)
 
 
 def by_sign(positive: Tensor, if_positive: float, otherwise: float, dtype: torch.dtype) -> Tensor:

@@ -33,15 +33,21 @@ class Sequences:
         return sequences
 
     def total(self, x: Tensor) -> Tensor:
-        """Return the sum of x over each token's sequence; shaped like the tokens (``[B, 1]`` for a padded batch)."""
+        """Return the sum of x over each token's sequence; shaped like the tokens (``[B, 1]`` for a padded batch).
+
+        On a CPU it is added in float64 from the first token to the last, so that its bits do not depend on padding and packing.
+        """
+        exact = x.double() if x.device.type == "cpu" else x
         if self.segment is None:
-            return x.sum(-1, keepdim=True)
+            if x.device.type != "cpu" or x.shape[-1] == 0:
+                return x.sum(-1, keepdim=True)
+            return exact.cumsum(-1)[..., -1:].to(x.dtype)  # sum() adds in an order that depends on the shape
         # segment_reduce and not index_add: on a GPU the latter adds in an order that changes from run to run.
         offsets = torch.searchsorted(self.segment, torch.arange(self.count + 1, device=x.device))
         per_sequence = torch.segment_reduce(
-            x.expand(*x.shape[:-1], self.segment.shape[0]).reshape(-1), "sum", offsets=offsets, axis=0, unsafe=True
+            exact.expand(*x.shape[:-1], self.segment.shape[0]).reshape(-1), "sum", offsets=offsets, axis=0, unsafe=True
         )
-        return per_sequence.index_select(0, self.segment).view(*x.shape[:-1], -1)
+        return per_sequence.to(x.dtype).index_select(0, self.segment).view(*x.shape[:-1], -1)
 
     def mean(self, x: Tensor, mask: Tensor) -> Tensor:
         """Return the mean of x over the unmasked tokens of each token's sequence; 0 for a sequence without unmasked tokens."""
