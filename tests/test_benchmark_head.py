@@ -56,12 +56,22 @@ def test_the_cases_differ_in_their_activity_alone() -> None:
 @pytest.mark.parametrize("share", [1.0, 0.5])
 @pytest.mark.parametrize(
     ("name", "trainable", "frozen"),
-    [("roofline", 6, 4), ("ours", 6, 4), ("full", 6, 4), ("eager", 6, 4), ("trl", 8, 6), ("liger", 8, 6), ("cce", 6, 4)],
+    [
+        ("roofline", 6, 4),
+        ("ours", 6, 4),
+        ("input", 6, 4),
+        ("invariant", 6, 4),
+        ("full", 6, 4),
+        ("eager", 6, 4),
+        ("trl", 8, 6),
+        ("liger", 8, 6),
+        ("cce", 6, 4),
+    ],
 )
 def test_the_operations_are_counted(name: str, trainable: int, frozen: int, share: float) -> None:
     """Also that nobody but ours does less where fewer tokens are active, which is why the others are not timed there."""
     (like,) = make_cases(SEQUENCES, 4, 11, torch.float32, [share], seed=0)
-    part = share if name == "ours" else 1.0
+    part = share if name in ("ours", "input", "invariant") else 1.0
     try:
         assert suite.flop_multiple(name, True, like) == trainable * part
     except UnavailableError as error:

@@ -176,6 +176,21 @@ def test_linear_cross_entropy(generator: torch.Generator) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+def test_which_heads_of_verl_round_the_logits_to_bfloat16(generator: torch.Generator) -> None:
+    """Its PyTorch head does. The adapter keeps them in float32, as the Triton kernel that it replaces."""
+    fused = peer_module("verl", "0.9.1", "utils.experimental.torch_functional").FusedLinearForPPO()
+    hidden = torch.randn(40, 64, generator=generator).bfloat16()
+    weight = (torch.randn(500, 64, generator=generator) / 4).bfloat16()
+    labels = torch.randint(500, (40,), generator=generator)
+    exact = (hidden.double() @ weight.double().T).log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
+    of_adapter = adapter.linear_cross_entropy(hidden, weight, labels)[0]
+    assert (of_adapter - exact).abs().max() < 1e-5
+    theirs = fused(hidden, weight, labels, 1.0)[0]
+    assert (theirs - exact).abs().max() > 1e-3
+    rounded = gf.linear_token_logprobs(hidden, weight, labels, logits_dtype="input").logprobs
+    torch.testing.assert_close(theirs, rounded, rtol=1e-5, atol=1e-5)
+
+
 def test_a_temperature_per_sample(generator: torch.Generator) -> None:
     """Which verl's fused kernels refuse: a row at its own temperature is that row alone."""
     hidden, weight = torch.randn(2, 5, 12, generator=generator), torch.randn(37, 12, generator=generator)

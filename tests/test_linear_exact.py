@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -98,9 +98,16 @@ def test_rounding_in_place() -> None:
     assert torch.equal(found, expected) and found.data_ptr() == rows.data_ptr() and found.stride(0) % 8 == 0
 
 
-def errors_of_gradients(seeds: range) -> list[float]:
-    """Relative errors against float64 of random calls in which no ratio lies near a bound of the clip."""
-    errors = []
+class Errors(NamedTuple):
+    """Of random calls against float64, relative to the norm of the gradients."""
+
+    errors: list[float]
+    of_coarse_gradients: list[float]  # of calls whose gradients float16 cannot hold to 5e-3, beyond the error of the nearest numbers
+    near_clip: int  # calls that are not compared, since a ratio within 1e-4 of a bound of the clip may lie on either side
+
+
+def errors_of_gradients(seeds: range) -> Errors:
+    found = Errors([], [], 0)
     for seed in seeds:
         case = random_linear_case(seed, HALF[seed % 2])
         with gf.use_backend("reference"):
@@ -110,30 +117,43 @@ def errors_of_gradients(seeds: range) -> list[float]:
             ratio = (exact.logprobs.double() - old).exp()
             bounds = [1 - (config.epsilon_low or 0), 1 + (config.epsilon_high or config.epsilon_low or 0)]
             if any(((ratio - bound).abs() < 1e-4).any() for bound in bounds):
+                found = found._replace(near_clip=found.near_clip + 1)
                 continue
-        _, found = case.run()
-        norm = torch.cat([x.double().flatten() for x in expected.values()]).norm()
-        gap = torch.cat([(found[name].double() - x.double()).flatten() for name, x in expected.items()]).norm()
-        rounded = {name: x.to(found[name].dtype).double() for name, x in expected.items()}
-        of_rounding = torch.cat([(rounded[name] - x.double()).flatten() for name, x in expected.items()]).norm()
-        # Gradients below the smallest numbers of float16 cannot be returned: no result of that dtype is nearer.
-        if norm > 0 and of_rounding < 5e-3 * norm:
-            errors.append(float(gap / norm))
-    return errors
+        _, gradients = case.run()
+        # What is returned has 16 bits. ``nearest`` is the least error that any such result has: with bfloat16 at most 2^-9 of the norm, with
+        # float16 at most 2^-11 and half of the distance of its smallest numbers, 2^-25, for each element.
+        pairs = [(x.double().flatten(), gradients[name].double().flatten(), gradients[name].dtype) for name, x in expected.items()]
+        norm = torch.cat([x for x, _, _ in pairs]).norm()
+        gap = torch.cat([y - x for x, y, _ in pairs]).norm()
+        nearest = torch.cat([x.to(dtype).double() - x for x, _, dtype in pairs]).norm()
+        assert nearest <= sum((torch.finfo(dtype).eps / 2 * x.norm() + 2.0**-25 * x.numel() ** 0.5) for x, _, dtype in pairs)
+        if norm == 0:
+            assert gap == 0
+        elif nearest < 5e-3 * norm:
+            found.errors.append(float(gap / norm))
+        else:
+            found.of_coarse_gradients.append(float((gap - nearest) / norm))
+    return found
 
 
-def check_errors(errors: list[float]) -> None:
+def check_errors(seeds: range) -> None:
+    errors, of_coarse_gradients, near_clip = errors_of_gradients(seeds)
     assert max(errors) < 2e-2, max(errors)
     assert sorted(errors)[int(0.95 * len(errors))] < 5e-3
+    assert max(of_coarse_gradients, default=0.0) < 2e-2
+    assert len(of_coarse_gradients) <= max(1, len(seeds) // 100) and near_clip <= max(1, len(seeds) // 100), (
+        of_coarse_gradients,
+        near_clip,
+    )
 
 
 def test_random_calls_against_float64() -> None:
-    check_errors(errors_of_gradients(range(40)))
+    check_errors(range(40))
 
 
 @pytest.mark.sweep
 def test_many_random_calls_against_float64() -> None:
-    check_errors(errors_of_gradients(range(1000)))
+    check_errors(range(1000))
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)

@@ -191,8 +191,8 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """verl's ``verl.utils.kernel.linear_cross_entropy.linear_cross_entropy``: log-probability of each label, and the entropy, flattened.
 
-    Logits are float32 and are not rounded to the dtype of the hidden states, as in verl's kernel. The temperature may differ from sample to
-    sample or token to token, and hidden may have any width and be on any device.
+    Logits are float32 and are not rounded to the dtype of the hidden states, as in this kernel of verl's (its head in PyTorch rounds them).
+    The temperature may differ from sample to sample or token to token, and hidden may have any width and be on any device.
 
     Args:
         reduction: ``"none"``; verl's own callers use no other.

@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,10 @@ __all__ += ["arguments", "compare_with_truth", "make", "make_cases", "measure_gr
 
 LABELS = {
     "roofline": "the bare products",
+    "roofline_float32": "the bare products in float32",
     "ours": "grpo_fast, fused head",
+    "input": "grpo_fast, logits in the operands' type",
+    "invariant": "grpo_fast, batch_invariant()",
     "full": "full logits, grpo_fast's loss in place",
     "eager": "full logits, PyTorch eager",
     "trl": "TRL ChunkedLogProbFunction",
@@ -204,8 +208,12 @@ def _roofline(case: HeadCase) -> Step:
     return lambda hidden, weight: Products.apply(hidden.flatten(0, 1), weight)
 
 
-def _ours(case: HeadCase) -> Step:
-    return lambda hidden, weight: gf.linear_grpo_loss(hidden, weight, case.token_ids, case.advantages, **arguments(case)).loss
+def _ours(case: HeadCase, invariant: bool = False, **options: Any) -> Step:
+    def step(hidden: Tensor, weight: Tensor) -> Tensor:
+        with gf.batch_invariant(invariant):
+            return gf.linear_grpo_loss(hidden, weight, case.token_ids, case.advantages, **arguments(case), **options).loss
+
+    return step
 
 
 def _full(case: HeadCase) -> Step:
@@ -280,7 +288,10 @@ def _verl_drop_in(case: HeadCase) -> Step:
 
 _MAKE: dict[str, Callable[[HeadCase], Step]] = {
     "roofline": _roofline,
+    "roofline_float32": _roofline,
     "ours": _ours,
+    "input": partial(_ours, logits_dtype="input"),
+    "invariant": partial(_ours, invariant=True),
     "full": _full,
     "eager": _eager,
     "trl": _trl,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from grpo_fast.ops.environment import available_memory, caption
 __all__ = ["SUITE", "HeadSettings", "HeadWorker", "markdown", "run"]
 
 SKIP_INACTIVE = ("ours",)  # the work of the others is the same at every share of active tokens: they are timed at the largest alone
+ROOFLINES = ("roofline", "roofline_float32")  # in the type of the operands, and in float32
 FOOTPRINT = {"eager": 6, "full": 2}  # in float32 logits of the whole batch; 1 of the others
 HELP = "Time the loss from hidden states against what you would use instead, and against its bare matrix products. 22 minutes."
 KEY = ("tokens", "dtype", "trainable")  # of a case
@@ -72,6 +73,8 @@ class HeadWorker:
         """Count the operations at a small size, which also warms up everything but compiled code; then time. The first result is held to
         the truth. What is compiled for this number of tokens is called once more beforehand."""
         case: HeadCase = torch.load(path, weights_only=False)  # our own file, made a moment ago
+        if name == "roofline_float32":
+            case = replace(case, hidden=case.hidden.float(), weight=case.weight.float())
         multiple, step = flop_multiple(name, trainable, case), make(name, case)
         seconds, peaks, verdict, before = [], [], None, None
         for number in range(rounds + (name in COMPILED)):
@@ -79,8 +82,8 @@ class HeadWorker:
             seconds.append(measured.seconds)
             if number == 0:  # above it memory counts, what an implementation keeps from call to call included
                 before = measured.resident_before
-                verdict = None if name == "roofline" else compare_with_truth(measured.result, case.truth, case.hidden.dtype)
-            if before is not None and measured.resident_peak is not None and name != "roofline":
+                verdict = None if name in ROOFLINES else compare_with_truth(measured.result, case.truth, case.hidden.dtype)
+            if before is not None and measured.resident_peak is not None and name not in ROOFLINES:
                 peaks.append(measured.resident_peak - before)
             del measured
         return {
@@ -97,13 +100,13 @@ def flop_multiple(name: str, trainable: bool, like: HeadCase) -> float:
     the same share of active tokens. Compiled code runs as it is written."""
     share = float((like.mask.bool() & (like.advantages != 0)[:, None]).float().mean())
     (case,) = make_cases(SEQUENCES * 40, 16, 512, like.hidden.dtype, [share], seed=0)
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _addmm_flops})
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _flops, torch.ops.grpo_fast.product_: _flops})
     with torch.compiler.set_stance("force_eager"), counter:
         make(name, case)(case.hidden.requires_grad_(), case.weight.requires_grad_(trainable)).backward()
     return counter.get_total_flops() / (case.token_ids.numel() * case.weight.numel())
 
 
-def _addmm_flops(total: Any, a: Any, b: Any, *_: Any, **__: Any) -> int:  # shapes
+def _flops(total: Any, a: Any, b: Any, *_: Any, **__: Any) -> int:  # shapes
     return int(2 * a[0] * a[1] * b[1])
 
 
@@ -194,7 +197,7 @@ def markdown(result: Result) -> list[str]:
     cells: dict[tuple[str, str], list[str]] = {}
     for _, entries in _by_case(result):
         for entry in entries:
-            if entry["implementation"] != "roofline":
+            if entry["implementation"] not in ROOFLINES:
                 cell = f"{entry['median']:.1f} s ({entry['times_roofline']:.2f}x), {entry['peak_bytes'] / 2**30:.2f} GiB"
                 cells.setdefault(("**" if entry["implementation"] == "ours" else "", _label(entry)), []).append(cell)
     return [f"| {bold}{name}{bold} | {' | '.join(found)} |" for (bold, name), found in cells.items()]
@@ -208,7 +211,7 @@ def write_figure(result: Result, path: Path) -> None:
             Bar(title.replace(", ", "\n", 1), entry["implementation"], _label(entry), value(entry), alpha=entry["active"])
             for title, entries in _by_case(result)
             for entry in entries
-            if entry["implementation"] != "roofline"
+            if entry["implementation"] not in ROOFLINES
         ]
 
     times, memory = bars(lambda entry: entry["times_roofline"]), bars(lambda entry: entry["peak_bytes"] and entry["peak_bytes"] / 2**30)
