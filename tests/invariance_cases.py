@@ -73,7 +73,7 @@ class RandomCall:
                 size = rng.choice([0, 1, rng.randint(1, small), rng.randint(1, small), rng.randint(small, vocabulary)])
                 others = [x for x in rng.sample(range(vocabulary), size) if x != token][: max(size - 1, 0)]
                 sets.append([token, *others] if size else [])
-        options = {"softcap": rng.choice([None, 5.0]), "logit_scale": rng.choice([1.0, 0.7])}
+        options: dict[str, Any] = {"softcap": rng.choice([None, 5.0]), "logit_scale": rng.choice([1.0, 0.7])}
         options["logits_dtype"] = rng.choice(["float32", "float32", "input"])
         processes = rng.choice([1, 1, 1, 3])
         call = cls(tokens, sets, head, rng.random() < 0.6, None, options, processes, rng.random() < 0.6)

@@ -67,7 +67,7 @@ def test_bits_of_compiled_calls_do_not_depend_on_the_batch(backend: str, sets: b
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_the_loss_of_a_token_does_not_depend_on_its_place(loss_type: str) -> None:
     """Vectorised functions of PyTorch may compute the last elements of a tensor in another way than the others."""
-    bound = {"epsilon_high": 2.0} if loss_type == "cispo" else {}
+    bound: dict[str, Any] = {"epsilon_high": 2.0} if loss_type == "cispo" else {}
     config = gf.LossConfig(loss_type=loss_type, beta=0.1, entropy_coef=0.1, aggregation="global_token_mean", **bound)
     old, noise, ref, advantages, rollout = torch.randn(5, 1500)
     of_tokens = [x.unsqueeze(1) for x in (old - 3, ref - 3, rollout.exp())]

@@ -120,8 +120,8 @@ def errors_of_gradients(seeds: range) -> Errors:
                 found = found._replace(near_clip=found.near_clip + 1)
                 continue
         _, gradients = case.run()
-        # What is returned has 16 bits. ``nearest`` is the least error that any such result has: with bfloat16 at most 2^-9 of the norm, with
-        # float16 at most 2^-11 and half of the distance of its smallest numbers, 2^-25, for each element.
+        # What is returned has 16 bits. ``nearest`` is the least error that any such result has: of bfloat16 at most 2^-9 of the norm, of
+        # float16 at most 2^-11 of it, and half of the distance of its smallest numbers, 2^-25, for each element.
         pairs = [(x.double().flatten(), gradients[name].double().flatten(), gradients[name].dtype) for name, x in expected.items()]
         norm = torch.cat([x for x, _, _ in pairs]).norm()
         gap = torch.cat([y - x for x, y, _ in pairs]).norm()
