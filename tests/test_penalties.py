@@ -31,6 +31,8 @@ def penalised(logits: torch.Tensor, prompt: list[int], ids: list[int], penalty: 
     found = logits.double().clone()
     for position, row in enumerate(found):
         before = prompt + ids[:position]
+        for (token,), bias in options.get("sequence_bias", []):
+            row[token] += bias
         for token in set(before):
             row[token] = row[token] / penalty if row[token] > 0 else row[token] * penalty
         row[options.get("suppress_tokens", [])] = -math.inf
@@ -58,7 +60,7 @@ def truncated(scores: torch.Tensor, top_p: float, typical_p: float) -> torch.Ten
 
 CASES: list[tuple[float, dict[str, Any], float]] = [  # repetition_penalty, generation_kwargs, top_p
     (1.7, {}, 1.0),
-    (0.6, {"suppress_tokens": [3, 11, 12], "min_new_tokens": 3, "no_repeat_ngram_size": 2}, 1.0),
+    (0.6, {"suppress_tokens": [3, 11, 12], "min_new_tokens": 3, "no_repeat_ngram_size": 2, "sequence_bias": [[[7], 1.5]]}, 1.0),
     (1.3, {"typical_p": 0.7}, 0.8),
 ]
 

@@ -290,7 +290,9 @@ def check_with(tmp_path: Path, gap: float, *, truncation: float = 0.0, **setting
     assert check.done and check.excesses == 0
 
 
-@pytest.mark.parametrize(("settings", "tolerance"), [({}, 0.02), ({"bf16": True}, 0.1), ({"sampler_tolerance": 0.3, "bf16": True}, 0.3)])
+@pytest.mark.parametrize(
+    ("settings", "tolerance"), [({}, 0.02), ({"bf16": True}, 0.1), ({"fp16": True}, 0.1), ({"sampler_tolerance": 0.3, "bf16": True}, 0.3)]
+)
 def test_the_tolerance_of_the_first_step(tmp_path: Path, settings: dict[str, Any], tolerance: float) -> None:
     for sign in (-1, 1):
         check_with(tmp_path, sign * 0.9 * tolerance, **settings)

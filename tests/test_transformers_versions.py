@@ -20,7 +20,7 @@ from grpo_fast.trainer import config_checks as checks
 
 @pytest.mark.parametrize("given", [True, False])
 def test_gradient_checkpointing_is_passed_on_under_transformers_newer_name_without_a_warning(tmp_path: Path, given: bool) -> None:
-    newer = SimpleNamespace(  # as in transformers 5.24
+    newer = SimpleNamespace(  # as in transformers 5.23 and newer
         gradient_checkpointing=given,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         activation_checkpointing=None,

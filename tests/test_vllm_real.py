@@ -22,9 +22,16 @@ from hang import HANG
 pytest.importorskip("transformers", reason="the trainer needs transformers")
 pytest.importorskip("datasets", reason="the trainer's rows are a dataset")
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    RepetitionPenaltyLogitsProcessor,
+    TrainerCallback,
+)
 
-from grpo_fast.generation import SamplerError
+from grpo_fast.generation import SamplerError, SamplingParams
 from grpo_fast.generation.vllm import VLLMSampler
 from grpo_fast.tasks import arithmetic_task
 from grpo_fast.trainer import GRPOConfig, GRPOTrainer
@@ -202,3 +209,29 @@ def test_a_server_that_is_restarted_between_weights_and_completions(
             SamplerError, match=r"the server's model has gate_up_proj from 64 to 256 features, .* from 64 to 512; .*Nothing"
         ):
             make_trainer(other, server, tmp_path / "other", learning_rate=1e-3).train()
+
+
+def test_the_server_reports_the_log_probabilities_of_the_penalised_distribution(tmp_path: Path) -> None:
+    """With transformers' repetition penalty and the presence penalty by its definition, before the temperature."""
+    folder = tiny_model(tmp_path / "tiny", AutoTokenizer.from_pretrained(part("MODEL")))
+    model, prompt = AutoModelForCausalLM.from_pretrained(folder).eval(), [5, 6, 5, 700]
+    options = {"presence_penalty": 0.4, "logit_bias": {"9": -100.0}, "min_tokens": 12}
+    params = SamplingParams(12, [0.7] * 4, seed=1, eos_token_id=2, pad_token_id=0, repetition_penalty=1.6, generation_kwargs=options)
+    with serving(folder, tmp_path) as server:
+        sampler = VLLMSampler(model, url=server.url, weight_sync="none")
+        found = sampler.generate([prompt] * 4, params)
+        sampler.close()
+    for completion in found:
+        ids = completion.token_ids
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+        expected = []
+        for position, row in enumerate(logits):
+            before = torch.tensor([prompt + ids[:position]])
+            row = RepetitionPenaltyLogitsProcessor(1.6)(before, row[None])[0]
+            row[list(set(ids[:position]))] -= 0.4
+            row[[9, 2]] = -torch.inf  # by the bias, and since no completion may end
+            expected.append(float((row / 0.7).log_softmax(-1)[ids[position]]))
+        largest = max(abs(a - b) for a, b in zip(expected, completion.logprobs or [], strict=True))
+        plain = (logits / 0.7).log_softmax(-1)[range(len(ids)), ids]
+        assert largest < GAP < 100 * GAP < (plain - torch.tensor(expected)).abs().max()

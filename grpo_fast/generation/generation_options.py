@@ -151,7 +151,7 @@ _OPTIONS = {
             "truncate_prompt_tokens": "it changes the prompts. Fix: grpo_fast.data.load_prompts(..., max_prompt_length=...)",
             "add_special_tokens": "prompts are sent as tokens. Fix: leave it out",
             "watermarking": "it draws tokens by a key, and not at random. Fix: leave it out",
-            "response_format": "Fix: structured_outputs",
+            "response_format": "it has another name here. Fix: structured_outputs",
             "vllm_xargs": "what a plug-in of the server does with it is not known here. Fix: leave it out",
             **dict.fromkeys(("model", "prompt", "stream", "echo", "suffix", "logprobs", "prompt_logprobs", "request_id"), _REQUEST),
             **dict.fromkeys(("return_token_ids", "return_tokens_as_token_ids", "skip_special_tokens", "logprob_token_ids"), _REQUEST),

@@ -76,7 +76,7 @@ def load_policy(
                 "peft_config is given with a model that has an adapter; expected one of the two. Fix: no peft_config, to go on training "
                 "that adapter, or model.merge_and_unload(), to train a new one."
             )
-        with warnings.catch_warnings():  # PEFT reads is_gradient_checkpointing, which transformers renames from 5.24
+        with warnings.catch_warnings():  # PEFT reads is_gradient_checkpointing, which transformers has renamed (5.23)
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
             model = get_peft_model(model, peft_config)
     if is_peft(model) and gradient_checkpointing:

@@ -101,7 +101,7 @@ _WIDER_THAN_ANNOTATED = ("rollout_rs_threshold", "packing", "chat", "replay_supp
 def resolve_checkpointing(config: GRPOConfig) -> None:
     """Set transformers' newer names of ``gradient_checkpointing`` and its arguments, where it has them and they are not set.
 
-    From 5.24 it warns of the older names, which are TRL's and the only ones before 5.24.
+    transformers 5.23 warns of the older names, which are TRL's, and the only ones of 5.17.
     """
     for name in ("checkpointing", "checkpointing_kwargs"):
         if getattr(config, f"activation_{name}", 0) is None:
