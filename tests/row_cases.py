@@ -85,7 +85,7 @@ def test_every_place_of_the_target_and_of_the_row(blocks: int, more: int, dtype:
     vocabulary = blocks * block + more
     around = [*range(2), *range(6, 10), block - 2, block - 1, block, block + 7, block + 8, 2 * block, 4 * block + 7, 4 * block + 8]
     targets = sorted({target for target in around if target < vocabulary} | {vocabulary - 1})
-    for shift, parts in ((0, 1), (3, 2), (5, blocks + 3)):  # the last: more parts than there are blocks
+    for shift, parts in ((0, 1), (3, 2), (5, blocks + 2)):  # the last: more parts than there are blocks
         check_rows(rows_with_targets(vocabulary, targets, dtype, device, shift), Scoring(None, 0.7, 0.0, 1.0), parts=parts)
 
 
@@ -95,7 +95,8 @@ def test_soft_cap_scale_and_temperatures(dtype: torch.dtype, device: str) -> Non
     rows = rows_with_targets(2 * block + 11, [0, 100, block + 44, 2 * block - 1, 2 * block + 10], dtype, device, 2)
     temperatures, one = torch.tensor([[0.3, 0.7, 1.0, 1.3, 2.0]], device=device), torch.full((1, 1), 0.6, device=device)
     for (i, softcap), (k, own) in itertools.product(enumerate((0.0, 2.0, 30.0)), enumerate((None, temperatures, one))):
-        check_rows(rows, Scoring(own, 0.8, softcap, (1.0, 0.25)[(i + k) % 2]), parts=2)  # each pair of values is there
+        if dtype == torch.float32 or i == k:  # float32: each pair of values; another type: each value
+            check_rows(rows, Scoring(own, 0.8, softcap, (1.0, 0.25)[(i + k) % 2 if dtype == torch.float32 else i % 2]), parts=2)
 
 
 def test_the_gradient_goes_where_the_logits_lie_or_anywhere_else(device: str) -> None:
@@ -350,12 +351,9 @@ def test_bfloat16_gradient_of_float32_logits(device: str, softcap: float) -> Non
 
 
 def test_opcheck(device: str) -> None:
-    logits = normal(2, 4, 37, seed=0, device=device)
-    ids, mask = (
-        torch.tensor([[3, 0, 36], [12, 7, 30]], device=device),
-        torch.tensor([[True, True, False], [True, True, True]], device=device),
-    )
-    per_token, weight = normal(2, 3, seed=1, device=device) - 3, torch.tensor(0.2, device=device)
+    logits = normal(2, 3, 13, seed=0, device=device)
+    ids, mask = torch.tensor([[3, 0], [12, 7]], device=device), torch.tensor([[True, False], [True, True]], device=device)
+    per_token, weight = normal(2, 2, seed=1, device=device) - 3, torch.tensor(0.2, device=device)
     tensors = (normal(2, 1, seed=2, device=device), weight, weight, per_token, per_token.clone(), None, None)
     rest = (ids, mask, *tensors, 0.7, 0.0, 1.0, 1.0, loss_settings(gf.LossConfig(beta=0.1, entropy_coef=0.1)), False)
     operators = torch.ops.grpo_fast
@@ -365,4 +363,4 @@ def test_opcheck(device: str) -> None:
     torch.library.opcheck(operators.token_logprobs.default, (logits.clone().requires_grad_(), *scoring))
     statistics = operators.token_logprobs(logits, *scoring)
     for operator in (operators.token_logprobs_backward.default, operators.token_logprobs_backward_.default):
-        torch.library.opcheck(operator, (torch.ones(1, 1, device=device).expand(2, 3), per_token, logits.clone(), *scoring, *statistics))
+        torch.library.opcheck(operator, (torch.ones(1, 1, device=device).expand(2, 2), per_token, logits.clone(), *scoring, *statistics))

@@ -43,11 +43,14 @@ def compiled(file: Path, *options: str) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_each_variant(tmp_path: Path) -> None:
-    """Each for one GPU, in turn: each form of a kernel for at least three of the four GPUs, with different types of the logits."""
+    """Each form of a kernel once; among them every kernel of whole rows with each type of the logits, and each type for each GPU."""
     results = compiled(tmp_path / "compiled.json", "--sample")
-    assert {result["dtype"] for result in results} == {"bf16", "fp16", "fp32"} and len({result["variant"] for result in results}) == 33
-    gradients = {(result["target"]) for result in results if result["variant"] == "gradient+entropy+softcap"}
-    assert len(gradients) == 3
+    assert len({result["variant"] for result in results}) == 33
+    types = ("bf16", "fp16", "fp32")
+    for kernel in ("sums", "gradient"):
+        assert {result["dtype"] for result in results if result["variant"].partition("+")[0] == kernel} == set(types)
+    of_types = [result for result in results if not result["variant"].startswith(("terms", "logprobs", "total"))]
+    assert {(result["dtype"], result["target"]) for result in of_types} == {(dtype, target) for dtype in types for target in TARGETS}
 
 
 @pytest.mark.sweep

@@ -1,7 +1,7 @@
 """Compile every Triton kernel for real GPUs, on any machine, and print registers, spills and instructions per logit.
 
     python tools/compile_triton.py                      # every variant for every target: a few minutes
-    python tools/compile_triton.py --sample             # every variant, for one target each: one minute
+    python tools/compile_triton.py --sample             # every form of a kernel once, with types and targets in turn: half a minute
     python tools/compile_triton.py --target sm_90 --only gradient --dtype bf16
 
 Needs neither a GPU nor a driver: Triton contains an assembler and a disassembler. Instructions are counted in the machine code of the loop
@@ -137,14 +137,19 @@ def variants() -> list[Variant]:
 def compilations(found: list[Variant], targets: list[str], sample: bool) -> list[tuple[Variant, str]]:
     """Each variant with the targets to compile it for.
 
-    sample: one target for each variant, in turn, so that the types of the logits get different ones; all targets for the variants whose
-    instructions docs/kernels.md states (bf16, no soft cap).
+    sample: each form of a kernel once, for a type of the logits and a target that change from form to form; all targets for the variants
+    whose instructions docs/kernels.md states (bf16, no soft cap), and one with another type.
     """
     stated = [name for name in BOUNDS if "softcap" not in name]
+    forms: dict[str, list[Variant]] = {}
+    for variant in found:
+        forms.setdefault(variant.name, []).append(variant)
     chosen = []
-    for index, variant in enumerate(found):
-        everywhere = not sample or (variant.name in stated and variant.dtype == "bf16")
-        chosen += [(variant, target) for target in (targets if everywhere else [targets[index % len(targets)]])]
+    for index, (name, types) in enumerate(forms.items()):
+        everywhere = [variant for variant in types if not sample or (name in stated and variant.dtype == "bf16")]
+        chosen += [(variant, target) for variant in everywhere for target in targets]
+        if rest := [variant for variant in types if variant not in everywhere]:
+            chosen.append((rest[(index + index // 6) % len(rest)], targets[index % len(targets)]))
     return chosen
 
 
@@ -222,12 +227,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", action="append", choices=list(TARGETS), help="default: all")
     parser.add_argument("--only", default="", help="variants whose name contains this")
-    parser.add_argument("--sample", action="store_true", help="one target for each variant, in turn")
+    parser.add_argument("--sample", action="store_true", help="each form of a kernel once, with types and targets in turn")
     parser.add_argument("--dtype", choices=list(BYTES), help="default: all")
     parser.add_argument("--json", type=Path, help="write the results to this file as well")
     arguments = parser.parse_args()
-    found = [each for each in variants() if arguments.only in each.name and arguments.dtype in (None, each.dtype)]
+    found = [each for each in variants() if arguments.dtype in (None, each.dtype)]
     chosen = compilations(found, arguments.target or list(TARGETS), arguments.sample)
+    chosen = [(variant, target) for variant, target in chosen if arguments.only in variant.name]
     results = [compile_variant(variant, target) for variant, target in chosen]
     print(f"triton {triton.__version__}\n{table(results)}")
     if arguments.json:
