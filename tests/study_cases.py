@@ -1,9 +1,11 @@
-"""Shared by the tests of ``grpo-fast study sampling``: a model after a few steps, rows for it, the command, and a sampler that counts."""
+"""Shared by the tests of ``grpo-fast study``: a model after a few steps, rows for it, the command, figures, and a sampler that counts."""
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from grpo_fast.demo.model import make_model
 from grpo_fast.demo.teacher import Teacher
 from grpo_fast.demo.warm_start import imitate
 from grpo_fast.generation import Completion
+from grpo_fast.study import plot
 from grpo_fast.study.sampling_setup import SamplingStudy, prepare_sampling
 
 ROWS = [question(digits) for digits in ("5281", "3316", "9070", "4498")]
@@ -53,6 +56,16 @@ def here(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     return tmp_path
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
+    """The figures that a study would draw, which takes longer than a small study: a call draws one."""
+    asked: list[Callable[[], None]] = []
+    for name in ("write_sampling_figure", "write_training_figure"):
+        draw = getattr(plot, name)
+        monkeypatch.setattr(plot, name, lambda result, path, draw=draw: asked.append(functools.partial(draw, result, path)))
+    return asked
 
 
 def run(*arguments: str, status: int = 0) -> str:

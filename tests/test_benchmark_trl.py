@@ -110,11 +110,24 @@ def test_the_command_writes_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not output.exists(), "no file on a red gate"
 
 
+class InThisProcess(StandIn):
+    """A trainer without a process of its own."""
+
+    def __init__(self, name: str, batch: Path, settings: LossStageSettings):
+        self.worker = TrlWorker(name, batch, settings)
+
+    def ask(self, method: str, active: float) -> dict[str, Any]:
+        answer: dict[str, Any] = getattr(self.worker, method)(active=active)
+        return answer
+
+
 @pytest.mark.slow
-def test_each_trainer_in_its_own_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two of them: each process imports TRL, and test_the_trainers_agree has run all of them in this one."""
+def test_a_trainer_in_its_own_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of them: each process imports TRL, and test_the_trainers_agree has run all of them in this one."""
     two = {name: LABELS[name] for name in ("stock", "ours")}
     monkeypatch.setattr(trl_stage, "LABELS", two)
+    start = trl_stage.start_worker
+    monkeypatch.setattr(trl_stage, "start_worker", lambda name, *rest: (start if name == "ours" else InThisProcess)(name, *rest))
     result = trl_stage.run(TOY, lambda line: None)
     assert {(entry["implementation"], entry["active"]) for entry in result["results"]} == {(n, a) for n in two for a in TOY.active}
     assert max(result["gate"]["largest_relative_difference"].values()) <= trl_stage.TOLERANCE

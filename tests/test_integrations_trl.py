@@ -24,7 +24,7 @@ from grpo_fast.loss import checks
 
 pytestmark = needs_trl
 
-STEPS = 8
+STEPS = 4  # each from the weights of the run that it is compared with: later steps are like these
 TIMES = ("runtime", "per_second", "step_time", "total_flos")  # how the names of what is no result end
 
 
@@ -198,14 +198,14 @@ CASES: dict[str, dict[str, Any]] = {
     "entropy-grpo": {**SMALL, "entropy_coef": 0.05, "loss_type": "grpo", "gradient_accumulation_steps": 4},
     "entropy-adaptive": {
         **REUSED, "use_adaptive_entropy": True, "entropy_target": 1.9, "entropy_coef": 0.05, "entropy_coef_delta": 0.03,
-        "entropy_coef_min": 0.01, "entropy_coef_max": 0.2,
+        "entropy_coef_min": 0.01, "entropy_coef_max": 0.2, "max_steps": 8,  # it carries a coefficient from step to step
     },
     "truncated-masked": {**REUSED, "mask_truncated_completions": True, "loss_type": "grpo"},
     "fp32-head": {**REUSED, "cast_lm_head_to_fp32": True},
     "checkpointing": {**REUSED, "gradient_checkpointing": True, "beta": 0.1},
-    "compiled": {**REUSED, "torch_compile": True, "torch_compile_backend": "eager", "max_steps": 4},
+    "compiled": {**REUSED, "torch_compile": True, "torch_compile_backend": "eager", "max_steps": 2},
     "padded": {**REUSED, "pad_to_multiple_of": 4, "beta": 0.1},
-    "evaluation": {"eval_strategy": "steps", "eval_steps": 4, "per_device_eval_batch_size": 4, "loss_type": "dapo"},
+    "evaluation": {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 4, "loss_type": "dapo"},
     **{f"{loss}-reused": {**REUSED, "loss_type": loss, **OF_LOSS.get(loss, {})} for loss in LOSSES},
     **{f"{loss}-beta": {**SMALL, "loss_type": loss, "beta": 0.1, "gradient_accumulation_steps": 4} for loss in LOSSES},
 }  # fmt: skip

@@ -7,6 +7,7 @@ import math
 import re
 import shlex
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from grpo_fast.study.estimates import Estimate, difference, is_significant
 from grpo_fast.study.options import temperature_name
 from grpo_fast.study.sampling_summary import COMPARED
 from grpo_fast.study.temperature_regions import COLD, COLLAPSE, EXPLORATION, ROBUST
+
+pytest_plugins = ["study_cases"]
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs/temperature.md").read_text()
@@ -175,15 +178,16 @@ def test_the_commands_of_the_results_are_those_that_made_them() -> None:
     found = result("sampling")
     assert [row["temperature"] for row in found["rows"]] == study.temperatures
     assert found["prompts"] == len(study.rows)
-    since = {"chat": "auto"}  # settings that are newer than the results, whose default is what was done then
+    since = {"chat": "auto", "repetition_penalty": 1.0, "generation_kwargs": None}  # settings that are newer than the results, whose default is what was done then
     assert study.measurements["options"] == since | found["options"]
     asked = training_setup.prepare_training([*shlex.split(made["training"])[3:], "--output", "elsewhere.json"])
     found = result("training")
     assert asked.labels == found["trained_at"] and asked.seeds == found["seeds"] and asked.measurements["options"] == found["options"]
 
 
-def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a small model in place of one from the hub, a few short completions, and the first steps of a training."""
+def test_every_command_runs(tmp_path: Path, figures: list[Callable[[], None]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a small model in place of one from the hub, a few short completions, and the first steps of a training; the first figure of
+    either kind is drawn."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -194,15 +198,47 @@ def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     Path("sums.yaml").write_text("model: ./model\ndataset: reasoning_gym:chain_sum\nrewards: [task, format]\noutput_dir: runs/sums\n")
     readme = re.findall(r"^grpo-fast study.*$", (ROOT / "README.md").read_text(), re.M)
     assert len(readme) == 1 and readme[0] in COMMANDS and len(COMMANDS) == 5
+    drawn: dict[str, bytes] = {}
     for number, command in enumerate(COMMANDS):
         args = shlex.split(command.replace("Qwen/Qwen3-0.6B", "./model"))[1:]
         few = {
-            "training": ["--seeds", "1", "--steps", "1", "--warm_start_steps", "1", "--eval_temperatures", "0.6"],
-            "sampling": ["--prompts", "2", "--rounds", "1", "--samples", "2", "--warm_start_steps", "1", "--use_cpu"],
+            "training": [
+                "--seeds",
+                "1",
+                "--steps",
+                "1",
+                "--warm_start_steps",
+                "1",
+                "--eval_temperatures",
+                "0.6",
+                "--prompts",
+                "2",
+                "--group_size",
+                "2",
+                "--evaluation_prompts",
+                "2",
+            ],
+            "sampling": [
+                "--prompts",
+                "2",
+                "--rounds",
+                "1",
+                "--samples",
+                "2",
+                "--warm_start_steps",
+                "1",
+                "--use_cpu",
+                "--max_completion_length",
+                "8",
+            ],
         }[args[1]]
         done = CliRunner().invoke(cli.app, [*args, "--quick", *few, "--output", f"{number}.json"])
         assert done.exit_code == 0, (command, done.output)
-        assert Path(f"{number}.json").is_file() and Path(f"{number}.csv").is_file() and Path(f"{number}.png").is_file()
+        assert Path(f"{number}.json").is_file() and Path(f"{number}.csv").is_file() and len(figures) == number + 1
+        if args[1] not in drawn:
+            figures[number]()
+            drawn[args[1]] = Path(f"{number}.png").read_bytes()
+    assert drawn.keys() == {"sampling", "training"} and all(figure.startswith(b"\x89PNG") for figure in drawn.values())
 
 
 def test_relative_links_point_to_existing_files() -> None:

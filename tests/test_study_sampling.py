@@ -24,6 +24,7 @@ from grpo_fast.study import generate_completions, result_files, sampling, sampli
 from grpo_fast.study.generate_completions import SamplerCall, TemperatureSampler, TemperatureSamples
 
 pytest_plugins = ["study_cases"]
+pytestmark = pytest.mark.usefixtures("figures")
 
 FEW = ["--rewards", "accuracy", "format", "--samples", "2", "--rounds", "1"]
 Calls = list[tuple[int, SamplingParams]]

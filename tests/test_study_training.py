@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from grpo_fast.demo.options import DemoOptions
 from grpo_fast.demo.warm_start import warm_start
 from grpo_fast.study import options, report, training, training_setup, training_summary
 from grpo_fast.utils.errors import SettingsError
+
+pytest_plugins = ["study_cases"]
+pytestmark = pytest.mark.usefixtures("figures")
 
 TRAIN = ["--steps", "3", "--warm_start_steps", "2", "--prompts", "3", "--group_size", "4", "--evaluation_prompts", "3"]
 TRAIN += ["--eval_temperatures", "0", "1.0", "--output", "training.json"]
@@ -48,7 +52,9 @@ def cells(found: dict[str, Any]) -> list[tuple[int, str]]:
     return [(each["seed"], each["trained_at"]) for each in found["runs"]]
 
 
-def test_training_from_the_command_line_interrupted_resumed_and_extended(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_from_the_command_line_interrupted_resumed_and_extended(
+    here: Path, figures: list[Callable[[], None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(training, "versions", lambda: {"commit": "0000000"})
     monkeypatch.setattr(training_setup, "versions", lambda: {"commit": "0000000"})
     starts: list[int] = []
@@ -74,6 +80,7 @@ def test_training_from_the_command_line_interrupted_resumed_and_extended(here: P
     assert all(sentence in whole for sentence in found["advice"]["sentences"])
     told = [line for line in whole.splitlines() if line.startswith("seed ") and "━" not in line]
     assert told == [f"seed {seed}, {what}" for seed in (0, 1) for what in ("warm start", "trained at 0.5", "trained at 0.6->1.4")]
+    figures[0]()
     assert Path("training.png").read_bytes().startswith(b"\x89PNG")
     lines = list(csv.DictReader(Path("training.csv").read_text().splitlines()))
     assert len(lines) == 2 * 3 * 2 and {line["trained_at"] for line in lines} == set(labels)

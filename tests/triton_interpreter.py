@@ -76,8 +76,8 @@ OF_LONG_ROWS = ("test_rows_that_lie_two_to_the_31_apart", "test_the_largest_voca
 
 @pytest.fixture(autouse=True)
 def in_the_interpreter(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[None]:
-    """Triton's interpreter computes each sum and product of integers again in 64 bits, a third of its time, to see whether it overflows: here
-    only where offsets are large."""
+    """Triton's interpreter computes each sum and product of integers again in 64 bits to see whether it overflows, in a third of its time:
+    here only where offsets are large."""
     small_blocks(monkeypatch, BLOCK)
     if request.node.originalname not in OF_LONG_ROWS:
         unchecked = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)

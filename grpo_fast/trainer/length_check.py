@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 __all__ = ["check_lengths", "position_limit"]
 
 logger = logging.getLogger("grpo_fast")
-TEMPLATE_TOKENS = 1024  # more than a chat template adds to a prompt
+TEMPLATE_TOKENS = 1024  # more than a chat template, or a normalizer that writes a character as several, adds to a prompt
+SPECIAL_TOKENS = 16  # more than a tokenizer adds to a text of ASCII characters, which no normalizer lengthens
 
 
 def check_lengths(
@@ -54,7 +55,9 @@ def check_lengths(
     room = limit - max_completion_length
     problem = f"max_completion_length is {max_completion_length}" if room < 1 else None
     for position, prompt in enumerate(() if rows is None or problem else column_of(rows, "prompt")):
-        if _bytes_of(prompt) + TEMPLATE_TOKENS <= room:  # a token has at least one byte: most prompts need not be encoded
+        plain = isinstance(prompt, str) and not as_chat and prompt.isascii()
+        # A token has at least one byte: most prompts need not be encoded.
+        if _bytes_of(prompt) + (SPECIAL_TOKENS if plain else TEMPLATE_TOKENS) <= room:
             continue
         length = len(encode_prompt(prompt, tokenizer, chat_template_kwargs, as_chat=as_chat))
         if length > room:
