@@ -173,7 +173,7 @@ def inputs(batch: int, length: int, vocabulary: int, extra: int = 0) -> dict[str
 @pytest.mark.parametrize("config", CONFIGS[:3], ids=ids_of)
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_compiled_is_eager_without_recompilation(backend: str, config: gf.LossConfig) -> None:
-    """Batch, length, vocabulary and temperature change: after the first change they are symbols. For one loss; the others have one batch."""
+    """Batch, length, vocabulary and temperature change: after the first change they are symbols. One loss; the others have one batch."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(step, fullgraph=True, backend=counter)

@@ -178,7 +178,8 @@ def test_the_commands_of_the_results_are_those_that_made_them() -> None:
     found = result("sampling")
     assert [row["temperature"] for row in found["rows"]] == study.temperatures
     assert found["prompts"] == len(study.rows)
-    since = {"chat": "auto", "repetition_penalty": 1.0, "generation_kwargs": None}  # settings that are newer than the results, whose default is what was done then
+    # Settings that are newer than the results, whose default is what was done then.
+    since = {"chat": "auto", "repetition_penalty": 1.0, "generation_kwargs": None}
     not_read = {"scale_rewards"}  # settings that the study read then, and that changed nothing it measures
     assert study.measurements["options"] == since | {name: value for name, value in found["options"].items() if name not in not_read}
     asked = training_setup.prepare_training([*shlex.split(made["training"])[3:], "--output", "elsewhere.json"])
