@@ -167,6 +167,15 @@ def test_parity_with_verls_reinforce_plus_plus_baseline(verl: types.ModuleType, 
     torch.testing.assert_close(result.double()[:, None] * mask, plain, rtol=5e-7, atol=1e-9)
 
 
+def test_parity_with_skyrls_maxrl(backend: Backend, generator: torch.Generator) -> None:
+    """By the formula of its compute_maxrl_advantage: (score - mean) / (mean + 1e-6) over the group."""
+    rewards = torch.rand(24, generator=generator).double()
+    mean = rewards.view(3, 8).mean(1).repeat_interleave(8)
+    options: dict[str, Any] = advantage_settings("skyrl", "maxrl")
+    found = backend(rewards, group_size=8, **options).advantages
+    torch.testing.assert_close(found.double(), (rewards - mean) / (mean + 1e-6), rtol=2e-7, atol=1e-7)
+
+
 # ---- every implementation against the float64 reference
 
 
