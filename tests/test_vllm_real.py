@@ -212,26 +212,28 @@ def test_a_server_that_is_restarted_between_weights_and_completions(
 
 
 def test_the_server_reports_the_log_probabilities_of_the_penalised_distribution(tmp_path: Path) -> None:
-    """With transformers' repetition penalty and the presence penalty by its definition, before the temperature."""
+    """With transformers' repetition penalty and the presence penalty by its definition, before the temperature; of few tokens, so that
+    they repeat.
+    """
     folder = tiny_model(tmp_path / "tiny", AutoTokenizer.from_pretrained(part("MODEL")))
-    model, prompt = AutoModelForCausalLM.from_pretrained(folder).eval(), [5, 6, 5, 700]
-    options = {"presence_penalty": 0.4, "logit_bias": {"9": -100.0}, "min_tokens": 12}
-    params = SamplingParams(12, [0.7] * 4, seed=1, eos_token_id=2, pad_token_id=0, repetition_penalty=1.6, generation_kwargs=options)
+    model, prompt, end, banned, tokens = AutoModelForCausalLM.from_pretrained(folder).eval(), [5, 6, 5, 700], 2, 9, range(5, 45)
+    options = {"presence_penalty": 0.4, "logit_bias": {str(banned): -100.0}, "min_tokens": 12, "allowed_token_ids": [end, *tokens]}
+    params = SamplingParams(12, [0.7] * 4, seed=1, eos_token_id=end, pad_token_id=0, repetition_penalty=1.6, generation_kwargs=options)
     with serving(folder, tmp_path) as server:
         sampler = VLLMSampler(model, url=server.url, weight_sync="none")
         found = sampler.generate([prompt] * 4, params)
         sampler.close()
+    allowed = [token for token in tokens if token != banned]
+    without_repetition = 0.0
     for completion in found:
         ids = completion.token_ids
+        assert len(ids) == 12 and set(ids) <= set(allowed)
         with torch.no_grad():
             logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
-        expected = []
-        for position, row in enumerate(logits):
-            before = torch.tensor([prompt + ids[:position]])
-            row = RepetitionPenaltyLogitsProcessor(1.6)(before, row[None])[0]
-            row[list(set(ids[:position]))] -= 0.4
-            row[[9, 2]] = -torch.inf  # by the bias, and since no completion may end
-            expected.append(float((row / 0.7).log_softmax(-1)[ids[position]]))
-        largest = max(abs(a - b) for a, b in zip(expected, completion.logprobs or [], strict=True))
-        plain = (logits / 0.7).log_softmax(-1)[range(len(ids)), ids]
-        assert largest < GAP < 100 * GAP < (plain - torch.tensor(expected)).abs().max()
+        for position, (row, reported) in enumerate(zip(logits, completion.logprobs or [], strict=True)):
+            penalised = RepetitionPenaltyLogitsProcessor(1.6)(torch.tensor([prompt + ids[:position]]), row[None])[0]
+            penalised[list(set(ids[:position]))] -= 0.4
+            drawn = allowed.index(ids[position])
+            assert abs(float((penalised[allowed] / 0.7).log_softmax(-1)[drawn]) - reported) < GAP
+            without_repetition = max(without_repetition, abs(float((row[allowed] / 0.7).log_softmax(-1)[drawn]) - reported))
+    assert without_repetition > 100 * GAP
