@@ -43,6 +43,17 @@ def test_a_prompt_beyond_rotary_positions_is_warned_of(caplog: pytest.LogCapture
     assert "the prompt of row 1 has" in caplog.text and "64 positions" in caplog.text
 
 
+def test_only_prompts_that_may_be_too_long_are_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A character that is not ASCII may be written as many, and a chat template adds tokens."""
+    encoded: list[Any] = []
+    monkeypatch.setattr("grpo_fast.trainer.length_check.encode_prompt", lambda prompt, *_, **__: encoded.append(prompt) or [1])
+    of, short, exotic = model(max_position_embeddings=64), "a" * 40, "\ufdfa"
+    check_lengths(of, TOKENIZER, [{"prompt": short}, {"prompt": "a" * 41}, {"prompt": exotic}], 8)
+    assert encoded == ["a" * 41, exotic]
+    check_lengths(of, TOKENIZER, [{"prompt": short}, {"prompt": [{"role": "user", "content": "a"}]}], 8, as_chat=True)
+    assert encoded[2:] == [short, [{"role": "user", "content": "a"}]]
+
+
 @pytest.mark.parametrize(
     ("scaling", "limit"),
     [

@@ -99,6 +99,7 @@ def test_an_ascii_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
             with pytest.raises(SystemExit) as ended:
                 start()
         shown = written.getvalue().decode("ascii")
+        assert terminal.errors == "replace", "a character that the terminal lacks ends the command"
         assert not ended.value.code and len(shown) > 500, (command, shown)
         assert ("--install-completion" in shown) == (command == "--help")
 
