@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hang import HANG
 
 from grpo_fast.rewards import RewardError, RewardRunner
 from grpo_fast.rewards.event_loop import run_async
@@ -91,7 +92,7 @@ def test_a_blocked_loop_is_replaced() -> None:
 
     with pytest.raises(RewardError, match="blocked the event loop"):
         RewardRunner(blocks, timeout=0.2)(**BATCH)
-    assert RewardRunner(fine, timeout=60)(**BATCH).values.tolist() == [[1.0], [2.0]]
+    assert RewardRunner(fine, timeout=HANG)(**BATCH).values.tolist() == [[1.0], [2.0]]
 
 
 @pytest.mark.parametrize("column", ["self", "where", "name", "keywords", "reward", "call", "timeout", "cls", "lists"])
@@ -123,7 +124,7 @@ def test_a_reward_that_uses_signals_is_refused_under_a_time_limit() -> None:
     assert RewardRunner(alarmed)(**BATCH).values.tolist() == [[1.0], [1.0]]
     original = signal.signal
     with pytest.raises(RewardError, match=r"'alarmed' failed: it sets signal handlers .*isolation='process'"):
-        RewardRunner(alarmed, timeout=60)(**BATCH)
+        RewardRunner(alarmed, timeout=HANG)(**BATCH)
     assert signal.signal is original
 
 
@@ -146,7 +147,7 @@ def test_a_captured_function_and_an_alarm_are_noticed_too() -> None:
     for reward in (from_signal_import_signal, alarmed):
         assert RewardRunner(reward)(**BATCH).values.tolist() == [[0.0], [0.0]]
         with pytest.raises(RewardError, match=f"{reward.__name__!r} failed: it sets signal handlers .*isolation='process'"):
-            RewardRunner(reward, timeout=60)(**BATCH)
+            RewardRunner(reward, timeout=HANG)(**BATCH)
     with pytest.raises(RewardError, match=r"'asynchronous' failed: it sets signal handlers .* Fix: a function that is not async"):
         RewardRunner(asynchronous)(**BATCH)
     assert signal.alarm.__module__ == "_signal"  # as it was
@@ -190,7 +191,7 @@ def test_an_interrupt_reaches_the_caller_under_a_time_limit() -> None:
 
     for reward in (interrupted, interrupted_async):
         with pytest.raises(KeyboardInterrupt):
-            RewardRunner(reward, timeout=60, on_error="not_applicable")(**BATCH)
+            RewardRunner(reward, timeout=HANG, on_error="not_applicable")(**BATCH)
 
 
 def test_os_exit_is_reported_and_children_may_call_it() -> None:
@@ -243,14 +244,14 @@ def test_sqlite_handles_under_a_time_limit() -> None:
     for reward, name in ((reads, "handle"), (Reader(), "cursor"), (partial(takes, of=handle), "of")):
         assert RewardRunner(reward)(**BATCH).values.tolist() == [[1.0], [1.0]]
         with pytest.raises(ValueError, match=f"uses '{name}', a handle of sqlite3 .* check_same_thread=False"):
-            RewardRunner(reward, timeout=60)
+            RewardRunner(reward, timeout=HANG)
     with pytest.raises(ValueError, match=r"'reads_async' uses 'handle', .* async rewards run in another"):
         RewardRunner(reads_async)
-    runner = RewardRunner([reads_shared, opens_it_once], timeout=60)
+    runner = RewardRunner([reads_shared, opens_it_once], timeout=HANG)
     for _ in range(2):  # in the same thread, in which it was opened
         assert runner(**BATCH).values.tolist() == [[1.0, 1.0], [1.0, 1.0]]
     with pytest.raises(RewardError, match=r"ProgrammingError: SQLite objects .*check_same_thread=False"):
-        RewardRunner(lambda completions: [ask(opened[0])] * 2, timeout=60)(**BATCH)
+        RewardRunner(lambda completions: [ask(opened[0])] * 2, timeout=HANG)(**BATCH)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from hang import HANG
 from trainer_cases import ROWS, TOKENIZER, Scripted, config, logs, model, odd_tokens, parameters, trainer
 from transformers import TrainerCallback
 
@@ -578,7 +579,7 @@ def test_a_reward_that_fails_ends_the_run_or_does_not_apply_as_configured(tmp_pa
 
 
 def test_rewards_may_run_in_processes_of_their_own(tmp_path: Path) -> None:
-    run = trainer(tmp_path, rewards=[accuracy_reward, "format"], reward_isolation="process", reward_timeout=60, sampler=Scripted())
+    run = trainer(tmp_path, rewards=[accuracy_reward, "format"], reward_isolation="process", reward_timeout=HANG, sampler=Scripted())
     run.train()
     assert run.rewards.isolation == "process" and logs(run)[0]["rewards/accuracy_reward/applicable"] == 1
     run.rewards.close()
