@@ -46,7 +46,12 @@ def test_a_prompt_beyond_rotary_positions_is_warned_of(caplog: pytest.LogCapture
 def test_only_prompts_that_may_be_too_long_are_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
     """A character that is not ASCII may be written as many, and a chat template adds tokens."""
     encoded: list[Any] = []
-    monkeypatch.setattr("grpo_fast.trainer.length_check.encode_prompt", lambda prompt, *_, **__: encoded.append(prompt) or [1])
+
+    def encode(prompt: Any, *_: Any, **__: Any) -> list[int]:
+        encoded.append(prompt)
+        return [1]
+
+    monkeypatch.setattr("grpo_fast.trainer.length_check.encode_prompt", encode)
     of, short, exotic = model(max_position_embeddings=64), "a" * 40, "\ufdfa"
     check_lengths(of, TOKENIZER, [{"prompt": short}, {"prompt": "a" * 41}, {"prompt": exotic}], 8)
     assert encoded == ["a" * 41, exotic]
