@@ -404,3 +404,30 @@ def test_the_time_of_a_repeated_formula(call: str, most: float) -> None:
     ratio = sorted(seconds["custom"])[4] / sorted(seconds["dapo"])[4]
     print(f"{call}: {ratio:.3f}", {name: min(each) for name, each in seconds.items()})
     assert ratio <= most
+
+
+# ---- in the trainer
+
+
+def test_the_trainer_and_its_settings_file(tmp_path: Path) -> None:
+    """A function from a file gives the step of the built-in loss; stored settings hold its name."""
+    from test_trainer import assert_same, one_step
+
+    from grpo_fast.trainer import GRPOConfig
+
+    (tmp_path / "a_trainers_loss.py").write_text(
+        "import torch\n\n\ndef loss(ratio, advantages):\n"
+        "    return torch.maximum(-ratio * advantages, -ratio.clamp(0.8, 1.2) * advantages)\n"
+    )
+    name = f"{tmp_path}/a_trainers_loss.py:loss"
+    expected, log = one_step(tmp_path / "built_in")
+    found, log_found = one_step(tmp_path / "custom", loss_type="custom", surrogate=name)
+    assert_same(found, expected)
+    for each in ("loss", "entropy", "clip_ratio/region_mean", "clip_ratio/low_min", "active_fraction"):
+        assert log_found[each] == pytest.approx(log[each], abs=1e-6), each
+
+    args = GRPOConfig(str(tmp_path), use_cpu=True, loss_type="custom", surrogate=minimal)
+    assert args.loss_config().surrogate is minimal and args.to_dict()["surrogate"] == f"{__name__}:minimal"
+    assert pickle.loads(pickle.dumps(args)).surrogate == f"{__name__}:minimal"
+    with pytest.raises(ValueError, match="ref_logprobs is None"):
+        GRPOConfig(str(tmp_path), use_cpu=True, loss_type="custom", surrogate=lambda ratio, ref_logprobs: -ratio)

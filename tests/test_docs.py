@@ -87,6 +87,17 @@ def test_every_guide_is_run() -> None:
             assert "://" in target or (DOCS / target).exists(), target
 
 
+def test_custom_loss(names: dict[str, Any]) -> None:
+    (code,) = blocks("custom-loss.md")
+    run(code, names)
+    assert names["out"].loss.isfinite() and names["weight"].grad.abs().max() > 1e-3
+    ratio = torch.tensor([0.5, 0.5, 1.1, 2.0, 2.0], requires_grad=True)
+    loss = names["ce_gppo"](ratio, torch.tensor([-1.0, 1.0, 2.0, 3.0, -1.0]))
+    torch.testing.assert_close(loss, torch.tensor([0.4, -0.5, -2.2, -3.84, 2.0]))
+    (gradient,) = torch.autograd.grad(loss.sum(), ratio)
+    torch.testing.assert_close(gradient, torch.tensor([0.8, -1.0, -2.0, -1.92, 1.0]))
+
+
 def test_plain(names: dict[str, Any], model_path: Path, tmp_path: Path) -> None:
     eager, fused, linear, trainer, like = blocks("plain.md")
     before_and_after(names, eager, fused, ("logits",))

@@ -12,7 +12,7 @@ from grpo_fast.loss.config import LossConfig
 from grpo_fast.trainer import config_checks as checks
 from grpo_fast.trainer.advantages import check_advantages
 from grpo_fast.trainer.best_model import choose_metric, choose_mode
-from grpo_fast.trainer.loss_fields import add_loss_fields, make_loss_config
+from grpo_fast.trainer.loss_fields import add_loss_fields, make_loss_config, with_surrogate_name
 from grpo_fast.trainer.off_policy import check_off_policy, rejections_of
 from grpo_fast.trainer.sampling_settings import SamplingSettings, check_generation_kwargs
 from grpo_fast.trainer.temperature import TemperatureSchedule
@@ -91,6 +91,8 @@ class GRPOConfig(SamplingSettings, TrainingArguments):
         loss_type, epsilon, epsilon_high, delta, dual_clip, importance_sampling_level, kl_estimator, entropy_coef: see LossConfig, of which
             `loss_config` makes one; epsilon_high: None = epsilon. The settings of single losses (``sapo_temperature_pos``, ...) are
             copied from LossConfig.
+        surrogate: with ``loss_type="custom"``, a function, or the name of one, as in ``"my_loss.py:my_loss"``; see LossConfig and
+            docs/custom-loss.md. Stored settings hold its name.
         use_adaptive_entropy: adapt the coefficient of the entropy bonus, which begins at ``entropy_coef``, after each step (Skywork-OR1,
             arXiv:2505.22312): it rises while the entropy is at most ``entropy_target``, else it falls, and the bonus is off.
         entropy_coef_min: with ``use_adaptive_entropy``, the least coefficient.
@@ -222,6 +224,7 @@ class GRPOConfig(SamplingSettings, TrainingArguments):
     delta: float | None = None
     dual_clip: float | None = None
     importance_sampling_level: str | None = None
+    surrogate: str | None = None
     kl_estimator: str = "k3"
     entropy_coef: float = 0.0
     use_adaptive_entropy: bool = False
@@ -289,8 +292,11 @@ class GRPOConfig(SamplingSettings, TrainingArguments):
 
     def to_dict(self) -> dict[str, Any]:
         """The settings for trackers, model cards and logs, as in TrainingArguments, with every secret redacted, nested ones too."""
-        settings: dict[str, Any] = redact(super().to_dict())
-        return settings
+        return with_surrogate_name(redact(super().to_dict()))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: the name of a custom surrogate in place of the function, which may not be picklable."""
+        return with_surrogate_name(dict(self.__dict__))
 
     def __str__(self) -> str:
         lines = "".join(f"{name}={value!r},\n" for name, value in sorted(self.to_dict().items()))

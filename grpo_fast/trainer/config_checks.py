@@ -95,7 +95,7 @@ TYPES: dict[str, tuple[Callable[[object], bool], str]] = {  # annotation -> (whe
     "dict[str, Any] | str": (_is_mapping, "a dictionary, or JSON for one"),
 }
 # The command line needs the narrower annotation.
-_WIDER_THAN_ANNOTATED = ("rollout_rs_threshold", "packing", "chat", "replay_support", "scale_rewards", "temperature_schedule")
+_WIDER_THAN_ANNOTATED = ("surrogate", "rollout_rs_threshold", "packing", "chat", "replay_support", "scale_rewards", "temperature_schedule")
 
 
 def resolve_checkpointing(config: GRPOConfig) -> None:

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from grpo_fast.loss.config import LossConfig
 from grpo_fast.trainer.config_checks import TYPES, bad_setting
+from grpo_fast.utils.load_object import name_of_object
 
 if TYPE_CHECKING:
     from grpo_fast.trainer.config import GRPOConfig
 
-__all__ = ["add_loss_fields", "make_loss_config"]
+__all__ = ["add_loss_fields", "make_loss_config", "with_surrogate_name"]
 
 T = TypeVar("T")
 
@@ -51,4 +52,13 @@ def make_loss_config(config: GRPOConfig) -> LossConfig:
         # Denominators are those of the whole optimizer step, so bnpo's mean over the tokens of the batch is one over all its tokens.
         "aggregation": "global_token_mean" if config.loss_type == "bnpo" else None,
     }
-    return LossConfig(**settings)
+    made = LossConfig(**settings)
+    if made.custom is not None:
+        made.custom.check_inputs({}, has_reference=config.beta != 0)
+    return made
+
+
+def with_surrogate_name(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings with the name of a custom surrogate in place of the function, for files."""
+    surrogate = settings.get("surrogate")
+    return {**settings, "surrogate": name_of_object(surrogate)} if callable(surrogate) else settings

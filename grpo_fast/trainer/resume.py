@@ -85,14 +85,16 @@ def _check_rows(trainer: GRPOTrainer, folder: Path, state: RunState) -> None:
     """Check that an unfinished rollout has the old and reference log-probabilities of all rows that the loss needs now."""
 
     def needs_all(settings: dict[str, object]) -> bool:
-        return settings.get("beta", 0) != 0 or settings.get("entropy_coef", 0) != 0 or bool(settings.get("use_adaptive_entropy"))
+        custom = settings.get("loss_type") == "custom"  # may need rows without an advantage
+        penalty = settings.get("beta", 0) != 0 or settings.get("entropy_coef", 0) != 0
+        return custom or penalty or bool(settings.get("use_adaptive_entropy"))
 
     now = recorded_settings(trainer.args, trainer.rewards.names)
     if state.step_tokens and state.settings and needs_all(now) and not needs_all(state.settings):
         raise CheckpointError(
             f"{folder} was written in the middle of a rollout, with beta and entropy_coef 0, and now they are {trainer.args.beta:g} and "
-            f"{trainer.args.entropy_coef:g}; expected the same: the rest of the rollout lacks the log-probabilities for it. Resume from a "
-            "checkpoint at the end of a rollout."
+            f"{trainer.args.entropy_coef:g}; expected the same, and no new custom loss: the rest of the rollout lacks "
+            "the log-probabilities for it. Resume from a checkpoint at the end of a rollout."
         )
 
 

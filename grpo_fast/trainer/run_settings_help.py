@@ -124,7 +124,7 @@ def _loss_meanings() -> dict[str, str]:
     meanings = _described_fields(LossConfig)
     meanings["epsilon"] = meanings["epsilon_low"].replace("_low", "")
     meanings["use_bias_correction_kl"] = meanings["bias_corrected_kl"]
-    meanings["loss_type"] = f"one of {', '.join(LOSS_TYPES)}."
+    meanings["loss_type"] = f"one of {', '.join(LOSS_TYPES)}, or custom, see surrogate."
     return meanings
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 import grpo_fast as gf
-from grpo_fast.loss.config import LOSS_TYPES
 from grpo_fast.trainer.metrics import MetricAccumulator
 from grpo_fast.trainer.rollout import Rollout
 
@@ -111,7 +110,7 @@ def measure_clipping(metrics: MetricAccumulator, out: gf.GRPOOutput, rows: Rollo
         config: of the loss.
         left_out: whether the micro-batch has other rows, which did not go through the model: nothing in them is clipped.
     """
-    surrogate = LOSS_TYPES[config.loss_type].surrogate
+    surrogate = "clip" if config.custom is not None else config.surrogate
     if surrogate == "cispo":
         metrics.add_mean("cispo_clip_ratio", out.metrics["clip_high"], out.active.sum())
     if surrogate != "clip" or not bool(rows.loss_mask.any()):
