@@ -426,8 +426,10 @@ def test_the_trainer_and_its_settings_file(tmp_path: Path) -> None:
     for each in ("loss", "entropy", "clip_ratio/region_mean", "clip_ratio/low_min", "active_fraction"):
         assert log_found[each] == pytest.approx(log[each], abs=1e-6), each
 
-    args = GRPOConfig(str(tmp_path), use_cpu=True, loss_type="custom", surrogate=minimal)
+    function: Any = minimal
+    args = GRPOConfig(str(tmp_path), use_cpu=True, loss_type="custom", surrogate=function)
     assert args.loss_config().surrogate is minimal and args.to_dict()["surrogate"] == f"{__name__}:minimal"
     assert pickle.loads(pickle.dumps(args)).surrogate == f"{__name__}:minimal"
     with pytest.raises(ValueError, match="ref_logprobs is None"):
-        GRPOConfig(str(tmp_path), use_cpu=True, loss_type="custom", surrogate=lambda ratio, ref_logprobs: -ratio)
+        function = lambda ratio, ref_logprobs: -ratio  # noqa: E731
+        GRPOConfig(str(tmp_path), use_cpu=True, loss_type="custom", surrogate=function)
