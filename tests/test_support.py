@@ -163,7 +163,7 @@ def test_a_set_of_one_token_is_certain_and_has_no_gradient() -> None:
 @pytest.mark.parametrize("by_themselves", [True, False])
 def test_the_set_of_all_tokens_is_the_vocabulary(by_themselves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if by_themselves:
-        monkeypatch.setattr(kept, "LARGEST_SHARE", 1)
+        monkeypatch.setitem(kept.LARGEST_SHARES, torch.float32, 1)
     hidden, weight, ids = tensors()
     found = []
     for support in (None, sets_of(ids, V)):

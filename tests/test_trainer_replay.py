@@ -41,7 +41,9 @@ def exact_logprobs(rollout: Rollout, over_sets: bool) -> torch.Tensor:
 
 @pytest.mark.parametrize("cut", CUTS, ids=str)
 def test_every_log_probability_is_over_the_sets(tmp_path: Path, cut: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept, "LARGEST_SHARE", 2)  # so that some sets are scored by themselves, and some over the whole vocabulary
+    monkeypatch.setitem(
+        kept.LARGEST_SHARES, torch.float32, 2
+    )  # so that some sets are scored by themselves, and some over the whole vocabulary
     settings = {"temperature": 1.3, "num_iterations": 2, "beta": 0.1, "max_steps": 1, "vllm_importance_sampling_correction": True}
     run = trainer(tmp_path, **settings, **cut)
     run.train()

@@ -108,7 +108,8 @@ class LinearCall(NamedTuple):
         )
         if tokens.support is None:
             return rows
-        largest = 0 if self.module is not None else largest_kept_set(self.vocabulary if shard is None else shard.total)
+        vocabulary = self.vocabulary if shard is None else shard.total
+        largest = 0 if self.module is not None else largest_kept_set(vocabulary, self.precision.dtype, tokens.scored.device)
         return rows._replace(sets=tokens.support.kept_sets, largest_kept_set=largest)
 
     def head(self, tensors: HeadTensors, needs_grad: NeedsGrad, plan: ChunkPlan) -> Head:

@@ -31,6 +31,10 @@ COLOURS = {
     "verl": "#CC79A7",
     "kept": "#0072B2",
     "gather": "#D55E00",
+    "logits": "#56B4E9",
+    "masked": "#E69F00",
+    "apart": "#0072B2",
+    "chunks": "#999999",
 }
 _TICKS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 

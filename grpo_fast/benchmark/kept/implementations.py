@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import grpo_fast as gf
 from grpo_fast.benchmark.eager import eager_logprobs, eager_loss
 from grpo_fast.benchmark.harness.gate import Verdict
 from grpo_fast.benchmark.head.implementations import TEMPERATURE, Gradients, HeadCase, Step, arguments, compare_with_truth, make
+from grpo_fast.head import kept
 
-__all__ = ["IMPLEMENTATIONS", "LABELS", "OVER_SETS", "KeptCase", "check", "make_kept", "make_kept_case"]
+__all__ = ["BY_SIZE", "DEFAULT", "LABELS", "OVER_SETS", "KeptCase", "check", "make_kept", "make_kept_case"]
 
 LABELS = {
     "kept": "grpo_fast, kept sets",
-    "masked": "grpo_fast, whole vocabulary, then the sets",
+    "logits": "grpo_fast, all logits, then the sets",
     "gather": "PyTorch, gathered rows",
+    "masked": "PyTorch, all logits, dense mask",
     "ours": "grpo_fast, whole vocabulary",
     "trl": "TRL, whole vocabulary",
     "liger": "Liger, whole vocabulary",
     "cce": "cut-cross-entropy, whole vocabulary",
+    "apart": "grpo_fast, every set by itself",
+    "chunks": "grpo_fast, no set by itself",
 }
-IMPLEMENTATIONS = tuple(LABELS)
-OVER_SETS = ("kept", "masked", "gather")  # the others compute another loss, over the whole vocabulary, at the same time for any set
+OVER_SETS = ("kept", "logits", "gather", "masked", "apart", "chunks")  # the others compute another loss, over the whole vocabulary
+BY_SIZE = ("kept", "gather", "apart", "chunks")  # the time of the others does not depend on the sets
+DEFAULT = tuple(name for name in LABELS if name not in ("apart", "chunks"))  # these two measure the size from which the second is faster
 _TOKENS_AT_ONCE = 64  # whose rows the gathering implementation copies together
+_IDS_AT_ONCE = 1 << 15  # of the truth
 
 
 class KeptCase(NamedTuple):
@@ -42,20 +50,31 @@ def make_kept_case(case: HeadCase, sizes: Tensor, seed: int) -> KeptCase:
     generator = torch.Generator().manual_seed(seed)
     vocabulary, ids = case.weight.shape[0], case.token_ids.flatten()
     sets = []
-    for token, size in zip(ids.tolist(), sizes.tolist(), strict=True):
+    for token, size in zip(ids, sizes.tolist(), strict=True):
         drawn = torch.randint(vocabulary, (2 * size + 8,), generator=generator).unique()
         drawn = drawn[drawn != token]
-        sets.append([token, *drawn[torch.randperm(drawn.numel(), generator=generator)][: size - 1].tolist()])
-    support = gf.Support.from_lists(sets)
-    logprobs = torch.cat(_by_gathering(case.hidden.double(), case.weight.double(), support))
-    noise = torch.randn(ids.shape, generator=generator, dtype=torch.float64) * 0.2
-    case = replace(case, old_logprobs=(logprobs + noise).float().view(case.token_ids.shape))
-    leaves = case.hidden.double().requires_grad_(), case.weight.double().requires_grad_()
-    loss = _gathered_loss(case, support)(*leaves)
-    d_hidden, d_weight = torch.autograd.grad(loss, leaves)
+        sets.append(torch.cat([token.view(1), drawn[torch.randperm(drawn.numel(), generator=generator)][: size - 1]]).int())
+    support = gf.Support(torch.cat(sets), F.pad(sizes.cumsum(0), (1, 0)))
+
+    at, columns, first = support.positions(), support.token_ids.long(), support.offsets[:-1]  # of every id; the sampled token is the first
+    flat, weight = case.hidden.flatten(0, 1).double(), case.weight
+    parts = list(zip(at.split(_IDS_AT_ONCE), columns.split(_IDS_AT_ONCE), strict=True))
+    logits = torch.cat([(flat[n] * weight[v].double()).sum(-1) for n, v in parts]) / TEMPERATURE
+    largest = logits.new_full(ids.shape, -math.inf).scatter_reduce_(0, at, logits, "amax")
+    lse = largest + torch.zeros_like(largest).index_add_(0, at, (logits - largest[at]).exp()).log()
+    logprobs = (logits[first] - lse).view(case.token_ids.shape).requires_grad_()
+    noise = torch.randn(logprobs.shape, generator=generator, dtype=torch.float64) * 0.2
+    case = replace(case, old_logprobs=(logprobs.detach() + noise).float())
+    loss = eager_loss(logprobs, case.old_logprobs, case.advantages[:, None], case.mask)
+    g = torch.autograd.grad(loss, logprobs)[0].flatten() / TEMPERATURE
+    d_logits = -g[at] * (logits - lse[at]).exp()
+    d_logits[first] += g
+
     tokens = case.truth.tokens
-    entries = support.token_ids[torch.linspace(0, support.token_ids.numel() - 1, case.truth.entries.numel()).long()].long()
-    truth = case.truth._replace(loss=loss.item(), d_hidden=d_hidden.flatten(0, 1)[tokens], entries=entries, d_weight=d_weight[entries])
+    entries = columns[torch.linspace(0, columns.numel() - 1, case.truth.entries.numel()).long()]
+    d_hidden = torch.stack([d_logits[at == n] @ weight[columns[at == n]].double() for n in tokens.tolist()])
+    d_weight = torch.stack([d_logits[columns == v] @ flat[at[columns == v]] for v in entries.tolist()])
+    truth = case.truth._replace(loss=loss.item(), d_hidden=d_hidden, entries=entries, d_weight=d_weight)
     return KeptCase(replace(case, truth=truth), support)
 
 
@@ -73,50 +92,71 @@ def make_kept(name: str, case: KeptCase) -> Step:
     return _MAKE[name](case) if name in _MAKE else make(name, case.head)
 
 
-def _by_gathering(hidden: Tensor, weight: Tensor, support: gf.Support) -> list[Tensor]:
-    """Log-probabilities of the first id of each set, by a copy of the rows of each set."""
-    flat, sizes = hidden.flatten(0, -2), support.sizes
-    found = []
-    for some in torch.arange(len(support)).split(_TOKENS_AT_ONCE):
-        sets, width = support.take(some), int(sizes[some].max())
-        inside = torch.arange(width) < sizes[some].unsqueeze(1)
-        ids = torch.zeros(len(some), width, dtype=torch.int64)
-        ids[inside] = sets.token_ids.long()
-        logits = (weight[ids] @ flat[some].unsqueeze(-1)).squeeze(-1)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        first = torch.zeros(len(some), dtype=torch.int64)
-        found.append(eager_logprobs(logits.masked_fill(~inside, -torch.inf), first, TEMPERATURE)[0])
-    return found
+def _clipped(case: HeadCase, logprobs: Tensor) -> Tensor:
+    return eager_loss(logprobs.view(case.token_ids.shape), case.old_logprobs, case.advantages[:, None], case.mask)
 
 
-def _gathered_loss(case: HeadCase, support: gf.Support) -> Step:
+def _gather(case: KeptCase) -> Step:
+    """Log-probabilities of the first id of each set, from a copy of the rows of each set."""
+    head, support = case
+
     def step(hidden: Tensor, weight: Tensor) -> Tensor:
-        logprobs = torch.cat(_by_gathering(hidden, weight, support)).view(case.token_ids.shape)
-        return eager_loss(logprobs, case.old_logprobs, case.advantages[:, None], case.mask)
+        flat, sizes = hidden.flatten(0, -2), support.sizes
+        found = []
+        for some in torch.arange(len(support)).split(_TOKENS_AT_ONCE):
+            inside = torch.arange(int(sizes[some].max())) < sizes[some].unsqueeze(1)
+            ids = torch.zeros(inside.shape, dtype=torch.int64)
+            ids[inside] = support.take(some).token_ids.long()
+            logits = (weight[ids] @ flat[some].unsqueeze(-1)).squeeze(-1).float().masked_fill(~inside, -torch.inf)
+            found.append(eager_logprobs(logits, torch.zeros_like(ids[:, 0]), TEMPERATURE)[0])
+        return _clipped(head, torch.cat(found))
 
     return step
 
 
-def _gather(case: KeptCase) -> Step:
-    return _gathered_loss(*case)
-
-
-def _kept(case: KeptCase) -> Step:
+def _dense_mask(case: KeptCase) -> Step:
+    """All logits, and -inf outside of the sets, as trainers do that replay the sampler's mask. The mask is there before."""
     head, support = case
-    return lambda hidden, weight: (
-        gf.linear_grpo_loss(hidden, weight, head.token_ids, head.advantages, support=support, **arguments(head)).loss
-    )
+    outside = ~support.dense(head.weight.shape[0]).view(*head.token_ids.shape, -1)
+
+    def step(hidden: Tensor, weight: Tensor) -> Tensor:
+        logits = F.linear(hidden, weight).float().masked_fill(outside, -torch.inf)
+        return _clipped(head, eager_logprobs(logits, head.token_ids, TEMPERATURE)[0])
+
+    return step
 
 
-def _masked(case: KeptCase) -> Step:
+def _kept(case: KeptCase, share: int | None = None) -> Step:
+    """Sets of at most 1 / share of the vocabulary by themselves; None: as the package decides."""
+    head, support = case
+
+    def step(hidden: Tensor, weight: Tensor) -> Tensor:
+        shares = dict(kept.LARGEST_SHARES)
+        try:
+            kept.LARGEST_SHARES |= dict.fromkeys(shares, share) if share else {}
+            return gf.linear_grpo_loss(hidden, weight, head.token_ids, head.advantages, support=support, **arguments(head)).loss
+        finally:
+            kept.LARGEST_SHARES |= shares
+
+    return step
+
+
+def _logits(case: KeptCase) -> Step:
     """All logits of the vocabulary at once, and the loss over the sets from them."""
     head, support = case
 
     def step(hidden: Tensor, weight: Tensor) -> Tensor:
-        logits = torch.nn.functional.linear(hidden, weight)
+        logits = F.linear(hidden, weight)
         return gf.grpo_loss(logits, head.token_ids, head.advantages, support=support, inplace=True, **arguments(head)).loss
 
     return step
 
 
-_MAKE: dict[str, Callable[[KeptCase], Step]] = {"kept": _kept, "masked": _masked, "gather": _gather}
+_MAKE: dict[str, Callable[[KeptCase], Step]] = {
+    "kept": _kept,
+    "logits": _logits,
+    "gather": _gather,
+    "masked": _dense_mask,
+    "apart": lambda case: _kept(case, 1),
+    "chunks": lambda case: _kept(case, 1 << 30),
+}
