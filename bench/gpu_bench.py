@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from gpu_gate import GATE_ROWS, check_gradient, check_values, gate_fields, head_truth
+from gpu_kept import kept_sets
 from gpu_measure import NOT_IMPORTED, Results, Timer, check_device, imported, run_case
 from torch import Tensor
 
@@ -374,7 +375,8 @@ def against_targets(whole: dict[str, Any]) -> str:
 
 
 def head(shapes: list[tuple[int, int, int]], timer: Timer, device: str, deadline: float, results: Results) -> None:
-    """linear_grpo_loss against its three bare products; the weight's gradient comes out of its product in float32 in both."""
+    """linear_grpo_loss against its three bare products; the weight's gradient comes out of its product in float32 in both. Then the kept
+    sets."""
     for rows, width, vocabulary in shapes:
         entry: dict[str, Any] = {"rows": rows, "width": width, "vocabulary": vocabulary, "dtype": "bfloat16", "name": "ours_head"}
 
@@ -414,6 +416,8 @@ def head(shapes: list[tuple[int, int, int]], timer: Timer, device: str, deadline
         needed = 2 * rows * vocabulary * 3 + 4 * 4 * vocabulary * width + 8 * 3 * vocabulary * width
         results.add(run_case(entry, work, needed, device, deadline))
         check_device(device)
+    rows, width, vocabulary = shapes[-1]
+    kept_sets(rows, width, vocabulary, torch.bfloat16, timer, device, deadline, results)
 
 
 def main() -> None:

@@ -74,6 +74,13 @@ def test_all_parts_write_one_file_and_a_failure_loses_nothing(few: ModuleType, t
     assert all(entry["error_of_allowed"] <= 1 for entry in result["bench"] if entry["name"] != "copy")
     assert "error" in result["head"][0]
     assert result["head"][1]["share_of_roofline"] > 0 and result["head"][1]["error_of_allowed"] <= 1
+    kept = {(entry["name"], entry["size"], entry["trainable"]): entry for entry in result["head"][2:]}
+    both = (False, True)
+    assert kept.keys() == {(name, size, t) for name in ("kept", "gather", "ours") for size in ("1", "8", "top-p") for t in both} | {
+        (name, size, t) for name in ("apart", "chunks") for size in ("V/16", "V/32") for t in both
+    }
+    assert all("error" not in entry and entry["ms"] > 0 and entry["times_faster"] > 0 for entry in kept.values())
+    assert {name for (name, _, _), entry in kept.items() if entry["question"] == "whole vocabulary"} == {"ours"}
 
 
 def test_the_command(tmp_path: Path) -> None:
@@ -362,7 +369,9 @@ def test_the_script_in_a_bare_checkout(tmp_path: Path) -> None:
 
     result = json.loads((out / "rehearsal.json").read_text())
     assert not (out / "gpu.json").exists() and len(result["built_from"]["bench"]) > 60 and len(set(result["built_from"].values())) == 1
-    assert {entry["name"] for entry in result["bench"]} >= {"copy", "ours", "eager"} and len(result["head"]) == 1
+    assert {entry["name"] for entry in result["bench"]} >= {"copy", "ours", "eager"} and [entry["name"] for entry in result["head"]].count(
+        "ours_head"
+    ) == 1
     assert not [entry for part in ("bench", "head") for entry in result[part] if "error" in entry or "skipped" in entry]
 
     suite = next(xml.etree.ElementTree.parse(out / "test.xml").iter("testsuite"))

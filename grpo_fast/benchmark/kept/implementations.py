@@ -50,11 +50,11 @@ def make_kept_case(case: HeadCase, sizes: Tensor, seed: int) -> KeptCase:
     generator = torch.Generator().manual_seed(seed)
     vocabulary, ids = case.weight.shape[0], case.token_ids.flatten()
     sets = []
-    for token, size in zip(ids, sizes.tolist(), strict=True):
+    for token, size in zip(ids.cpu(), sizes.tolist(), strict=True):
         drawn = torch.randint(vocabulary, (2 * size + 8,), generator=generator).unique()
         drawn = drawn[drawn != token]
         sets.append(torch.cat([token.view(1), drawn[torch.randperm(drawn.numel(), generator=generator)][: size - 1]]).int())
-    support = gf.Support(torch.cat(sets), F.pad(sizes.cumsum(0), (1, 0)))
+    support = gf.Support(torch.cat(sets), F.pad(sizes.cumsum(0), (1, 0))).to(ids.device)
 
     at, columns, first = support.positions(), support.token_ids.long(), support.offsets[:-1]  # of every id; the sampled token is the first
     flat, weight = case.hidden.flatten(0, 1).double(), case.weight
@@ -63,7 +63,7 @@ def make_kept_case(case: HeadCase, sizes: Tensor, seed: int) -> KeptCase:
     largest = logits.new_full(ids.shape, -math.inf).scatter_reduce_(0, at, logits, "amax")
     lse = largest + torch.zeros_like(largest).index_add_(0, at, (logits - largest[at]).exp()).log()
     logprobs = (logits[first] - lse).view(case.token_ids.shape).requires_grad_()
-    noise = torch.randn(logprobs.shape, generator=generator, dtype=torch.float64) * 0.2
+    noise = torch.randn(logprobs.shape, generator=generator, dtype=torch.float64).to(ids.device) * 0.2
     case = replace(case, old_logprobs=(logprobs.detach() + noise).float())
     loss = eager_loss(logprobs, case.old_logprobs, case.advantages[:, None], case.mask)
     g = torch.autograd.grad(loss, logprobs)[0].flatten() / TEMPERATURE
@@ -71,7 +71,7 @@ def make_kept_case(case: HeadCase, sizes: Tensor, seed: int) -> KeptCase:
     d_logits[first] += g
 
     tokens = case.truth.tokens
-    entries = columns[torch.linspace(0, columns.numel() - 1, case.truth.entries.numel()).long()]
+    entries = columns[torch.linspace(0, columns.numel() - 1, case.truth.entries.numel()).long().to(ids.device)]
     d_hidden = torch.stack([d_logits[at == n] @ weight[columns[at == n]].double() for n in tokens.tolist()])
     d_weight = torch.stack([d_logits[columns == v] @ flat[at[columns == v]] for v in entries.tolist()])
     truth = case.truth._replace(loss=loss.item(), d_hidden=d_hidden, entries=entries, d_weight=d_weight)
@@ -103,9 +103,9 @@ def _gather(case: KeptCase) -> Step:
     def step(hidden: Tensor, weight: Tensor) -> Tensor:
         flat, sizes = hidden.flatten(0, -2), support.sizes
         found = []
-        for some in torch.arange(len(support)).split(_TOKENS_AT_ONCE):
-            inside = torch.arange(int(sizes[some].max())) < sizes[some].unsqueeze(1)
-            ids = torch.zeros(inside.shape, dtype=torch.int64)
+        for some in torch.arange(len(support), device=hidden.device).split(_TOKENS_AT_ONCE):
+            inside = torch.arange(int(sizes[some].max()), device=hidden.device) < sizes[some].unsqueeze(1)
+            ids = torch.zeros(inside.shape, dtype=torch.int64, device=hidden.device)
             ids[inside] = support.take(some).token_ids.long()
             logits = (weight[ids] @ flat[some].unsqueeze(-1)).squeeze(-1).float().masked_fill(~inside, -torch.inf)
             found.append(eager_logprobs(logits, torch.zeros_like(ids[:, 0]), TEMPERATURE)[0])
