@@ -34,7 +34,7 @@ def ranks(processes: int) -> list[dict[str, Any]]:
 
 def as_threads(count: int, names: Iterable[str], dtype: torch.dtype, seed: int | None = None) -> list[dict[str, dict[str, Tensor]]]:
     """The same in one process, merged in the order of the ranks."""
-    with mock.patch.dict(kept.LARGEST_SHARES, {torch.float32: LARGEST_SHARE}):
+    with mock.patch.dict(kept.LARGEST_SHARES, dict.fromkeys(kept.LARGEST_SHARES, LARGEST_SHARE)):
         return run_as_ranks(count, lambda rank, group: results_of(rank, group, names, dtype), seed=seed)
 
 

@@ -157,7 +157,7 @@ def results_of(rank: int, group: Any, names: Iterable[str], dtype: torch.dtype) 
 
 
 def main() -> None:
-    kept.LARGEST_SHARES[torch.float32] = LARGEST_SHARE
+    kept.LARGEST_SHARES |= dict.fromkeys(kept.LARGEST_SHARES, LARGEST_SHARE)
     rank, processes, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
     store = torch.distributed.FileStore(str(folder / "store"), processes)
