@@ -12,6 +12,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,13 +97,18 @@ def main() -> None:
             g = torch.randn(columns.shape)
             for a, b in zip(at_single_rows(states, head, columns, g), over_unions(states, head, columns, g, BLOCKS[0]), strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
-            calls: dict[str, Callable[[], Any]] = {"single rows": lambda h=hidden, w=weight, c=columns, g=g: at_single_rows(h, w, c, g)}
-            for block in BLOCKS:
-                calls[str(block)] = lambda h=hidden, w=weight, c=columns, g=g, n=block: over_unions(h, w, c, g, n)
+            calls: dict[str, Callable[[], Any]] = {"single rows": partial(at_single_rows, hidden, weight, columns, g)}
+            calls |= {str(block): partial(over_unions, hidden, weight, columns, g, block) for block in BLOCKS}
             ms = least(calls)
             unions = {str(n): sum(len(x.unique()) for x in columns.split(n)) / len(columns.split(n)) for n in BLOCKS}
             best = min(ms[str(n)] for n in BLOCKS)
-            entry = {"dtype": str(dtype)[6:], "sets": name, "ms": ms, "union": unions, "times_faster": ms["single rows"] / best}
+            entry = {
+                "dtype": str(dtype).removeprefix("torch."),
+                "sets": name,
+                "ms": ms,
+                "union": unions,
+                "times_faster": ms["single rows"] / best,
+            }
             results.append(entry)
             print(entry)
     machine = {"machine": describe(), "load_average": load_average(), "tokens": tokens, "width": head.shape[1], "vocabulary": vocabulary}

@@ -15,6 +15,7 @@ from grpo_fast.benchmark.head.implementations import Gradients, make_cases, meas
 from grpo_fast.benchmark.kept import implementations, suite
 from grpo_fast.benchmark.kept.implementations import OVER_SETS, KeptCase, check, make_kept, make_kept_case
 from grpo_fast.benchmark.kept.suite import MEASURED_SIZES, SUITE, KeptSettings, KeptWorker, markdown, sizes_of
+from grpo_fast.head import kept as head_kept
 
 
 def case(size: str = "9", dtype: torch.dtype = torch.float32) -> KeptCase:
@@ -48,6 +49,34 @@ def test_the_sizes_of_top_p_are_those_that_were_measured() -> None:
 
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_the_tables_of_the_guide_say_what_was_measured() -> None:
+    guide = (ROOT / "docs/kept-sets.md").read_text()
+    for name in ("kept_cpu", "kept_crossover_cpu"):
+        result = load(ROOT / f"bench/results/{name}.json", "bench-kept")
+        assert not [row for row in markdown(result) if row not in guide]
+        assert all(x["question"] == ("kept sets" if x["implementation"] in OVER_SETS else "whole vocabulary") for x in result["results"])
+
+
+@pytest.mark.parametrize(("size", "times"), [("32", 40), ("128", 15), ("512", 4)])
+def test_what_was_measured_is_fast_enough(size: str, times: float) -> None:
+    """float32, 896 x 151,936, a frozen head, one thread."""
+    results = load(ROOT / "bench/results/kept_cpu.json", "bench-kept")["results"]
+    (found,) = (x for x in results if (x["implementation"], x["dtype"], x["trainable"], x["size"]) == ("kept", "float32", False, size))
+    assert found["times_faster"] >= times
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_largest_set_by_itself_is_where_both_ways_take_the_same_time(dtype: str) -> None:
+    """A set of half that size is faster by itself, and one of twice that size over the whole vocabulary, or no more than a fifth slower."""
+    results = load(ROOT / "bench/results/kept_crossover_cpu.json", "bench-kept")["results"]
+    times = {(x["implementation"], x["size"], x["trainable"]): x["median"] for x in results if x["dtype"] == dtype}
+    share = head_kept.LARGEST_SHARES[getattr(torch, dtype)]
+    for trainable in (False, True):
+        assert times["apart", f"V/{2 * share}", trainable] < times["chunks", f"V/{2 * share}", trainable]
+        larger = ("apart", f"V/{share // 2}", trainable)
+        assert larger not in times or times[larger] > times["chunks", f"V/{share // 2}", trainable] / 1.2
 
 
 def test_the_guide_says_what_products_over_unions_cost() -> None:

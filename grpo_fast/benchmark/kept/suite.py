@@ -176,13 +176,12 @@ def print_report(result: Result, console: Console) -> None:
 
 
 def markdown(result: Result) -> list[str]:
-    """The rows of the tables in docs/kept-sets.md: time, how many times faster, and memory with a frozen and a trainable head, by type."""
-    cells: dict[tuple[str, str, str], list[str]] = {}
+    """The rows of the tables in docs/kept-sets.md: time, how many times faster, and memory with a frozen and a trainable head."""
+    cells: dict[tuple[str, str, str], dict[bool, str]] = {}
     for entry in sorted(result["results"], key=lambda entry: tuple(LABELS).index(entry["implementation"])):
-        memory = "-" if entry["peak_bytes"] is None else mebibytes(entry["peak_bytes"])
-        cell = f"{1e3 * entry['median']:.3g} ms ({entry['times_faster']:.3g}x), {memory}"
-        cells.setdefault((entry["dtype"], LABELS[entry["implementation"]], entry["size"] or "any"), []).append(cell)
-    return [f"| {dtype} | {label} | {size} | {' | '.join(found)} |" for (dtype, label, size), found in cells.items()]
+        cell = f"{1e3 * entry['median']:.3g} ms ({entry['times_faster']:.3g}x), {mebibytes(entry['peak_bytes'])}"
+        cells.setdefault((entry["dtype"], LABELS[entry["implementation"]], entry["size"] or "any"), {})[entry["trainable"]] = cell
+    return [f"| {' | '.join(key)} | {found.get(False, '-')} | {found.get(True, '-')} |" for key, found in cells.items()]
 
 
 def write_figure(result: Result, path: Path) -> None:
