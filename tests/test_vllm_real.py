@@ -62,15 +62,15 @@ def part(name: str) -> Path:
 
 
 class Server:
-    """``vllm serve`` on a free port of this machine."""
+    """``vllm serve`` on a free port of this machine, with more of its options if any are given."""
 
-    def __init__(self, model: Path, log: Path) -> None:
+    def __init__(self, model: Path, log: Path, *more: str) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.url, self.log = f"http://127.0.0.1:{port}", log
         self.process: subprocess.Popen[bytes] | None = None
-        options = ["--max-model-len", "512", "--dtype", "float32", "--logprobs-mode", "processed_logprobs", "--enforce-eager"]
+        options = ["--max-model-len", "512", "--dtype", "float32", "--logprobs-mode", "processed_logprobs", "--enforce-eager", *more]
         self.command = [str(part("SERVER") / "bin" / "vllm"), "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *options]
 
     def start(self) -> None:
@@ -100,8 +100,8 @@ class Server:
 
 
 @contextmanager
-def serving(model: Path, folder: Path) -> Iterator[Server]:
-    server = Server(model, folder / "server.log")
+def serving(model: Path, folder: Path, *options: str) -> Iterator[Server]:
+    server = Server(model, folder / "server.log", *options)
     server.start()
     try:
         yield server
