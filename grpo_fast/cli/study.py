@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from grpo_fast.study.result_files import JSONObject
+    from grpo_fast.study.training_study import TrainingStudy
 
 __all__ = ["app"]
 
@@ -140,20 +141,23 @@ class _SamplingProgress:
 def _training(args: Sequence[str], name: str, console: Console) -> Path:
     with exit_on_wrong_settings(name):
         from grpo_fast.study import plot, report, training
-        from grpo_fast.study.training_setup import BEFORE, prepare_training
+        from grpo_fast.study.training_study import BEFORE
 
-        study = prepare_training(args)
+        study = _prepare_training(args)
     with _progress_bar(console) as bar:
-        total = study.seeds * len(study.schedules) * study.demo.steps
+        total = study.seeds * len(study.variants) * study.steps
         task = bar.add_task("warm start", total=total)
-        shown = [(-1, "")]
+        shown, since, steps_done = [(-1, "")], [0.0], [0]
 
         def on_step(seed: int, label: str, steps: int) -> None:
             untrained = label in (training.WARM_START, BEFORE)
             bar.update(task, description=f"seed {seed}, {label if untrained else f'T = {label}'}", advance=steps)
-            if not console.is_terminal and shown[0] != (seed, label):
-                shown[0] = seed, label
-                console.print(f"seed {seed}, {label if untrained else f'trained at {label}'}", highlight=False)
+            begins = shown[0] != (seed, label)
+            steps_done[0] = steps if begins else steps_done[0] + steps
+            if not console.is_terminal and (begins or time.monotonic() > since[0] + LOG_SECONDS):
+                shown[0], since[0] = (seed, label), time.monotonic()
+                progress = "" if begins else f": {steps_done[0]} of {study.steps} steps"
+                console.print(f"seed {seed}, {label if untrained else f'trained at {label}'}{progress}", highlight=False)
 
         result = training.run(study, on_step)
     report.write_training_csv(result, study.path.with_suffix(".csv"))
@@ -162,6 +166,18 @@ def _training(args: Sequence[str], name: str, console: Console) -> Path:
         console.print(report.as_rich(table))
     _print_advice(result["advice"]["sentences"], console)
     return study.path
+
+
+def _prepare_training(args: Sequence[str]) -> TrainingStudy:
+    """Prepare a study of the demonstration's model, or of the model that ``--model`` or a settings file names."""
+    names_model = bool(args) and (not args[0].startswith("-") or any(each.partition("=")[0] == "--model" for each in args))
+    if names_model:
+        from grpo_fast.study.model_training import prepare_model_training
+
+        return prepare_model_training(args)
+    from grpo_fast.study.training_setup import prepare_training
+
+    return prepare_training(args)
 
 
 def _progress_bar(console: Console) -> Progress:

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.console import Console
 
 from grpo_fast.cli.messages import exit_on_wrong_settings, print_error
-from grpo_fast.data.loading import load_rewards, load_tokenizer, make_task, prompt_rows
-from grpo_fast.data.tasks import Task
-from grpo_fast.generation import SamplerError, check_options
-from grpo_fast.rewards import RewardError, RewardRunner
+from grpo_fast.generation import SamplerError
+from grpo_fast.rewards import RewardError
+from grpo_fast.trainer.run_parts import load_run_parts
 from grpo_fast.trainer.run_settings import TrainOptions, parse
 from grpo_fast.trainer.run_settings_help import help_tables, usual_tables
 from grpo_fast.utils.disk import DiskFullError
@@ -27,9 +26,6 @@ from grpo_fast.utils.install_hints import require_packages
 from grpo_fast.utils.redaction import redact
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-    from peft import LoraConfig
-
     from grpo_fast.trainer import GRPOConfig, GRPOTrainer
 
 __all__ = ["PreparedTraining", "app", "prepare", "run"]
@@ -97,33 +93,15 @@ def prepare(args: Sequence[str], config_class: type[GRPOConfig]) -> PreparedTrai
     assert options.model and options.dataset and config.output_dir
     resume_from = _checkpoint(config)
     _check_writable(config.output_dir)
-    seed = config.prompt_seed
-    task = make_task(options.dataset, size=options.dataset_size, seed=seed)
-    rewards = load_rewards(options.rewards, task)
-    runner = RewardRunner(rewards, weights=config.reward_weights, on_error=config.reward_on_error, isolation=config.reward_isolation)
-    chat = config.chat_template_kwargs
-    assert not isinstance(config.sampler_options, str) and not isinstance(chat, str)  # GRPOConfig parses JSON
-    check_options(config.sampler, config.sampler_options or {})
-    peft_config = _peft_config(options)
-    tokenizer = load_tokenizer(options)
-
-    def load_rows(name: str, split: str, generated: Task | None) -> Dataset:
-        return prompt_rows(name, split, generated, options, tokenizer, runner, chat=config.chat, chat_template_kwargs=chat)
-
-    rows, evaluation = load_rows(options.dataset, options.dataset_split, task), None
-    if options.eval_dataset is not None:
-        eval_task = make_task(options.eval_dataset, size=options.eval_size, seed=seed + 1)
-        evaluation = load_rows(options.eval_dataset, options.eval_split, eval_task)
-    elif (strategy := getattr(config.eval_strategy, "value", config.eval_strategy)) != "no":
-        raise SettingsError(f"eval_strategy is {strategy!r}, and there is no eval_dataset; expected one, or eval_strategy 'no'.")
+    parts = load_run_parts(options, config)
     arguments = {
         "model": options.model,
-        "reward_funcs": rewards,
+        "reward_funcs": parts.rewards,
         "args": config,
-        "train_dataset": rows,
-        "eval_dataset": evaluation,
-        "processing_class": tokenizer,
-        "peft_config": peft_config,
+        "train_dataset": parts.train_dataset,
+        "eval_dataset": parts.eval_dataset,
+        "processing_class": parts.tokenizer,
+        "peft_config": parts.peft_config,
     }
     return PreparedTraining(arguments, resume_from, overrides)
 
@@ -190,23 +168,6 @@ def _describe_end(error: BaseException, step: int, output: Path) -> str:
     if checkpoint is not None:
         resume = f"{checkpoint} is complete. To go on from there: the same command with --resume_from_checkpoint auto."
     return f"{reason}\n{step} steps were done. {resume}"
-
-
-def _peft_config(options: TrainOptions) -> LoraConfig | None:
-    if not options.use_peft:
-        return None
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise SettingsError("use_peft needs the package peft, which is not installed. Fix: pip install peft") from error
-    return LoraConfig(
-        r=options.lora_r,
-        lora_alpha=options.lora_alpha,
-        lora_dropout=options.lora_dropout,
-        target_modules=options.lora_target_modules or "all-linear",
-        modules_to_save=options.lora_modules_to_save,
-        task_type="CAUSAL_LM",
-    )
 
 
 def _checkpoint(config: GRPOConfig) -> str | bool | None:

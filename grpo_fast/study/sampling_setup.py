@@ -16,6 +16,7 @@ from grpo_fast.data.tasks.sorting import make_tokenizer, question, split_questio
 from grpo_fast.generation import check_options
 from grpo_fast.ops.environment import describe
 from grpo_fast.rewards import CoherenceReward, FormatReward, Reward, RewardRunner, accuracy_reward
+from grpo_fast.study.correctness import correctness_index
 from grpo_fast.study.options import check_count, sampling_temperatures
 from grpo_fast.study.result_files import JSONObject, load_study
 from grpo_fast.trainer.config import GRPOConfig
@@ -33,7 +34,6 @@ __all__ = ["CONFIG_SETTINGS", "SHARED", "Row", "SamplingOptions", "SamplingStudy
 Row = Mapping[str, Any]  # of a dataset
 
 DEMO = "demo"  # name of the demonstration's model, after its warm start, and of its dataset
-CORRECTNESS_REWARDS = ("accuracy_reward", "math_reward")
 CONFIG_SETTINGS = (  # of GRPOConfig that the study reads
     *("max_completion_length", "top_p", "top_k", "min_p", "seed", "data_seed", "per_device_eval_batch_size"),
     *("repetition_penalty", "generation_kwargs"),
@@ -141,7 +141,7 @@ def prepare_sampling(args: Sequence[str]) -> SamplingStudy:
         on_error=config.reward_on_error,
         isolation=config.reward_isolation,
     )
-    correct = _correctness_index(options, runner, rewards, task)
+    correct = correctness_index(options.correct, list(options.rewards or ["task"]), runner.names, rewards, task)
     check_options(config.sampler, config.sampler_options or {})
     tokenizer = make_tokenizer() if options.model == DEMO else load_tokenizer(options)
     if tokenizer.eos_token_id is None:
@@ -226,22 +226,6 @@ def _make_task(options: SamplingOptions, seed: int) -> Task | None:
     if options.dataset == DEMO:
         return Task([question(digits) for digits in split_questions()[1]], accuracy_reward)
     return make_task(options.dataset or "", size=min(options.dataset_size, options.prompts), seed=seed)
-
-
-def _correctness_index(options: SamplingOptions, runner: RewardRunner, rewards: Sequence[Reward], task: Task | None) -> int:
-    asked = list(options.rewards or ["task"])
-    if options.correct is not None:
-        for names in (asked, runner.names):
-            if options.correct in names:
-                return names.index(options.correct)
-        raise SettingsError(f"correct is {options.correct!r}; expected one of the rewards: {', '.join(asked)}.")
-    for i, reward in enumerate(rewards):
-        if runner.names[i] in CORRECTNESS_REWARDS or (task is not None and reward is task.reward):
-            return i
-    raise SettingsError(
-        f"no reward says whether an answer is correct: rewards are {', '.join(asked)}; expected accuracy, math, or a task's own. "
-        "Fix: --correct NAME, of a reward whose full marks are 1."
-    )
 
 
 def _coherence_reward(rewards: Sequence[Reward]) -> CoherenceReward | None:

@@ -1,6 +1,6 @@
-"""``grpo-fast study training``: the demonstration's model trained at several temperatures, each training evaluated at several.
+"""``grpo-fast study training``: a model trained at several temperatures and truncations, each training evaluated at several temperatures.
 
-Each seed has one warm start, from which `GRPOTrainer` trains at every temperature; sampling and loss read the same `TemperatureSchedule`.
+The demonstration's model has one warm start per seed, from which `GRPOTrainer` trains; any other model begins with its own weights.
 Every finished run is stored before the next begins, and a study that is started again continues from there.
 """
 
@@ -10,18 +10,21 @@ import copy
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from transformers import TrainerCallback
 
 from grpo_fast.demo.evaluate import evaluate
-from grpo_fast.demo.options import MAX_NEW_TOKENS
+from grpo_fast.demo.options import MAX_NEW_TOKENS, DemoOptions
 from grpo_fast.demo.train_with_trainer import train_with_trainer
 from grpo_fast.demo.warm_start import WarmStart, one_thread, warm_start
 from grpo_fast.ops.environment import load_average
 from grpo_fast.study.result_files import JSONObject, versions, write_measurements, write_result
-from grpo_fast.study.training_setup import BEFORE, CURVES, TrainingStudy
+from grpo_fast.study.model_runs import model_run
+from grpo_fast.study.training_setup import CURVES
+from grpo_fast.study.training_study import BEFORE, TrainingStudy
 from grpo_fast.study.training_summary import summarize_training
 
 if TYPE_CHECKING:
@@ -48,20 +51,22 @@ def run(study: TrainingStudy, on_step: OnStep = lambda seed, label, steps: None)
     if study.result is not None:
         return study.result
     measurements, made_with = study.measurements, versions()
-    with one_thread(), warnings.catch_warnings():
+    demo = study.subject if isinstance(study.subject, DemoOptions) else None
+    with one_thread() if demo else nullcontext(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="temperature goes down")  # the effect of a falling schedule is part of the study
         for seed in range(study.seeds):
             missing = study.missing(seed)
             for label in study.labels:
                 if label not in missing:
-                    on_step(seed, label, 0 if label == BEFORE else study.demo.steps)
+                    on_step(seed, label, 0 if label == BEFORE else study.steps)
             if not missing:
                 continue
-            on_step(seed, WARM_START, 0)
-            start = warm_start(replace(study.demo, seed=seed))
+            if demo:
+                on_step(seed, WARM_START, 0)
+                start = warm_start(replace(demo, seed=seed))
             for label in missing:
                 load = load_average()
-                found = _train_and_evaluate(study, start, seed, label, on_step)
+                found = _train_and_evaluate(study, start, seed, label, on_step) if demo else model_run(study, seed, label, on_step)
                 measurements["runs"].append(found | {"made_with": made_with, "load_average": [load, load_average()]})
                 write_measurements(study.path, measurements)
     result = published_result(study)
@@ -97,7 +102,7 @@ def _train_and_evaluate(study: TrainingStudy, start: WarmStart, seed: int, label
         ``seed``, ``trained_at`` (the label), ``seconds``, ``curves`` (by name in CURVES, one number per step; empty for the warm start) and
         ``table`` (a `SamplingQuality` for each evaluation temperature).
     """
-    began, demo = time.perf_counter(), study.demo
+    began, demo = time.perf_counter(), _demo(study)
     model = copy.deepcopy(start.model)
     curves = {} if label == BEFORE else _train(model, study, start, seed, label, on_step)
     table = evaluate(
@@ -120,7 +125,7 @@ def _train(
         def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
             on_step(seed, label, 1)
 
-    demo = study.demo
+    demo, variant = _demo(study), study.variants[label]
     logs = train_with_trainer(
         model,
         start.tokenizer,
@@ -130,7 +135,13 @@ def _train(
         seed,
         callbacks=[ProgressCallback()],
         temperature=1.0,
-        temperature_schedule=study.schedules[label],
+        temperature_schedule=variant.schedule,
+        **variant.truncation,
         metrics_on="all",
     ).logs
     return {name: [log[key] for log in logs] for name, key in CURVES.items()}
+
+
+def _demo(study: TrainingStudy) -> DemoOptions:
+    assert isinstance(study.subject, DemoOptions)
+    return study.subject

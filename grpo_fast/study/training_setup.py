@@ -1,4 +1,4 @@
-"""Settings of ``grpo-fast study training``: parsed, checked, and compared with what is finished already."""
+"""Settings of ``grpo-fast study training`` with the demonstration's model: parsed, checked, and compared with what is finished."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 
 from grpo_fast.demo.options import DemoOptions
 from grpo_fast.ops.environment import describe
-from grpo_fast.study.options import ScheduleConfig, check_count, sampling_temperatures, training_temperatures
-from grpo_fast.study.result_files import JSONObject, differing_versions, load_study, versions
+from grpo_fast.study.options import check_count, sampling_temperatures
+from grpo_fast.study.result_files import differing_versions, load_study, versions
+from grpo_fast.study.training_study import BEFORE, RUN_KEYS, TrainingStudy
+from grpo_fast.study.truncations import NO_TRUNCATION, training_variants
 from grpo_fast.trainer.run_settings import parse_overrides
 from grpo_fast.utils.files import check_output
 from grpo_fast.utils.warn import warn
 
-__all__ = ["BEFORE", "CURVES", "TrainingOptions", "TrainingStudy", "prepare_training"]
+__all__ = ["CURVES", "TrainingOptions", "prepare_training", "warn_of_other_versions"]
 
-BEFORE = "before"  # label of the model after its warm start, which is evaluated too
-RUN_KEYS = ("seed", "trained_at", "seconds", "curves", "table")  # of every finished run
 CURVES = {  # learning curve -> key in the trainer's log
     "accuracy": "rewards/accuracy_reward/mean",
     "entropy": "entropy",
@@ -35,7 +35,8 @@ class TrainingOptions:
 
     Args:
         temperatures: to train at: numbers above 0, and linear schedules as in '0.6->1.4'.
-        eval_temperatures: to evaluate each training at; 0 is greedy decoding.
+        truncations: each is combined with each temperature: 'none', or settings as in 'top_p=0.95' or 'top_p=0.95,replay_support=false'.
+        eval_temperatures: to evaluate each training at, without truncation; 0 is greedy decoding.
         seeds: number of seeds, from 0 on; all trainings of a seed begin with the same warm start.
         steps: of GRPO.
         warm_start_steps: of imitation before GRPO.
@@ -49,6 +50,7 @@ class TrainingOptions:
     """
 
     temperatures: list[str] = field(default_factory=lambda: ["0.2", "0.6", "1.0", "1.4", "0.6->1.4"])
+    truncations: list[str] = field(default_factory=lambda: [NO_TRUNCATION])
     eval_temperatures: list[str] = field(default_factory=lambda: ["0", "0.2", "0.6", "1.0", "1.4"])
     seeds: int = 5
     steps: int = DemoOptions.steps
@@ -60,37 +62,6 @@ class TrainingOptions:
     evaluation_prompts: int = DemoOptions.evaluation_prompts
     output: str = "runs/study/training.json"
     quick: bool = False
-
-
-@dataclass(frozen=True)
-class TrainingStudy:
-    """A training study whose settings are valid, and what of it is finished."""
-
-    demo: DemoOptions
-    schedules: dict[str, ScheduleConfig]  # by label
-    eval_temperatures: list[float]
-    seeds: int
-    quick: bool
-    path: Path
-    measurements: JSONObject  # see `load_study`; its list "runs" grows
-    result: JSONObject | None = None  # if everything is finished and only the result is there
-
-    @property
-    def labels(self) -> list[str]:
-        """The runs of each seed: the warm start, then one for each training temperature."""
-        return [BEFORE, *self.schedules]
-
-    def runs(self) -> list[JSONObject]:
-        """Return the finished runs that are asked for, seed by seed, in the order of the labels."""
-        asked = [run for run in self.measurements["runs"] if run["seed"] < self.seeds and run["trained_at"] in self.labels]
-        return sorted(asked, key=lambda run: (run["seed"], self.labels.index(run["trained_at"])))
-
-    def missing(self, seed: int) -> list[str]:
-        """Return the labels of this seed's runs that are not finished."""
-        if self.result is not None:
-            return []
-        done = {run["trained_at"] for run in self.measurements["runs"] if run["seed"] == seed}
-        return [label for label in self.labels if label not in done]
 
 
 def prepare_training(args: Sequence[str]) -> TrainingStudy:
@@ -107,21 +78,22 @@ def prepare_training(args: Sequence[str]) -> TrainingStudy:
         check_count(name, getattr(options, name), f"The default is {getattr(TrainingOptions, name)}.")
     shared = {each.name for each in fields(DemoOptions)} & {each.name for each in fields(TrainingOptions)}  # the same in all runs
     demo = DemoOptions(**{name: getattr(options, name) for name in shared})
-    schedules = training_temperatures(options.temperatures, options.steps)
+    variants = training_variants(options.temperatures, options.truncations, options.steps)
     eval_temperatures = sampling_temperatures(options.eval_temperatures, "eval_temperatures")
     path = Path(options.output)
     check_output(path)
     recorded: dict[str, Any] = {name: value for name, value in asdict(demo).items() if name in shared}
     recorded["eval_temperatures"] = eval_temperatures
     new = {"kind": "temperature_training", "quick": options.quick, "machine": describe(), "options": recorded, "runs": []}
-    question = {"seeds": options.seeds, "trained_at": [BEFORE, *schedules]}
+    question = {"seeds": options.seeds, "trained_at": [BEFORE, *variants]}
     stored = load_study(path, new, "training", part_keys=RUN_KEYS, question=question)
-    study = TrainingStudy(demo, schedules, eval_temperatures, options.seeds, options.quick, path, stored.measurements, stored.result)
-    _warn_of_other_versions(study)
+    study = TrainingStudy(demo, variants, eval_temperatures, options.seeds, options.quick, path, stored.measurements, stored.result)
+    warn_of_other_versions(study)
     return study
 
 
-def _warn_of_other_versions(study: TrainingStudy) -> None:
+def warn_of_other_versions(study: TrainingStudy) -> None:
+    """Warn if runs are missing that would be made with other versions than the finished ones."""
     finished = study.runs()
     if finished and any(study.missing(seed) for seed in range(study.seeds)):
         differing = differing_versions([*finished, {"made_with": versions()}])

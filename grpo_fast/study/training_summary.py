@@ -13,7 +13,7 @@ from typing import TypedDict
 from grpo_fast.study.estimates import EstimateJSON, difference, estimate, is_significant
 from grpo_fast.study.options import temperature_name
 from grpo_fast.study.result_files import JSONObject, differing_versions
-from grpo_fast.study.training_setup import CURVES, TrainingStudy
+from grpo_fast.study.training_study import TrainingStudy
 
 __all__ = ["CurveEndsJSON", "CurveJSON", "SeedsJSON", "advise_training", "mean_curve", "summarize_training"]
 
@@ -52,7 +52,7 @@ def summarize_training(study: TrainingStudy) -> JSONObject:
     runs = study.runs()
     by_label = {label: [run for run in runs if run["trained_at"] == label] for label in study.labels}
     places = [temperature_name(temperature) for temperature in study.eval_temperatures]
-    measures = [name for name in runs[0]["table"][0] if name not in ("temperature", "samples")]
+    measures = [name for name in runs[0]["table"][0] if name not in ("temperature", "samples", "right")]
     accuracy = {
         label: {place: [run["table"][i]["accuracy"] for run in of_label] for i, place in enumerate(places)}
         for label, of_label in by_label.items()
@@ -61,7 +61,9 @@ def summarize_training(study: TrainingStudy) -> JSONObject:
         label: {place: {name: _cell([run["table"][i][name] for run in of_label]) for name in measures} for i, place in enumerate(places)}
         for label, of_label in by_label.items()
     }
-    curves = {label: {name: [run["curves"][name] for run in by_label[label]] for name in CURVES} for label in study.schedules}
+    curves = {
+        label: {name: [run["curves"][name] for run in by_label[label]] for name in by_label[label][0]["curves"]} for label in study.variants
+    }
     training = {label: {name: _first_and_last(lines) for name, lines in of_label.items()} for label, of_label in curves.items()}
     advice = advise_training(accuracy, training, study.labels[1:], places)
     if (others := differing_versions(runs)) is not None:
