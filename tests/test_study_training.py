@@ -156,7 +156,7 @@ def test_means_errors_and_advice_over_seeds_worked_by_hand(tmp_path: Path) -> No
     assert found["advice"]["tied"] == [["1", 0.0], ["1", 1.0]]
     assert report.evaluation_table(result | found)[2][1] == ["0.6", "0.800 ± 0.058", "0.500 ± 0.058"]
 
-    alone = training_setup.TrainingStudy(DemoOptions(), {"0.6": {}}, [0.0], 3, False, tmp_path / "x.json", result)
+    alone = training_setup.TrainingStudy(DemoOptions(), {"0.6": schedules["0.6"]}, [0.0], 3, False, tmp_path / "x.json", result)
     assert (
         training_summary.summarize_training(alone)["advice"]["sentences"][-1]
         == "Train at 0.6 and evaluate at T = 0: the only accuracy of the table, 0.800."

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["app"]
 
 USAGE = """usage: grpo-fast study sampling --model M --dataset D --rewards R ... [--name value ...]
-       grpo-fast study training [--name value ...]
+       grpo-fast study training [settings.yaml] [--name value ...]
 
 Measure the effect of the temperature.
 
@@ -33,9 +33,12 @@ ignored. Each call of the sampler gets whole groups, about 64 completions, or --
   grpo-fast study sampling --model demo --dataset demo --rewards accuracy format
   grpo-fast study sampling sums.yaml --temperatures 0 0.4 0.6 0.8 1.0 1.2 --rounds 8
 
-training: the demonstration's model trained at several temperatures and by schedules, each training evaluated at several temperatures.
+training: a model trained at several temperatures, by schedules and with truncated sampling, each training evaluated at several
+temperatures: the demonstration's model, or with --model, --dataset, --eval_dataset and --rewards (or a settings file of grpo-fast train)
+one of your own. A model begins each training with its own weights.
 
   grpo-fast study training --temperatures 0.6 1.0 '0.6->1.4' --seeds 5
+  grpo-fast study training sums.yaml --temperatures 0.6 1.0 --truncations none top_p=0.95 --max_steps 100
 
 Both write JSON, CSV and a figure. Started again, they continue from the measurements beside the JSON file (NAME.raw.json). --quick tests
 in about ten seconds whether a study runs.
@@ -162,8 +165,9 @@ def _training(args: Sequence[str], name: str, console: Console) -> Path:
         result = training.run(study, on_step)
     report.write_training_csv(result, study.path.with_suffix(".csv"))
     plot.write_training_figure(result, study.path.with_suffix(".png"))
-    for table in (report.evaluation_table(result), report.training_table(result)):
-        console.print(report.as_rich(table))
+    for table in (report.evaluation_table(result), report.training_table(result), report.first_step_table(result)):
+        if table is not None:
+            console.print(report.as_rich(table))
     _print_advice(result["advice"]["sentences"], console)
     return study.path
 
@@ -199,9 +203,12 @@ def _print_help(study: str, console: Console) -> None:
     from grpo_fast.trainer.run_settings_help import option_table, reward_table
 
     if study == "training":
+        from grpo_fast.study.model_training import ModelTrainingOptions
         from grpo_fast.study.training_setup import TrainingOptions
 
-        console.print(option_table("Options", TrainingOptions, [each.name for each in fields(TrainingOptions)]))
+        console.print(option_table("With the demonstration's model", TrainingOptions, [each.name for each in fields(TrainingOptions)]))
+        names = [each.name for each in fields(ModelTrainingOptions)]
+        console.print(option_table("With a model of your own (and all settings of GRPOConfig)", ModelTrainingOptions, names))
         return
     from grpo_fast.study.sampling_setup import BATCH_SIZE, CONFIG_SETTINGS, NOT_READ, SHARED, SamplingOptions
     from grpo_fast.trainer.config import GRPOConfig

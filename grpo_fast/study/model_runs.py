@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -40,17 +40,20 @@ OFF_BY = 0.1  # a ratio outside of 1 - OFF_BY to 1 + OFF_BY counts as off
 
 
 class MeasuredTrainer(GRPOTrainer):
-    """Measures the ratios of the first step: the probability of each token under the policy of the loss, divided by that under which it
-    was drawn. They are 1 if both policies are the same.
+    """Measures the ratios of the first step that has tokens in the loss: the probability of each token under the policy of the loss,
+    divided by that under which it was sampled. They are 1 if both policies are the same.
     """
 
     first_step: dict[str, float] | None = None
 
     def check_step(self) -> None:
         if self.first_step is None:
-            pairs = [(out.logprobs, batch.rows.tokens["sampler"], out.active) for out, batch in self._losses if "sampler" in batch.rows.tokens]
-            if pairs:
-                ratio = torch.cat([(own.detach() - drawn).double().exp()[active] for own, drawn, active in pairs]).cpu()
+            pairs = [
+                (out.logprobs, batch.rows.tokens["sampler"], out.active) for out, batch in self._losses if "sampler" in batch.rows.tokens
+            ]
+            ratios = [(own.detach() - sampled).double().exp()[active] for own, sampled, active in pairs]
+            if sum(ratio.numel() for ratio in ratios):
+                ratio = torch.cat(ratios).cpu()
                 self.first_step = {
                     "ratio_mean": float(ratio.mean()),
                     "ratio_std": float(ratio.std(correction=0)),
@@ -74,7 +77,7 @@ def model_run(study: TrainingStudy, seed: int, label: str, on_step: Callable[[in
         ``first_step`` (see `MeasuredTrainer`; None for BEFORE) and ``table``, see `evaluate_policy`.
     """
     model = study.subject
-    assert isinstance(model, ModelTraining) and model.parts.eval_dataset is not None
+    assert isinstance(model, ModelTraining)
     on_step(seed, label, 0)
     began, cpu = time.perf_counter(), time.process_time()
     parts, curves = model.parts, dict[str, list[float]]()
@@ -93,6 +96,7 @@ def model_run(study: TrainingStudy, seed: int, label: str, on_step: Callable[[in
             logs = [log for log in trainer.state.log_history if "loss" in log]
             keys = {"accuracy": f"rewards/{parts.runner.names[model.correct]}/mean"} | CURVES
             curves = {name: [float(log[key]) for log in logs] for name, key in keys.items() if all(key in log for log in logs)}
+        assert parts.eval_dataset is not None
         rows = [dict(row) for row in parts.eval_dataset]
         table = [evaluate_policy(trainer, rows, temperature, model.correct) for temperature in study.eval_temperatures]
         trainer.sampler.close()
@@ -108,7 +112,7 @@ def model_run(study: TrainingStudy, seed: int, label: str, on_step: Callable[[in
 
 
 @torch.no_grad()
-def evaluate_policy(trainer: GRPOTrainer, rows: Sequence[Mapping[str, Any]], temperature: float, correct: int) -> JSONObject:
+def evaluate_policy(trainer: GRPOTrainer, rows: Sequence[dict[str, Any]], temperature: float, correct: int) -> JSONObject:
     """Evaluate the trainer's model on rows, with ``eval_rounds`` completions of each, one at T = 0, without truncation.
 
     Args:
@@ -161,7 +165,7 @@ def evaluate_policy(trainer: GRPOTrainer, rows: Sequence[Mapping[str, Any]], tem
 
 
 def _config(study: TrainingStudy, model: ModelTraining, seed: int, label: str, folder: str) -> GRPOConfig:
-    settings: dict[str, Any] = dict(model.given)
+    settings: dict[str, Any] = {"metrics_on": "all"} | dict(model.given)  # the curves are over all completions
     settings |= {"seed": seed, "save_strategy": "no", "eval_strategy": "no", "report_to": "none", "disable_tqdm": True, "logging_steps": 1}
     if label != BEFORE:
         variant = study.variants[label]

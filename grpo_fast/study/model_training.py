@@ -133,4 +133,6 @@ def _recorded_options(options: ModelTrainingOptions, given: Mapping[str, Any], p
     rows = [[dict(row) for row in dataset] for dataset in (parts.train_dataset, parts.eval_dataset or [])]
     digest = hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()[:16]
     found: dict[str, Any] = redact(recorded | {name: given[name] for name in sorted(given)})
+    if isinstance(found["model"], str):  # a result is published: it does not name the user's folders
+        found["model"] = found["model"].replace(str(Path.home()), "~", 1)
     return found | {"digest_of_rows": digest}

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["write_sampling_figure", "write_training_figure"]
 
+LONG_LABEL, LEGEND_COLUMNS = 24, 3  # characters of a label from which on the legend has so many columns
 SHADES = {COLD: "#dbe9f6", ROBUST: "#ddf0e4", EXPLORATION: "#fdf1d3", COLLAPSE: "#f8ddd6"}
 
 
@@ -91,7 +92,8 @@ def write_training_figure(result: JSONObject, path: Path) -> None:
         )
     axes[0].set(title="Accuracy", xlabel="evaluation temperature", ylabel="held-out questions", ylim=(-0.02, 1.02))
     handles, words = axes[0].get_legend_handles_labels()
-    figure.legend(handles, words, loc="outside lower center", ncols=len(words), frameon=False, fontsize=9)
+    columns = len(words) if max(map(len, words)) < LONG_LABEL else LEGEND_COLUMNS
+    figure.legend(handles, words, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
     _draw_accuracy_table(axes[1], result, places)
     curves = (
         ("accuracy", "Accuracy in training, each at its own T", "share"),
@@ -101,16 +103,21 @@ def write_training_figure(result: JSONObject, path: Path) -> None:
     )
     for axis, (name, title, unit) in zip(axes[2:], curves, strict=True):
         for i, label in enumerate(labels[1:], start=1):
-            _draw_band(axis, result["learning_curves"][label][name], *_line_style(i))
+            if name in result["learning_curves"][label]:
+                _draw_band(axis, result["learning_curves"][label][name], *_line_style(i))
         axis.set(title=title, xlabel="step", ylabel=unit)
         axis.set_ylim(*((-0.02, 1.02) if unit == "share" else (0, None)))
-    options = result["options"]
-    figure.suptitle(
-        f"The demonstration's model (0.1 M parameters) trained at several temperatures, {options['steps']} steps of {options['prompts']} x "
-        f"{options['group_size']} completions, {options['loss_type']}, {result['seeds']} seeds; bars and bands: standard errors",
-        fontsize=10,
-    )
+    figure.suptitle(f"{_training_title(result['options'])}, {result['seeds']} seeds; bars and bands: standard errors", fontsize=10)
     write_atomically(path, lambda partial: figure.savefig(partial, format="png"))
+
+
+def _training_title(options: JSONObject) -> str:
+    if "model" not in options:
+        return (
+            f"The demonstration's model (0.1 M parameters) trained at several temperatures, {options['steps']} steps of "
+            f"{options['prompts']} x {options['group_size']} completions, {options['loss_type']}"
+        )
+    return f"{Path(options['model']).name} trained on {Path(options['dataset']).name}, {options['max_steps']} steps"
 
 
 def _figure(rows: int, columns: int) -> tuple[Figure, Sequence[Axes]]:
@@ -164,7 +171,9 @@ def _draw_accuracy_table(axis: Axes, result: JSONObject, places: Sequence[str]) 
             axis.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8, color="black" if value > 0.6 else "white")
     axis.grid(visible=False)
     axis.set_xticks(range(len(places)), places)
-    axis.set_yticks(range(len(labels)), labels)
+    axis.set_yticks(range(len(labels)), [label.replace(", ", "\n") for label in labels])
+    if any(", " in label for label in labels):
+        axis.tick_params(axis="y", labelsize=6)
     axis.set(title="Accuracy: trained at, evaluated at", xlabel="evaluation temperature", ylabel="training temperature")
 
 

@@ -76,12 +76,31 @@ def evaluation_table(result: JSONObject) -> TextTable:
 def training_table(result: JSONObject) -> TextTable:
     """Return the means of the learning curves over the first and the last five steps."""
     names = (("accuracy", "accuracy"), ("zero-std groups", "zero_std"), ("entropy at T", "entropy"), ("distinct", "distinct"))
-    cells = [
-        [label, *(f"{_mean_only(curves[name]['first'])} to {_mean_only(curves[name]['last'])}" for _, name in names)]
-        for label, curves in result["training"].items()
-    ]
+    cells = [[label, *(_ends(result, label, name) for _, name in names)] for label in result["training"]]
     title = "During training, the first five steps and the last five"
     return TextTable(title, ["trained at", *(heading for heading, _ in names)], cells)
+
+
+def first_step_table(result: JSONObject) -> TextTable | None:
+    """Return the ratios of the policy of the loss to the policy that sampled, on the first step; None if they were not measured."""
+    if "first_step" not in result:
+        return None
+    names = (("mean", "ratio_mean"), ("standard deviation", "ratio_std"), ("beyond 0.1 of 1", "ratio_off"))
+    cells = [
+        [
+            label,
+            *(f"{measures[name]['mean']:.4f}" for _, name in names),
+            *(_ends(result, label, name) for name in ("kept_mass", "set_size")),
+        ]
+        for label, measures in result["first_step"].items()
+    ]
+    title = "Probability ratios of the first step (loss to sampler); kept sets, the first five steps and the last"
+    return TextTable(title, ["trained at", *(heading for heading, _ in names), "kept mass", "set size"], cells)
+
+
+def _ends(result: JSONObject, label: str, name: str) -> str:
+    curves = result["training"][label]
+    return f"{_mean_only(curves[name]['first'])} to {_mean_only(curves[name]['last'])}" if name in curves else "-"
 
 
 def as_rich(table: TextTable) -> Table:

@@ -21,8 +21,8 @@ from grpo_fast.demo.options import MAX_NEW_TOKENS, DemoOptions
 from grpo_fast.demo.train_with_trainer import train_with_trainer
 from grpo_fast.demo.warm_start import WarmStart, one_thread, warm_start
 from grpo_fast.ops.environment import load_average
-from grpo_fast.study.result_files import JSONObject, versions, write_measurements, write_result
 from grpo_fast.study.model_runs import model_run
+from grpo_fast.study.result_files import JSONObject, versions, write_measurements, write_result
 from grpo_fast.study.training_setup import CURVES
 from grpo_fast.study.training_study import BEFORE, TrainingStudy
 from grpo_fast.study.training_summary import summarize_training

@@ -46,8 +46,8 @@ def summarize_training(study: TrainingStudy) -> JSONObject:
 
     Returns:
         ``seeds``; ``trained_at``, the labels; ``evaluation``, `SeedsJSON` by label, evaluation temperature (`temperature_name`) and
-        measure; ``training``, `CurveEndsJSON` by label and curve; ``learning_curves``, `CurveJSON` by label and curve; and ``advice``, see
-        `advise_training`.
+        measure; ``training``, `CurveEndsJSON` by label and curve; ``learning_curves``, `CurveJSON` by label and curve; ``first_step``,
+        `SeedsJSON` by label and measure, if the runs measured their first step; and ``advice``, see `advise_training`.
     """
     runs = study.runs()
     by_label = {label: [run for run in runs if run["trained_at"] == label] for label in study.labels}
@@ -62,7 +62,18 @@ def summarize_training(study: TrainingStudy) -> JSONObject:
         for label, of_label in by_label.items()
     }
     curves = {
-        label: {name: [run["curves"][name] for run in by_label[label]] for name in by_label[label][0]["curves"]} for label in study.variants
+        label: {
+            name: [run["curves"][name] for run in by_label[label]]
+            for name in by_label[label][0]["curves"]
+            if all(name in run["curves"] for run in by_label[label])
+        }
+        for label in study.variants
+    }
+    ratios = {label: [run.get("first_step") for run in by_label[label]] for label in study.variants}
+    first_step = {
+        label: {name: _cell([found[name] for found in of_label]) for name in of_label[0] if name != "tokens"}
+        for label, all_found in ratios.items()
+        if len(of_label := [found for found in all_found if found is not None]) == len(all_found)
     }
     training = {label: {name: _first_and_last(lines) for name, lines in of_label.items()} for label, of_label in curves.items()}
     advice = advise_training(accuracy, training, study.labels[1:], places)
@@ -78,6 +89,7 @@ def summarize_training(study: TrainingStudy) -> JSONObject:
         "evaluation": evaluation,
         "training": training,
         "learning_curves": {label: {name: mean_curve(lines) for name, lines in of_label.items()} for label, of_label in curves.items()},
+        **({"first_step": first_step} if first_step else {}),
         "advice": advice,
     }
 
@@ -100,7 +112,7 @@ def advise_training(
         ``train`` (a label) and ``evaluate`` (a number), or None; ``tied``, the pairs that do not differ significantly; ``sentences``.
     """
     if not any(value for label in labels for values in accuracy[label].values() for value in values):
-        message = "No answer was correct after any training, so there is no advice. Fix: more --steps or --warm_start_steps."
+        message = "No answer was correct after any training, so there is no advice. Fix: more steps, or easier questions."
         return {"train": None, "evaluate": None, "tied": [], "sentences": [message]}
     sentences = []
     for place in places:

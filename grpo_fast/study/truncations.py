@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from grpo_fast.study.options import ScheduleConfig, training_temperatures
 from grpo_fast.utils.errors import SettingsError
@@ -19,7 +19,7 @@ class Variant(NamedTuple):
     """How one training of a study samples."""
 
     schedule: ScheduleConfig  # of the temperature
-    truncation: Mapping[str, float | str]  # settings of GRPOConfig; empty for whole sampling
+    truncation: Mapping[str, Any]  # settings of GRPOConfig; empty for whole sampling
 
 
 def training_variants(temperatures: Sequence[object], truncations: Sequence[object], steps: int) -> dict[str, Variant]:
