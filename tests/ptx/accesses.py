@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from . import memory
-from .arithmetic import Action, builds, refused
 from .faults import FaultError
+from .instructions import Action, builds, refused
 from .parser import Address, Instruction
 from .threads import WARP, Threads
 from .values import BYTES, UNSIGNED, Array, Selection
@@ -125,7 +125,9 @@ def shuffle(threads: Threads, instruction: Instruction) -> Action:
         lane, distance, limit = threads.lane[selected], by(selection).astype(np.int64), limits(selection).astype(np.int64)
         segment, clamp = (limit >> 8) & 31, limit & 31
         last = (lane & segment) | (clamp & ~segment)
-        source = {"bfly": lane ^ distance, "idx": (lane & segment) | (distance & ~segment), "up": lane - distance, "down": lane + distance}[mode]
+        source = {"bfly": lane ^ distance, "idx": (lane & segment) | (distance & ~segment), "up": lane - distance, "down": lane + distance}[
+            mode
+        ]
         valid = source >= last if mode == "up" else source <= last
         everyone = np.broadcast_to(value(slice(None)), (threads.count,))
         write(selection, everyone[selected - lane + np.where(valid, source, lane)])
@@ -146,7 +148,7 @@ def matrix(threads: Threads, instruction: Instruction) -> Action:
     registers, place = instruction.operands if loads else instruction.operands[::-1]
     names = registers if isinstance(registers, tuple) else (str(registers),)
     address = address_of(threads, place, instruction)
-    write, read = ([function(name, "b32") for name in names] for function in (threads.writer, threads.reader))
+    write, read = [threads.writer(name, "b32") for name in names] if loads else [], [threads.reader(name, "b32") for name in names]
     view = threads.shared.bytes[: threads.shared.bytes.size // 4 * 4].view(np.uint32)
 
     def action(selection: Selection) -> None:

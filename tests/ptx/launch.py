@@ -30,9 +30,7 @@ class Hardware:
 EXACT = Hardware(error=0.0)
 
 
-def launch(
-    entry: Entry, grid: Grid, memory: GlobalMemory, parameters: bytes, shared_bytes: int = 0, hardware: Hardware = EXACT
-) -> int:
+def launch(entry: Entry, grid: Grid, memory: GlobalMemory, parameters: bytes, shared_bytes: int = 0, hardware: Hardware = EXACT) -> int:
     """Run a kernel. Returns the number of instructions executed, each for many threads.
 
     Args:

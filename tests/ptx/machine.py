@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from . import arithmetic, conversions  # noqa: F401  they fill the table of the instructions
 from . import transfers as asynchronous
 from .accesses import address_of
-from .arithmetic import BUILDERS, Action, refused
 from .faults import FaultError, UnsupportedError
+from .instructions import BUILDERS, Action, refused
 from .parser import Instruction
 from .threads import WARP, Threads
 from .transfers import Transfers, places_of
@@ -296,7 +297,10 @@ class Machine:
         if "parity" not in instruction.modifiers:
             raise refused(instruction)
         write = self.threads.writer(instruction.operands[0], "pred")
-        address, parity = address_of(self.threads, instruction.operands[1], instruction), self.threads.reader(instruction.operands[2], "u32")
+        address, parity = (
+            address_of(self.threads, instruction.operands[1], instruction),
+            self.threads.reader(instruction.operands[2], "u32"),
+        )
 
         def wait(selected: Array, here: int) -> bool:
             places = places_of(self.threads, address(selected), 8, 8, selected)

@@ -1,4 +1,4 @@
-"""The memories of a GPU: global memory in allocations, shared memory of the blocks. An access outside of them, or misaligned, is a fault."""
+"""The memories of a GPU: global memory in allocations, and shared memory of the blocks. Faults: out of bounds, and misaligned."""
 
 from __future__ import annotations
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from .accesses import address_of
-from .arithmetic import Action, builds, refused
 from .faults import FaultError
+from .instructions import Action, builds, refused
 from .memory import CLUSTER_STEP
 from .parser import Instruction
 from .threads import Threads
@@ -71,9 +71,9 @@ class Transfers:
             self.pending.pop(index)
 
     def check_ended(self) -> None:
-        """Raise a fault if shared memory is still to be read or written after all threads have ended; writes to global memory may be late."""
-        late = [transfer for stores in (*self.open.values(), *(sum(groups, []) for groups in self.groups.values())) for transfer in stores]
-        if any(transfer not in late or len(transfer.steps) > 1 for transfer in self.pending):
+        """Raise a fault if all threads have ended and shared memory is still to be read or written; writes to global memory may be late."""
+        stores = {id(transfer) for groups in self.groups.values() for group in groups for transfer in group}
+        if any(id(transfer) not in stores or len(transfer.steps) > 1 for transfer in self.pending):
             raise FaultError("the blocks have ended before transfers from or to their shared memory were done")
 
     def barrier(self, place: int) -> Barrier:
@@ -136,7 +136,7 @@ def places_of(threads: Threads, addresses: Array, size: int, alignment: int, sel
     if (addresses % alignment != 0).any():
         raise FaultError(f"misaligned: {int(addresses[addresses % alignment != 0][0]):#x}; expected a multiple of {alignment}")
     block, first = threads.block[selected], threads.first_of_cluster[selected]
-    return threads.shared.places(addresses, size, block, first, threads.grid.cluster).tolist()  # type: ignore[no-any-return]
+    return threads.shared.places(addresses, size, block, first, threads.grid.cluster).tolist()
 
 
 def mbarrier(transfers: Transfers, instruction: Instruction) -> Action:

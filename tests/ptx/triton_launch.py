@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import importlib
 import struct
 from collections.abc import Callable, Iterator
@@ -102,7 +103,9 @@ def type_of(value: Any, parameter: Any) -> Any:
 COMPILED: dict[tuple[Any, ...], Compiled] = {}
 
 
-def compile_kernel(kernel: Any, key: tuple[Any, ...], signature: dict[str, Any], constants: dict[tuple[int, ...], Any], warps: int) -> Compiled:
+def compile_kernel(
+    kernel: Any, key: tuple[Any, ...], signature: dict[str, Any], constants: dict[tuple[int, ...], Any], warps: int
+) -> Compiled:
     """Compile to PTX for sm_90, once in a process; Triton's own cache keeps it for the next."""
     if key not in COMPILED:
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs={})
@@ -151,6 +154,10 @@ def bytes_at(address: int, size: int) -> Array:
     return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
 
 
+def _run(kernel: Any, launcher: Launcher, *arguments: Any, **options: Any) -> None:
+    launcher.run(kernel, *arguments, **options)
+
+
 @contextlib.contextmanager
 def triton_on_cpu(launcher: Launcher) -> Iterator[None]:
     """Compute CPU tensors by the Triton kernels, which this launcher runs, inside the ``with``."""
@@ -159,7 +166,7 @@ def triton_on_cpu(launcher: Launcher) -> Iterator[None]:
     if registration.INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET is 1; expected it unset, so that the kernels are compiled. Fix: unset TRITON_INTERPRET")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(JITFunction, "run", lambda kernel, *arguments, **options: launcher.run(kernel, *arguments, **options))
+        patch.setattr(JITFunction, "run", functools.partialmethod(_run, launcher))
         patch.setattr(registration, "INTERPRETED", True)
         patch.setattr(backends, "_interpreted", lambda: True)
         backends._triton_usable.cache_clear()

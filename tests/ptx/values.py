@@ -98,3 +98,8 @@ def quotient(a: Array, b: Array) -> Array:
         return a // b
     floor = a // b
     return floor + ((floor * b != a) & ((a < 0) != (b < 0))).astype(a.dtype)
+
+
+def saturated(x: Array) -> Array:
+    """Between 0 and 1; 0 for NaN."""
+    return np.where(np.isnan(x), x.dtype.type(0), np.clip(x, 0, 1))
