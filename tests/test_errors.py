@@ -298,6 +298,13 @@ LOSS_CASES: list[Case] = [
     Case("config-name", to("dapo"), TypeError, ("config is a str; expected a LossConfig",)),
     Case("config-none", to(None), TypeError, ("config is a NoneType; expected a LossConfig",)),
     Case("config-class", to(LossConfig), TypeError, ("config is a type; expected a LossConfig",)),
+    # surrogate_inputs; those of a custom loss are in tests/test_custom_surrogate.py
+    Case(
+        "surrogate_inputs-unused",
+        to({"mine": torch.rand(B)}),
+        ValueError,
+        ("surrogate_inputs has 'mine' with loss_type='dapo'; expected None", "Fix: LossConfig\\(loss_type='custom'"),
+    ),
     # cu_seqlens
     *of_every_tensor("cu_seqlens", "[S + 1]", packed=True, floating=False)[:5],
     *[
@@ -412,7 +419,7 @@ SCORING = ("logits", "token_ids", "mask", "temperature", "softcap", "logit_scale
 def argument_of(case: Case) -> str:
     return next(
         name
-        for name in (*right(True), "softcap", "logit_scale", "support", "num_items", "loss_scale", "metrics_on")
+        for name in (*right(True), "softcap", "logit_scale", "support", "surrogate_inputs", "num_items", "loss_scale", "metrics_on")
         if case.name.startswith(name + "-")
     )
 

@@ -150,7 +150,7 @@ def same_runs(ours: list[dict[str, float]], theirs: list[dict[str, float]], tole
     for key in sorted(keys):
         mine, stock = [entry.get(key) for entry in ours], [entry.get(key) for entry in theirs]
         kind = "loss" if key == "train_loss" else key  # the mean of all steps'
-        largest = max(1e-2, *(abs(entry[kind]) for entry in theirs if entry.get(kind) is not None))  # None: it was no number
+        largest = max([1e-2, *(abs(entry[kind]) for entry in theirs if entry.get(kind) is not None)])  # None: it was no number
         cancels = key in ("loss", "policy_loss", "eval_loss", "train_loss", "kl")
         scale, rounding = (largest, 2 * torch.finfo(torch.float32).eps) if cancels else (0.1 * largest, 0.0)
         for step, (x, y) in enumerate(zip(mine, stock, strict=True)):
@@ -200,7 +200,7 @@ CASES: dict[str, dict[str, Any]] = {
         **REUSED, "use_adaptive_entropy": True, "entropy_target": 1.9, "entropy_coef": 0.05, "entropy_coef_delta": 0.03,
         "entropy_coef_min": 0.01, "entropy_coef_max": 0.2, "max_steps": 8,  # it carries a coefficient from step to step
     },
-    "truncated-masked": {**REUSED, "mask_truncated_completions": True, "loss_type": "grpo"},
+    "truncated-masked": {**REUSED, "mask_truncated_completions": True, "loss_type": "grpo", "max_steps": 8},  # the first four mask all
     "fp32-head": {**REUSED, "cast_lm_head_to_fp32": True},
     "checkpointing": {**REUSED, "gradient_checkpointing": True, "beta": 0.1},
     "compiled": {**REUSED, "torch_compile": True, "torch_compile_backend": "eager", "max_steps": 2},
