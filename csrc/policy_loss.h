@@ -31,6 +31,11 @@ struct PolicyTerms {
   bool clip_low, clip_high;
 };
 
+// Whether a token with an advantage of 0 can change the gradient.
+GF_HOST_DEVICE inline bool needs_all_tokens(const PolicyLossConfig& config) {
+  return config.beta != 0 || config.entropy_coef != 0 || config.squared_log_ratio_coef != 0;
+}
+
 // c * x, and 0 for c = 0 also where x is infinite: a log-probability of -inf times an advantage or weight of 0 is no loss. NaN stays NaN.
 template <typename Real>
 GF_HOST_DEVICE inline Real product(Real c, Real x) {
@@ -94,7 +99,10 @@ GF_HOST_DEVICE inline Dual<Real> dppo_loss(Dual<Real> ratio, Real logprob, const
     *high = divergence > Real(config.dppo_mask_high) && logprob > old_logprob && token.advantage > 0;
   }
   if (*low || *high) return {Real(0), Real(0)};
-  return {-ratio.value * token.advantage, -ratio.slope * token.advantage};
+  const Real bound = Real(config.dppo_ratio_max);
+  if (std::isinf(bound)) return {-ratio.value * token.advantage, -ratio.slope * token.advantage};
+  const Real weight = (ratio.value < bound ? ratio.value : bound) * token.advantage;  // a constant, as in verl
+  return {-product(weight, logprob), -weight};
 }
 
 template <typename Real>
@@ -106,9 +114,11 @@ GF_HOST_DEVICE inline Dual<Real> surrogate_loss(Dual<Real> ratio, Real logprob, 
     case Surrogate::kClip:
       return clip_loss(ratio, advantage, config, low, high);
     case Surrogate::kCispo: {
-      const Real bound = Real(config.epsilon_high);
+      const Real floor = Real(config.cispo_ratio_low), bound = Real(config.epsilon_high);
+      *low = ratio.value < floor && advantage < 0;
       *high = ratio.value > bound && advantage > 0;
-      const Real weight = (ratio.value < bound ? ratio.value : bound) * advantage;  // a constant: no gradient through the ratio
+      const Real clipped = ratio.value < floor ? floor : ratio.value < bound ? ratio.value : bound;
+      const Real weight = clipped * advantage;  // a constant: no gradient through the ratio
       return {-product(weight, logprob), -weight};
     }
     case Surrogate::kSapo:
@@ -118,6 +128,7 @@ GF_HOST_DEVICE inline Dual<Real> surrogate_loss(Dual<Real> ratio, Real logprob, 
       return dppo_loss(ratio, logprob, token, config, low, high);
     case Surrogate::kReinforce:
     case Surrogate::kVespo:  // its weight needs a whole sequence: it reaches a kernel as kReinforce, the weight in the advantage
+    case Surrogate::kGmpo:   // its ratio needs a whole sequence: it reaches a kernel on-policy only, as kClip
       break;
   }
   return {-product(advantage, logprob), -advantage};
@@ -151,10 +162,13 @@ GF_HOST_DEVICE inline PolicyTerms<Real> policy_terms(Real logprob, Real entropy,
   Dual<Real> penalty = kl;
   if (config.bias_corrected_kl) penalty = {kl.value * ratio.value, kl.slope * ratio.value + product(ratio.slope, kl.value)};
 
+  const Real squared = Real(config.squared_log_ratio_coef);
+  const Dual<Real> moved{squared * clamped.value * clamped.value, 2 * squared * clamped.value * clamped.slope};
+
   const Real beta = Real(config.beta), coef = Real(config.entropy_coef);
-  out.loss = product(token.weight, product(token.rollout_weight, policy.value) + product(beta, penalty.value)) -
+  out.loss = product(token.weight, product(token.rollout_weight, policy.value) + product(beta, penalty.value) + moved.value) -
              product(coef * token.entropy_weight, entropy);
-  out.g = product(token.weight, product(token.rollout_weight, policy.slope) + product(beta, penalty.slope));
+  out.g = product(token.weight, product(token.rollout_weight, policy.slope) + product(beta, penalty.slope) + moved.slope);
   out.h = -coef * token.entropy_weight;
   out.ratio = ratio.value;
   out.kl = kl.value;

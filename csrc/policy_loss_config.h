@@ -12,6 +12,7 @@ enum class Surrogate : int64_t {
   kVespo = 4,
   kDppoTv = 5,
   kDppoKl = 6,
+  kGmpo = 7,
 };
 
 enum class KlEstimator : int64_t {
@@ -36,9 +37,12 @@ struct PolicyLossConfig {
   double sapo_temperature_neg;
   double dppo_mask_low;
   double dppo_mask_high;
+  double cispo_ratio_low;
+  double dppo_ratio_max;
+  double squared_log_ratio_coef;
 };
 
-constexpr int64_t kLossSettings = 14;
+constexpr int64_t kLossSettings = 17;
 
 // settings: kLossSettings numbers, in the order of the members.
 inline PolicyLossConfig to_policy_loss_config(const double* settings) {
@@ -57,6 +61,9 @@ inline PolicyLossConfig to_policy_loss_config(const double* settings) {
   config.sapo_temperature_neg = settings[11];
   config.dppo_mask_low = settings[12];
   config.dppo_mask_high = settings[13];
+  config.cispo_ratio_low = settings[14];
+  config.dppo_ratio_max = settings[15];
+  config.squared_log_ratio_coef = settings[16];
   return config;
 }
 

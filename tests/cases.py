@@ -73,17 +73,19 @@ def random_config(rng: random.Random) -> gf.LossConfig:
     row = gf.LOSS_TYPES[loss_type]
     settings: dict[str, Any] = {"loss_type": loss_type, "epsilon_low": rng.choice([0.1, 0.2]), "epsilon_high": rng.choice([0.1, 0.28])}
     if loss_type == "cispo":
-        settings["epsilon_high"] = rng.choice([1.05, 1.5])
+        settings["epsilon_high"], settings["cispo_ratio_low"] = rng.choice([1.05, 1.5]), rng.choice([0.0, 0.9])
     if row.surrogate == "clip":
         settings["delta"] = rng.choice([None, 1.3, 2.0])
         settings["dual_clip"] = rng.choice([None, 1.2, 3.0])
     if row.surrogate in ("dppo_tv", "dppo_kl"):
         settings["dppo_mask_low"], settings["dppo_mask_high"] = rng.choice([1e-4, 0.01]), rng.choice([1e-4, 0.01])
-    elif row.surrogate not in ("vespo", "reinforce"):
+        settings["dppo_ratio_max"] = rng.choice([None, 1.1])
+    elif row.surrogate not in ("vespo", "reinforce", "gmpo"):
         settings["importance_sampling_level"] = rng.choice([None, None, "token", "sequence", "sequence_token"])
     settings["beta"] = rng.choice([0.0, 0.0, 0.04, 1.0])
     settings["kl_estimator"] = rng.choice(["k1", "k2", "k3"])
     settings["bias_corrected_kl"] = rng.random() < 0.5
+    settings["squared_log_ratio_coef"] = rng.choice([0.0, 0.0, 0.0, 0.0, 0.1])
     settings["entropy_coef"] = rng.choice([0.0, 0.0, 0.01, 0.5])
     settings["entropy_aggregation"] = rng.choice(["same", "token_mean"])
     settings["aggregation"] = rng.choice([None, None, "sequence_mean", "token_mean", "global_token_mean", "fixed_length", "sequence_sum"])

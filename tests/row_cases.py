@@ -297,7 +297,13 @@ def test_ids_out_of_range_turn_the_loss_and_their_gradient_into_nan(device: str)
     assert gradient[0, 0].isfinite().all() and gradient[0, 1:].isnan().all()
 
 
-@pytest.mark.parametrize("loss_type", ["dapo", "cispo", "sapo", "gspo", "dppo_tv", "dppo_kl", "reinforce"])
+@pytest.mark.parametrize("name", ["beta", "entropy_coef", "squared_log_ratio_coef"])
+def test_a_term_of_every_token_keeps_tokens_without_advantage(name: str, device: str) -> None:
+    with torch.device(device):
+        test_grpo_loss.test_a_term_of_every_token_keeps_tokens_without_advantage(name)
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "cispo", "sapo", "gspo", "gmpo", "dppo_tv", "dppo_kl", "reinforce"])
 def test_huge_log_ratios_stay_finite(loss_type: str, device: str) -> None:
     with torch.device(device):
         for log_ratio in (200.0, -200.0):

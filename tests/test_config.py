@@ -76,6 +76,9 @@ RANGES = [
     ("vespo_lambda_neg", -1.0, "a number >= 0"),
     ("dppo_mask_low", -0.1, "a number >= 0"),
     ("dppo_mask_high", -0.1, "a number >= 0"),
+    ("cispo_ratio_low", -0.1, "a number >= 0"),
+    ("squared_log_ratio_coef", -0.1, "a number >= 0"),
+    ("dppo_ratio_max", 0.9, "at least 1, or None"),
     ("log_ratio_clamp", 0.0, "a number > 0"),
     ("log_ratio_clamp", -20.0, "a number > 0"),
     ("log_ratio_clamp", 81.0, "at most 80, since exp"),
@@ -113,6 +116,10 @@ def test_a_value_out_of_range(name: str, value: Any, expected: str) -> None:
         {"vespo_k_pos": 0.0},
         {"vespo_lambda_pos": 0.0},
         {"loss_type": "dppo_tv", "dppo_mask_low": 0, "dppo_mask_high": 1.0},
+        {"loss_type": "cispo", "epsilon_high": 1.2, "cispo_ratio_low": 1.0},
+        {"loss_type": "dppo_tv", "dppo_ratio_max": 1.0},
+        {"loss_type": "gmpo", "epsilon_low": 3.0, "epsilon_high": 4.0},  # bounds of the log-ratio
+        {"cispo_ratio_low": 7.0},  # of another loss type
         {"max_completion_length": 1},
         {"epsilon_low": np.float64(0.2)},  # a float
         {"epsilon_high": np.float32(0.25), "delta": np.float16(2), "beta": np.int64(1), "max_completion_length": np.int32(7)},
@@ -163,6 +170,18 @@ def test_a_level_where_there_is_no_ratio(loss_type: str, level: str) -> None:
     refused(
         ValueError, f"importance_sampling_level is '{level}'; expected 'token'", fix, loss_type=loss_type, importance_sampling_level=level
     )
+
+
+@pytest.mark.parametrize("level", ["token", "sequence_token"])
+def test_the_ratio_of_gmpo_is_that_of_the_sequence(level: str) -> None:
+    expected = f"importance_sampling_level is '{level}'; expected 'sequence'"
+    refused(ValueError, expected, "leave importance_sampling_level unset", loss_type="gmpo", importance_sampling_level=level)
+
+
+def test_the_bounds_of_cispo_are_in_order() -> None:
+    for high, low, most in ((5.0, 1.1, "1"), (0.9, 1.0, "0.9")):
+        expected = f"cispo_ratio_low is {low}; expected at most {most}"
+        refused(ValueError, expected, "neither above 1 nor", loss_type="cispo", epsilon_high=high, cispo_ratio_low=low)
 
 
 @pytest.mark.parametrize("settings", [{"loss_type": "dr_grpo"}, {"loss_type": "grpo", "aggregation": "fixed_length"}])
@@ -228,6 +247,7 @@ def test_a_changed_copy_is_checked_too() -> None:
         ("luspo", ("clip", "sequence", "sequence_sum")),
         ("vespo", ("vespo", "token", "global_token_mean")),
         ("gspo", ("clip", "sequence", "sequence_mean")),
+        ("gmpo", ("gmpo", "sequence", "sequence_mean")),
         ("dppo_tv", ("dppo_tv", "token", "global_token_mean")),
         ("dppo_kl", ("dppo_kl", "token", "global_token_mean")),
         ("reinforce", ("reinforce", "token", "global_token_mean")),
@@ -240,7 +260,7 @@ def test_the_table_of_loss_types(loss_type: str, row: tuple[str, str, str]) -> N
 
 
 def test_the_table_is_complete_and_its_order_is_the_kernels() -> None:
-    assert len(LOSS_TYPES) == 12
+    assert len(LOSS_TYPES) == 13
     assert SURROGATES[:4] == ("clip", "cispo", "sapo", "reinforce")
     assert KL_ESTIMATORS == ("k1", "k2", "k3")
     for surrogate, level, aggregation in LOSS_TYPES.values():

@@ -14,6 +14,7 @@ from compare import assert_close, of_two_ulps
 from hang import HANG
 
 import grpo_fast as gf
+from grpo_fast.loss.kernel_settings import loss_settings
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SEEDS = range(60)
@@ -105,6 +106,19 @@ def test_the_comparison_rejects_a_zeroed_and_a_doubled_gradient() -> None:
     for wrong in (torch.zeros_like(naive), 2 * naive):
         with pytest.raises(AssertionError, match="error"):
             assert_close(wrong, truth, naive, "gradient")
+
+
+@pytest.mark.parametrize("name", ["beta", "entropy_coef", "squared_log_ratio_coef"])
+def test_a_term_of_every_token_keeps_tokens_without_advantage(name: str) -> None:
+    """Called with only_active, the operator computes them too."""
+    logits, ids = torch.randn(1, 3, 300), torch.tensor([[5, 7, 9]])
+    mask, one = torch.ones(1, 3, dtype=torch.bool), torch.ones(1, 1)
+    old = torch.full((1, 3), -3.0)
+    settings = loss_settings(gf.LossConfig(**{name: 0.5}))
+    policy = (0.0 * one, one, one, old, old, None, None, 1.0, 0.0, 1.0, 1.0, settings)
+    found = [torch.ops.grpo_fast.grpo_loss(logits, ids, mask, *policy, only_active, True) for only_active in (False, True)]
+    assert found[0][0].abs() > 0.1 and found[0][4].abs().max() > 1e-3
+    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("margin", [9.5, 14.0, 30.0, 60.0])

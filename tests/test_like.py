@@ -141,6 +141,10 @@ VERL_CASES: list[dict[str, Any]] = [
     {"loss_mode": "gspo"},
     {"loss_mode": "sapo", "tau_neg": 1.5},
     {"loss_mode": "cispo", "clip_ratio_low": 1.0, "clip_ratio_high": 0.2},
+    {"loss_mode": "cispo", "clip_ratio_low": 0.1, "clip_ratio_high": 0.2},
+    {"loss_mode": "geo_mean", "clip_ratio_low": 0.1, "clip_ratio_high": 0.15},
+    {"loss_mode": "dppo_tv", "clip_ratio_low": 0.02, "clip_ratio_high": 0.01, "clip_ratio_c": 1.2},
+    {"loss_mode": "dppo_kl", "clip_ratio_low": 0.002, "clip_ratio_high": 0.001, "clip_ratio_c": 1.2, "loss_agg_mode": "seq-mean-token-sum"},
     {"loss_mode": "gpg"},
     {"use_kl_loss": True, "kl_loss_coef": 0.3, "kl_loss_type": "mse", "loss_agg_mode": "seq-mean-token-mean"},
     {"use_kl_loss": True, "kl_loss_coef": 0.3, "kl_loss_type": "kl"},
@@ -308,6 +312,26 @@ def test_swift(options: dict[str, Any], generator: torch.Generator) -> None:
     assert_same(ours(batch, config, num_items=29), value_and_gradient(theirs, batch["logprobs"]), batch["mask"], 1e-7)  # float32's taus
 
 
+# prime-rl -------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_prime_rl(generator: torch.Generator) -> None:
+    """Its default loss by the formula of its source: it cannot be installed beside the tests."""
+    batch = policy_batch(generator)
+    options = {"dppo_mask_low": 0.02, "dppo_mask_high": 0.01, "kl_tau": 0.3}
+    a = batch["advantages"].unsqueeze(1)
+
+    def theirs(logprobs: Tensor) -> Tensor:
+        moved = logprobs.exp() - batch["old"].exp()
+        keep = ~torch.where(a > 0, moved > options["dppo_mask_high"], moved < -options["dppo_mask_low"])
+        assert 0 < (keep & batch["mask"]).sum() < batch["mask"].sum()
+        log_ratio = logprobs - batch["old"]
+        return ((-keep.double() * a * log_ratio.exp() + options["kl_tau"] * log_ratio**2) * batch["mask"]).sum() / 29
+
+    expected = value_and_gradient(theirs, batch["logprobs"])
+    assert_same(ours(batch, LossConfig.like("prime-rl", **options), num_items=29), expected, batch["mask"], 1e-12)
+
+
 # What is refused ------------------------------------------------------------------------------------------------------------------------
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
@@ -318,7 +342,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("trl", {"loss_type": "gspo"}, "loss_type is 'gspo'"),
     ("liger", {"loss_type": "cispo", "importance_sampling_level": "sequence"}, "importance_sampling_level is 'sequence'"),
     ("liger", {"loss_type": "dr_grpo"}, "max_completion_length is None"),
-    ("verl", {"loss_mode": "cispo"}, "clip_ratio_low is 0.2; .*MiniMax-M1"),
+    ("prime-rl", {"adv_tau": 0.5}, "adv_tau is 0.5; expected 1.0: multiply the advantages"),
+    ("prime-rl", {"teacher_tau": 0.5}, "teacher_tau is 0.5; expected 0.0"),
     ("verl", {"loss_mode": "clip_cov"}, "loss_mode is 'clip_cov'"),
     ("verl", {"use_kl_loss": True}, "kl_loss_type is 'low_var_kl'; .*uncapped_kl"),
     ("verl", {"use_kl_loss": True, "kl_loss_type": "abs"}, "kl_loss_type is 'abs'"),
@@ -330,7 +355,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("swift", {"loss_type": "fipo"}, "loss_type is 'fipo'"),
     ("swift", {}, "beta is 0.04; .*10 nats"),
     ("swift", {"rollout_importance_sampling_mode": "token_mask", "uncapped_kl": True}, "rollout_importance_sampling_mode.*KL"),
-    ("slime", {}, "library is 'slime'; expected one of trl, liger, verl, openrlhf, swift"),
+    ("slime", {}, "library is 'slime'; expected one of trl, liger, verl, openrlhf, swift, prime-rl"),
 ]
 
 

@@ -61,10 +61,13 @@ def configs(draw: st.DrawFn) -> LossConfig:
         entropy_coef=draw(st.sampled_from([0.0, 0.0, 0.01, -0.1])),
         entropy_aggregation=draw(st.sampled_from(["same", "token_mean"])),
         importance_sampling_level=None
-        if surrogate in ("vespo", "reinforce", "dppo_tv", "dppo_kl")
+        if surrogate in ("vespo", "reinforce", "gmpo", "dppo_tv", "dppo_kl")
         else draw(st.sampled_from([None, *LEVELS])),
         aggregation=draw(st.sampled_from([None, *AGGREGATIONS])),
         log_ratio_clamp=draw(st.sampled_from([2.0, 20.0, 40.0])),
+        cispo_ratio_low=min(draw(st.sampled_from([0.0, 0.9])), epsilon_high),
+        squared_log_ratio_coef=draw(st.sampled_from([0.0, 0.0, 0.1])),
+        dppo_ratio_max=draw(st.sampled_from([None, 1.1])),
         dppo_mask_low=draw(st.sampled_from([0.01, 0.2])),
         dppo_mask_high=draw(st.sampled_from([0.01, 0.2])),
         max_completion_length=draw(st.integers(1, 10)),
@@ -346,6 +349,9 @@ def away_from_the_corners(truth: gf.GRPOOutput, problem: Problem) -> bool:
         corners = {config.epsilon_low, config.epsilon_high}
         return 0.0 not in corners  # on-policy the ratio is 1
     log_ratio = torch.where(truth.active, truth.logprobs - arguments["old_logprobs"].double(), 0.0)
+    if config.surrogate == "gmpo":
+        bounds = torch.tensor([-config.epsilon_low, config.epsilon_high])
+        return bool(((log_ratio.unsqueeze(-1) - bounds).abs() > 1e-5).all())
     if config.level != "token":
         if log_ratio.dim() == 1:
             return config.surrogate != "clip" or not truth.active.any() or config.epsilon_low * config.epsilon_high > 0
@@ -353,10 +359,19 @@ def away_from_the_corners(truth: gf.GRPOOutput, problem: Problem) -> bool:
     if config.surrogate in ("dppo_tv", "dppo_kl"):
         logprobs = torch.where(truth.active, truth.logprobs, -1.0)
         divergence = (binary_tv if config.surrogate == "dppo_tv" else binary_kl)(logprobs, (logprobs - log_ratio).clamp(max=0))
+        if config.dppo_ratio_max is not None and bool(((log_ratio.exp() - config.dppo_ratio_max).abs() < 1e-5).any()):
+            return False
         return all(bool(((divergence - mask).abs() > 1e-5).all()) for mask in (config.dppo_mask_low, config.dppo_mask_high))
     ratio = log_ratio.exp()
     bounds = torch.tensor(
-        [1 - config.epsilon_low, 1 + config.epsilon_high, config.epsilon_high, config.delta or 9e9, config.dual_clip or 9e9]
+        [
+            1 - config.epsilon_low,
+            1 + config.epsilon_high,
+            config.epsilon_high,
+            config.cispo_ratio_low,
+            config.delta or 9e9,
+            config.dual_clip or 9e9,
+        ]
     )
     return bool(((ratio.unsqueeze(-1) - bounds).abs() > 1e-5).all())
 

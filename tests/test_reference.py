@@ -5,6 +5,7 @@ Everything goes through gf.grpo_loss and gf.token_logprobs, so the tables and th
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from contextlib import nullcontext
@@ -110,6 +111,25 @@ SURROGATES: list[tuple[dict[str, Any], float, float, float, float, int, int]] = 
     ({"loss_type": "cispo", "epsilon_high": 2.0}, -2.0, 0.1, -0.05753641449035618, 0.2, 0, 0),  # no lower bound
     ({"loss_type": "cispo", "epsilon_high": 2.0}, -2.0, 5.0, -1.1507282898071236, 4.0, 0, 0),  # bounded too, but not counted as clipped
     ({"loss_type": "cispo", "epsilon_high": 2.0}, 0.0, 5.0, 0.0, 0.0, 0, 0),
+    # with a lower bound of 0.8: -clip(r, 0.8, 2) A ln(3/4)
+    ({"loss_type": "cispo", "epsilon_high": 2.0, "cispo_ratio_low": 0.8}, -2.0, 0.1, -0.46029131592284945, 1.6, 1, 0),
+    ({"loss_type": "cispo", "epsilon_high": 2.0, "cispo_ratio_low": 0.8}, 2.0, 0.1, 0.46029131592284945, -1.6, 0, 0),  # not counted
+    ({"loss_type": "cispo", "epsilon_high": 2.0, "cispo_ratio_low": 0.8}, 2.0, 1.5, 0.8630462173553427, -3.0, 0, 0),
+    # gmpo of a sequence of one token: the log-ratio is clipped to 0.2 for A > 0, to -0.2 for A < 0
+    ({"loss_type": "gmpo"}, 2.0, 1.1, -2.2, -2.2, 0, 0),
+    ({"loss_type": "gmpo"}, 2.0, 1.5, -2.4428055163203397, 0.0, 0, 1),  # 2 e^0.2
+    ({"loss_type": "gmpo"}, 2.0, 0.5, -1.0, -1.0, 0, 0),
+    ({"loss_type": "gmpo"}, -2.0, 0.5, 1.6374615061559636, 0.0, 1, 0),  # 2 e^-0.2
+    ({"loss_type": "gmpo"}, -2.0, 1.5, 3.0, 3.0, 0, 0),
+    ({"loss_type": "gmpo", "epsilon_low": 1.5, "epsilon_high": 1.5}, 1.0, 4.0, -4.0, -4.0, 0, 0),  # ln 4 = 1.386
+    ({"loss_type": "gmpo"}, 0.0, 1.5, 0.0, 0.0, 0, 0),
+    # the squared log-ratio d^2 / 2 in addition, g + d: also of a clipped token, and of A = 0
+    ({"squared_log_ratio_coef": 0.5}, 2.0, 1.1, -2.1954579848128337, -2.1046898201956754, 0, 0),  # d = 0.0953101798
+    ({"squared_log_ratio_coef": 0.5}, 2.0, 1.5, -2.3177990230534173, 0.4054651081081644, 0, 1),  # d = 0.4054651081
+    ({"squared_log_ratio_coef": 0.5, "log_ratio_clamp": 3.0}, 0.0, math.exp(2.5), 3.125, 2.5, 0, 0),
+    ({"squared_log_ratio_coef": 0.5, "log_ratio_clamp": 2.0}, 0.0, math.exp(2.5), 2.0, 0.0, 0, 0),  # clamped: constant
+    ({"squared_log_ratio_coef": 0.5, "loss_type": "gmpo"}, 2.0, 1.5, -2.360604539373757, 0.4054651081081644, 0, 1),
+    ({"squared_log_ratio_coef": 0.5, "loss_type": "reinforce"}, 0.0, 0.5, 0.2402265069591007, -0.6931471805599453, 0, 0),
     # sapo: loss = -4/tau s A with s = sigmoid(tau (r - 1)), g = -4 s (1 - s) r A; tau by the sign of A
     ({"loss_type": "sapo"}, 2.0, 1.0, -4.0, -2.0, 0, 0),  # s = 1/2
     ({"loss_type": "sapo"}, 2.0, 2.0, -5.848468629040039, -3.1457909318637096, 0, 0),  # s = sigmoid(1) = 0.7310585786300049
@@ -128,6 +148,9 @@ SURROGATES: list[tuple[dict[str, Any], float, float, float, float, int, int]] = 
     ({"loss_type": "dppo_tv", "dppo_mask_high": 0.0}, 2.0, 0.8, -1.6, -1.6, 0, 0),  # A > 0 and p has fallen
     ({"loss_type": "dppo_tv", "dppo_mask_low": 0.0, "dppo_mask_high": 0.0}, 0.0, 1.5, 0.0, 0.0, 0, 0),
     ({"loss_type": "dppo_tv", "dppo_mask_high": 1.0, "log_ratio_clamp": 1.0}, 1.0, 3.0, -math.e, 0.0, 0, 0),  # ln 3 clamped to 1: constant
+    ({"loss_type": "dppo_tv", "dppo_ratio_max": 3.0}, 2.0, 1.2, 0.6904369738842741, -2.4, 0, 0),  # -1.2 * 2 ln(3/4)
+    ({"loss_type": "dppo_tv", "dppo_ratio_max": 1.1}, -2.0, 1.2, -0.6329005593939182, 2.2, 0, 0),  # 1.1 * 2 ln(3/4)
+    ({"loss_type": "dppo_tv", "dppo_ratio_max": 3.0}, 2.0, 1.5, 0.0, 0.0, 0, 1),
     # dppo_kl: the same with D = q ln(q / p) + (1 - q) ln((1 - q) / (1 - p))
     ({"loss_type": "dppo_kl"}, 2.0, 1.5, -3.0, -3.0, 0, 0),  # q = 0.5: ln(2/3) / 2 + ln(2) / 2 = 0.14384
     ({"loss_type": "dppo_kl", "dppo_mask_high": 0.143}, 2.0, 1.5, 0.0, 0.0, 0, 1),
@@ -536,7 +559,7 @@ def packed(batch: dict[str, Any]) -> dict[str, Any]:
 
 # ---- gradcheck
 
-SMOOTH = [name for name, row in LOSS_TYPES.items() if row.surrogate in ("clip", "sapo", "reinforce", "dppo_tv", "dppo_kl")]
+SMOOTH = [name for name, row in LOSS_TYPES.items() if row.surrogate in ("clip", "sapo", "reinforce", "gmpo", "dppo_tv", "dppo_kl")]
 TOKEN_LEVEL_ONLY = ("reinforce", "dppo_tv", "dppo_kl")
 CISPO_BOUND = 1.1  # within the ratios of a random batch
 EVERYTHING: dict[str, Any] = {"beta": 0.3, "bias_corrected_kl": True, "entropy_coef": 0.2}
@@ -589,12 +612,29 @@ def gradchecked(arguments: dict[str, Any]) -> bool:
 @pytest.mark.parametrize("feature", FEATURES)
 @pytest.mark.parametrize(
     ("loss_type", "level"),
-    [(name, level) for name in SMOOTH for level in ("token", "sequence") if level == "token" or name not in TOKEN_LEVEL_ONLY],
+    [
+        (name, level)
+        for name in SMOOTH
+        for level in ("token", "sequence")
+        if level == "token" or name not in TOKEN_LEVEL_ONLY
+        if (name, level) != ("gmpo", "token")
+    ],
 )
 def test_gradcheck(loss_type: str, level: str, feature: str, generator: torch.Generator) -> None:
     """Of everything that stops no gradient; the rest is tied to it by the tests that follow."""
     batch = feature_batch(generator, feature, shape=(3, 3), vocabulary=3)
     assert gradchecked(featured(batch, feature, loss_type, level))
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "gspo", "gmpo", "cispo"])
+def test_gradcheck_of_the_squared_log_ratio(loss_type: str, generator: torch.Generator) -> None:
+    """With advantages of 0, so that the surrogate, whose gradient cispo stops, has none."""
+    batch = feature_batch(generator, "plain", shape=(3, 3), vocabulary=3)
+    arguments = featured(batch, "plain", loss_type, None)
+    arguments["config"] = dataclasses.replace(arguments["config"], squared_log_ratio_coef=0.3)
+    arguments["advantages"] = torch.zeros_like(arguments["advantages"])
+    assert gradchecked(arguments)
+    assert loss_and_gradient(arguments)[1].abs().max() > 0.01
 
 
 def test_gradcheck_can_fail(generator: torch.Generator) -> None:
@@ -670,6 +710,12 @@ def slow_token(row: list[float], token: int, temperature: float, softcap: float 
     return log_p[token], -math.fsum(math.exp(x) * x for x in log_p)
 
 
+def gmpo_bound(log_ratio: float, advantage: float, config: LossConfig) -> float:
+    if advantage > 0:
+        return min(log_ratio, config.epsilon_high)
+    return max(log_ratio, -config.epsilon_low) if advantage < 0 else log_ratio
+
+
 def slow_loss(
     batch: dict[str, Any], config: LossConfig, softcap: float | None, logit_scale: float, num_items: float | None
 ) -> dict[str, float]:
@@ -686,8 +732,9 @@ def slow_loss(
     losses, kls, ratios, low, high = {}, {}, {}, 0, 0
     for b, t in tokens:
         mine = [n for n in tokens if n[0] == b]
+        a, logprob = advantages[b][t], stats[b, t][0]
         w = log_ratio[b, t] if config.level == "token" else sum(log_ratio[n] for n in mine) / size[b]
-        r, a, logprob = math.exp(w), advantages[b][t], stats[b, t][0]
+        r = math.exp(w)
         ratios[b, t] = r
         if config.surrogate == "clip":
             below, above = 1 - config.epsilon_low, 1 + config.epsilon_high
@@ -697,8 +744,12 @@ def slow_loss(
                 loss = min(loss, config.dual_clip * -a)
             low, high = low + (r < below and a < 0), high + (r > above and a > 0)
         elif config.surrogate == "cispo":
-            loss = -min(r, config.epsilon_high) * a * logprob
-            high += r > config.epsilon_high and a > 0
+            loss = -max(min(r, config.epsilon_high), config.cispo_ratio_low) * a * logprob
+            low, high = low + (r < config.cispo_ratio_low and a < 0), high + (r > config.epsilon_high and a > 0)
+        elif config.surrogate == "gmpo":
+            bounded = [gmpo_bound(log_ratio[n], advantages[n[0]][n[1]], config) for n in mine]
+            loss, d = -math.exp(sum(bounded) / size[b]) * a, log_ratio[b, t]
+            low, high = low + (d < -config.epsilon_low and a < 0), high + (d > config.epsilon_high and a > 0)
         elif config.surrogate == "sapo":
             tau = config.sapo_temperature_pos if a > 0 else config.sapo_temperature_neg
             loss = -(4 / tau) / (1 + math.exp(-tau * (r - 1))) * a
@@ -712,7 +763,8 @@ def slow_loss(
             if config.surrogate == "dppo_kl":
                 divergence = q * math.log(q / p) + ((1 - q) * math.log((1 - q) / (1 - p)) if q < 1 else 0.0)
             falls, rises = a < 0 and p < q and divergence > config.dppo_mask_low, a > 0 and p > q and divergence > config.dppo_mask_high
-            loss = 0.0 if falls or rises else -r * a
+            kept = -r * a if config.dppo_ratio_max is None else -min(r, config.dppo_ratio_max) * a * logprob
+            loss = 0.0 if falls or rises else kept
             low, high = low + falls, high + rises
         else:
             loss = -a * logprob
@@ -721,6 +773,7 @@ def slow_loss(
         d = ref[b][t] - logprob
         kls[b, t] = {"k1": -d, "k2": d * d / 2, "k3": math.exp(d) - 1 - d}[config.kl_estimator]
         losses[b, t] = loss + config.beta * kls[b, t] * (r if config.bias_corrected_kl else 1)
+        losses[b, t] += config.squared_log_ratio_coef * log_ratio[b, t] ** 2
 
     def aggregated(x: dict[tuple[int, int], float], aggregation: str) -> float:
         per_sequence = [math.fsum(x[n] for n in tokens if n[0] == b) for b in range(sequences)]
@@ -765,11 +818,14 @@ SLOW_CASES = [
         for level in LEVELS
     ],
     *[("cispo", level, {"epsilon_high": 1.3}) for level in LEVELS],
+    ("cispo", None, {"epsilon_high": 1.3, "cispo_ratio_low": 0.9, "squared_log_ratio_coef": 0.2}),
+    ("gmpo", None, {"beta": 0.4, "bias_corrected_kl": True, "epsilon_low": 0.05, "epsilon_high": 0.1, "squared_log_ratio_coef": 0.2}),
     ("gspo", None, {"beta": 0.4, "bias_corrected_kl": True, "epsilon_low": 0.05, "epsilon_high": 0.02}),
     ("grpo", "sequence_token", {"beta": 0.4, "bias_corrected_kl": True, "kl_estimator": "k2", "delta": 1.4}),
     ("dr_grpo", None, {"delta": 1.4, "dual_clip": 1.3, "epsilon_high": 0.28}),
     ("vespo", None, {"beta": 0.4, "vespo_k_pos": 1.5, "vespo_lambda_pos": 0.5, "vespo_k_neg": 2.5, "vespo_lambda_neg": 1.5}),
     *[(name, None, {"beta": 0.4, "dppo_mask_low": 0.005, "dppo_mask_high": 0.003}) for name in ("dppo_tv", "dppo_kl")],
+    ("dppo_tv", None, {"dppo_mask_low": 0.005, "dppo_mask_high": 0.003, "dppo_ratio_max": 1.05}),
     ("luspo", None, {"entropy_coef": 0.1}),
     ("grpo", None, {"entropy_coef": 0.1, "entropy_aggregation": "token_mean"}),
 ]
@@ -793,7 +849,11 @@ def test_equals_a_second_derivation(
     close(loss, expected.pop("loss"), 1e-12, "loss")
     for name, value in expected.items():
         close(out.metrics[name], value, 1e-6, name)  # metrics are float32
-    if (config.surrogate == "clip" and config.level == "token") or "dppo_mask_low" in settings:
+    if (
+        (config.surrogate == "clip" and config.level == "token")
+        or settings.keys() & {"dppo_mask_low", "cispo_ratio_low"}
+        or loss_type == "gmpo"
+    ):
         assert expected["clip_low"] > 0, "the band must cut below"
         assert expected["clip_high"] > 0, "the band must cut above"
 

@@ -130,7 +130,7 @@ def test_a_custom_surrogate(seed: int) -> None:
 
 def test_the_random_options_are_all_there() -> None:
     configs = [random_case(seed, torch.float32).options["config"] for seed in SEEDS]
-    assert {config.surrogate for config in configs} == {"clip", "cispo", "sapo", "vespo", "reinforce", "dppo_tv", "dppo_kl"}
+    assert {config.surrogate for config in configs} == {"clip", "cispo", "sapo", "vespo", "reinforce", "gmpo", "dppo_tv", "dppo_kl"}
     assert {config.level for config in configs} == {"token", "sequence", "sequence_token"}
     assert {config.kl_estimator for config in configs if config.beta} == {"k1", "k2", "k3"}
     assert any(config.bias_corrected_kl and config.beta for config in configs) and any(config.entropy_coef for config in configs)

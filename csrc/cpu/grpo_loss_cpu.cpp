@@ -56,7 +56,7 @@ struct PolicyInputs {
         rollout_weights("rollout_weights", rollout_weights, shape),
         loss_scale(loss_scale) {}
 
-  bool active(int64_t b, int64_t t) const { return config.beta != 0 || config.entropy_coef != 0 || advantages.at(b, t) != 0; }
+  bool active(int64_t b, int64_t t) const { return needs_all_tokens(config) || advantages.at(b, t) != 0; }
   PolicyTerms<double> terms(double logprob, double entropy, int64_t b, int64_t t) const {
     PolicyToken<double> token;
     token.advantage = advantages.at(b, t);

@@ -74,7 +74,7 @@ ClusterLossOutput cluster_loss(const Tensor& logits, const Tensor* gradient, con
   args.config = checked_config(given.settings);
   args.loss_scale = given.loss_scale;
   args.only_active = given.only_active;
-  args.all_active = args.config.beta != 0 || args.config.entropy_coef != 0;
+  args.all_active = needs_all_tokens(args.config);
 
   const Tensor& like = given.token_ids;
   Tensor loss = torch::stable::new_empty(like, {}, ScalarType::Float),

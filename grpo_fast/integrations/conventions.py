@@ -26,11 +26,12 @@ from grpo_fast.integrations.loss_options import (
     LibraryOptions,
     liger_loss_config,
     openrlhf_loss_config,
+    prime_rl_loss_config,
     swift_loss_config,
     trl_loss_config,
     verl_loss_config,
 )
-from grpo_fast.integrations.versions import refuse_other_versions
+from grpo_fast.integrations.versions import COMPARED, refuse_other_versions
 from grpo_fast.loss.config import LossConfig
 from grpo_fast.loss.rejection import parse_rejections
 
@@ -44,6 +45,7 @@ _LOSS_CONFIGS: dict[str, Callable[[LibraryOptions], LossConfig]] = {
     "verl": verl_loss_config,
     "openrlhf": openrlhf_loss_config,
     "swift": swift_loss_config,
+    "prime-rl": prime_rl_loss_config,
 }
 LIBRARIES = tuple(_LOSS_CONFIGS)
 
@@ -58,7 +60,8 @@ def loss_config(library: str, options: Mapping[str, Any]) -> LossConfig:
     if library not in _LOSS_CONFIGS:
         raise ValueError(f"LossConfig.like: library is {library!r}; expected one of {', '.join(LIBRARIES)}.")
     distribution = {"liger": "liger-kernel", "swift": "ms-swift"}.get(library, library)
-    refuse_other_versions(distribution, f"LossConfig.like({library!r})", "Its options may mean something else there: make a LossConfig.")
+    if distribution in COMPARED:
+        refuse_other_versions(distribution, f"LossConfig.like({library!r})", "Its options may mean something else: make a LossConfig.")
     taken = LibraryOptions(library, options)
     with warnings.catch_warnings():  # LossConfig warns of a small CISPO bound, which is the default of some libraries
         warnings.simplefilter("ignore", UserWarning)

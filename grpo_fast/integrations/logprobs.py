@@ -16,7 +16,7 @@ from grpo_fast.loss.logprob_loss import policy_loss
 from grpo_fast.loss.token_inputs import logprob_inputs
 from grpo_fast.loss.validation import validated_loss_inputs
 
-__all__ = ["cispo_lower_bound_weights", "importance_ratio", "logprob_loss", "logprob_loss_inputs", "mean_over_tokens"]
+__all__ = ["importance_ratio", "logprob_loss", "logprob_loss_inputs", "mean_over_tokens"]
 
 
 def logprob_loss(
@@ -114,11 +114,6 @@ def mean_over_tokens(x: Tensor, mask: Tensor) -> Tensor:
     """Return the mean over the unmasked tokens, 0-d; 0 if all tokens are masked."""
     unmasked = mask != 0
     return torch.where(unmasked, x, 0).sum(dtype=torch.float32) / unmasked.sum().clamp(min=1)
-
-
-def cispo_lower_bound_weights(ratio: Tensor, low: float, high: float) -> Tensor:
-    """Return rollout weights that turn min(ratio, high) into clamp(ratio, low, high): MiniMax-M1 and LossConfig have no lower bound."""
-    return ratio.clamp(low, high) / ratio.clamp(max=high)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ __all__ = [
     "LibraryOptions",
     "liger_loss_config",
     "openrlhf_loss_config",
+    "prime_rl_loss_config",
     "swift_loss_config",
     "trl_loss_config",
     "verl_loss_config",
@@ -161,20 +162,25 @@ def swift_loss_config(options: LibraryOptions) -> LossConfig:
 # verl and OpenRLHF: a mean over sequences leaves fully masked ones out; KL and entropy are averaged like the surrogate -----------------
 
 
+_VERL_LOSSES = {  # loss_mode -> loss type and level of the ratio
+    "vanilla": ("dapo", "token"),
+    "gspo": ("gspo", "sequence_token"),
+    "sapo": ("sapo", "token"),
+    "cispo": ("cispo", "token"),
+    "gpg": ("reinforce", "token"),
+    "geo_mean": ("gmpo", "sequence"),
+    "dppo_tv": ("dppo_tv", "token"),
+    "dppo_kl": ("dppo_kl", "token"),
+}
+
+
 def verl_loss_config(options: LibraryOptions) -> LossConfig:
     """The options of verl's ActorConfig and of its policy_loss (loss_mode)."""
-    mode = options.loss_type("vanilla", ("vanilla", "gspo", "sapo", "cispo", "gpg"), "loss_mode")
+    mode = options.loss_type("vanilla", tuple(_VERL_LOSSES), "loss_mode")
     clip_ratio = options.take("clip_ratio", 0.2)
     low = options.take_or("clip_ratio_low", clip_ratio)
     high = options.take_or("clip_ratio_high", clip_ratio)
     dual_clip: float | None = options.take("clip_ratio_c", 3.0)
-    if mode == "cispo" and low < 1:
-        options.refuse(
-            "clip_ratio_low",
-            low,
-            "expected at least 1 with loss_mode='cispo', which means no lower bound: verl keeps the ratio above 1 - clip_ratio_low, "
-            "MiniMax-M1 and this package do not. Fix: grpo_fast.integrations.verl.policy_loss has the bound.",
-        )
     use_kl_loss, kl_type = options.take("use_kl_loss", False), options.take("kl_loss_type", "low_var_kl")
     kl_coef = options.take("kl_loss_coef", 0.001)
     beta = kl_coef if use_kl_loss else 0.0
@@ -185,18 +191,17 @@ def verl_loss_config(options: LibraryOptions) -> LossConfig:
         _refuse_capped_kl(options, "kl_loss_type", beta, "expected 'mse' or 'kl': verl caps low_var_kl of a token at 10 nats", got=kl_type)
     else:
         options.take("uncapped_kl", False)
-    loss_type, level = {
-        "vanilla": ("dapo", "token"),
-        "gspo": ("gspo", "sequence_token"),
-        "sapo": ("sapo", "token"),
-        "cispo": ("cispo", "token"),
-        "gpg": ("reinforce", "token"),
-    }[mode]
+    loss_type, level = _VERL_LOSSES[mode]
     aggregation = _verl_aggregation(options, "seq-mean-token-mean" if mode == "sapo" else None)
+    if mode == "geo_mean":
+        aggregation = "sequence_mean"  # for every loss_agg_mode, over all sequences
+    divergences = {"dppo_mask_low": low, "dppo_mask_high": high, "dppo_ratio_max": dual_clip} if mode.startswith("dppo_") else {}
     return LossConfig(
         loss_type=loss_type,
         epsilon_low=low,
         epsilon_high=1 + high if mode == "cispo" else high,
+        cispo_ratio_low=max(1 - low, 0.0) if mode == "cispo" else 0.0,
+        **divergences,
         dual_clip=dual_clip if mode == "vanilla" else None,  # verl always applies it
         beta=beta,
         kl_estimator=kl_estimator or "k3",
@@ -260,6 +265,24 @@ def openrlhf_loss_config(options: LibraryOptions) -> LossConfig:
         kl_estimator=kl_estimator,
         entropy_coef=options.take_or("entropy_coef", 0.0),
         aggregation="global_token_mean" if token_level and policy_loss_type == "ppo" else "nonempty_sequence_mean",
+    )
+
+
+def prime_rl_loss_config(options: LibraryOptions) -> LossConfig:
+    """The options of prime-rl's default loss (DefaultLossConfig): DPPO-TV and the squared log-ratio to the sampler, whose log-probabilities
+    are ``old_logprobs``. prime-rl divides the sum over the tokens by its own scale: ``num_items=``.
+    """
+    tau = options.take("adv_tau", 1.0)
+    if tau != 1:
+        options.refuse("adv_tau", tau, "expected 1.0: multiply the advantages by it.")
+    teacher = options.take("teacher_tau", 0.0)
+    if teacher != 0:
+        options.refuse("teacher_tau", teacher, "expected 0.0: add its log-ratio to the teacher to the advantages.")
+    return LossConfig(
+        loss_type="dppo_tv",
+        dppo_mask_low=options.take("dppo_mask_low", 0.2),
+        dppo_mask_high=options.take("dppo_mask_high", 0.2),
+        squared_log_ratio_coef=options.take("kl_tau", 1e-3),
     )
 
 

@@ -48,10 +48,12 @@ def policy_loss(inputs: Any, **options: Any) -> Any:
     reference = getattr(inputs, "ref_logprobs", None)
     if config.entropy_coef != 0:
         raise ValueError(f"entropy_coef is {config.entropy_coef:g}; expected 0: prime-rl passes no entropies with a gradient.")
-    if weights is not None and (config.beta != 0 or config.surrogate == "vespo"):
+    penalty = config.beta != 0 or config.squared_log_ratio_coef != 0
+    if weights is not None and (penalty or config.surrogate == "vespo"):
         raise ValueError(
-            f"beta is {config.beta:g} and loss_type {config.loss_type!r} with loss_weights; expected 0 and another than 'vespo': the "
-            "weights multiply the policy's term alone here, and are the sampler's in VESPO's."
+            f"beta is {config.beta:g}, squared_log_ratio_coef {config.squared_log_ratio_coef:g} and loss_type {config.loss_type!r} with "
+            "loss_weights; expected 0, 0 and another than 'vespo': the weights multiply the policy's term alone here, and are the "
+            "sampler's in VESPO's."
         )
     loss, metrics = logprob_loss(
         inputs.trainer_logprobs[None],

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_fast.integrations.logprobs import cispo_lower_bound_weights, importance_ratio, logprob_loss, mean_over_tokens
+from grpo_fast.integrations.logprobs import importance_ratio, logprob_loss, mean_over_tokens
 from grpo_fast.loss.config import LossConfig
 
 __all__ = ["POLICY_LOSSES", "policy_loss", "register"]
@@ -77,16 +77,13 @@ def policy_loss(
         ones = torch.ones_like(log_probs)  # in place of a loss, so that the factors of the loss are returned
         weights, kept, more = apply_off_policy_correction(ones, old, rollout_logprobs, mask, config.off_policy_correction)
         weights = (weights * kept).detach()
-    if policy_loss_type == "cispo":
-        if config.cispo.cispo_anchor == "rollout":
-            old = _rollout_anchor(rollout_logprobs, config)
-        ratio, low, high = importance_ratio(log_probs, old, mask), 1 - config.cispo.cispo_eps_clip_low, settings.epsilon_high
-        raised = cispo_lower_bound_weights(ratio, low, high)
-        weights = raised if weights is None else raised * weights
+    if policy_loss_type == "cispo" and config.cispo.cispo_anchor == "rollout":
+        old = _rollout_anchor(rollout_logprobs, config)
     loss, metrics = logprob_loss(log_probs, advantages, config=settings, mask=mask, old_logprobs=old, rollout_weights=weights, num_items=1)
     clip_ratio = metrics["clip_region"]
     if policy_loss_type == "cispo":
-        clip_ratio = mean_over_tokens((ratio < low) | (ratio > high), mask)
+        ratio = importance_ratio(log_probs, old, mask)
+        clip_ratio = mean_over_tokens((ratio < settings.cispo_ratio_low) | (ratio > settings.epsilon_high), mask)
     return loss, {"clip_ratio": 0.0 if policy_loss_type == "sapo" else clip_ratio.item(), **more}
 
 
@@ -97,7 +94,8 @@ def _settings(policy_loss_type: str, config: Any) -> LossConfig:
     if policy_loss_type == "sapo":
         return settings(loss_type="sapo", sapo_temperature_pos=config.sapo.tau_pos, sapo_temperature_neg=config.sapo.tau_neg)
     if policy_loss_type == "cispo":
-        return settings(loss_type="cispo", epsilon_high=1 + config.cispo.cispo_eps_clip_high)
+        low = max(1 - config.cispo.cispo_eps_clip_low, 0.0)
+        return settings(loss_type="cispo", epsilon_high=1 + config.cispo.cispo_eps_clip_high, cispo_ratio_low=low)
     settings = functools.partial(settings, epsilon_low=config.eps_clip_low, epsilon_high=config.eps_clip_high)
     if policy_loss_type == "gspo":
         return settings(loss_type="gspo", importance_sampling_level="sequence_token", log_ratio_clamp=10.0)

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from grpo_fast.head.api import linear_token_logprobs
-from grpo_fast.integrations.logprobs import cispo_lower_bound_weights, importance_ratio, logprob_loss, mean_over_tokens
+from grpo_fast.integrations.logprobs import importance_ratio, logprob_loss, mean_over_tokens
 from grpo_fast.integrations.versions import refuse_other_versions
 from grpo_fast.loss.advantages import group_advantages
 from grpo_fast.loss.config import LossConfig
@@ -76,11 +76,6 @@ def policy_loss(
     weights = rollout_is_weights
     if loss_mode == "vespo":
         settings = LossConfig(loss_type="vespo")
-    elif loss_mode == "cispo":
-        settings = LossConfig.like("verl", loss_mode=loss_mode, **{**options, "clip_ratio_low": 1.0})
-        ratio = importance_ratio(log_prob, old_log_prob, response_mask)
-        raised = cispo_lower_bound_weights(ratio, 1 - _low(options), settings.epsilon_high)
-        weights = raised if weights is None else raised * weights
     else:
         settings = LossConfig.like("verl", loss_mode=loss_mode, **options)
     aggregation, call = _scaling("seq-mean-token-mean" if loss_mode == "sapo" else loss_agg_mode, response_mask, config.global_batch_info)

@@ -20,7 +20,7 @@ from grpo_fast.utils.warn import warn
 __all__ = ["AGGREGATIONS", "CUSTOM", "KL_ESTIMATORS", "LEVELS", "LOSS_TYPES", "SURROGATES", "LossConfig", "LossRow"]
 
 # The kernels get the position of a name. New names go to the end; then run python tools/generate_loss_settings.py.
-SURROGATES = ("clip", "cispo", "sapo", "reinforce", "vespo", "dppo_tv", "dppo_kl")
+SURROGATES = ("clip", "cispo", "sapo", "reinforce", "vespo", "dppo_tv", "dppo_kl", "gmpo")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 LEVELS = ("token", "sequence", "sequence_token")
 AGGREGATIONS = (
@@ -46,6 +46,7 @@ _OTHER_NAMES = {
     "kl_coef": "beta",
     "kl_beta": "beta",
     "kl_type": "kl_estimator",
+    "kl_tau": "squared_log_ratio_coef",
     "entropy_coeff": "entropy_coef",
     "loss_agg_mode": "aggregation",
     "loss_mode": "loss_type",
@@ -77,6 +78,7 @@ LOSS_TYPES: dict[str, LossRow] = {
     "luspo": LossRow("clip", "sequence", "sequence_sum"),  # LUSPO, arXiv:2602.05261
     "vespo": LossRow("vespo", "token", "global_token_mean"),  # VESPO, arXiv:2602.10693 (sequence-level weight, token-level gradient)
     "gspo": LossRow("clip", "sequence", "sequence_mean"),  # GSPO, arXiv:2507.18071
+    "gmpo": LossRow("gmpo", "sequence", "sequence_mean"),  # GMPO, arXiv:2507.20673
     "dppo_tv": LossRow("dppo_tv", "token", "global_token_mean"),  # DPPO with a binary total variation, arXiv:2602.04879
     "dppo_kl": LossRow("dppo_kl", "token", "global_token_mean"),  # DPPO with a binary KL divergence, arXiv:2602.04879
     "reinforce": LossRow("reinforce", "token", "global_token_mean"),  # no ratio at all: -A log p
@@ -95,7 +97,9 @@ class LossConfig:
         epsilon_low: the ratio is clipped below ``1 - epsilon_low``. With ``"custom"``, epsilon_low and epsilon_high have no effect on the
             loss: they bound the range of which the metrics ``clip_low`` and ``clip_high`` report the tokens outside.
         epsilon_high: the ratio is clipped above ``1 + epsilon_high``. With ``loss_type="cispo"`` it is the raw upper bound of the ratio
-            (as in TRL and MiniMax-M1), so 5.0 rather than 0.2; a bound below 1 reduces every ratio and gives a warning.
+            (as in TRL and MiniMax-M1), so 5.0 rather than 0.2; a bound below 1 reduces every ratio and gives a warning. With
+            ``loss_type="gmpo"`` epsilon_low and epsilon_high bound the log-ratio of a token: the ratio is clipped below
+            ``exp(-epsilon_low)`` where the advantage is negative, and above ``exp(epsilon_high)`` where it is positive; the paper has 0.4.
         delta: upper bound of the unclipped ratio, ``> 1 + epsilon_high`` (two-sided clipping, INTELLECT-2, arXiv:2505.07291).
         dual_clip: bound ``c > 1`` of the loss of a negative advantage: at most ``-c * A`` (Dual-clip PPO, arXiv:1912.09729).
         beta: weight of the KL penalty against the reference policy; 0 needs no ``ref_logprobs``.
@@ -117,6 +121,13 @@ class LossConfig:
             ``loss_type="dppo_tv"`` measures the total variation ``|p - p_old|`` (the authors train with 0.15), ``"dppo_kl"`` the KL
             divergence of the two Bernoulli distributions in nats (0.05).
         dppo_mask_high: the same for a positive advantage and a probability that rose.
+        cispo_ratio_low: the lower bound of CISPO's ratio, the bound itself as is epsilon_high: ``1 - clip_ratio_low`` of verl and slime, 0
+            (no bound) in MiniMax-M1 (arXiv:2506.13585).
+        dppo_ratio_max: with a number, DPPO's loss is ``-min(r, dppo_ratio_max) A log p`` for the tokens that are not dropped, the ratio r
+            being a constant: verl's form, whose gradient is that of ``-r A`` up to the bound. None: ``-r A``.
+        squared_log_ratio_coef: weight of ``(log p - log p_old)^2``, which is added to the loss of every unmasked token: the regularizer of
+            Kimi-K2.5 (arXiv:2602.02276, tau there) against the policy that sampled, and ``kl_tau`` of prime-rl. ``old_logprobs`` are then
+            the sampler's; without them the term is 0.
         max_completion_length: the fixed length of ``"fixed_length"`` (Dr. GRPO), in tokens; required there.
         surrogate: with ``"custom"``, a function that returns the loss of each token, or the name of one, ``"package.module:function"`` or
             ``"path/to/file.py:function"``. Its parameters name its inputs, each ``[n]`` with one number per token, float32 (float64 in the
@@ -162,6 +173,9 @@ class LossConfig:
     max_completion_length: int | None = None
     surrogate: str | Surrogate | None = None
     zero_advantage_loss: bool | None = None
+    cispo_ratio_low: float = field(default=0.0, metadata=KERNEL)
+    dppo_ratio_max: float | None = field(default=None, metadata=KERNEL)
+    squared_log_ratio_coef: float = field(default=0.0, metadata=KERNEL)
     custom: ClassVar[CustomSurrogate | None] = None  # what is known of a custom surrogate; set on the instance
 
     def __new__(cls, *settings: object, **named: object) -> LossConfig:
@@ -226,7 +240,8 @@ class LossConfig:
 
     def _check_ranges(self) -> None:
         vespo = ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg")
-        for name in ("epsilon_low", "epsilon_high", "beta", *vespo, "dppo_mask_low", "dppo_mask_high"):
+        others = ("dppo_mask_low", "dppo_mask_high", "cispo_ratio_low", "squared_log_ratio_coef")
+        for name in ("epsilon_low", "epsilon_high", "beta", *vespo, *others):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "a number >= 0")
         for name in ("log_ratio_clamp", "sapo_temperature_pos", "sapo_temperature_neg"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "a number > 0")
@@ -253,6 +268,15 @@ class LossConfig:
         if self.surrogate in ("vespo", "reinforce"):
             fix = f"Fix: leave importance_sampling_level unset with loss_type={self.loss_type!r}: it has no ratio with a level"
             _require(self.level == "token", "importance_sampling_level", self.level, f"'token'. {fix}")
+        if self.surrogate == "cispo":
+            most = min(1.0, self.epsilon_high)
+            expected = f"at most {most:g}: the lower bound of the ratio is neither above 1 nor above epsilon_high"
+            _require(self.cispo_ratio_low <= most, "cispo_ratio_low", self.cispo_ratio_low, expected)
+        if self.dppo_ratio_max is not None:
+            _require(self.dppo_ratio_max >= 1, "dppo_ratio_max", self.dppo_ratio_max, "at least 1, or None for no bound")
+        if self.surrogate == "gmpo":
+            fix = "Fix: leave importance_sampling_level unset with loss_type='gmpo': its ratio is the geometric mean over the sequence"
+            _require(self.level == "sequence", "importance_sampling_level", self.level, f"'sequence'. {fix}")
         if self.surrogate in ("dppo_tv", "dppo_kl"):
             fix = f"Fix: leave importance_sampling_level unset with loss_type={self.loss_type!r}: it compares single probabilities"
             _require(self.level == "token", "importance_sampling_level", self.level, f"'token'. {fix}")
@@ -275,8 +299,8 @@ class LossConfig:
         """Return the settings that correspond to another library's options, with its names, defaults and conventions.
 
         Args:
-            library: ``"trl"`` (1.15, 1.16), ``"liger"`` (0.8.1 to 0.8.5), ``"verl"`` (0.9.1), ``"openrlhf"`` (0.11.2) or ``"swift"``
-                (ms-swift 4.6.0). It need not be installed.
+            library: ``"trl"`` (1.15, 1.16), ``"liger"`` (0.8.1 to 0.8.5), ``"verl"`` (0.9.1), ``"openrlhf"`` (0.11.2), ``"swift"``
+                (ms-swift 4.6.0) or ``"prime-rl"`` (its default loss since 2026). It need not be installed.
             options: the library's loss options; those not given have the library's defaults. grpo_fast/integrations/loss_options.py lists
                 them and the settings they become. ``uncapped_kl=True`` omits the cap that some libraries put on the KL estimate and that
                 LossConfig does not have (required for ms-swift's default).
@@ -298,6 +322,11 @@ class LossConfig:
     def surrogate_weighs(self) -> bool:
         """Whether the surrogate applies the rollout weights itself; the loss then does not multiply by them."""
         return self.surrogate == "vespo" or (self.custom is not None and "rollout_weights" in self.custom.names)
+
+    @property
+    def needs_all_tokens(self) -> bool:
+        """Whether every unmasked token can change the gradient, also one with an advantage of 0."""
+        return self.beta != 0 or self.entropy_coef != 0 or self.squared_log_ratio_coef != 0 or not self.skips_zero_advantages
 
     @property
     def skips_zero_advantages(self) -> bool:

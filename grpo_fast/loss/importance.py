@@ -1,4 +1,4 @@
-"""Importance ratios at their level, and the weight that VESPO makes from a sequence's log-ratios."""
+"""Importance ratios at their level, GMPO's clipped log-ratios, and the weight that VESPO makes from a sequence's log-ratios."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from grpo_fast.loss.config import LossConfig
 from grpo_fast.loss.sequences import Sequences
 
-__all__ = ["importance_log_ratio", "vespo_phi"]
+__all__ = ["gmpo_log_ratio", "importance_log_ratio", "vespo_phi"]
 
 
 def importance_log_ratio(log_ratio: Tensor, mask: Tensor, sequences: Sequences, level: str) -> Tensor:
@@ -30,6 +30,15 @@ def importance_log_ratio(log_ratio: Tensor, mask: Tensor, sequences: Sequences, 
         return mean
     own_gradient = (log_ratio - log_ratio.detach()).nan_to_num(nan=0.0)  # value 0; inf - inf where old_logprobs is -inf
     return mean.detach() + own_gradient
+
+
+def gmpo_log_ratio(log_ratio: Tensor, advantages: Tensor, config: LossConfig) -> Tensor:
+    """Return the log-ratios of GMPO (arXiv:2507.20673), clipped where they have moved too far in the direction of the advantage: at most
+    ``epsilon_high`` for a positive advantage, at least ``-epsilon_low`` for a negative one.
+    """
+    too_high = (advantages > 0) & (log_ratio > config.epsilon_high)
+    too_low = (advantages < 0) & (log_ratio < -config.epsilon_low)
+    return log_ratio.masked_fill(too_high, config.epsilon_high).masked_fill(too_low, -config.epsilon_low)
 
 
 def vespo_phi(log_ratio: Tensor, advantages: Tensor, log_rollout: Tensor | None, sequences: Sequences, config: LossConfig) -> Tensor:

@@ -37,11 +37,11 @@ class LossInputs:
     def active(self) -> Tensor:
         """Return the tokens that can change the gradient, bool ``[B, T]``.
 
-        With a KL penalty, an entropy bonus or a custom surrogate that needs no advantage these are all unmasked tokens, else those with an
-        advantage other than 0. Where a ratio or a weight is made from a whole sequence, all unmasked tokens of a sequence are active if one
-        of them has an advantage other than 0.
+        With a KL penalty, a squared log-ratio, an entropy bonus or a custom surrogate that needs no advantage these are all unmasked
+        tokens, else those with an advantage other than 0. Where a ratio or a weight is made from a whole sequence, all unmasked tokens of a
+        sequence are active if one of them has an advantage other than 0.
         """
-        if self.config.beta != 0 or self.config.entropy_coef != 0 or not self.config.skips_zero_advantages:
+        if self.config.needs_all_tokens:
             return self.mask
         active = self.mask & (self.advantages != 0)
         if self.config.level != "token" or self.config.surrogate == "vespo":
@@ -99,7 +99,13 @@ class LossInputs:
             return None  # one on anything: the mean does not keep it
         advantages = self.advantages if self.rollout_weights is None else self.advantages * self.rollout_weights
         mean = self.sequences.mean(torch.where(self.mask, advantages, 0), self.mask)
-        return replace(self, config=replace(config, importance_sampling_level="token"), advantages=mean, rollout_weights=None)
+        if config.surrogate == "gmpo":  # a ratio of 1 is not clipped
+            settings: dict[str, Any] = {"loss_type": "grpo", "epsilon_low": 0.2, "epsilon_high": 0.2}
+            settings["aggregation"] = config.resolved_aggregation
+        else:
+            settings = {}
+        config = replace(config, importance_sampling_level="token", **settings)
+        return replace(self, config=config, advantages=mean, rollout_weights=None)
 
     def log_rollout(self, computed: Tensor) -> Tensor | None:
         """Return the log of each sequence's rollout weight for ``vespo_phi``: of the product over its tokens, or of its single weight."""

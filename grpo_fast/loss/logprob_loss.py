@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grpo_fast.loss.importance import importance_log_ratio, vespo_phi
+from grpo_fast.loss.importance import gmpo_log_ratio, importance_log_ratio, vespo_phi
 from grpo_fast.loss.inputs import LossInputs
 from grpo_fast.loss.reference import clipped_tokens, surrogate
 
@@ -54,7 +54,12 @@ def token_losses(logprobs: Tensor, inputs: LossInputs, computed: Tensor, entropy
     old_logprobs = logprobs.detach() if inputs.old_logprobs is None else select(inputs.old_logprobs)
     both_impossible = (logprobs == old_logprobs) & logprobs.isinf()  # probability 0 under both policies: inf - inf would be NaN
     log_ratio = torch.where(both_impossible, 0, logprobs - old_logprobs)
-    ratio = importance_log_ratio(log_ratio, computed, sequences, config.level).clamp(-clamp, clamp).exp()
+
+    def ratio_of(x: Tensor) -> Tensor:
+        return importance_log_ratio(x, computed, sequences, config.level).clamp(-clamp, clamp).exp()
+
+    ratio = ratio_of(log_ratio)
+    clipped = ratio_of(gmpo_log_ratio(log_ratio, advantages, config)) if config.surrogate == "gmpo" else ratio
     phi = None
     if config.surrogate == "vespo":
         phi = vespo_phi(log_ratio, advantages, inputs.log_rollout(computed), sequences, config)
@@ -72,7 +77,7 @@ def token_losses(logprobs: Tensor, inputs: LossInputs, computed: Tensor, entropy
         }
         loss = config.custom.losses(given, computed, skips_zero_advantages=config.skips_zero_advantages)
     else:
-        loss = surrogate(ratio, advantages, logprobs, old_logprobs, phi, config)
+        loss = surrogate(clipped, advantages, logprobs, old_logprobs, phi, config)
     if rollout_weights is not None and not config.surrogate_weighs:
         loss = torch.where(rollout_weights == 0, 0, loss * rollout_weights)
     kl = torch.zeros_like(logprobs)
@@ -80,6 +85,8 @@ def token_losses(logprobs: Tensor, inputs: LossInputs, computed: Tensor, entropy
         kl = kl_penalty(logprobs, select(inputs.ref_logprobs), config.kl_estimator, clamp)
     if config.beta != 0:
         loss = loss + config.beta * (kl * ratio if config.bias_corrected_kl else kl)
+    if config.squared_log_ratio_coef != 0:
+        loss = loss + config.squared_log_ratio_coef * log_ratio.clamp(-clamp, clamp).square()
     return select(loss), ratio, kl
 
 

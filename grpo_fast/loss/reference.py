@@ -15,7 +15,7 @@ soft cap. The sampler drew the token y from p, so the loss must use the same p:
 
     5. token_statistics        z, y             ->  log p_y and the entropy of p
     6. sequence_sum, _mean     x                ->  sums and means over the sequence that a token belongs to
-    7. importance_log_ratio    log p_y, old     ->  how far the policy has moved: per token (PPO), or per sequence (GSPO)
+    7. importance_log_ratio    log p_y, old     ->  how far the policy has moved: per token (PPO), or per sequence (GSPO, GMPO)
     8. surrogate, vespo_phi    ratio, A         ->  the objective of one token
     9. kl_penalty              log p_y, ref     ->  the distance to a reference policy
    10. aggregation_weights     mask             ->  one weight per token:  loss = sum_n w_n * l_n
@@ -324,7 +324,7 @@ def importance_log_ratio(log_ratio: Tensor, mask: Tensor, cu_seqlens: Tensor | N
     """Return the log of the importance ratio at the given level; log_ratio is 0 where masked.
 
     token           log p_y - log p_y^old                               PPO, arXiv:1707.06347; GRPO, arXiv:2402.03300
-    sequence        its mean over the sequence, shared by its tokens    GSPO, arXiv:2507.18071
+    sequence        its mean over the sequence, shared by its tokens    GSPO, arXiv:2507.18071; GMPO, of the clipped log-ratios
     sequence_token  the value of the mean, the gradient of the token    GSPO-token, arXiv:2507.18071 section 4.3
     """
     if level == "token":
@@ -336,6 +336,13 @@ def importance_log_ratio(log_ratio: Tensor, mask: Tensor, cu_seqlens: Tensor | N
     return mean.detach() + own_gradient
 
 
+def gmpo_log_ratio(log_ratio: Tensor, advantages: Tensor, config: LossConfig) -> Tensor:
+    """Return the log-ratios of GMPO, arXiv:2507.20673: sign(A) min(sign(A) d, sign(A) clip(d, -eps_low, eps_high)) for the log-ratio d."""
+    sign = advantages.sign()
+    clipped = log_ratio.clamp(-config.epsilon_low, config.epsilon_high)
+    return torch.where(sign == 0, log_ratio, sign * torch.minimum(sign * log_ratio, sign * clipped))
+
+
 # 8 ------------------------------------------------------------------------------------------------------------------------
 
 
@@ -344,10 +351,12 @@ def surrogate(ratio: Tensor, advantages: Tensor, logprobs: Tensor, old_logprobs:
 
     clip       max(-min(r, delta) A, -clip(r, 1 - eps_low, 1 + eps_high) A)      GRPO, arXiv:2402.03300; delta: arXiv:2505.07291
                and at most -c A where A < 0, with dual_clip = c                  arXiv:1912.09729
-    cispo      -sg(min(r, eps_high)) A log p                                     MiniMax-M1, arXiv:2506.13585
+    cispo      -sg(clip(r, cispo_ratio_low, eps_high)) A log p                   MiniMax-M1, arXiv:2506.13585
     sapo       -4/tau sigmoid(tau (r - 1)) A, tau by the sign of A               SAPO, arXiv:2511.20347
     vespo      -phi A log p, phi from vespo_phi                                  VESPO, arXiv:2602.10693
+    gmpo       -r A, with the ratio of the clipped log-ratios                    GMPO, arXiv:2507.20673
     dppo_tv    -r A; 0 for the tokens that clipped_tokens drops                  DPPO, arXiv:2602.04879
+               with dppo_ratio_max: -sg(min(r, dppo_ratio_max)) A log p          verl
     dppo_kl    as dppo_tv, with the KL divergence in place of the total variation
     reinforce  -A log p
     custom     the user's function, which policy_loss calls (loss/custom_surrogate.py)
@@ -360,7 +369,7 @@ def surrogate(ratio: Tensor, advantages: Tensor, logprobs: Tensor, old_logprobs:
             loss = torch.where(advantages < 0, torch.minimum(loss, -config.dual_clip * advantages), loss)
         return loss
     if config.surrogate == "cispo":
-        weight = ratio.detach().clamp(max=config.epsilon_high) * advantages
+        weight = ratio.detach().clamp(config.cispo_ratio_low, config.epsilon_high) * advantages
         return -torch.where(weight == 0, 0, weight * logprobs)  # 0 * -inf is NaN
     if config.surrogate == "sapo":
         tau = by_sign(advantages > 0, config.sapo_temperature_pos, config.sapo_temperature_neg, ratio.dtype)
@@ -368,9 +377,15 @@ def surrogate(ratio: Tensor, advantages: Tensor, logprobs: Tensor, old_logprobs:
     if config.surrogate == "vespo":
         assert phi is not None
         return -torch.where(phi * advantages == 0, 0, phi * advantages * logprobs)
+    if config.surrogate == "gmpo":
+        return -ratio * advantages
     if config.surrogate in ("dppo_tv", "dppo_kl"):
         low, high = clipped_tokens(ratio, advantages, logprobs, old_logprobs, config)
-        return torch.where(low | high, 0, -ratio * advantages)
+        loss = -ratio * advantages
+        if config.dppo_ratio_max is not None:
+            weight = ratio.detach().clamp(max=config.dppo_ratio_max) * advantages
+            loss = -torch.where(weight == 0, 0, weight * logprobs)
+        return torch.where(low | high, 0, loss)
     return -torch.where(advantages == 0, 0, advantages * logprobs)
 
 
@@ -381,7 +396,8 @@ def clipped_tokens(
     """Return two masks of clipped tokens: those with A < 0 and those with A > 0 whose ratio has moved too far in the direction of A.
 
     clip     r < 1 - eps_low;  r > 1 + eps_high                              (custom: the same, which only the metrics read)
-    cispo    none;             r > eps_high
+    cispo    r < cispo_ratio_low;  r > eps_high
+    gmpo     log p - log p_old < -eps_low;  log p - log p_old > eps_high     (of the token, not of the sequence)
     dppo_*   D > dppo_mask_low and p < q;  D > dppo_mask_high and p > q
              with p and q the token's probability under the current and the old policy, and the divergence D:
              dppo_tv: D = |p - q|; dppo_kl: D = q log(q / p) + (1 - q) log((1 - q) / (1 - p))
@@ -390,7 +406,9 @@ def clipped_tokens(
     if config.surrogate == "clip" or config.custom is not None:
         below, above = ratio < 1 - config.epsilon_low, ratio > 1 + config.epsilon_high
     elif config.surrogate == "cispo":
-        above = ratio > config.epsilon_high
+        below, above = ratio < config.cispo_ratio_low, ratio > config.epsilon_high
+    elif config.surrogate == "gmpo":
+        below, above = logprobs - old_logprobs < -config.epsilon_low, logprobs - old_logprobs > config.epsilon_high
     elif config.surrogate in ("dppo_tv", "dppo_kl"):
         old_logprobs = old_logprobs.clamp(max=0)
         divergence = binary_tv(logprobs, old_logprobs) if config.surrogate == "dppo_tv" else binary_kl(logprobs, old_logprobs)
@@ -521,11 +539,12 @@ def aggregation_weights(
 def active_tokens(mask: Tensor, advantages: Tensor, cu_seqlens: Tensor | None, config: LossConfig) -> Tensor:
     """Return the tokens whose log-probability or entropy can change the gradient: bool, like the mask.
 
-    The KL penalty and the entropy bonus apply to every unmasked token; the surrogate applies to every unmasked token whose advantage is not
-    0 (a custom one that does not vanish there, to every unmasked token). A ratio (or weight) of a whole sequence depends on all its
-    unmasked tokens: they are all active if one of them has an advantage other than 0.
+    The KL penalty, the squared log-ratio and the entropy bonus apply to every unmasked token; the surrogate applies to every unmasked token
+    whose advantage is not 0 (a custom one that does not vanish there, to every unmasked token). A ratio (or weight) of a whole sequence
+    depends on all its unmasked tokens: they are all active if one of them has an advantage other than 0.
     """
-    if config.beta != 0 or config.entropy_coef != 0 or not config.skips_zero_advantages:
+    on_all_tokens = config.beta != 0 or config.squared_log_ratio_coef != 0 or config.entropy_coef != 0
+    if on_all_tokens or not config.skips_zero_advantages:
         return mask
     has_signal = torch.where(mask, advantages, 0) != 0
     if config.level == "token" and config.surrogate != "vespo":
@@ -573,6 +592,10 @@ def policy_loss(
     old_logprobs = logprobs.detach() if old_logprobs is None else select(old_logprobs)
     log_ratio = torch.where((logprobs == old_logprobs) & logprobs.isinf(), 0, logprobs - old_logprobs)  # not inf - inf
     ratio = importance_log_ratio(log_ratio, computed, cu_seqlens, config.level).clamp(-clamp, clamp).exp()
+    clipped = ratio  # what the surrogate gets; the KL penalty and the metrics get the ratio itself
+    if config.surrogate == "gmpo":
+        moved = gmpo_log_ratio(log_ratio, advantages, config)
+        clipped = importance_log_ratio(moved, computed, cu_seqlens, config.level).clamp(-clamp, clamp).exp()
     phi = None
     if config.surrogate == "vespo":
         per_sequence = rollout_weights is not None and rollout_weights.shape != logprobs.shape
@@ -592,12 +615,14 @@ def policy_loss(
         }
         losses = config.custom.losses(given, computed, skips_zero_advantages=config.skips_zero_advantages)
     else:
-        losses = surrogate(ratio, advantages, logprobs, old_logprobs, phi, config)
+        losses = surrogate(clipped, advantages, logprobs, old_logprobs, phi, config)
     if rollout_weights is not None and not config.surrogate_weighs:
         losses = torch.where(select(rollout_weights) == 0, 0, losses * select(rollout_weights))
     kl = torch.zeros_like(logprobs) if ref_logprobs is None else kl_penalty(logprobs, select(ref_logprobs), config.kl_estimator, clamp)
     if config.beta != 0:
         losses = losses + config.beta * (ratio * kl if config.bias_corrected_kl else kl)
+    if config.squared_log_ratio_coef != 0:  # Kimi-K2.5, arXiv:2602.02276
+        losses = losses + config.squared_log_ratio_coef * log_ratio.clamp(-clamp, clamp) ** 2
     losses = torch.where(computed, losses, 0)
 
     loss = (weights(config.resolved_aggregation) * losses).sum()

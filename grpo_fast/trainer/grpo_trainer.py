@@ -208,7 +208,7 @@ class GRPOTrainer(AtomicCheckpointTrainer):
         """Rows that can change the gradient, at least one because every process must make a backward pass; all rows if the metrics need
         them.
         """
-        needed = self.args.beta != 0 or self.args.entropy_coef != 0 or not self.loss_config.skips_zero_advantages
+        needed = self.args.entropy_coef != 0 or self.loss_config.needs_all_tokens
         if self.metrics_on == "all" or needed:
             return list(range(len(rollout)))
         return ((rollout.advantages != 0) & rollout.loss_mask).nonzero().flatten().tolist() or [0]

@@ -32,6 +32,11 @@ def check_off_policy(config: GRPOConfig) -> None:
     except ValueError as error:
         raise ValueError(f"GRPOConfig: {error}") from error
     if not config.bypass_mode:
+        if config.squared_log_ratio_coef != 0 and config.updates_per_rollout == 1:
+            expected = (
+                "0 without bypass_mode, where the old policy is the current one in the only update of a rollout. Fix: bypass_mode=True"
+            )
+            raise bad_setting("squared_log_ratio_coef", config.squared_log_ratio_coef, f"{expected}, which compares with the sampler")
         return
     if config.vllm_importance_sampling_correction:
         expected = "None or False with bypass_mode, whose ratio to the sampler is the correction: it would be applied twice"

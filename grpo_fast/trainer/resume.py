@@ -86,7 +86,7 @@ def _check_rows(trainer: GRPOTrainer, folder: Path, state: RunState) -> None:
 
     def needs_all(settings: dict[str, object]) -> bool:
         custom = settings.get("loss_type") == "custom"  # may need rows without an advantage
-        penalty = settings.get("beta", 0) != 0 or settings.get("entropy_coef", 0) != 0
+        penalty = any(settings.get(name, 0) != 0 for name in ("beta", "entropy_coef", "squared_log_ratio_coef"))
         return custom or penalty or bool(settings.get("use_adaptive_entropy"))
 
     now = recorded_settings(trainer.args, trainer.rewards.names)

@@ -182,7 +182,7 @@ def grpo_loss_fwd(
     if len(settings) != 1 + len(LossSettings._fields):
         raise RuntimeError(f"grpo_loss: {len(settings)} settings given, expected {1 + len(LossSettings._fields)}")
     surrogate, loss_settings = int(settings[0]), LossSettings(*map(float, settings[1:]))
-    all_active = loss_settings.beta != 0 or loss_settings.entropy_coef != 0
+    all_active = loss_settings.beta != 0 or loss_settings.entropy_coef != 0 or loss_settings.squared_log_ratio_coef != 0
     computed = mask & (policy.advantages != 0) if only_active and not all_active else mask
     sums = token_sums(LogitRows(logits, token_ids, computed), scoring, parts=parts)
 

@@ -13,6 +13,7 @@ REINFORCE = tl.constexpr(3)
 VESPO = tl.constexpr(4)
 DPPO_TV = tl.constexpr(5)
 DPPO_KL = tl.constexpr(6)
+GMPO = tl.constexpr(7)
 K1 = tl.constexpr(0)
 K2 = tl.constexpr(1)
 K3 = tl.constexpr(2)
@@ -34,6 +35,9 @@ class LossSettings(NamedTuple):
     sapo_temperature_neg: float
     dppo_mask_low: float
     dppo_mask_high: float
+    cispo_ratio_low: float
+    dppo_ratio_max: float
+    squared_log_ratio_coef: float
 
 
 @triton.jit
@@ -53,4 +57,7 @@ def as_float32(settings):
         tl.cast(settings.sapo_temperature_neg, tl.float32),
         tl.cast(settings.dppo_mask_low, tl.float32),
         tl.cast(settings.dppo_mask_high, tl.float32),
+        tl.cast(settings.cispo_ratio_low, tl.float32),
+        tl.cast(settings.dppo_ratio_max, tl.float32),
+        tl.cast(settings.squared_log_ratio_coef, tl.float32),
     )

@@ -71,7 +71,11 @@ def dppo_loss(ratio, ratio_slope, logprob, old_logprob, advantage, settings, SUR
     low = (divergence > settings.dppo_mask_low) & (logprob < old_logprob) & (advantage < 0)
     high = (divergence > settings.dppo_mask_high) & (logprob > old_logprob) & (advantage > 0)
     dropped = low | high
-    return tl.where(dropped, 0.0, -ratio * advantage), tl.where(dropped, 0.0, -ratio_slope * advantage), low, high
+    bounded = settings.dppo_ratio_max < float("inf")  # then the ratio is a constant, as in verl
+    weight = tl.where(ratio < settings.dppo_ratio_max, ratio, settings.dppo_ratio_max) * advantage
+    value = tl.where(bounded, -product(weight, logprob), -ratio * advantage)
+    slope = tl.where(bounded, -weight, -ratio_slope * advantage)
+    return tl.where(dropped, 0.0, value), tl.where(dropped, 0.0, slope), low, high
 
 
 @triton.jit
@@ -96,26 +100,28 @@ def policy_terms(
     if HAS_OLD:
         impossible &= old_logprob == float("-inf")
         log_ratio = tl.where(impossible, 0.0, logprob - old_logprob)  # not inf - inf
-    clamped, slope = clamped_log(log_ratio, tl.where(impossible, 0.0, 1.0), settings.log_ratio_clamp)
+    clamped, clamped_slope = clamped_log(log_ratio, tl.where(impossible, 0.0, 1.0), settings.log_ratio_clamp)
     ratio = exp(clamped)
-    ratio_slope = ratio * slope
+    ratio_slope = ratio * clamped_slope
 
     never = advantage != advantage
     clip_low, clip_high = never, never
     if SURROGATE == CLIP:
         value, slope, clip_low, clip_high = clip_loss(ratio, ratio_slope, advantage, settings)
     elif SURROGATE == CISPO:
+        clip_low = (ratio < settings.cispo_ratio_low) & (advantage < 0)
         clip_high = (ratio > settings.epsilon_high) & (advantage > 0)
-        factor = (
-            tl.where(ratio < settings.epsilon_high, ratio, settings.epsilon_high) * advantage
-        )  # a constant: no gradient through the ratio
+        bounded = tl.where(ratio < settings.epsilon_high, ratio, settings.epsilon_high)
+        bounded = tl.where(ratio < settings.cispo_ratio_low, settings.cispo_ratio_low, bounded)
+        factor = bounded * advantage  # a constant: no gradient through the ratio
         value, slope = -product(factor, logprob), -factor
     elif SURROGATE == SAPO:
         value, slope = sapo_loss(ratio, ratio_slope, advantage, settings)
     elif SURROGATE == DPPO_TV or SURROGATE == DPPO_KL:
-        value, slope = -ratio * advantage, -ratio_slope * advantage
+        before = logprob  # on-policy: no divergence, so no token is dropped
         if HAS_OLD:
-            value, slope, clip_low, clip_high = dppo_loss(ratio, ratio_slope, logprob, old_logprob, advantage, settings, SURROGATE)
+            before = old_logprob
+        value, slope, clip_low, clip_high = dppo_loss(ratio, ratio_slope, logprob, before, advantage, settings, SURROGATE)
     else:
         value, slope = -product(advantage, logprob), -advantage
 
@@ -128,6 +134,10 @@ def policy_terms(
         penalty_slope = tl.where(corrected, kl_slope * ratio + product(ratio_slope, kl), kl_slope)
         loss += product(settings.beta, penalty)
         g += product(settings.beta, penalty_slope)
+
+    if HAS_OLD:
+        loss += settings.squared_log_ratio_coef * clamped * clamped
+        g += 2.0 * settings.squared_log_ratio_coef * clamped * clamped_slope
 
     # Select instead of multiplying by entropy_coef = 0: the entropy weight may be infinite.
     bonus = tl.where(settings.entropy_coef != 0, settings.entropy_coef * entropy_weight, 0.0)
