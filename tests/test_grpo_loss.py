@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -114,7 +115,8 @@ def test_a_term_of_every_token_keeps_tokens_without_advantage(name: str) -> None
     logits, ids = torch.randn(1, 3, 300), torch.tensor([[5, 7, 9]])
     mask, one = torch.ones(1, 3, dtype=torch.bool), torch.ones(1, 1)
     old = torch.full((1, 3), -3.0)
-    settings = loss_settings(gf.LossConfig(**{name: 0.5}))
+    coefficient: dict[str, Any] = {name: 0.5}
+    settings = loss_settings(gf.LossConfig(**coefficient))
     policy = (0.0 * one, one, one, old, old, None, None, 1.0, 0.0, 1.0, 1.0, settings)
     found = [torch.ops.grpo_fast.grpo_loss(logits, ids, mask, *policy, only_active, True) for only_active in (False, True)]
     assert found[0][0].abs() > 0.1 and found[0][4].abs().max() > 1e-3

@@ -126,7 +126,7 @@ def variants() -> list[Variant]:
     found.append(Variant("logprobs", token_logprobs._token_logprobs_kernel, "bf16", tokens | {"WANT_ENTROPY": True, "HAS_SOFTCAP": True}))
     optional = ("entropy_weights_ptr", "old_logprobs_ptr", "ref_logprobs_ptr", "rollout_weights_ptr", "temperatures_ptr")
     for surrogate, name in enumerate(SURROGATES):
-        for absent in ((), optional) if name != "vespo" else ():  # VESPO reaches the kernels as REINFORCE
+        for absent in ((), optional) if name not in ("vespo", "gmpo") else ():  # they reach the kernels as REINFORCE and clip
             constants = tokens | {"SURROGATE": surrogate, "HAS_SOFTCAP": not absent}
             form = f"terms+{name}" + "+bare" * bool(absent)
             found.append(Variant(form, grpo_loss._grpo_loss_terms_kernel, "bf16", constants, absent=absent))
