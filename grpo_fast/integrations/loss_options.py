@@ -195,7 +195,9 @@ def verl_loss_config(options: LibraryOptions) -> LossConfig:
     aggregation = _verl_aggregation(options, "seq-mean-token-mean" if mode == "sapo" else None)
     if mode == "geo_mean":
         aggregation = "sequence_mean"  # for every loss_agg_mode, over all sequences
-    divergences = {"dppo_mask_low": low, "dppo_mask_high": high, "dppo_ratio_max": dual_clip} if mode.startswith("dppo_") else {}
+    divergences: dict[str, Any] = (
+        {"dppo_mask_low": low, "dppo_mask_high": high, "dppo_ratio_max": dual_clip} if mode.startswith("dppo_") else {}
+    )
     return LossConfig(
         loss_type=loss_type,
         epsilon_low=low,
