@@ -3,14 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 CPP = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test sweep real-parts bench check check-cuda check-sources format wheel sanitize clean
+.PHONY: demo test sweep real-parts bench check check-cuda check-sources format wheel release sanitize clean
 
 demo:  ## a small language model learns by GRPO (make demo ARGS="--temperature 0.6")
 	@PYTHON="$(PYTHON)" tools/bootstrap.sh demo
 	@$(BIN)/grpo-fast demo $(ARGS)
 
 test: check  ## checks of the sources, then the tests (make test ARGS="-k advantages")
-	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not sweep" $(ARGS)
+	@tools/ci/tests.sh $(ARGS)
 
 sweep:  ## the tests that take many minutes: all random cases in the interpreter, long runs, processes killed at random
 	@PYTHON="$(PYTHON)" tools/bootstrap.sh test
@@ -39,6 +39,8 @@ check-sources:
 	@$(BIN)/mypy --config-file tests/mypy.ini
 	@$(BIN)/lint-imports --no-cache
 	@$(BIN)/python tools/generate_loss_settings.py --check
+	@$(BIN)/python tools/generate_peer_digests.py --check
+	@$(BIN)/python tools/ci/check_workflows.py
 
 format:  ## rewrite the sources as `make check` wants them
 	@PYTHON="$(PYTHON)" tools/bootstrap.sh test
@@ -48,7 +50,12 @@ format:  ## rewrite the sources as `make check` wants them
 wheel:  ## dist/*.whl and dist/*.tar.gz; GRPO_FAST_BUILD=none|cpu|cuda chooses what they hold
 	@PYTHON="$(PYTHON)" tools/bootstrap.sh test
 	@$(BIN)/pip wheel -q --no-build-isolation --no-deps -w dist .
-	@$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')" >/dev/null && ls -l dist
+	@$(BIN)/python tools/ci/wheels.py --output dist sdist
+
+release:  ## build all, check, and tag the version in grpo_fast/version.py (make release ARGS=--dry-run)
+	@PYTHON="$(PYTHON)" tools/bootstrap.sh test
+	@$(BIN)/python -m pip install -qq --group release
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tools/release.py $(ARGS)
 
 sanitize:  ## the C++ operators under AddressSanitizer and UndefinedBehaviorSanitizer
 	@PYTHON="$(PYTHON)" tools/bootstrap.sh test

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import os
 import runpy
 import site
 import sys
@@ -97,10 +98,20 @@ if why_not:
 
 # A wheel that was asked to be pure carries no sources either, or it would compile at first use after all.
 source_dir = {} if build_settings.mode() == "none" else SOURCE_DIR
+
+# A release holds a wheel with CUDA kernels beside the one without: their names differ by a local version, "cu130" (tools/ci/wheels.py).
+options = extension_arguments.setdefault("options", {})
+if os.environ.get("GRPO_FAST_LOCAL_VERSION"):
+    options["egg_info"] = {"tag_build": f"+{os.environ['GRPO_FAST_LOCAL_VERSION']}"}
+
 setup(
     packages=packages(PACKAGE_DIR) + list(source_dir),
     package_dir={**PACKAGE_DIR, **source_dir},
-    package_data={"grpo_fast": ["py.typed"], **{name: ["*.cpp", "*.h", "*.cu", "*.cuh"] for name in source_dir}},
+    package_data={
+        "grpo_fast": ["py.typed"],
+        "grpo_fast.integrations": ["digests/*.json"],
+        **{name: ["*.cpp", "*.h", "*.cu", "*.cuh"] for name in source_dir},
+    },
     include_package_data=False,
     **extension_arguments,
 )

@@ -6,7 +6,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 what=${1:-test}
-torch_pin=torch==2.13.0
+torch_pin=torch==${GRPO_FAST_TORCH:-2.13.0}  # the variable: for tests with other versions, where the host has no torch
+transformers_pin=${GRPO_FAST_TRANSFORMERS:+transformers==$GRPO_FAST_TRANSFORMERS}  # instead of the version of the test group
 peers="verl==0.9.1 openrlhf==0.11.2 ms-swift==4.6.0 deepspeed==0.19.8"
 needed_by_deepspeed="hjson==3.1.0 py-cpuinfo==9.0.0 msgpack==1.2.4 einops==0.8.2"
 triton_pin=triton==3.7.1  # for a CPU build of torch, which does not require triton; a CUDA build requires its own version
@@ -50,7 +51,8 @@ install_packages() {
   $pip -U "pip>=25.1" "setuptools>=77" ninja
   if ! $python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'; then
     say "installing $torch_pin (large)"
-    $pip "$torch_pin"
+    # uv knows where builds of torch without CUDA are: UV_TORCH_BACKEND=cpu saves gigabytes.
+    if [ -n "${UV_TORCH_BACKEND:-}" ]; then uv pip install -q --python $python "$torch_pin"; else $pip "$torch_pin"; fi
   fi
   # The constraints apply the pinned versions of the test group to the demo too, and keep pip from replacing the installed torch.
   { sed -n 's/^ *"\([A-Za-z0-9_-]*==[0-9.]*\)".*/\1/p' pyproject.toml
@@ -60,6 +62,7 @@ install_packages() {
   say "installing grpo_fast[$extras]${group:+ and the test group}"
   # The extension is compiled below, in place, where ninja recompiles only the files that have changed.
   GRPO_FAST_BUILD=none $pip -c .venv/constraints.txt --no-build-isolation -e ".[$extras]" $group
+  [ -z "$transformers_pin" ] || $pip "$transformers_pin"
   [ "$what" = demo ] || install_peers
 }
 
@@ -78,7 +81,7 @@ install_into() {  # requirement, folder
 
 [ -x $python ] && $python -c '' 2>/dev/null || make_venv
 
-packages=$(cat pyproject.toml setup.py tools/bootstrap.sh | digest)
+packages=$({ echo "$torch_pin $transformers_pin"; cat pyproject.toml setup.py tools/bootstrap.sh; } | digest)
 ready() { [ "$(cat ".venv/ready-$1" 2>/dev/null)" = "$packages" ]; }
 if ! ready test && ! { [ "$what" = demo ] && ready demo; }; then
   install_packages

@@ -13,7 +13,7 @@ The same word can mean different things:
 - A fully masked row counts in a mean over sequences in TRL, Liger and ms-swift, and does not in verl and OpenRLHF.
 - verl always applies the dual clip. TRL multiplies the KL by the ratio by default.
 
-An option without a counterpart raises an error that names it, and so does a version of a library that versions.py does not list.
+An option without a counterpart raises an error that names it, and so does a version of a library that versions.py refuses.
 """
 
 from __future__ import annotations
