@@ -272,6 +272,10 @@ def test_bfloat16() -> None:
     np.testing.assert_array_equal((pair >> 16)[number], bits[number])
     np.testing.assert_array_equal((pair & 0xFFFF)[::-1][number], bits[number])
     largest = applied("max.bf16x2", "b32", [pair, np.full(THREADS, 0x3F80C000, np.uint32)])  # of 1 and of -2
+    for instruction, truth_of in (("max.bf16", np.fmax), ("min.NaN.bf16", np.minimum)):
+        one = applied(instruction, "bf16", [bits, np.full(THREADS, 0x3F80, np.uint16)])
+        one_value = torch.from_numpy(one.astype(np.int16)).view(torch.bfloat16).float().numpy()
+        np.testing.assert_array_equal(one_value, truth_of(truth.float().numpy(), np.float32(1)))
     upper = torch.from_numpy((largest >> 16).astype(np.int16)).view(torch.bfloat16).float().numpy()
     np.testing.assert_array_equal(upper, np.fmax(truth.float().numpy(), 1))
 

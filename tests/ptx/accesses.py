@@ -113,15 +113,17 @@ def store(threads: Threads, instruction: Instruction) -> Action:
 def shuffle(threads: Threads, instruction: Instruction) -> Action:
     """All threads of a warp execute it together: see machine.py."""
     sync, mode, kind = instruction.modifiers
-    if sync != "sync" or kind != "b32" or mode not in ("bfly", "idx", "up", "down") or instruction.operands[4] not in ("-1", "0xffffffff"):
+    if sync != "sync" or kind != "b32" or mode not in ("bfly", "idx", "up", "down"):
         raise refused(instruction)
     to, *inside = str(instruction.operands[0]).split("|")
     write, write_inside = threads.writer(to, kind), [threads.writer(name, "pred") for name in inside]
     value = threads.reader(instruction.operands[1], kind)
-    by, limits = (threads.reader(operand, "u32") for operand in instruction.operands[2:4])
+    by, limits, members = (threads.reader(operand, "u32") for operand in instruction.operands[2:5])
 
     def action(selection: Selection) -> None:
         selected = threads.indices(selection)
+        if (members(selection) != 0xFFFF_FFFF).any():
+            raise refused(instruction)
         lane, distance, limit = threads.lane[selected], by(selection).astype(np.int64), limits(selection).astype(np.int64)
         segment, clamp = (limit >> 8) & 31, limit & 31
         last = (lane & segment) | (clamp & ~segment)

@@ -55,11 +55,11 @@ def _elementwise(threads: Threads, instruction: Instruction, function: Callable[
 @builds("add", "sub", "mul", "neg", "abs", "min", "max", "mad", "fma", "div", "rem")
 def arithmetic(threads: Threads, instruction: Instruction) -> Action:
     kind = instruction.type
-    if kind in ("f16x2", "bf16x2"):
-        return _packed_maximum(threads, instruction)
+    if kind in ("f16x2", "bf16x2", "f16", "bf16"):
+        return _maximum_of_16_bits(threads, instruction)
     if kind in ("f32", "f64"):
         return _floating(threads, instruction)
-    if kind in ("f16", "bf16") or kind not in NUMPY:
+    if kind not in NUMPY:
         raise refused(instruction)
     return _integer(threads, instruction)
 
@@ -144,23 +144,25 @@ def _rounded_to_nearest(instruction: Instruction) -> Callable[..., Any]:
     return functions[instruction.name]
 
 
-def _packed_maximum(threads: Threads, instruction: Instruction) -> Action:
-    """Of two 16-bit floats in 32 bits; a NaN gives way to a number."""
-    if instruction.name not in ("max", "min") or len(instruction.modifiers) > 1:
+def _maximum_of_16_bits(threads: Threads, instruction: Instruction) -> Action:
+    """Of 16-bit floats, or of two in 32 bits. A NaN gives way to a number, unless .NaN asks for it."""
+    if instruction.name not in ("max", "min") or set(instruction.modifiers[:-1]) - {"NaN"}:
         raise refused(instruction)
-    function = np.fmax if instruction.name == "max" else np.fmin
-    brain = instruction.type == "bf16x2"
+    keeps_nan, kind = "NaN" in instruction.modifiers, instruction.type
+    function = {"max": (np.fmax, np.maximum), "min": (np.fmin, np.minimum)}[instruction.name][keeps_nan]
 
-    def of_half(a: Array, b: Array) -> Array:
-        if brain:
+    def of_one(a: Array, b: Array) -> Array:
+        if kind.startswith("bf16"):
             return bfloat16_bits(function(bfloat16_value(a), bfloat16_value(b)))
         return function(a.view(np.float16), b.view(np.float16)).view(np.uint16)
 
-    def packed(a: Array, b: Array) -> Array:
-        halves = [of_half((a >> np.uint32(shift)).astype(np.uint16), (b >> np.uint32(shift)).astype(np.uint16)) for shift in (0, 16)]
+    def of_two(a: Array, b: Array) -> Array:
+        halves = [of_one((a >> np.uint32(shift)).astype(np.uint16), (b >> np.uint32(shift)).astype(np.uint16)) for shift in (0, 16)]
         return halves[0].astype(np.uint32) | (halves[1].astype(np.uint32) << np.uint32(16))
 
-    return _elementwise(threads, instruction, packed)
+    if kind.endswith("x2"):
+        return _elementwise(threads, instruction, of_two)
+    return _elementwise(threads, instruction, lambda a, b: of_one(a, b).view(NUMPY[kind]))
 
 
 @builds("ex2", "lg2", "rcp", "rsqrt", "sqrt")

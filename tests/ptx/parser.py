@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import re
 from dataclasses import dataclass, field
 
@@ -100,6 +101,9 @@ def _parse_parameters(entry: Entry, text: str) -> None:
         entry.parameter_bytes = entry.parameters[name] + size
 
 
+LABEL = re.compile(r"([\w$]+)\s*:(?!:)")
+
+
 class _Body:
     """The statements between the braces of an entry. Registers and labels of an inner block get names of their own."""
 
@@ -107,6 +111,7 @@ class _Body:
         self.entry, self.text, self.at = entry, text, start
         self.scopes: list[dict[str, str]] = [{}]  # names declared in each open block, with the name that each has in the entry
         self.blocks = 0
+        self.newlines = [match.start() for match in re.finditer("\n", text)]
 
     def parse(self) -> None:
         while self.scopes:
@@ -117,7 +122,7 @@ class _Body:
             elif character == "}":
                 self.scopes.pop()
                 self.at += 1
-            elif label := re.compile(r"([\w$]+)\s*:(?!:)").match(self.text, self.at):
+            elif label := LABEL.match(self.text, self.at):
                 self.entry.labels[self._named(label[1])] = len(self.entry.code)
                 self.at = label.end()
             else:
@@ -147,7 +152,7 @@ class _Body:
         return name
 
     def _statement(self) -> None:
-        line = self.text.count("\n", 0, self.at) + 1
+        line = bisect.bisect(self.newlines, self.at) + 1
         if self.text.startswith((".loc", ".pragma"), self.at):  # the first has no semicolon
             self.at = self.text.index("\n", self.at)
             return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import importlib
 import struct
@@ -11,7 +10,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import triton
@@ -23,10 +21,9 @@ from triton.runtime.jit import JITFunction
 import grpo_fast
 
 from .launch import EXACT, Hardware, launch
-from .memory import GAP, GlobalMemory
 from .parser import Entry, parse
+from .tensors import TensorMemory
 from .threads import WARP, Grid
-from .values import Array
 
 TARGET = GPUTarget("cuda", 90, 32)
 TENSORS = {
@@ -79,10 +76,9 @@ class Launcher:
         if self.edit is not None:
             (entry,) = parse(self.edit(kernel.fn.__name__, compiled.text)).values()
         blocks = grid({}) if callable(grid) else grid
-        memory = Storages(values)
-        self.instructions += launch(
-            entry, Grid(blocks[0], warps * WARP), memory.memory, memory.parameters(values), compiled.shared_bytes, self.hardware
-        )
+        memory = TensorMemory()
+        parameters = packed(memory, values)
+        self.instructions += launch(entry, Grid(blocks[0], warps * WARP), memory.memory, parameters, compiled.shared_bytes, self.hardware)
         memory.write_back()
         self.launches += 1
         self.kernels.add(kernel.fn.__name__)
@@ -115,43 +111,14 @@ def compile_kernel(
     return COMPILED[key]
 
 
-class Storages:
-    """The memory of all tensors of a launch, each storage once and at an address of the same residue modulo 256."""
-
-    def __init__(self, values: list[tuple[str, str, Any]]) -> None:
-        tensors = [(name, value) for name, _, value in values if isinstance(value, Tensor)]
-        sizes = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for _, each in tensors}
-        self.memory = GlobalMemory(sum(sizes.values()) + len(sizes) * (2 * GAP + 256))
-        self.addresses: dict[int, int] = {}
-        self.raw: dict[int, Array] = {}
-        for name, each in tensors:
-            base, size = each.untyped_storage().data_ptr(), each.untyped_storage().nbytes()
-            if base not in self.addresses:
-                self.raw[base] = bytes_at(base, size)
-                self.addresses[base] = self.memory.allocate(self.raw[base], name, residue=base % 256)
-
-    def parameters(self, values: list[tuple[str, str, Any]]) -> bytes:
-        """The arguments as a kernel finds them: each aligned to its size."""
-        packed = b""
-        for _, kind, value in values:
-            code = "Q" if kind.startswith("*") else FORMATS[kind]
-            if isinstance(value, Tensor):
-                base = value.untyped_storage().data_ptr()
-                value = self.addresses[base] + value.data_ptr() - base
-            packed += b"\0" * (-len(packed) % struct.calcsize(code)) + struct.pack(code, value)
-        return packed
-
-    def write_back(self) -> None:
-        """Copy what the kernel has written to the tensors."""
-        for base, address in self.addresses.items():
-            self.raw[base][:] = self.memory.read(address, self.raw[base])
-
-
-def bytes_at(address: int, size: int) -> Array:
-    """The memory of this process, without a copy."""
-    if size == 0:
-        return np.zeros(0, np.uint8)
-    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
+def packed(memory: TensorMemory, values: list[tuple[str, str, Any]]) -> bytes:
+    """The arguments (name, type, value) as a kernel finds them: each aligned to its size."""
+    found = b""
+    for name, kind, value in values:
+        code = "Q" if kind.startswith("*") else FORMATS[kind]
+        given = memory.address(value, name) if isinstance(value, Tensor) else value
+        found += b"\0" * (-len(found) % struct.calcsize(code)) + struct.pack(code, given)
+    return found
 
 
 def _run(kernel: Any, launcher: Launcher, *arguments: Any, **options: Any) -> None:
