@@ -35,6 +35,7 @@ def ptx_of(source: str) -> str:
 
 
 @functools.cache
-def entries_of(source: str) -> dict[str, Entry]:
-    """The kernels of a file, by their mangled names."""
-    return parse(ptx_of(source))
+def entry_of(source: str, *parts: str) -> Entry:
+    """The kernel of a file whose mangled name has these parts."""
+    (entry,) = parse(ptx_of(source), *parts).values()
+    return entry

@@ -16,12 +16,13 @@ from grpo_fast.loss.kernel_settings import KERNEL_FIELDS
 from grpo_fast.ops.grpo_loss import METRICS
 
 from .cuda_arguments import VIEWS, ClusterLossArgs, GroupAdvantagesArgs, PolicyLossConfig, TokenView
-from .cuda_compile import entries_of, ptx_of
+from .cuda_compile import entry_of, ptx_of
 from .launch import EXACT, Hardware, launch
 from .parser import Entry, parse
 from .tensors import TensorMemory
 from .threads import Grid
 
+SOURCE = "grpo_loss_cluster.cu"
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MANGLED = {torch.float32: "If", torch.bfloat16: "BFloat", torch.float16: "Half"}  # in the names of the kernels
 CLUSTER_THREADS, TOTAL_THREADS = 608, 512
@@ -39,7 +40,7 @@ class ClusterLauncher:
     clusters: int = 1  # resident at once
     hardware: Hardware = EXACT
     edit: Callable[[str], str] | None = None
-    launched: set[str] = field(default_factory=set)
+    launched: set[tuple[str, str]] = field(default_factory=set)
 
     def loss(self, logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         """The operator grpo_loss_cluster."""
@@ -69,28 +70,23 @@ class ClusterLauncher:
         if rows > 0:
             entry = self._entry(logits.dtype, bool(given.softcap))
             launch(entry, grid, memory.memory, parameters, HEAD + self.stages * slice_vectors * 16, self.hardware)
-        total = only(entries_of("grpo_loss_cluster.cu"), "_total_kernel")
+        total = entry_of(SOURCE, "_total_kernel")
         parameters = struct.pack("QqQQ", given.records, token_ids.numel(), given.loss, given.metrics)
         launch(total, Grid(1, TOTAL_THREADS), memory.memory, parameters, 0, self.hardware)
         memory.write_back()
         return tuple(outputs)
 
     def _entry(self, dtype: torch.dtype, capped: bool) -> Entry:
-        source = "grpo_loss_cluster.cu"
-        entries = entries_of(source) if self.edit is None else parse(self.edit(ptx_of(source)))
-        entry = only(entries, MANGLED[dtype], f"Lb{int(capped)}E")
-        self.launched.add(entry.name)
+        parts = MANGLED[dtype], f"Lb{int(capped)}E"
+        self.launched.add(parts)
+        if self.edit is None:
+            return entry_of(SOURCE, *parts)
+        (entry,) = parse(self.edit(ptx_of(SOURCE)), *parts).values()
         return entry
 
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
-
-
-def only(entries: dict[str, Entry], *parts: str) -> Entry:
-    """The entry whose mangled name has these parts."""
-    (found,) = (entry for name, entry in entries.items() if all(part in name for part in parts))
-    return found
 
 
 def cluster_arguments(
@@ -148,7 +144,7 @@ def group_advantages(
         given.batch_moments = given.y + 8 * rows
     short = rows <= 512 * groups
     threads, teams = (256, 8) if short else (512, 1)
-    entry = only(entries_of("group_advantages_cuda.cu"), "ILi1ELi8EE" if short else "ILi16ELi16EE")
+    entry = entry_of("group_advantages_cuda.cu", "ILi1ELi8EE" if short else "ILi16ELi16EE")
     one_block = uses_batch and rows <= 8192 and groups <= 8192
     launches = [(1 if one_block else min(65536, ceil_div(groups, teams)), 3 if one_block else 1)]
     if uses_batch and not one_block and rows > 0:

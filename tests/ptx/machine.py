@@ -51,7 +51,7 @@ class Machine:
         self.rank = np.zeros(threads.count, np.int64)
         self.barrier_id = np.zeros(threads.count, np.int64)
         self.arrivals = np.zeros(threads.count, np.int64)  # at the barrier of the cluster
-        self.waits: dict[int, tuple[int, int]] = {}  # of a thread at an mbarrier: its place and the parity
+        self.waits: dict[tuple[int, int], list[Array]] = {}  # the threads at an mbarrier, by its place and the parity
         self.group_waits: dict[int, tuple[int, bool]] = {}  # of a thread at bulk stores: how many may remain, and whether reading is enough
         self.executed = 0
         self._draw_ranks()
@@ -304,27 +304,25 @@ class Machine:
 
         def wait(selected: Array, here: int) -> bool:
             places = places_of(self.threads, address(selected), 8, 8, selected)
-            parities = np.broadcast_to(parity(selected), selected.shape).tolist()
-            ready = np.array([self.transfers.ready(place, wanted) for place, wanted in zip(places, parities, strict=True)])
+            keys, inverse = np.unique(2 * places + parity(selected), return_inverse=True)
+            found = [(int(key) // 2, int(key) % 2) for key in keys]
+            over = np.array([self.transfers.ready(*each) for each in found])
+            ready = over[inverse]
             write(selected, ready)
-            if ready.all():
+            if ready.all() or self.threads.random.random() < 0.2:
                 return True
-            self.at[selected] = here + 1
-            if self.threads.random.random() < 0.2:
-                return True
-            for index in np.flatnonzero(~ready).tolist():
-                self.waits[int(selected[index])] = places[index], parities[index]
-            waits = selected[~ready]
-            self.state[waits], self.at[waits] = AT_MBARRIER, here
+            self.at[selected] = np.where(ready, here + 1, here)
+            self.state[selected[~ready]] = AT_MBARRIER
+            for index in np.flatnonzero(~over).tolist():
+                self.waits.setdefault(found[index], []).append(selected[inverse == index])
             return False
 
         return wait
 
     def _wake_at_mbarriers(self) -> bool:
-        over = [thread for thread, (place, parity) in self.waits.items() if self.transfers.ready(place, parity)]
-        for thread in over:
-            del self.waits[thread]
-        self.state[over] = RUNS
+        over = [key for key in self.waits if self.transfers.ready(*key)]
+        for key in over:
+            self.state[np.concatenate(self.waits.pop(key))] = RUNS
         return bool(over)
 
     def _wait_group(self, instruction: Instruction) -> Control:

@@ -61,8 +61,8 @@ def align(offset: int, alignment: int) -> int:
     return -(-offset // alignment) * alignment
 
 
-def parse(text: str) -> dict[str, Entry]:
-    """Return the entries of a module by name.
+def parse(text: str, *parts: str) -> dict[str, Entry]:
+    """Return the entries of a module by name: those whose name has all these parts.
 
     Raises:
         UnsupportedError: a statement that the parser does not know, with its line.
@@ -70,11 +70,14 @@ def parse(text: str) -> dict[str, Entry]:
     text = re.sub(r"/\*.*?\*/", lambda match: "\n" * match[0].count("\n"), text, flags=re.S)
     text = re.sub(r"//[^\n]*", "", text)
     dynamic = [(match[2], int(match[1])) for match in re.finditer(r"\.extern\s+\.shared\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[\]", text)]
+    newlines = [match.start() for match in re.finditer("\n", text)]
     entries = {}
     for match in re.finditer(r"\.entry\s+([\w$]+)\s*\((.*?)\)([^{;]*)\{", text, flags=re.S):
+        if not all(part in match[1] for part in parts):
+            continue
         entry = Entry(match[1])
         _parse_parameters(entry, match[2])
-        _Body(entry, text, match.end()).parse()
+        _Body(entry, text, match.end(), newlines).parse()
         for name, alignment in dynamic:  # they share one place, behind all others
             entry.shared_bytes = align(entry.shared_bytes, alignment) if name in _symbols(entry) else entry.shared_bytes
         entry.shared.update((name, entry.shared_bytes) for name, _ in dynamic)
@@ -107,11 +110,10 @@ LABEL = re.compile(r"([\w$]+)\s*:(?!:)")
 class _Body:
     """The statements between the braces of an entry. Registers and labels of an inner block get names of their own."""
 
-    def __init__(self, entry: Entry, text: str, start: int) -> None:
-        self.entry, self.text, self.at = entry, text, start
+    def __init__(self, entry: Entry, text: str, start: int, newlines: list[int]) -> None:
+        self.entry, self.text, self.at, self.newlines = entry, text, start, newlines
         self.scopes: list[dict[str, str]] = [{}]  # names declared in each open block, with the name that each has in the entry
         self.blocks = 0
-        self.newlines = [match.start() for match in re.finditer("\n", text)]
 
     def parse(self) -> None:
         while self.scopes:

@@ -131,12 +131,12 @@ class Transfers:
         return int(self.threads.memory.places(np.array([address], np.int64), size)[0])
 
 
-def places_of(threads: Threads, addresses: Array, size: int, alignment: int, selected: Array) -> list[int]:
+def places_of(threads: Threads, addresses: Array, size: int, alignment: int, selected: Array) -> Array:
     """Where `size[i]` bytes of shared memory are."""
     if (addresses % alignment != 0).any():
         raise FaultError(f"misaligned: {int(addresses[addresses % alignment != 0][0]):#x}; expected a multiple of {alignment}")
     block, first = threads.block[selected], threads.first_of_cluster[selected]
-    return threads.shared.places(addresses, size, block, first, threads.grid.cluster).tolist()
+    return threads.shared.places(addresses, size, block, first, threads.grid.cluster)
 
 
 def mbarrier(transfers: Transfers, instruction: Instruction) -> Action:
@@ -148,7 +148,7 @@ def mbarrier(transfers: Transfers, instruction: Instruction) -> Action:
         def initialize(selection: Selection) -> None:
             selected, addresses = threads.indices(selection), address(selection)
             counts = np.broadcast_to(count(selection), selected.shape)
-            for place, expected in zip(places_of(threads, addresses, 8, 8, selected), counts.tolist(), strict=True):
+            for place, expected in zip(places_of(threads, addresses, 8, 8, selected).tolist(), counts.tolist(), strict=True):
                 transfers.barriers[place] = Barrier(expected, expected)
 
         return initialize
@@ -163,7 +163,7 @@ def mbarrier(transfers: Transfers, instruction: Instruction) -> Action:
     def arrive(selection: Selection) -> None:
         selected = threads.indices(selection)
         sizes = np.broadcast_to(number(selection), selected.shape).tolist() if number else [0] * selected.size
-        for place, size in zip(places_of(threads, address(selection), 8, 8, selected), sizes, strict=True):
+        for place, size in zip(places_of(threads, address(selection), 8, 8, selected).tolist(), sizes, strict=True):
             transfers.barrier(place).arrive(size)
 
     return arrive
@@ -193,9 +193,9 @@ def bulk(transfers: Transfers, instruction: Instruction) -> Action:
         for index, thread in enumerate(selected.tolist()):
             here = selected[index : index + 1]
             shared = (first if loads else second)[index : index + 1]
-            place = places_of(threads, shared, sizes[index], 16, here)[0]
+            place = int(places_of(threads, shared, sizes[index], 16, here)[0])
             if loads:
-                at = places_of(threads, arrivals[index : index + 1], 8, 8, here)[0]
+                at = int(places_of(threads, arrivals[index : index + 1], 8, 8, here)[0])
                 transfers.load(place, int(second[index]), sizes[index], at)
             else:
                 transfers.store(thread, place, int(first[index]), sizes[index])
@@ -220,7 +220,7 @@ def remote_store(transfers: Transfers, instruction: Instruction) -> Action:
         size = data[0].nbytes
         places, at = places_of(threads, addresses, size, size, selected), places_of(threads, arrivals, 8, 8, selected)
         for index in range(selected.size):
-            transfers.send(places[index], data[index].copy().view(np.uint8), at[index])
+            transfers.send(int(places[index]), data[index].copy().view(np.uint8), int(at[index]))
 
     return send
 
