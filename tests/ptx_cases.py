@@ -66,14 +66,14 @@ def batch(rows: int, vocabulary: int, dtype: torch.dtype, *, seed: int = 0, befo
     return drawn
 
 
-def truth(given: Batch) -> Truth:
-    """The clipped loss with an entropy bonus, mean over the unmasked tokens, by log_softmax in float64."""
-    logits = given.logits.double().requires_grad_()
+def truth(given: Batch, dtype: torch.dtype = torch.float64) -> Truth:
+    """The clipped loss with an entropy bonus, mean over the unmasked tokens, by log_softmax."""
+    logits = given.logits.to(dtype, copy=True).requires_grad_()
     scaled = logits if given.softcap is None else given.softcap * torch.tanh(logits / given.softcap)
     log_p = torch.log_softmax(scaled / given.temperature, -1)
     logprobs = log_p.gather(-1, given.token_ids.unsqueeze(-1)).squeeze(-1)
     entropy = -(log_p.exp() * log_p.where(log_p > -math.inf, 0.0)).sum(-1)
-    ratio = torch.exp(logprobs - given.old_logprobs.double())
+    ratio = torch.exp(logprobs - given.old_logprobs.to(dtype))
     surrogate = torch.minimum(ratio * given.advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * given.advantages)
     per_token = torch.where(given.mask, -surrogate - given.entropy_coef * entropy, 0.0)
     loss = per_token.sum() / given.mask.sum()
@@ -85,14 +85,15 @@ def truth(given: Batch) -> Truth:
 
 def check(given: Batch, loss: Tensor, logprobs: Tensor, entropy: Tensor, gradient: Tensor, metrics: dict[str, Tensor]) -> None:
     """Compare with the truth; the gradient row by row, and that of each target relative to itself."""
-    expected = truth(given)
-    assert_close(loss.reshape(()), expected.loss, expected.loss, "loss", scale=1 + expected.loss.abs().item())
+    expected, naive = truth(given), truth(given, torch.float32)
+    assert_close(loss.reshape(()), expected.loss, naive.loss, "loss", scale=1 + expected.loss.abs().item())
     known = given.mask
-    assert_close(logprobs.reshape(known.shape)[known], expected.logprobs[known], expected.logprobs[known], "logprobs")
-    assert_close(entropy.reshape(known.shape)[known], expected.entropy[known], expected.entropy[known], "entropy")
-    for row, (found, true) in enumerate(zip(gradient.flatten(0, -2), expected.gradient.flatten(0, -2), strict=True)):
-        assert_close(found, true, true, f"gradient of row {row}")
-        target = given.token_ids.flatten()[row]
-        assert_close(found[target], true[target], true[target], f"gradient of the target of row {row}", slack=2.0**-21 * true.abs().max().item())
+    assert_close(logprobs.reshape(known.shape)[known], expected.logprobs[known], naive.logprobs[known], "logprobs")
+    assert_close(entropy.reshape(known.shape)[known], expected.entropy[known], naive.entropy[known], "entropy")
+    rows = (x.flatten(0, -2) for x in (gradient, expected.gradient, naive.gradient))
+    for row, (found, true, plain) in enumerate(zip(*rows, strict=True)):
+        assert_close(found, true, plain, f"gradient of row {row}")
+        target, slack = given.token_ids.flatten()[row], 2.0**-21 * true.abs().max().item()
+        assert_close(found[target], true[target], plain[target], f"gradient of the target of row {row}", slack=slack)
     for name, value in expected.metrics.items():
         assert abs(metrics[name].item() - value) <= 2.0**-19 * (1 + abs(value)), name
