@@ -6,17 +6,25 @@ The launchers are those of the product. Approximate instructions are off by as m
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import test_grpo_loss
+import test_linear
 import torch
+from cases import KEPT, Case
 from compare import assert_close
-from launches import small_blocks, splitter
+from hang import HANG
+from launches import parts_for, small_blocks, splitter
 from ptx_cases import Batch, batch, check
-from ptx_machine import Hardware
+from ptx_machine import FaultError, Hardware
 from torch import Tensor
 
 import grpo_fast as gf
@@ -137,21 +145,145 @@ def scaled(dtype: torch.dtype) -> None:
 # ---- mutants: what the machine must not let pass
 
 
-def gradient_of_capped(launcher: Launcher) -> None:
-    check_loss(batch(5, 3003, torch.bfloat16, before=3, after=2))
+def without_barriers(text: str) -> str:
+    return re.sub(r"bar(rier)?\.sync[^;]*;", "", text)
 
 
-def removed(pattern: str, occurrence: int = 0) -> Callable[[str, str], str]:
-    return changed(pattern, "", occurrence)
+def with_an_inverted_mask(text: str) -> str:
+    return re.sub(r"setp\.lt\.s(32|64)", r"setp.ge.s\1", text, count=1)
 
 
-def changed(old: str, new: str, occurrence: int = 0) -> Callable[[str, str], str]:
-    """An edit of all kernels that have it: the occurrence of this text becomes another."""
+def with_reversed_vectors(text: str) -> str:
+    return re.sub(r"(st\.global\S*v4\S* [^{]*\{) *(%\w+), (%\w+), (%\w+), (%\w+)", r"\1 \5, \4, \3, \2", text)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "mutant", "rows", "vocabulary"),
+    [
+        ("_token_sums_kernel", without_barriers, 5, 3003),
+        ("_grpo_loss_terms_kernel", without_barriers, 200, 40),
+        ("_token_sums_kernel", with_an_inverted_mask, 5, 3003),
+        ("_grpo_loss_terms_kernel", with_an_inverted_mask, 5, 3003),
+        ("_grpo_loss_total_kernel", with_an_inverted_mask, 5, 3003),
+        ("_token_gradient_kernel", with_reversed_vectors, 5, 3003),
+    ],
+)
+def test_mutants(kernel: str, mutant: Callable[[str], str], rows: int, vocabulary: int, launcher: Launcher) -> None:
+    """A kernel whose PTX was changed is found out: by a fault, or by what it computes."""
+    edited: list[bool] = []
 
     def edit(name: str, text: str) -> str:
-        pieces = text.split(old)
-        if len(pieces) <= occurrence + 1:
+        if name != kernel:
             return text
-        return old.join(pieces[: occurrence + 1]) + new + old.join(pieces[occurrence + 1 :])
+        edited.append(mutant(text) != text)
+        return mutant(text)
 
-    return edit
+    launcher.edit = edit
+    with pytest.raises((AssertionError, FaultError)):
+        check_loss(batch(rows, vocabulary, torch.bfloat16, before=3, after=2))
+    assert edited and all(edited), "the text that the mutant changes is not in the PTX"
+
+
+# ---- every variant, at length
+
+
+def check_rows(dtype: torch.dtype, softcap: float, want_entropy: bool, elsewhere: bool) -> None:
+    """Both kernels of whole rows, by their launchers, with a temperature for each token."""
+    from grpo_fast.kernels.token_logprobs import LogitRows, Scoring, token_gradient, token_logprobs_fwd
+
+    given = batch(4, 9001, dtype, before=3, after=2)
+    temperatures, (g, h) = torch.tensor([[0.5, 1.0, 0.7, 2.0]]), torch.randn(2, 1, 4)
+    h = h * want_entropy
+    logits = given.logits.double().requires_grad_()
+    log_p = torch.log_softmax((softcap * torch.tanh(logits / softcap) if softcap else logits) / temperatures.unsqueeze(-1), -1)
+    logprobs, entropy = log_p.gather(-1, given.token_ids.unsqueeze(-1)).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
+    (true_gradient,) = torch.autograd.grad((g * logprobs + h * entropy).sum(), logits)
+    rows, scoring = LogitRows(given.logits, given.token_ids, torch.ones_like(given.mask)), Scoring(temperatures, 1.0, softcap, 1.0)
+    found = token_logprobs_fwd(rows, scoring, want_entropy=want_entropy, parts=2)
+    gradient = torch.full((1, 4, 9001 + 5), float("nan"), dtype=dtype)[..., 3 + elsewhere : 9004 + elsewhere]
+    token_gradient(rows, scoring, g, h, *found, gradient, want_entropy=want_entropy, parts=2)
+    size = max(1.0, softcap)  # a soft cap multiplies the errors of its tanh
+    assert_close(found[0], logprobs.detach(), logprobs.detach(), "logprobs", slack=2.0**-21 * size)
+    if want_entropy:
+        assert_close(found[1], entropy.detach(), entropy.detach(), "entropy", slack=2.0**-21 * size)
+    assert_close(gradient, true_gradient, true_gradient, "gradient", slack=2.0**-21 * size * true_gradient.abs().max().item())
+
+
+def check_surrogate(name: str, everything: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss with every optional input, or with none of them, by the comparison of test_grpo_loss.py."""
+    given = batch(4, 301, torch.bfloat16)
+    loss_type = next(each for each, row in gf.LOSS_TYPES.items() if row.surrogate == name)
+    options: dict[str, Any] = {"config": gf.LossConfig(loss_type=loss_type, importance_sampling_level=None), "loss_scale": 1.0}
+    if everything:
+        beside = {"old_logprobs": given.old_logprobs, "ref_logprobs": given.old_logprobs - 0.1, "rollout_weights": torch.rand(1, 4) + 0.5}
+        options["config"] = gf.LossConfig(loss_type=loss_type, beta=0.04, entropy_coef=0.1)
+        options |= beside | {"temperature": torch.rand(1, 4) + 0.5, "softcap": 30.0}
+    case = Case(given.logits, given.token_ids, given.advantages, options)
+    monkeypatch.setattr(test_grpo_loss, "random_case", lambda seed, dtype: case)
+    test_grpo_loss.check(0, torch.bfloat16)
+
+
+def key_of(variant: Any) -> tuple[Any, ...]:
+    """A variant of tools/compile_triton.py as the launcher names it."""
+    source = variant.source()
+    return variant.kernel.fn.__name__, tuple(source.signature.items()), tuple(source.constants.items()), variant.warps
+
+
+@pytest.mark.sweep
+def test_every_variant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each that tools/compile_triton.py compiles, as it is launched: with the blocks of the product."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    import compile_triton
+    from ptx.triton_launch import Launcher, triton_on_cpu
+
+    from grpo_fast.loss.config import SURROGATES
+
+    launcher = Launcher(APART)
+    with triton_on_cpu(launcher):
+        for dtype in DTYPES:
+            for softcap in (0.0, 30.0):
+                for want_entropy, elsewhere in itertools.product((False, True), (False, True)):
+                    check_rows(dtype, softcap, want_entropy, elsewhere)
+            kept_products(dtype, 136)
+            kept_products(dtype, 37)
+            scaled(dtype)
+        for surrogate, everything in itertools.product(SURROGATES, (False, True)):
+            if surrogate != "vespo":  # which reaches the kernels as REINFORCE
+                check_surrogate(surrogate, everything, monkeypatch)
+    missing = {variant.name for variant in compile_triton.variants() if key_of(variant) not in launcher.variants}
+    assert not missing
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_random_options(dtype: torch.dtype, launcher: Launcher, split: Callable[[int], None]) -> None:
+    """Every option of the loss by the comparison of test_grpo_loss.py, with kept sets too."""
+    for seed in (*range(40), *range(KEPT, KEPT + 10)):
+        split(parts_for(seed))
+        launcher.hardware = Hardware(seed=seed, ranks=1 + seed % 3, error=float(seed % 2))
+        test_grpo_loss.check(seed, dtype)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("seed", [*range(6), *range(KEPT, KEPT + 6)])
+def test_the_head(seed: int, launcher: Launcher) -> None:
+    """Chunks of logits from hidden states, with bfloat16 gradients of float32 logits, and the products of kept sets."""
+    test_linear.check(seed, DTYPES[seed % 3])
+
+
+OTHERS = os.environ.get("GRPO_FAST_TEST_TRITONS", "").split(os.pathsep)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("folder", [pytest.param(folder, id=Path(folder).name or "none") for folder in OTHERS])
+def test_another_triton(folder: str) -> None:
+    """Folders of other versions: pip install --no-deps --target FOLDER triton==3.6.0, then GRPO_FAST_TEST_TRITONS=FOLDER:..."""
+    if not folder:
+        pytest.skip("GRPO_FAST_TEST_TRITONS names no folder with another version of Triton")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([folder, str(ROOT)]), "GRPO_FAST_TEST_TRITONS": ""}
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", str(Path(__file__))]
+    check_version = f"import triton; assert triton.__file__.startswith({str(Path(folder).resolve())!r}), triton.__file__"
+    subprocess.run([sys.executable, "-c", check_version], env=environment, check=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT, timeout=HANG)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
