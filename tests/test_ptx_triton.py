@@ -200,6 +200,8 @@ def check_rows(dtype: torch.dtype, softcap: float, want_entropy: bool, elsewhere
     (true_gradient,) = torch.autograd.grad((g * logprobs + h * entropy).sum(), logits)
     rows, scoring = LogitRows(given.logits, given.token_ids, torch.ones_like(given.mask)), Scoring(temperatures, 1.0, softcap, 1.0)
     found = token_logprobs_fwd(rows, scoring, want_entropy=want_entropy, parts=2)
+    if not want_entropy:  # it is undefined
+        found = (found[0], torch.zeros(1, 4), found[2])
     gradient = torch.full((1, 4, 9001 + 5), float("nan"), dtype=dtype)[..., 3 + elsewhere : 9004 + elsewhere]
     token_gradient(rows, scoring, g, h, *found, gradient, want_entropy=want_entropy, parts=2)
     size = max(1.0, softcap)  # a soft cap multiplies the errors of its tanh
@@ -213,10 +215,11 @@ def check_surrogate(name: str, everything: bool, monkeypatch: pytest.MonkeyPatch
     """The loss with every optional input, or with none of them, by the comparison of test_grpo_loss.py."""
     given = batch(4, 301, torch.bfloat16)
     loss_type = next(each for each, row in gf.LOSS_TYPES.items() if row.surrogate == name)
-    options: dict[str, Any] = {"config": gf.LossConfig(loss_type=loss_type, importance_sampling_level=None), "loss_scale": 1.0}
+    settings: dict[str, Any] = {"loss_type": loss_type} | ({"epsilon_high": 5.0} if name == "cispo" else {})
+    options: dict[str, Any] = {"config": gf.LossConfig(**settings)}
     if everything:
         beside = {"old_logprobs": given.old_logprobs, "ref_logprobs": given.old_logprobs - 0.1, "rollout_weights": torch.rand(1, 4) + 0.5}
-        options["config"] = gf.LossConfig(loss_type=loss_type, beta=0.04, entropy_coef=0.1)
+        options["config"] = gf.LossConfig(**settings, beta=0.04, entropy_coef=0.1)
         options |= beside | {"temperature": torch.rand(1, 4) + 0.5, "softcap": 30.0}
     case = Case(given.logits, given.token_ids, given.advantages, options)
     monkeypatch.setattr(test_grpo_loss, "random_case", lambda seed, dtype: case)
