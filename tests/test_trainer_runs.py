@@ -472,7 +472,7 @@ def test_every_setting_of_the_loss_is_one_of_the_trainer(tmp_path: Path) -> None
     names = {field.name for field in dataclasses.fields(GRPOConfig)}
     missing = {field.name for field in dataclasses.fields(gf.LossConfig)} - names
     renamed = {"epsilon_low", "bias_corrected_kl"}
-    assert missing == renamed | {"aggregation", "entropy_aggregation", "log_ratio_clamp"}
+    assert missing == renamed | {"entropy_aggregation", "log_ratio_clamp"}
     settings = {"loss_type": "vespo", "vespo_k_pos": 1.5, "sapo_temperature_neg": 1.2, "kl_estimator": "k2", "epsilon": 0.1, "beta": 0.5}
     found = config(tmp_path, **settings, use_bias_correction_kl=False).loss_config()
     expected: dict[str, Any] = {name: value for name, value in settings.items() if name != "epsilon"} | {

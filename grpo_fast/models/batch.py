@@ -15,8 +15,9 @@ from grpo_fast.loss.support import Support
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["ForwardBatch", "ModelInputs"]
+__all__ = ["COLUMN", "ForwardBatch", "ModelInputs"]
 
+COLUMN = "column."  # before the name of a column of the dataset in ``ForwardBatch.tokens``
 ModelInputs = Mapping[str, Any]  # the keyword arguments of a model's forward, which differ from model to model
 
 
@@ -33,7 +34,8 @@ class ForwardBatch:
         advantages: float32 [B].
         loss_mask: bool [B]; False excludes the completion from the loss.
         tokens: float32 [N] each, those that are needed: the log-probabilities ``"sampler"`` (reported by the sampler), ``"old"``
-            (policy at sampling time) and ``"ref"`` (reference policy), and ``"weights"``, which multiply the surrogate.
+            (policy at sampling time) and ``"ref"`` (reference policy), and ``"weights"``, which multiply the surrogate; and, under
+            ``"column."`` and its name, each column of the dataset that a custom surrogate takes.
         support: the kept sets of the N tokens, on the device of the model, if they were drawn with truncation (top-k, top-p, min-p); then
             they are scored over these sets. None = over the whole vocabulary.
 
@@ -53,6 +55,11 @@ class ForwardBatch:
 
     def __len__(self) -> int:
         return len(self.completion_ids)
+
+    @property
+    def surrogate_inputs(self) -> dict[str, Tensor] | None:
+        """The columns of the dataset that a custom surrogate takes, [N] each; None if there are none."""
+        return {name.removeprefix(COLUMN): x for name, x in self.tokens.items() if name.startswith(COLUMN)} or None
 
     @property
     def lengths(self) -> list[int]:

@@ -98,6 +98,7 @@ class ModelForward:
             "mask": packed.per_token(batch.loss_mask),
             "temperature": packed.per_token(batch.temperature),
             "support": batch.support,
+            "surrogate_inputs": batch.surrogate_inputs,
             "cu_seqlens": packed.cu_seqlens,
             "num_items": num_items,
             "loss_scale": loss_scale,

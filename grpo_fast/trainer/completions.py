@@ -21,6 +21,7 @@ from grpo_fast.trainer.prompt_source import Row
 from grpo_fast.trainer.reward_log import RewardLog
 from grpo_fast.trainer.rollout import Rollout
 from grpo_fast.trainer.special_tokens import decode_completions
+from grpo_fast.trainer.surrogate_columns import columns_of
 from grpo_fast.utils.seeds import derived_seed
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class GeneratedCompletion(NamedTuple):
     completion: Completion
     text: str
     extra: dict[str, Any]  # values for the completions table, which rewards set with ``log_extra``
+    columns: Mapping[str, float] = {}
 
 
 class CompletionRunner:
@@ -57,14 +59,16 @@ class CompletionRunner:
         return sends_as_chat(trainer.args.chat, dataset, trainer.processing_class, name, tell=tell and trainer.accelerator.is_main_process)
 
     def check_first_prompts(self, datasets: Mapping[str, object]) -> None:
-        """Encode the first prompt of each dataset, so that a tokenizer without chat template is found before training.
+        """Encode the first prompt of each dataset, so that a tokenizer without chat template is found before training, and read the columns
+        of its row that a custom surrogate takes.
 
         Raises:
-            ValueError: a prompt cannot be encoded.
+            ValueError: a prompt cannot be encoded, or a column is missing.
         """
         for name, dataset in datasets.items():
             if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
                 self._encode_prompt(dataset[0]["prompt"], self.sends_as_chat(dataset, name))
+                columns_of(self.trainer.loss_config, dataset[0])
 
     def forget_weights(self) -> None:
         """Send the weights to the sampler before the next completions, even if it has them already."""
@@ -130,7 +134,8 @@ class CompletionRunner:
             end_tokens=end_tokens_of(trainer.model, tokenizer),
             skip_special_tokens=trainer.args.skip_special_tokens,
         )
-        return [GeneratedCompletion(ids, each, text, {}) for ids, each, text in zip(prompts, drawn, texts, strict=False)]
+        columns = [columns_of(trainer.loss_config, row) for row in rows]
+        return [GeneratedCompletion(*parts[:3], {}, parts[3]) for parts in zip(prompts, drawn, texts, columns, strict=False)]
 
     def score(self, rows: Sequence[Row], completions: Sequence[GeneratedCompletion], temperatures: Sequence[float]) -> Tensor:
         """Call the rewards.

@@ -92,7 +92,10 @@ class GRPOConfig(SamplingSettings, TrainingArguments):
             `loss_config` makes one; epsilon_high: None = epsilon. The settings of single losses (``sapo_temperature_pos``, ...) are
             copied from LossConfig.
         surrogate: with ``loss_type="custom"``, a function, or the name of one, as in ``"my_loss.py:my_loss"``; see LossConfig and
-            docs/custom-loss.md. Stored settings hold its name.
+            docs/custom-loss.md. Stored settings hold its name. Its other parameters without a default are columns of the dataset, one
+            number per row.
+        aggregation: a name of ``AGGREGATIONS``, without the ``nonempty_`` ones; None = that of the loss type. Means are over the whole
+            optimizer step.
         use_adaptive_entropy: adapt the coefficient of the entropy bonus, which begins at ``entropy_coef``, after each step (Skywork-OR1,
             arXiv:2505.22312): it rises while the entropy is at most ``entropy_target``, else it falls, and the bonus is off.
         entropy_coef_min: with ``use_adaptive_entropy``, the least coefficient.

@@ -13,6 +13,7 @@ from grpo_fast.trainer.advantages import compute_advantages
 from grpo_fast.trainer.completions import GeneratedCompletion
 from grpo_fast.trainer.metrics import MetricAccumulator
 from grpo_fast.trainer.rollout import Rollout
+from grpo_fast.trainer.surrogate_columns import add_columns
 from grpo_fast.trainer.trl_metrics import measure_lengths, measure_reward_spread
 
 if TYPE_CHECKING:
@@ -102,4 +103,5 @@ class EvaluationLoss:
             groups.advantages[first : first + len(drawn)].cpu(),
             counts,
         )
+        add_columns(rollout, [each.completion for each in drawn], args.device)
         return rollout, rewards, groups

@@ -17,7 +17,7 @@ __all__ = ["add_loss_fields", "make_loss_config", "with_surrogate_name"]
 T = TypeVar("T")
 
 _RENAMED = ("epsilon_low", "bias_corrected_kl")  # TRL's names are epsilon and use_bias_correction_kl
-_SET_BY_LOSS_TYPE = ("aggregation", "entropy_aggregation", "log_ratio_clamp")
+_SET_BY_LOSS_TYPE = ("entropy_aggregation", "log_ratio_clamp")
 
 
 def add_loss_fields(cls: type[T]) -> type[T]:
@@ -49,13 +49,22 @@ def make_loss_config(config: GRPOConfig) -> LossConfig:
         "epsilon_low": config.epsilon,
         "epsilon_high": config.epsilon if config.epsilon_high is None else config.epsilon_high,
         "bias_corrected_kl": config.use_bias_correction_kl,
-        # Denominators are those of the whole optimizer step, so bnpo's mean over the tokens of the batch is one over all its tokens.
-        "aggregation": "global_token_mean" if config.loss_type == "bnpo" else None,
+        "aggregation": _aggregation(config),
     }
     made = LossConfig(**settings)
     if made.custom is not None:
-        made.custom.check_inputs({}, has_reference=config.beta != 0)
+        made.custom.check_inputs(dict.fromkeys(made.custom.columns), has_reference=config.beta != 0)  # columns of the dataset
     return made
+
+
+def _aggregation(config: GRPOConfig) -> str | None:
+    if config.aggregation is not None and config.aggregation.startswith("nonempty_"):
+        expected = "one whose denominator is the same in all micro-batches. Fix: " + config.aggregation.removeprefix("nonempty_")
+        raise bad_setting("aggregation", config.aggregation, expected)
+    # Denominators are those of the whole optimizer step, so a mean over the tokens of the batch is one over all its tokens.
+    if config.aggregation == "token_mean" or (config.aggregation is None and config.loss_type == "bnpo"):
+        return "global_token_mean"
+    return config.aggregation
 
 
 def with_surrogate_name(settings: dict[str, Any]) -> dict[str, Any]:

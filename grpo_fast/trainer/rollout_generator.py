@@ -29,6 +29,7 @@ from grpo_fast.trainer.prompt_stream import PromptStream
 from grpo_fast.trainer.replay import SupportReplay
 from grpo_fast.trainer.rollout import Rollout
 from grpo_fast.trainer.sampling_settings import check_importance_weights, check_rejection, corrects_sampler, warn_of_penalties
+from grpo_fast.trainer.surrogate_columns import add_columns
 from grpo_fast.trainer.trl_metrics import measure_lengths, measure_reward_spread
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ class RolloutGenerator:
             groups.advantages.advantages[local].cpu(),
             torch.tensor([self._is_scored(each) for each in completions]) & counted[local],
         )
+        add_columns(rollout, completions, args.device)
         drawn = [each.completion for each in completions]
         rollout.support = self.replay.of(drawn, args.device)
         self.replay.measure(drawn, trainer.metrics)
