@@ -123,7 +123,7 @@ def deepseek_v32(args: GRPOConfig, **_: Any) -> tuple[float, float]:
         torch.full((3, 1), -1.4),
         torch.tensor([-1.0, 1.0, -1.0]),
         torch.ones(3, 1),
-        threshold=args.off_policy_mask_threshold,  # type: ignore[arg-type]
+        threshold=args.off_policy_mask_threshold,
     )
     assert masks.flatten().tolist() == [0.0, 1.0, 1.0]
     d = math.log(0.5) - LOG_P
