@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shlex
 import statistics
@@ -23,7 +24,7 @@ pytest.importorskip("reasoning_gym")
 from grpo_fast.cli import main as cli
 from grpo_fast.data.tasks.sorting import make_tokenizer
 from grpo_fast.demo.model import make_model
-from grpo_fast.study import report, sampling_setup, training_setup, training_summary
+from grpo_fast.study import model_training, report, sampling_setup, training_setup, training_summary
 from grpo_fast.study.estimates import Estimate, difference, is_significant
 from grpo_fast.study.options import temperature_name
 from grpo_fast.study.sampling_summary import COMPARED
@@ -48,30 +49,35 @@ def as_markdown(table: report.TextTable) -> list[str]:
 
 
 def test_the_tables_are_those_of_the_results() -> None:
-    trained = result("training")
-    tables = [*report.sampling_tables(result("sampling")), report.evaluation_table(trained), report.training_table(trained)]
-    for table in tables:
+    tables = report.sampling_tables(result("sampling"))
+    for name in ("training", "truncation"):
+        trained = result(name)
+        tables += [report.evaluation_table(trained), report.training_table(trained)]
+    first_step = report.first_step_table(trained)
+    assert first_step is not None
+    for table in [*tables, first_step]:
         expected = "\n".join(as_markdown(table))
         assert expected in PAGE, f"{table.title} is:\n{expected}"
 
 
-@pytest.mark.parametrize("name", ["sampling", "training"])
+@pytest.mark.parametrize("name", ["sampling", "training", "truncation"])
 def test_the_advice_is_quoted_from_the_results(name: str) -> None:
     for sentence in result(name)["advice"]["sentences"]:
         assert f"- {sentence}\n" in PAGE, sentence
 
 
 def test_the_results_hold_summaries_only() -> None:
-    files = [ROOT / f"bench/results/temperature_{name}.json" for name in ("sampling", "training")]
+    files = [ROOT / f"bench/results/temperature_{name}.json" for name in ("sampling", "training", "truncation")]
     assert sum(file.stat().st_size for file in files) < 200_000
-    assert not {"drawn", "per_prompt"} & set(result("sampling")) and "runs" not in result("training")
+    assert not {"drawn", "per_prompt"} & set(result("sampling")) and "runs" not in result("training") | result("truncation")
 
 
-def test_the_training_summary_follows_from_its_seeds() -> None:
+@pytest.mark.parametrize(("name", "seeds", "steps"), [("training", 12, "steps"), ("truncation", 2, "max_steps")])
+def test_the_training_summary_follows_from_its_seeds(name: str, seeds: int, steps: str) -> None:
     """Means and errors follow from the numbers of the seeds, the ends of the curves from the curves, and the advice from both."""
-    found = result("training")
+    found = result(name)
     labels, places = found["trained_at"][1:], [temperature_name(each) for each in found["options"]["eval_temperatures"]]
-    assert found["seeds"] >= 5 and set(found["evaluation"]) == {training_setup.BEFORE, *labels}
+    assert found["seeds"] == seeds and set(found["evaluation"]) == {training_setup.BEFORE, *labels}
     cells = [cell for of_label in found["evaluation"].values() for place in places for cell in of_label[place].values()]
     cells += [ends[end] for of_label in found["training"].values() for ends in of_label.values() for end in ("first", "last")]
     for cell in cells:
@@ -82,7 +88,7 @@ def test_the_training_summary_follows_from_its_seeds() -> None:
     for label in labels:
         for name, ends in found["training"][label].items():
             curve = found["learning_curves"][label][name]["mean"]
-            assert len(curve) == found["options"]["steps"]
+            assert len(curve) == found["options"][steps]
             assert ends["first"]["mean"] == pytest.approx(statistics.fmean(curve[:5]), rel=1e-5)
             assert ends["last"]["mean"] == pytest.approx(statistics.fmean(curve[-5:]), rel=1e-5)
     accuracy = {
@@ -187,6 +193,17 @@ def test_the_commands_of_the_results_are_those_that_made_them() -> None:
     assert asked.labels == found["trained_at"] and asked.seeds == found["seeds"] and asked.measurements["options"] == found["options"]
 
 
+def test_the_command_of_the_truncation_is_that_which_made_its_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    (command,) = (command for command in COMMANDS if "temperature_truncation" in command)
+    args = [os.path.expanduser(each) for each in shlex.split(command)[3:]]
+    if not Path(args[args.index("--model") + 1]).is_dir():
+        pytest.skip("the model of the measurement is not there; `make real-parts` builds it")
+    monkeypatch.chdir(ROOT)
+    found = result("truncation")
+    asked = model_training.prepare_model_training([*args, "--output", "elsewhere.json"])
+    assert asked.labels == found["trained_at"] and asked.seeds == found["seeds"] and asked.measurements["options"] == found["options"]
+
+
 def test_every_command_runs(tmp_path: Path, figures: list[Callable[[], None]], monkeypatch: pytest.MonkeyPatch) -> None:
     """With a small model in place of one from the hub, a few short completions, and the first steps of a training; the first figure of
     either kind is drawn."""
@@ -199,9 +216,13 @@ def test_every_command_runs(tmp_path: Path, figures: list[Callable[[], None]], m
     tokenizer.save_pretrained("model")
     Path("sums.yaml").write_text("model: ./model\ndataset: reasoning_gym:chain_sum\nrewards: [task, format]\noutput_dir: runs/sums\n")
     readme = re.findall(r"^grpo-fast study.*$", (ROOT / "README.md").read_text(), re.M)
-    assert len(readme) == 1 and readme[0] in COMMANDS and len(COMMANDS) == 5
+    # tests/test_study_models.py runs the kind of the others.
+    own = [command for command in COMMANDS if not command.startswith("grpo-fast study training examples") and command != "make real-parts"]
+    assert (
+        len(readme) == 1 and readme[0] in own and len(own) == 5 and len(COMMANDS) == 7
+    )  # tests/test_study_models.py runs the others' kind
     drawn: dict[str, bytes] = {}
-    for number, command in enumerate(COMMANDS):
+    for number, command in enumerate(own):
         args = shlex.split(command.replace("Qwen/Qwen3-0.6B", "./model"))[1:]
         few = {
             "training": [

@@ -23,6 +23,7 @@ from grpo_fast.utils.errors import SettingsError
 pytest_plugins = ["study_cases"]
 pytestmark = pytest.mark.usefixtures("figures", "here")
 
+CAPITALS = Path(__file__).resolve().parent.parent / "examples" / "capitals"
 OWN = ["--model", "./model", "--dataset", "rows.jsonl", "--eval_dataset", "rows.jsonl", "--rewards", "study_rewards.py:odd_first"]
 OWN += ["--correct", "odd_first", "--use_cpu", "--max_completion_length", "4", "--num_generations", "4"]
 OWN += ["--per_device_train_batch_size", "8", "--max_steps", "2", "--learning_rate", "1e-3", "--eval_rounds", "2"]
@@ -110,3 +111,23 @@ def test_each_temperature_is_combined_with_each_truncation() -> None:
         "top_p": 0.95,
         "replay_support": "false",
     }
+
+
+def test_the_example_of_the_capitals() -> None:
+    """Its settings are valid, its questions differ, and each answer earns its reward."""
+    from grpo_fast.data.loading import load_rewards
+    from grpo_fast.trainer.config import GRPOConfig
+    from grpo_fast.trainer.run_settings import TrainOptions, parse
+
+    options, config, _ = parse([str(CAPITALS / "settings.yaml"), "--model", "m", "--use_cpu"], GRPOConfig, TrainOptions)
+    assert options.rewards == ["examples/capitals/reward.py:names_capital"] and options.dataset == "examples/capitals/questions.jsonl"
+    assert config.max_steps == 16 and config.num_generations == 8
+    rows = [json.loads(line) for line in (CAPITALS / "questions.jsonl").read_text().splitlines()]
+    assert len({row["prompt"] for row in rows}) == len(rows) == 151
+    (reward,) = load_rewards([f"{CAPITALS / 'reward.py'}:names_capital"], None)
+    answers = [row["answer"] for row in rows]
+    named = [f"It is {answer.split('|')[-1].upper()}." for answer in answers]
+    arguments: dict[str, Any] = {"prompts": [row["prompt"] for row in rows], "answer": answers}
+    assert reward(completions=named, **arguments) == [1.0] * len(rows)
+    others: Any = reward(completions=[*named[1:], named[0]], **arguments)
+    assert sum(others) <= 1, "the capital of another country"
