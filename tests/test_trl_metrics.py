@@ -70,7 +70,7 @@ def test_the_reward_statistics_are_trls() -> None:
 
 
 def test_the_guide_lists_the_table() -> None:
-    guide = (Path(__file__).parent.parent / "docs" / "training.md").read_text()
+    guide = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text()
     rows = dict(re.findall(r"^\| `([\w/]+)` \| (.*) \|$", guide, re.M))
     assert {name: text for name, text in rows.items() if name in METRICS} == METRICS
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Creates or updates .venv for `make demo` (bootstrap.sh demo) or for all other targets (bootstrap.sh test): installs the packages and this
-# checkout, and compiles the extension. Uses the interpreter $PYTHON (default python3), and its torch if that is 2.11 or newer; otherwise
+# Creates or updates .venv for `make demo` (bootstrap.sh demo), `make docs` (bootstrap.sh docs) or all other targets (bootstrap.sh test):
+# installs the packages and this checkout, and compiles the extension; for `make docs` only the packages that build the site, without
+# torch. Uses the interpreter $PYTHON (default python3), and its torch if that is 2.11 or newer; otherwise
 # installs the pinned torch. A later call does nothing unless something has changed: it installs packages again after a change of
 # pyproject.toml, setup.py or this file, and compiles again after a change of csrc/, setup.py, the build flags or the package versions.
 set -euo pipefail
@@ -80,6 +81,19 @@ install_into() {  # requirement, folder
 }
 
 [ -x $python ] && $python -c '' 2>/dev/null || make_venv
+
+if [ "$what" = docs ]; then
+  $python -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    fail "$($python --version) in .venv; the tools for the site expect 3.11 or newer. Fix: make clean docs PYTHON=/path/to/python3.11"
+  wanted=$(cat pyproject.toml tools/bootstrap.sh | digest)
+  if [ "$(cat .venv/ready-docs 2>/dev/null)" != "$wanted" ]; then
+    say "installing the tools for the documentation"
+    $python -m pip install -qq --no-compile -U "pip>=25.1"
+    $python -m pip install -qq --no-compile --group docs
+    echo "$wanted" >.venv/ready-docs
+  fi
+  exit
+fi
 
 packages=$({ echo "$torch_pin $transformers_pin"; cat pyproject.toml setup.py tools/bootstrap.sh; } | digest)
 ready() { [ "$(cat ".venv/ready-$1" 2>/dev/null)" = "$packages" ]; }

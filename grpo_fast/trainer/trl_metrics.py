@@ -1,4 +1,4 @@
-"""Metrics that are logged for dashboards made for TRL, with TRL's names, and the table of all metrics (docs/training.md lists it)."""
+"""Metrics that are logged for dashboards made for TRL, with TRL's names, and the table of all metrics (docs/metrics.md lists it)."""
 
 from __future__ import annotations
 
