@@ -49,6 +49,18 @@ def test_shuffles(mode: str, by: int, limit: int) -> None:
     )
 
 
+@pytest.mark.parametrize(("operation", "truth"), [("min.s32", np.min), ("max.s32", np.max), ("add.s32", np.sum)])
+def test_reductions_over_a_warp(operation: str, truth: Any) -> None:
+    body = f"""
+    mul.wide.u32 %d5, %r1, 4; add.s64 %d7, %d5, %d1;
+    sub.s32 %r2, %r1, 40; mov.u32 %r3, -1;
+    redux.sync.{operation} %r4, %r2, %r3;
+    st.global.b32 [%d7], %r4;"""
+    found = run(body, np.zeros(1), np.zeros(THREADS, np.int32))
+    given = (np.arange(THREADS) - 40).reshape(2, 32)
+    np.testing.assert_array_equal(found.reshape(2, 32), truth(given, axis=1)[:, None].repeat(32, 1))
+
+
 def test_matrices_in_shared_memory() -> None:
     """Each thread stores two neighbours; ldmatrix gives a thread the two that it holds of an 8 x 8 matrix, stmatrix the way back."""
     body = """

@@ -139,6 +139,26 @@ def shuffle(threads: Threads, instruction: Instruction) -> Action:
     return action
 
 
+@builds("redux")
+def reduction(threads: Threads, instruction: Instruction) -> Action:
+    """An integer operation over all threads of a warp, whose result each of them gets."""
+    functions: dict[str, Any] = {"add": np.add, "min": np.minimum, "max": np.maximum}
+    functions |= {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
+    sync, operation, kind = instruction.modifiers
+    if sync != "sync" or kind not in ("s32", "u32", "b32") or operation not in functions:
+        raise refused(instruction)
+    write, value = threads.writer(instruction.operands[0], kind), threads.reader(instruction.operands[1], kind)
+    members = threads.reader(instruction.operands[2], "u32")
+
+    def action(selection: Selection) -> None:
+        if (members(selection) != 0xFFFF_FFFF).any():
+            raise refused(instruction)
+        of_warps = np.broadcast_to(value(selection), threads.indices(selection).shape).reshape(-1, WARP)
+        write(selection, functions[operation].reduce(of_warps, axis=1, dtype=of_warps.dtype).repeat(WARP))
+
+    return action
+
+
 @builds("ldmatrix", "stmatrix")
 def matrix(threads: Threads, instruction: Instruction) -> Action:
     """8 x 8 matrices of 16-bit elements between shared memory and a warp: thread t holds elements 2 t and 2 t + 1 of each."""

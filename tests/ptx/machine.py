@@ -7,26 +7,22 @@ as far apart as barriers allow, so that a missing barrier shows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from . import arithmetic, conversions  # noqa: F401  they fill the table of the instructions
+from . import accesses, arithmetic, conversions  # noqa: F401  they fill the table of the instructions
 from . import transfers as asynchronous
-from .accesses import address_of
 from .faults import FaultError, UnsupportedError
 from .instructions import BUILDERS, Action, refused
 from .parser import Instruction
 from .threads import WARP, Threads
-from .transfers import Transfers, places_of
+from .transfers import Transfers
 from .values import Array, Selection
+from .waits import AT_BLOCK, AT_CLUSTER, AT_WARP, DONE, RUNS, Control, Waits
 
-RUNS, DONE, AT_WARP, AT_BLOCK, AT_CLUSTER, AT_MBARRIER, AT_GROUP = range(7)  # what a thread waits for
-COLLECTIVE = ("shfl", "ldmatrix", "stmatrix")
+COLLECTIVE = ("shfl", "redux", "ldmatrix", "stmatrix")
 LONGEST = 20_000_000  # instructions, before the machine gives up
-
-Control = Callable[[Array, int], bool]  # threads at an instruction; True if they all go on behind it
 
 
 @dataclass
@@ -51,8 +47,7 @@ class Machine:
         self.rank = np.zeros(threads.count, np.int64)
         self.barrier_id = np.zeros(threads.count, np.int64)
         self.arrivals = np.zeros(threads.count, np.int64)  # at the barrier of the cluster
-        self.waits: dict[tuple[int, int], list[Array]] = {}  # the threads at an mbarrier, by its place and the parity
-        self.group_waits: dict[int, tuple[int, bool]] = {}  # of a thread at bulk stores: how many may remain, and whether reading is enough
+        self.waits = Waits(self.transfers, self.at, self.state)
         self.executed = 0
         self._draw_ranks()
 
@@ -70,8 +65,8 @@ class Machine:
                     if (self.state == DONE).all():
                         self.transfers.check_ended()
                     self.transfers.deliver()
-                    self._wake_at_mbarriers()
-                    self._wake_at_groups()
+                    self.waits.wake_at_mbarriers()
+                    self.waits.wake_at_groups()
                 elif runs.any():
                     self._run_some(runs)
                 elif (self.state == DONE).all():
@@ -112,7 +107,7 @@ class Machine:
             self.executed += 1
             try:
                 if step.action is not None:
-                    self._act(step.action, step.predicate, selection, selected)
+                    self._act(step, step.action, selection, selected)
                 elif step.control is not None and not step.control(selected, here):
                     return
             except FaultError as fault:
@@ -123,11 +118,11 @@ class Machine:
         self.at[selected] = here
 
     @staticmethod
-    def _act(action: Action, predicate: Array | None, selection: Selection, selected: Array) -> None:
-        if predicate is None:
+    def _act(step: Step, action: Action, selection: Selection, selected: Array) -> None:
+        if step.predicate is None:
             action(selection)
             return
-        active = predicate[selection]
+        active = step.predicate[selection] != step.instruction.negated
         if active.all():
             action(selection)
         elif active.any():
@@ -137,32 +132,16 @@ class Machine:
         instruction = self.threads.entry.code[index]
         step = Step(instruction)
         try:
-            if instruction.predicate:
-                register = self.threads.register(instruction.predicate)
-                step.predicate = register
-                if instruction.negated:
-                    step.predicate = None
-            step.control = self._control(instruction, index)
+            step.predicate = self.threads.register(instruction.predicate) if instruction.predicate else None
+            step.control = self._control(instruction)
             if step.control is None:
                 step.action = self._action(instruction)
-                if instruction.negated:
-                    step.action = self._unless(step.action, self.threads.register(instruction.predicate))
             elif instruction.predicate and instruction.name not in ("bra", "ret", "exit"):
                 raise refused(instruction)
         except UnsupportedError as error:
             raise UnsupportedError(f"line {instruction.line}: {error}") from None
         self.steps[index] = step
         return step
-
-    def _unless(self, action: Action, predicate: Array) -> Action:
-        def act(selection: Selection) -> None:
-            active = ~predicate[selection]
-            if active.all():
-                action(selection)
-            elif active.any():
-                action(self.threads.indices(selection)[active])
-
-        return act
 
     def _action(self, instruction: Instruction) -> Action:
         form = instruction.modifiers
@@ -178,7 +157,7 @@ class Machine:
 
     # Control --------------------------------------------------------------------------------------------------------------------------
 
-    def _control(self, instruction: Instruction, index: int) -> Control | None:
+    def _control(self, instruction: Instruction) -> Control | None:
         """The function of an instruction that decides where threads go on; None for one that only computes."""
         name, form = instruction.name, instruction.modifiers
         if name == "bra":
@@ -194,9 +173,9 @@ class Machine:
         if name == "barrier" and form[0] == "cluster":
             return self._cluster_arrive if form[1] == "arrive" else self._cluster_wait
         if name == "mbarrier" and form[0] == "try_wait":
-            return self._try_wait(instruction)
+            return self.waits.try_wait(instruction)
         if name == "cp" and form[2:3] == ("wait_group",):
-            return self._wait_group(instruction)
+            return self.waits.wait_group(instruction)
         return None
 
     def _condition(self, instruction: Instruction, selected: Array) -> Array:
@@ -292,62 +271,9 @@ class Machine:
         self.state[complete] = RUNS
         return bool(complete.any())
 
-    def _try_wait(self, instruction: Instruction) -> Control:
-        """It may be false before the phase is over: then too a correct program waits again."""
-        if "parity" not in instruction.modifiers:
-            raise refused(instruction)
-        write = self.threads.writer(instruction.operands[0], "pred")
-        address, parity = (
-            address_of(self.threads, instruction.operands[1], instruction),
-            self.threads.reader(instruction.operands[2], "u32"),
-        )
-
-        def wait(selected: Array, here: int) -> bool:
-            places = places_of(self.threads, address(selected), 8, 8, selected)
-            keys, inverse = np.unique(2 * places + parity(selected), return_inverse=True)
-            found = [(int(key) // 2, int(key) % 2) for key in keys]
-            over = np.array([self.transfers.ready(*each) for each in found])
-            ready = over[inverse]
-            write(selected, ready)
-            if ready.all() or self.threads.random.random() < 0.2:
-                return True
-            self.at[selected] = np.where(ready, here + 1, here)
-            self.state[selected[~ready]] = AT_MBARRIER
-            for index in np.flatnonzero(~over).tolist():
-                self.waits.setdefault(found[index], []).append(selected[inverse == index])
-            return False
-
-        return wait
-
-    def _wake_at_mbarriers(self) -> bool:
-        over = [key for key in self.waits if self.transfers.ready(*key)]
-        for key in over:
-            self.state[np.concatenate(self.waits.pop(key))] = RUNS
-        return bool(over)
-
-    def _wait_group(self, instruction: Instruction) -> Control:
-        remaining, only_reading = int(str(instruction.operands[0])), "read" in instruction.modifiers
-
-        def wait(selected: Array, here: int) -> bool:
-            for thread in selected.tolist():
-                self.group_waits[thread] = remaining, only_reading
-            self.state[selected], self.at[selected] = AT_GROUP, here + 1
-            self._wake_at_groups()
-            return False
-
-        return wait
-
-    def _wake_at_groups(self) -> bool:
-        unfinished = self.transfers.unfinished_groups
-        over = [thread for thread, (most, reading) in self.group_waits.items() if unfinished(thread, only_reading=reading) <= most]
-        for thread in over:
-            del self.group_waits[thread]
-        self.state[over] = RUNS
-        return bool(over)
-
     def _wake(self) -> bool:
         """Look again at all that wait, since threads have ended or transfers have arrived. Returns whether one goes on."""
-        woken = self._wake_at_mbarriers() | self._wake_at_groups() | self._wake_at_clusters()
+        woken = self.waits.wake_at_mbarriers() | self.waits.wake_at_groups() | self._wake_at_clusters()
         for number in sorted(set(self.barrier_id[self.state == AT_BLOCK].tolist())):
             woken |= self._meet_in_blocks(number, 0)
         waits = self.state == AT_WARP  # they come to their instruction again, and find out whether their warp is complete
