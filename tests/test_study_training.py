@@ -175,6 +175,14 @@ def test_means_errors_and_advice_over_seeds_worked_by_hand(tmp_path: Path) -> No
     assert [sentence.split(",")[0] for sentence in nothing["sentences"]] == ["No answer was correct after any training"]
 
 
+def test_a_tie_is_not_decided_by_rounding() -> None:
+    """0.1 + 0.2 is larger than 0.3 in the last bit: the first of the two is the best all the same."""
+    ends = {"first": {"mean": 0.5, "error": 0.1, "by_seed": [0.5]}, "last": {"mean": 0.5, "error": 0.1, "by_seed": [0.5]}}
+    training: dict[str, Any] = {label: {"zero_std": ends, "entropy": ends} for label in ("1", "1.3")}
+    found = training_summary.advise_training({"1": {"0": [0.3, 0.3]}, "1.3": {"0": [0.1 + 0.2, 0.3]}}, training, ["1", "1.3"], ["0"])
+    assert found["train"] == "1" and "of 1)" in found["sentences"][0]
+
+
 def test_a_long_list_is_shortened() -> None:
     names = [str(i) for i in range(10)]
     assert (

@@ -54,7 +54,7 @@ def summarize_training(study: TrainingStudy) -> JSONObject:
     places = [temperature_name(temperature) for temperature in study.eval_temperatures]
     measures = [name for name in runs[0]["table"][0] if name not in ("temperature", "samples", "right")]
     accuracy = {
-        label: {place: [run["table"][i]["accuracy"] for run in of_label] for i, place in enumerate(places)}
+        label: {place: [_rounded(run["table"][i]["accuracy"]) for run in of_label] for i, place in enumerate(places)}
         for label, of_label in by_label.items()
     }
     evaluation = {
@@ -128,7 +128,7 @@ def advise_training(
     sentences.append(f"Over all evaluation temperatures: best trained at {best}, {average}{_name_tied(tied)}.")
     sentences += [_training_sentence(label, training[label]) for label in labels]
     pairs = {(label, place): accuracy[label][place] for label in labels for place in places}
-    chosen = max(pairs, key=lambda pair: fmean(pairs[pair]))
+    chosen = max(pairs, key=lambda pair: _rounded(fmean(pairs[pair])))
     rivals = [pair for pair in pairs if pair != chosen and not is_significant(difference(pairs[chosen], pairs[pair]))]
     highest = f"{fmean(pairs[chosen]):.3f}"
     if len(pairs) == 1:
@@ -165,7 +165,8 @@ def _training_sentence(label: str, curves: Mapping[str, CurveEndsJSON]) -> str:
 
 def _best(values: Mapping[str, Sequence[float]]) -> tuple[str, list[str]]:
     """Return the label with the highest mean, the first of equal ones, and those that do not differ significantly from it."""
-    best = max(values, key=lambda label: fmean(values[label]))
+    # Rounded: equal accuracies that are summed in another order differ in the last bit, which must not decide.
+    best = max(values, key=lambda label: _rounded(fmean(values[label])))
     return best, [label for label in values if label != best and not is_significant(difference(values[best], values[label]))]
 
 
