@@ -37,6 +37,7 @@ RUN_ELSEWHERE = {
     "grpo-fast bench-trainer": "tests/test_trainer_stage.py runs it at toy size",
     "grpo-fast bench-drop-ins": "tests/test_benchmark_drop_ins.py runs it at toy size",
     "grpo-fast bench-trl": "tests/test_benchmark_trl.py runs it at toy size",
+    "grpo-fast bench-step": "tests/test_benchmark_step.py runs it at toy size",
     "grpo-fast bench-head": "tests/test_benchmark_head.py runs it at toy size",
     "grpo-fast bench-kept": "tests/test_benchmark_kept.py runs it at toy size",
     "grpo-fast train --model Qwen/Qwen3-0.6B --dataset 'reasoning_gym:chain_sum' --rewards task format --output_dir runs/sums": (

@@ -50,6 +50,7 @@ MOUNTED = {
     "bench-kept": Mounted("grpo_fast.cli.bench_kept", "bench", "Time the head over kept sets against whole vocabularies."),
     "bench-trainer": Mounted("grpo_fast.cli.bench_trainer", "bench", "Time the trainer's loss stage against an eager loss."),
     "bench-trl": Mounted("grpo_fast.cli.bench_trl", "bench", "Time the loss stage of TRL's trainer, stock and with this loss."),
+    "bench-step": Mounted("grpo_fast.cli.bench_step", "bench", "Time whole training steps of TRL's trainer and of this one."),
     "bench-drop-ins": Mounted("grpo_fast.cli.bench_drop_ins", "bench", "Time what the guides' drop-ins replace."),
 }
 

@@ -22,7 +22,7 @@ __all__ = ["PAGE", "main", "text"]
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "command-line.md"
 COMMANDS: tuple[str, ...] = ("doctor", "train", "plot", "demo", "study sampling", "study training", "bench", "bench-head", "bench-kept")
-COMMANDS += ("bench-trainer", "bench-trl", "bench-drop-ins")
+COMMANDS += ("bench-trainer", "bench-trl", "bench-step", "bench-drop-ins")
 SETTINGS = {"COLUMNS": "100", "TERMINAL_WIDTH": "100", "NO_COLOR": "1", "TERM": "dumb"}
 HEAD = """# Command line
 
