@@ -24,7 +24,7 @@ from rich.console import Console
 from grpo_fast.benchmark.harness.figure import Bar, Panel, write_bars
 from grpo_fast.benchmark.harness.measure import Record
 from grpo_fast.benchmark.harness.suite import BenchmarkSettings, Progress, Result, Suite, require, setting, summary, table
-from grpo_fast.benchmark.harness.worker import WorkerProcess
+from grpo_fast.benchmark.harness.worker import WorkerDiedError, WorkerProcess
 from grpo_fast.benchmark.step.inputs import make_prompts, save_random_model
 from grpo_fast.benchmark.step.worker import PHASES, StepCase, StepWorker
 from grpo_fast.integrations.versions import refuse_other_versions
@@ -72,11 +72,12 @@ def run(settings: StepSettings, progress: Progress) -> Result:
     """Measure everything.
 
     Raises:
-        RuntimeError: a trainer did other work than the other, or a process ended.
+        RuntimeError: a trainer failed, or did other work than the other.
     """
     from transformers import AutoTokenizer
 
     results: list[Record] = []
+    skipped: list[Record] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(settings.model or name)
         if not settings.model:
@@ -90,11 +91,15 @@ def run(settings: StepSettings, progress: Progress) -> Result:
             case = StepCase(model=folder, prompts=prompts, lora=method == "lora", threads=settings.threads, **sizes)
             what = f"{METHODS[method]}, prompts of {prompt} tokens, {generations} completions each"
             cell = {"method": method, "prompt": prompt, "generations": generations}
-            results += [cell | entry for entry in _measure_case(case, settings, progress, what)]
+            try:
+                results += [cell | entry for entry in _measure_case(case, settings, progress, what)]
+            except WorkerDiedError as error:  # for lack of memory; the other cells may fit
+                skipped.append(cell | {"implementation": "both", "reason": f"{what}: {error}"})
     return {
         "settings": {"dtype": "float32", "model": Path(settings.model).name or "random weights"},
         "timed": "a step of transformers' training loop: prompts, completions, rewards, loss, backward, optimizer, metrics",
         "results": results,
+        "skipped": skipped,
     }
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from grpo_fast.benchmark.harness.measure import Record, measure, resident_peak
+from grpo_fast.benchmark.harness.measure import Record, measure, trim
 from grpo_fast.benchmark.step.inputs import rare_token
 
 __all__ = ["PHASES", "STEPS", "StepCase", "StepWorker"]
@@ -105,7 +105,8 @@ class StepWorker:
             raise RuntimeError(f"{self.name} logged {done}; expected {expected}. Its work is not that of the others.")
         wall = measured.wall_ms / 1e3
         self.seconds["other"] = wall - sum(self.seconds.values())
-        memory = {"peak_bytes": measured.peak_bytes, "resident_peak": resident_peak() if measured.resident_peak else None}
+        memory = {"peak_bytes": measured.peak_bytes, "resident_peak": measured.resident_peak}
+        trim()  # the other trainer needs the memory
         return {"seconds": measured.seconds, "phases": dict(self.seconds), "wall_seconds": wall, **memory, "loss": logs["loss"]}
 
     def _make_trainer(self) -> Any:
