@@ -37,17 +37,28 @@ class Timer:
 
     def __init__(self, device: str, repetitions: int, seconds: float = 1.5):
         self.device, self.repetitions, self.seconds = device, repetitions, seconds
-        self.flush = torch.empty(256 << 20 if device == "cuda" else 1 << 20, dtype=torch.uint8, device=device)
+        size = 256 << 20 if device == "cuda" else 1 << 20
+        self.flush = torch.empty(size, dtype=torch.uint8, device=device)
+        self.clean = torch.zeros(size // 4, dtype=torch.float32, device=device)
+
+    def empty_caches(self) -> None:
+        """Fill the caches with lines of which none must be written back.
+
+        The write evicts what is cached, but leaves as many modified lines as the cache holds, which the timed call would evict and so
+        write to memory. The read of another buffer evicts those before the call.
+        """
+        self.flush.zero_()
+        self.clean.sum()
 
     def once(self, call: Callable[..., Any], prepare: Callable[[], Any]) -> float:
         given = prepare()
         if self.device != "cuda":
-            self.flush.zero_()
+            self.empty_caches()
             start = time.perf_counter()
             call(given)
             return (time.perf_counter() - start) * 1e3
         torch.cuda._sleep(AHEAD)
-        self.flush.zero_()
+        self.empty_caches()
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         call(given)

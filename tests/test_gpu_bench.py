@@ -235,6 +235,7 @@ def test_the_timer_on_a_gpu(few: ModuleType, monkeypatch: pytest.MonkeyPatch) ->
     timer = few.Timer("cpu", 3)
     timer.device = "cuda"
     monkeypatch.setattr(timer, "flush", type("Flush", (), {"zero_": lambda self: done.append("flush")})())
+    monkeypatch.setattr(timer, "clean", type("Clean", (), {"sum": lambda self: done.append("read")})())
     stand_ins: dict[str, Any] = {
         "Event": Event,
         "_sleep": lambda cycles: done.append("sleep"),
@@ -246,8 +247,8 @@ def test_the_timer_on_a_gpu(few: ModuleType, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(torch.cuda, name, stand_in)
     found = timer(lambda given: done.append("call"), lambda: done.append("prepare"))
     assert done[:6] == ["prepare", "call"] * 3 and found["peak_bytes"] == 250
-    assert done[6:14] == ["prepare", "sleep", "flush", "event", "call", "event", "wait", "prepare"]
-    assert found["repetitions"] == 3 and found["ms"] == len(done) - 7  # the median of the last three, 7 steps apart
+    assert done[6:15] == ["prepare", "sleep", "flush", "read", "event", "call", "event", "wait", "prepare"]
+    assert found["repetitions"] == 3 and found["ms"] == len(done) - 8  # the median of the last three, 8 steps apart
 
 
 def test_a_gpu_machine_is_described(measure: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

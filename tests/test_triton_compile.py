@@ -59,6 +59,17 @@ def test_every_variant_for_every_gpu(dtype: str, tmp_path: Path) -> None:
     assert len(compiled(tmp_path / "compiled.json", "--dtype", dtype)) >= 4 * 13
 
 
+def test_the_search_for_the_maximum_is_not_taken_for_the_loop_over_plain_blocks() -> None:
+    """With a soft cap both loops have exponentials: one for each logit in the search, two in the sums."""
+    script = (
+        "import sys; sys.path.insert(0, 'tools'); import compile_triton as c\n"
+        "def loop(n): return ['LDG.E.128 R4, [R2]'] + ['MUFU.EX2 R1, R1'] * n + ['FADD R1, R1, R2'] * 8\n"
+        "c.sass.loops = lambda code: [c.sass.Loop(loop(8)), c.sass.Loop(loop(16))]\n"
+        "print(c._plain_loop('', 8, 2, 1), c._plain_loop('', 8, 2, 2))"
+    )
+    assert run("-c", script).splitlines()[-1] == "(2.125, True) (3.125, True)"
+
+
 def test_one_compilation_for_all_batches() -> None:
     """Lengths, vocabularies, alignments, temperatures, settings and programs per row change; Triton's own cache keeps one entry each."""
     found = json.loads(run(ROOT / "tests" / "triton_one_compilation.py").splitlines()[-1])

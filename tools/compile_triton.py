@@ -171,7 +171,10 @@ def compile_variant(variant: Variant, target_name: str) -> Result:
     result.spills = _number(r"LOCAL:(\d+)", usage) + len(re.findall(r"\b(?:LDL|STL)\b", code))
     if result.spills:
         result.wrong.append("spills")
-    loop = _plain_loop(code, block // (32 * variant.warps), BYTES[variant.dtype]) if "BLOCK_V" in variant.constants else None
+    loop = None
+    if "BLOCK_V" in variant.constants:
+        exponentials = 2 if variant.constants["HAS_SOFTCAP"] else 1
+        loop = _plain_loop(code, block // (32 * variant.warps), BYTES[variant.dtype], exponentials)
     if loop is not None:
         result.per_logit, result.vector_loads = loop
         result.bound = BOUNDS[variant.name.removesuffix("+unaligned")]
@@ -198,16 +201,21 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
     return usage.stdout, sass.disassembled(cubin)
 
 
-def _plain_loop(code: str, lanes: int, element: int) -> tuple[float, bool] | None:
+def _plain_loop(code: str, lanes: int, element: int, exponentials: int) -> tuple[float, bool] | None:
     """(instructions per logit, whether by 16-byte loads) of the loop over plain blocks; None if there is none.
 
-    It is the cheapest innermost loop that loads at least a whole block and has an exponential for each logit it loads. lanes:
-    logits per thread and block.
+    It is the cheapest innermost loop that loads at least a whole block and has all exponentials of each logit that it loads. The search
+    for the maximum has one less: with a soft cap it still has that of the tanh.
+
+    Args:
+        lanes: logits per thread and block.
+        element: bytes of a logit.
+        exponentials: of a logit: one, and with a soft cap another one in the tanh.
     """
     found = []
     for loop in sass.loops(code):
         logits = loop.bytes("LDG") // element
-        if logits >= lanes and loop.count(r"MUFU\.EX2") >= logits:
+        if logits >= lanes and loop.count(r"MUFU\.EX2") >= exponentials * logits:
             found.append((len(loop.instructions) / logits, loop.count(r"\bLDG\b") == loop.count(r"\bLDG\S*\.128")))
     return min(found, default=None)
 

@@ -28,6 +28,7 @@ GUESS_MARGIN = tl.constexpr(60.0)
 SUM_FLOOR = tl.constexpr(2.0**-100)
 SAMPLE = tl.constexpr(1024)  # columns from which the reference is estimated
 
+SIGN_BIT = tl.constexpr(-(2**31))  # of a float32
 EXPONENT_FLOOR = tl.constexpr(-1000.0)  # lower bound of t in e * t, e = 2^t: for a logit of -inf that product would be 0 * inf
 
 
@@ -68,11 +69,13 @@ def tanh(x):
     p = x2 * p - 5.37397155531e-2
     p = x2 * p + 1.33314422036e-1
     p = x2 * p - 3.33332819422e-1
-    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2_E))
-    r = tl.rsqrt(1.0 + e)
-    c = (e * r) * (r + r)
-    large = 1.0 - c
-    return tl.where(tl.abs(x) < 0.625, x + x * x2 * p, tl.where(x < 0, -large, large)), c * (2.0 - c)
+    a = tl.abs(x)
+    e = tl.exp2(a * (-2.0 * LOG2_E) + 1.0)  # twice the exponential: a factor of 2 less to multiply by
+    r = tl.rsqrt(e * 0.5 + 1.0)
+    c = (e * r) * r
+    f = tl.where(a < 0.625, a + a * x2 * p, 1.0 - c)
+    sign = x.to(tl.int32, bitcast=True) & SIGN_BIT  # one instruction, with the next line
+    return (f.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True), c * (2.0 - c)
 
 
 @triton.jit
@@ -171,9 +174,9 @@ def edge_columns(head, middle, vocabulary, part, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def _add(f, e_sum, et_sum, reference, k, FIND_MAXIMUM: tl.constexpr, WANT_ENTROPY: tl.constexpr):
+def _add(f, e_sum, et_sum, reference, k, FIND_MAXIMUM: tl.constexpr, WANT_ENTROPY: tl.constexpr, FINITE: tl.constexpr):
     """Add a block to the accumulators. Neighbouring columns, which are in one thread, are added first: this needs one accumulator per 16
-    bytes instead of one per column, with the same number of additions."""
+    bytes instead of one per column, with the same number of additions. FINITE: f is never -inf, so that t needs no lower bound."""
     lanes: tl.constexpr = e_sum.shape[0]
     neighbours: tl.constexpr = f.shape[0] // lanes
     if FIND_MAXIMUM:
@@ -183,7 +186,9 @@ def _add(f, e_sum, et_sum, reference, k, FIND_MAXIMUM: tl.constexpr, WANT_ENTROP
         e = tl.exp2(t)
         e_sum += tl.sum(tl.reshape(e, (lanes, neighbours)), 1)
         if WANT_ENTROPY:
-            et_sum += tl.sum(tl.reshape(e * tl.maximum(t, EXPONENT_FLOOR), (lanes, neighbours)), 1)
+            if not FINITE:
+                t = tl.maximum(t, EXPONENT_FLOOR)
+            et_sum += tl.sum(tl.reshape(e * t, (lanes, neighbours)), 1)
     return e_sum, et_sum
 
 
@@ -207,14 +212,14 @@ def _reduce_columns(
         columns = plain_block(i, first, target_block) * BLOCK_V + lane
         z = tl.load(vectors_ptr + columns, eviction_policy="evict_first")
         f = scored(z, cap_scale, HAS_SOFTCAP)
-        e_sum, et_sum = _add(f, e_sum, et_sum, reference, k, FIND_MAXIMUM, WANT_ENTROPY)
+        e_sum, et_sum = _add(f, e_sum, et_sum, reference, k, FIND_MAXIMUM, WANT_ENTROPY, HAS_SOFTCAP)
 
     for j in tl.range(apart):
         columns = apart_block(j, target_block, middle, BLOCK_V) * BLOCK_V + lane
         inside = columns < tl.multiple_of(middle, VECTOR)
         z = tl.load(vectors_ptr + columns, mask=inside, other=0.0, eviction_policy="evict_first")
         f = tl.where(inside & (columns != target - head), scored(z, cap_scale, HAS_SOFTCAP), float("-inf"))
-        e_sum, et_sum = _add(f, e_sum, et_sum, reference, k, FIND_MAXIMUM, WANT_ENTROPY)
+        e_sum, et_sum = _add(f, e_sum, et_sum, reference, k, FIND_MAXIMUM, WANT_ENTROPY, False)
 
     column, inside = edge_columns(head, middle, vocabulary, part, VECTOR)
     z = tl.load(row_ptr + column, mask=inside, other=0.0)
@@ -222,7 +227,7 @@ def _reduce_columns(
     if FIND_MAXIMUM:
         return tl.maximum(tl.max(e_sum, 0), tl.max(f, 0)), 0.0
     else:
-        edge_e, edge_et = _add(f, tl.zeros((2,), tl.float32), tl.zeros((2,), tl.float32), reference, k, False, WANT_ENTROPY)
+        edge_e, edge_et = _add(f, tl.zeros((2,), tl.float32), tl.zeros((2,), tl.float32), reference, k, False, WANT_ENTROPY, False)
         return tl.sum(e_sum, 0) + tl.sum(edge_e, 0), tl.sum(et_sum, 0) + tl.sum(edge_et, 0)
 
 
@@ -314,7 +319,8 @@ def _gradient(z, pivot, k, constant, linear, cap_scale, HAS_ENTROPY: tl.constexp
         f, cap_slope = tanh(f * cap_scale)
     t = tl.fma(f, k, -pivot)
     if HAS_ENTROPY:
-        t = tl.maximum(t, EXPONENT_FLOOR)
+        if not HAS_SOFTCAP:  # a tanh is finite
+            t = tl.maximum(t, EXPONENT_FLOOR)
         d = tl.exp2(t) * tl.fma(t, linear, constant)
     else:
         d = tl.exp2(t) * constant
