@@ -24,6 +24,7 @@ from grpo_fast.models.lm_head import HeadArguments, HiddenStates, head_of, hidde
 from grpo_fast.models.off_policy import masked_weights
 from grpo_fast.models.packing import FLASH, Layout, PackedBatch, attention_of, pack, packing_leak, takes_positions
 from grpo_fast.models.router import RouterLoss
+from grpo_fast.models.shared_prompts import PromptSharing
 from grpo_fast.models.unwrap import eval_mode, inner_model, is_fsdp2, is_sharded
 from grpo_fast.ops.invariance import batch_invariant
 
@@ -44,6 +45,8 @@ class ModelForward:
     Args:
         accelerator: for its device and its autocast.
         pad_token_id: fills the rest of the rows.
+        share_prompts: compute the prompt of several sequences of a batch once: True, False, or ``"auto"``: if that saves a fifth of the
+            tokens and the model supports it. It takes precedence over ``packing``.
         packing: put several sequences into one row: True, False, or ``"auto"``: if the model runs flash attention.
         fused_head: compute from hidden states where the model's head allows it; False: from logits.
         off_policy_mask_threshold: leave off-policy sequences with a negative advantage out of the surrogate, see
@@ -59,6 +62,7 @@ class ModelForward:
         accelerator: Accelerator,
         pad_token_id: int,
         *,
+        share_prompts: bool | Literal["auto"] = "auto",
         packing: bool | Literal["auto"] = "auto",
         fused_head: bool = True,
         off_policy_mask_threshold: float | None = None,
@@ -69,6 +73,8 @@ class ModelForward:
     ) -> None:
         self.accelerator, self.pad_token_id, self.packing = accelerator, pad_token_id, packing
         self._layout: Layout | None = None  # decided with the first batch
+        refused = None if router_loss is None else "the load balance of routers counts a prompt for each of its completions"
+        self._sharing = PromptSharing(share_prompts, refused=refused)
         self._use_fused_head = fused_head
         self.off_policy_mask_threshold, self.rejections = off_policy_mask_threshold, tuple(rejections)
         self.router_loss = router_loss
@@ -173,6 +179,11 @@ class ModelForward:
         device = self.accelerator.device
         if self._layout is None:
             self._layout = self._choose_layout(model, device)
+            with eval_mode(model), self.accelerator.autocast():
+                self._sharing.decide(model, self.pad_token_id, device)
+        shared = self._sharing.pack(model, batch, device)
+        if shared is not None:
+            return shared
         return pack(batch, layout=self._layout, pad_token_id=self.pad_token_id, device=device)
 
     @contextmanager

@@ -145,6 +145,9 @@ class GRPOConfig(SamplingSettings, TrainingArguments):
         sampler_tolerance_patience: how many rollouts in a row may differ by more than ``sampler_tolerance`` before the run stops; the
             first of them warns.
 
+        share_prompts: compute the prompt of a group once, and not for each of its completions, in the forward passes of training and
+            scoring: ``"true"`` (or True), ``"false"``, or ``"auto"``: where it saves a fifth of a micro-batch's tokens, if the model
+            supports it, which a test on a small batch decides.
         packing: remove padding by placing sequences one after the other in a row: ``"true"`` (or True), ``"false"``, or ``"auto"``: only
             with flash attention.
         fused_head: compute the loss from hidden states wherever the model's head allows it; False = from logits.
@@ -259,6 +262,7 @@ class GRPOConfig(SamplingSettings, TrainingArguments):
     sampler_tolerance: float | None = None
     sampler_tolerance_patience: int = 3
 
+    share_prompts: str = "auto"
     packing: str = "auto"
     fused_head: bool = True
     logits_dtype: str = "float32"
@@ -277,6 +281,7 @@ class GRPOConfig(SamplingSettings, TrainingArguments):
         choose_mode(self)
         checks.check_sampler(self)
         self.replay_support = checks.parse_bool(self.replay_support)  # type: ignore[assignment]
+        self.share_prompts = checks.parse_bool(self.share_prompts)  # type: ignore[assignment]
         self.packing = checks.parse_bool(self.packing)  # type: ignore[assignment]  # a str for the command line, see parse_bool
         self.chat = checks.parse_bool(self.chat)  # type: ignore[assignment]
         scale = checks.parse_bool(self.scale_rewards)
@@ -334,6 +339,7 @@ class GRPOConfig(SamplingSettings, TrainingArguments):
     def forward_options(self) -> dict[str, Any]:
         """The settings that `ModelForward` takes."""
         return {
+            "share_prompts": self.share_prompts,
             "packing": self.packing,
             "fused_head": self.fused_head,
             "off_policy_mask_threshold": self.off_policy_mask_threshold,

@@ -95,7 +95,10 @@ TYPES: dict[str, tuple[Callable[[object], bool], str]] = {  # annotation -> (whe
     "dict[str, Any] | str": (_is_mapping, "a dictionary, or JSON for one"),
 }
 # The command line needs the narrower annotation.
-_WIDER_THAN_ANNOTATED = ("surrogate", "rollout_rs_threshold", "packing", "chat", "replay_support", "scale_rewards", "temperature_schedule")
+_WIDER_THAN_ANNOTATED = (
+    *("surrogate", "rollout_rs_threshold", "share_prompts", "packing", "chat", "replay_support", "scale_rewards"),
+    "temperature_schedule",
+)
 
 
 def resolve_checkpointing(config: GRPOConfig) -> None:
@@ -245,6 +248,7 @@ def check_entropy(config: GRPOConfig) -> None:
 def check_training(config: GRPOConfig) -> None:
     """Check the settings of the forward passes, the reference policy, the processes and the logs."""
     one_of("packing", config.packing, ("auto", True, False))
+    one_of("share_prompts", config.share_prompts, ("auto", True, False))
     one_of("chat", config.chat, CHAT)
     one_of("metrics_on", config.metrics_on, ("active", "all"))
     one_of("logits_dtype", config.logits_dtype, ("float32", "input"))
