@@ -117,7 +117,9 @@ def rows_of(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("fused_head", [True, False])
 @pytest.mark.parametrize("make", [llama, qwen3, mixtral, gpt2])
-def test_loss_and_gradients_are_those_of_single_sequences(make: Callable[..., PreTrainedModel], fused_head: bool, rows_of: list[int]) -> None:
+def test_loss_and_gradients_are_those_of_single_sequences(
+    make: Callable[..., PreTrainedModel], fused_head: bool, rows_of: list[int]
+) -> None:
     # The product of experts exists in float32 at most.
     model, tolerance = (make(), 2e-5) if make is mixtral else (make().double(), ROUNDING)
     expected, gradients = loss_and_gradients(model, False, fused_head=fused_head)

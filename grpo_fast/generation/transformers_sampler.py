@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from grpo_fast.generation.generation_options import CACHE_OPTIONS, check_generation_options
 from grpo_fast.generation.kept_sets import KeptSetRecorder
 from grpo_fast.generation.logits_processing import PaddedPenalties, has_penalties, truncation_warpers
+from grpo_fast.generation.prompt_cache import shared_prompt_cache
 from grpo_fast.generation.protocol import Completion, SamplingParams, check_prompts, end_tokens
 from grpo_fast.models.unwrap import eval_mode, inner_model, is_sharded, whole_parameters
 
@@ -30,6 +31,7 @@ class TransformersSampler:
     - The model's generation_config is not used, so that do_sample=False, a top-k of 50 or a repetition penalty in it has no effect.
     - Penalties (``repetition_penalty``, ``generation_kwargs``) come before the temperature, and do not count padding as text.
     - With truncated sampling (top-k, top-p, min-p) it returns the sets of kept tokens, if asked for.
+    - The prompt of a group is computed once, and its completions start from copies of its keys and values.
     - The model runs under the autocast that is in force where `generate` is called, as in the trainer.
     - The model is in eval mode while completions are drawn; afterwards every module is in its previous mode.
 
@@ -39,6 +41,7 @@ class TransformersSampler:
         batch_size: largest number of rows per call of `generate`; None = all. Rows of similar length share a call, which saves padding.
             It decides which random numbers a row gets, so keep it to reproduce a run.
         cache_implementation: transformers' name of the key-value cache, such as "static" for compilation; None = its default.
+        share_prompts: compute equal prompts of a call once, with transformers' default cache, unless the model is sharded. False: never.
 
     Raises:
         ValueError: ``batch_size`` is below 1.
@@ -54,6 +57,7 @@ class TransformersSampler:
         *,
         batch_size: int | None = None,
         cache_implementation: str | None = None,
+        share_prompts: bool = True,
     ) -> None:
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; expected at least 1, or None for all prompts at once.")
@@ -62,6 +66,7 @@ class TransformersSampler:
         self.model = model
         self.batch_size = batch_size
         self.cache_implementation = cache_implementation
+        self.share_prompts = share_prompts
 
     def update_weights(self, model: PreTrainedModel | nn.Module, step: int) -> None:
         """Use this model, which is the one that is trained; the trainer may have wrapped it since."""
@@ -113,19 +118,25 @@ class TransformersSampler:
         processors: LogitsProcessorList = LogitsProcessorList([row_sampler])
         if has_penalties(params):
             processors.insert(0, PaddedPenalties(params, [len(p) for p in prompts], device))
+        cache_options = {name: value for name, value in params.generation_kwargs.items() if name in CACHE_OPTIONS}
+        cache = None
+        # All processes of a sharded model must run the same number of forward passes.
+        if self.share_prompts and self.cache_implementation is None and not cache_options and not is_sharded(self.model):
+            cache = shared_prompt_cache(model, prompts, input_ids, attention_mask)
         config = GenerationConfig(
             do_sample=False,  # the maximum of the scores that RowSampler returns is the token it has drawn
             max_new_tokens=params.max_new_tokens,
             eos_token_id=end_tokens(params),
             pad_token_id=params.pad_token_id,
             cache_implementation=self.cache_implementation,
-            **({"use_cache": True} | {name: value for name, value in params.generation_kwargs.items() if name in CACHE_OPTIONS}),
+            **({"use_cache": True} | cache_options),
         )
         sequences = model.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
             generation_config=config,
             logits_processor=processors,
+            **({} if cache is None else {"past_key_values": cache}),
             synced_gpus=is_sharded(self.model) and torch.distributed.is_initialized(),
         )
         drawn = sequences[:, width:]  # [B, T]

@@ -1,0 +1,61 @@
+"""A key-value cache in which equal prompts of a batch are computed once: the completions of a group start from copies of it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from grpo_fast.models.packing import takes_positions
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache, PreTrainedModel
+
+__all__ = ["shared_prompt_cache"]
+
+LEAST_SAVED = 4  # prompt tokens for each row, that are saved; below, the forward pass that this takes costs more
+
+
+def shared_prompt_cache(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], input_ids: Tensor, attention_mask: Tensor
+) -> DynamicCache | None:
+    """Compute the keys and values of all prompt tokens but the last, once for each distinct prompt.
+
+    Args:
+        model: a causal language model, in eval mode.
+        prompts: token ids of each row.
+        input_ids: int64 [B, P], the prompts, padded on the left.
+        attention_mask: int64 [B, P], 0 for padding.
+
+    Returns:
+        A cache of B rows and P - 1 positions, from which `generate` continues when it is called with the same ids and mask. None if
+        hardly anything is saved, or if the model's layers keep something else than keys and values of tokens.
+    """
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    places: dict[tuple[int, ...], int] = {}
+    index = [places.setdefault(tuple(prompt), len(places)) for prompt in prompts]
+    before = input_ids.shape[1] - 1
+    if (len(prompts) - len(places)) * before < LEAST_SAVED * len(prompts) or not takes_positions(model):
+        return None
+    cache = DynamicCache(config=model.config)
+    if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
+        return None
+    rows = torch.tensor([index.index(place) for place in range(len(places))], device=input_ids.device)
+    mask = attention_mask[rows, :before]
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    few_logits = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    with torch.no_grad():
+        model(
+            input_ids=input_ids[rows, :before],
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            **few_logits,
+        )
+    cache.batch_select_indices(torch.tensor(index, device=input_ids.device))
+    return cache

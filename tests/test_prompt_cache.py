@@ -1,0 +1,94 @@
+"""The prompt of a group that is computed once in sampling: same completions, fewer tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("transformers")
+
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+from grpo_fast.generation.protocol import Completion, SamplingParams
+from grpo_fast.generation.transformers_sampler import TransformersSampler
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.4,
+    "eos_token_id": 1,
+    "bos_token_id": None,
+}
+WINDOW = {"sliding_window": 6, "use_sliding_window": True, "max_window_layers": 1}
+LONG = [5, 9, 2, 40, 33, 8, 17, 21, 13]
+PROMPTS = [LONG, [7, 7, 3], LONG, LONG, [4], [7, 7, 3], LONG]
+
+
+def make(kind: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        return GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.4)).double()
+    if kind == "window":
+        return Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=8, **WINDOW)).double()
+    return LlamaForCausalLM(LlamaConfig(**SIZES)).double()
+
+
+@pytest.fixture
+def widths(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shape of the token ids of every forward pass."""
+    seen: list[tuple[int, ...]] = []
+    original = nn.Module.__call__
+
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self, PreTrainedModel) and hasattr(self, "lm_head"):
+            seen.append(tuple(kwargs["input_ids"].shape))
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(nn.Module, "__call__", call)
+    return seen
+
+
+def draw(model: PreTrainedModel, share: bool, prompts: list[list[int]] = PROMPTS, **options: Any) -> list[Completion]:
+    temperatures = [1.0, 0.7, 0.0, 1.3, 1.0, 1.0, 1.0][: len(prompts)]
+    params = SamplingParams(temperatures=temperatures, max_new_tokens=7, eos_token_id=1, pad_token_id=0, seed=3, **options)
+    return TransformersSampler(model, share_prompts=share).generate(prompts, params)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.9, "return_support": True}, {"repetition_penalty": 1.3}])
+@pytest.mark.parametrize("kind", ["llama", "window", "gpt2"])
+def test_completions_are_those_of_prompts_computed_each(kind: str, options: dict[str, Any], widths: list[tuple[int, ...]]) -> None:
+    model = make(kind)
+    expected = draw(model, False, **options)
+    assert widths[0] == (7, 9)
+    widths.clear()
+    found = draw(model, True, **options)
+    assert widths[:3] == [(3, 8), (7, 1), (7, 1)]
+    for a, b in zip(found, expected, strict=True):
+        assert a.token_ids == b.token_ids and a.finished == b.finished
+        assert (a.support is None) == (b.support is None) and (a.logprobs is None) == (b.logprobs is None)
+        if a.support is not None and b.support is not None:
+            assert a.support.token_ids.tolist() == b.support.token_ids.tolist()
+            assert a.support.offsets.tolist() == b.support.offsets.tolist()
+        if a.logprobs is not None:
+            assert a.logprobs == pytest.approx(b.logprobs, rel=1e-5, abs=1e-5)
+    assert len({tuple(each.token_ids) for each in found}) > 4
+
+
+def test_other_caches_and_different_prompts_are_left_alone(widths: list[tuple[int, ...]]) -> None:
+    model = make("llama")
+    draw(model, True, [LONG, LONG[1:], LONG[2:]])
+    draw(model, True, [[4], [4], [4]])
+    draw(model, True, generation_kwargs={"use_cache": False})
+    assert [shape for shape in widths if shape[0] != 3 and shape[0] != 7] == [] and (3, 8) not in widths
+    TransformersSampler(model, cache_implementation="static").generate(
+        PROMPTS, SamplingParams(temperatures=[1.0] * 7, max_new_tokens=2, eos_token_id=1, pad_token_id=0, seed=3)
+    )
+    assert (3, 8) not in widths
