@@ -1,8 +1,8 @@
 """Causal attention of a row in which each prompt is followed by all of its completions: a completion attends to its prompt and to itself.
 
-The functions that transformers calls for attention are wrapped in its registry. They learn of the groups by a keyword argument of the model's
-forward, which transformers passes on to attention, also when gradient checkpointing computes a layer again in the backward pass. Without
-the argument they compute what they computed before.
+The functions that transformers calls for attention are wrapped in its registry. They learn of the groups by a keyword argument of the
+model's forward, which transformers passes on to attention, also when gradient checkpointing computes a layer again in the backward pass.
+Without the argument they compute what they computed before.
 """
 
 from __future__ import annotations
