@@ -184,7 +184,8 @@ def test_auto_shares_where_it_saves_tokens(rows_of: list[int]) -> None:
     together = made.logprobs(model, batch.select([0, 2, 5]), batch_size=3)
     assert 9 + 13 in rows_of and len(alone.logprobs) == 11 and len(together.logprobs) == 13
     rows_of.clear()
-    forward("auto").logprobs(model, ForwardBatch([[1], [1]], [[5] * 8, [6] * 8], *[torch.ones(2)] * 2, torch.ones(2).bool()), batch_size=2)
+    short = ForwardBatch([[1], [1]], [[5] * 8, [6] * 8], torch.ones(2), torch.ones(2), torch.ones(2).bool())
+    forward("auto").logprobs(model, short, batch_size=2)
     assert 17 not in rows_of, "one token of eighteen is saved: not worth it"
 
 

@@ -64,9 +64,8 @@ class PromptSharing:
         register_attention(name)
         error, largest = sharing_error(model, pad_token_id, device)
         if not error <= largest:
-            self._refuse(
-                f"logits of {type(inner).__name__} change by {error:.2g} relative if prompts are shared; expected {largest:g} at most"
-            )
+            change = f"logits of {type(inner).__name__} change by {error:.2g} relative if prompts are shared"
+            self._refuse(f"{change}; expected {largest:g} at most")
             return
         self._attention = name
 
