@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Builds, tests and measures on a GPU machine, which needs no network: bench/gpu.sh [build|test|bench|head|tune|all]... See bench/README.md.
+# Builds, tests and measures on a GPU machine, which needs no network: bench/gpu.sh [plan|build|smoke|test|bench|head|profile|tune|all]...
+# See bench/README.md. `plan` prints the order. A part that is done is skipped unless AGAIN=1.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3} out=${OUT:-bench/results} wheels=${WHEELS:-wheels} device=${DEVICE:-cuda} site=$PWD/build/gpu
@@ -7,16 +8,16 @@ mkdir -p "$out" "$site"
 # Import what is built here and not the checkout, which lacks the package that the install maps into it: see setup.py.
 export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
 
-# Seconds of a part. With what preflight and a failed build may take besides, `all` ends within 20 minutes, and `build test` within 10.
-# BUDGET_S sets each.
+[ "$*" = plan ] && exec "$python" bench/gpu_parts.py plan
+file=$out/gpu.json logs=build/gpu/logs
+[ "$device" = cuda ] || file=$out/rehearsal.json
+mkdir -p "$logs"
+# What was measured before goes on, where this machine measured it: see bench/README.md.
+[ -f "$file" ] || cp "bench/results/${file##*/}" "$file" 2>/dev/null
+
+# Seconds of a step. BUDGET_S sets each.
 budget() {
-  case $1 in
-    build) echo "${BUDGET_S:-150}" ;;
-    head | tune) echo "${BUDGET_S:-170}" ;;
-    test) echo "${BUDGET_S:-330}" ;;
-    bench) echo "${BUDGET_S:-280}" ;;
-    cluster) echo "${BUDGET_S:-130}" ;;
-  esac
+  "$python" bench/gpu_parts.py budget "$1"
 }
 
 install() {  # until $until
@@ -40,7 +41,7 @@ build() {
   fi
   here=$("$python" -c 'import torch; print("{}.{}".format(*torch.cuda.get_device_capability()))' 2>/dev/null) || here=9.0
   GRPO_FAST_BUILD=${GRPO_FAST_BUILD:-cuda} TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$here} install --no-build-isolation . 2>&1 |
-    tee "$out/build.log" && echo "$of" >"$site/sources" && return $code
+    tee "$logs/build.log" && echo "$of" >"$site/sources" && return $code
   until=$((SECONDS + 30))
   GRPO_FAST_BUILD=none install --no-build-isolation . && echo "$of" >"$site/sources"  # only `build` tries that tree again
   return 1
@@ -48,7 +49,7 @@ build() {
 
 # Log the versions of the libraries: a test whose library is missing is skipped, a file that imports a missing one is an error.
 preflight() {
-  timeout 30 "$python" - <<'END' | tee "$out/preflight.log"
+  timeout 30 "$python" - <<'END' | tee "$logs/preflight.log"
 import importlib, importlib.metadata, platform
 names = "torch triton setuptools pytest pytest-timeout pytest-xdist hypothesis numpy transformers trl liger-kernel verl quack-kernels matplotlib"
 print(f"python {platform.python_version()}")
@@ -63,8 +64,8 @@ for module in ("trl.trainer.utils", "liger_kernel.ops.grpo_loss"):
     except Exception as error:
         print(f"{module} does not import: {type(error).__name__}: {error}")
 END
-  timeout 10 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>&1 | tee -a "$out/preflight.log"
-  timeout 30 "$python" -c 'from grpo_fast.cli.doctor import run; run()' 2>&1 | tee -a "$out/preflight.log"
+  timeout 10 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>&1 | tee -a "$logs/preflight.log"
+  timeout 30 "$python" -c 'from grpo_fast.cli.doctor import run; run()' 2>&1 | tee -a "$logs/preflight.log"
 }
 
 # Every file that has a test for a GPU; several at once, since most of the time goes into compiling kernels. Without the strictness of
@@ -79,19 +80,22 @@ tests() {
   "$python" -c 'import pytest_timeout' 2>/dev/null &&
     options+=(--timeout 150 --timeout-method thread --session-timeout "$((seconds > 60 ? seconds - 20 : seconds))")
   timeout "$seconds" "$python" -m pytest -q -m gpu -ra --continue-on-collection-errors -p no:cacheprovider \
-    -o addopts=--import-mode=importlib --junitxml="$out/test.xml" "${options[@]}" "${files[@]}" 2>&1 | tee "$out/test.log"
+    -o addopts=--import-mode=importlib --junitxml="$out/test.xml" "${options[@]}" "${files[@]}" 2>&1 | tee "$logs/test.log"
 }
 
-# No case is begun in the last half minute; what was measured before is in the file, which goes on from the one in bench/results where that
-# is this machine's. A rehearsal has a file of its own.
+# No case is begun in the last half minute of a long part; what was measured before is in the file.
 measure() {
-  local seconds program=bench/gpu_bench.py file=gpu.json
+  local seconds program=bench/gpu_bench.py
   seconds=$(budget "$1")
   [ "$1" = tune ] && program=bench/gpu_tune.py
-  [ "$device" = cuda ] || file=rehearsal.json
-  [ -f "$out/$file" ] || cp "bench/results/$file" "$out/$file" 2>/dev/null
+  [ "$1" = profile ] && program=bench/gpu_profile.py
   GRPO_FAST_SOURCES=$(cat "$site/sources") BUDGET_S=$((seconds > 60 ? seconds - 30 : seconds)) timeout -k 10 "$seconds" \
-    "$python" "$program" "$1" --device "$device" --output "$out/$file" 2>&1 | tee "$out/$1.log"
+    "$python" "$program" "$1" --device "$device" --output "$file" 2>&1 | tee "$logs/$1.log"
+}
+
+# Into one file, which is replaced as a whole: a machine may be lost at any moment.
+pack() {
+  tar -czf "$out/.logs.partial" -C "$logs" . && mv "$out/.logs.partial" "$out/logs.tar.gz"
 }
 
 failed=0
@@ -99,35 +103,56 @@ part() {
   local start=$SECONDS code=0
   "$@" || code=$?
   echo "$*: exit $code after $((SECONDS - start)) s" | tee -a "$out/parts.log"
+  pack
   if [ "$code" -ne 0 ]; then
     failed=1
     echo "gpu.sh: $* failed; the rest goes on" >&2
   fi
+  return "$code"
+}
+
+# A step by its name, unless it is done: by this machine, from these sources.
+step() {  # name command...
+  local name=$1 sources
+  shift
+  sources=$(cat "$site/sources" 2>/dev/null)
+  if [ -z "${AGAIN:-}" ] && [ -n "$sources" ] &&
+    "$python" bench/gpu_parts.py is-done "$name" --output "$file" --device "$device" --sources "$sources"; then
+    echo "$name: done before (AGAIN=1 runs it again)" | tee -a "$out/parts.log"
+    return
+  fi
+  part "$@" && [ -n "$sources" ] &&
+    "$python" bench/gpu_parts.py record "$name" --output "$file" --device "$device" --sources "$sources"
 }
 
 [ $# -gt 0 ] || set -- all
-[ "$*" = all ] && set -- build test bench head
+[ "$*" = all ] && set -- build smoke test bench head profile
 for name in "$@"; do
   case $name in
     build) part build ;;
-    test | bench | head | tune)
+    smoke | test | bench | head | profile | tune)
       [ "$(cat "$site/sources" 2>/dev/null)" = "$(sources)" ] || part build
       case $name in
         test)
           preflight
-          part tests
+          step test tests
+          ;;
+        smoke)
+          step smoke measure smoke
+          step smoke_cluster measure smoke_cluster
           ;;
         bench)
-          part measure bench
-          part measure cluster
+          step bench measure bench
+          step cluster measure cluster
           ;;
-        *) part measure "$name" ;;
+        *) step "$name" measure "$name" ;;
       esac
       ;;
     *)
-      echo "usage: bench/gpu.sh [build|test|bench|head|tune|all]..." >&2
+      echo "usage: bench/gpu.sh [plan|build|smoke|test|bench|head|profile|tune|all]..." >&2
       exit 2
       ;;
   esac
 done
+pack
 exit $failed

@@ -1,6 +1,6 @@
 """Times the loss, log-probabilities and the fused head on a GPU; the result file is written before the next case begins.
 
-    python bench/gpu_bench.py bench|cluster|head --output gpu.json [--shape 4096x128256] [--device cpu]
+    python bench/gpu_bench.py smoke|smoke_cluster|bench|cluster|head --output gpu.json [--shape 4096x128256] [--device cpu]
 
 Read bench/README.md. The JSON is merged: each part replaces its own entries, and what another machine measured is dropped. The cluster
 kernel is a part, and so a process, of its own: if it hung or broke the device's context, nothing else would be lost. On the CPU it is a
@@ -31,7 +31,8 @@ from grpo_fast.ops.backends import select
 
 VOCABULARIES, ROWS = (128256, 152064, 32000, 262144), (4096, 16384, 1024, 32768, 256)  # what is quoted first comes first
 HEADS = ((16384, 3584, 152064), (16384, 4096, 128256))  # rows, width, vocabulary; several chunks: the sum in float32 is part of it
-REHEARSAL = {"bench": ((20, 101),), "cluster": ((20, 101),), "head": ((40, 16, 50),)}  # on the CPU
+SMOKE = ((64, 32000), (1024, 128256), (511, 151935))  # few rows, many, and rows that begin anywhere
+REHEARSAL = {**dict.fromkeys(("smoke", "smoke_cluster", "bench", "cluster"), ((20, 101),)), "head": ((40, 16, 50),)}  # on the CPU
 COMPILED_ROWS = 4096  # torch.compile takes seconds for each shape
 TEMPERATURE = 0.9
 
@@ -164,11 +165,14 @@ def cluster_implementations() -> list[Implementation]:
     return [*liger_implementations(), *ours]
 
 
+OUR_FORWARD = Implementation("ours", lambda z, ids: tuple(gf.token_logprobs(z, ids, temperature=TEMPERATURE))[:2], 0.1)
+
+
 def forward_implementations(device: str) -> dict[str, list[Implementation]]:
     """Log-probabilities alone, and with the entropy; without a gradient."""
     without = [Implementation("eager", eager_logprobs, 7), *libraries().values()]
     with_entropy = [
-        Implementation("ours", lambda z, ids: tuple(gf.token_logprobs(z, ids, temperature=TEMPERATURE))[:2], 0.1),
+        OUR_FORWARD,
         Implementation("eager", eager_entropy, 10),
     ]
     if function := imported("trl.trainer.utils", "selective_log_softmax_and_entropy"):
@@ -276,6 +280,20 @@ def cluster(shapes: list[tuple[int, int]], timer: Timer, device: str, deadline: 
             add("loss", implementation, shape, timer, device, deadline, results)
 
 
+def smoke(shapes: list[tuple[int, int]], timer: Timer, device: str, deadline: float, results: Results) -> None:
+    """Whether the Triton kernels run at all and pass the gate."""
+    for rows, vocabulary in shapes:
+        shape = make_shape(rows, vocabulary, timer, device, deadline, results)
+        add("loss", Implementation("ours", our_loss("triton" if by_kernels(device) else None), 1), shape, timer, device, deadline, results)
+        add("logprobs+entropy", OUR_FORWARD, shape, timer, device, deadline, results)
+
+
+def smoke_cluster(shapes: list[tuple[int, int]], timer: Timer, device: str, deadline: float, results: Results) -> None:
+    for rows, vocabulary in shapes:
+        shape = make_shape(rows, vocabulary, timer, device, deadline, results)
+        add("loss", Implementation("ours_cluster", our_loss("cluster"), 1), shape, timer, device, deadline, results)
+
+
 def with_bandwidth(found: dict[str, Any], step: str, given: Given) -> dict[str, Any]:
     """Add GB/s and multiples of a copy, of which a read is half."""
     reads, unit = (1, "times_read") if step.startswith("logprobs") else (2, "times_copy")
@@ -312,7 +330,9 @@ def make_shape(rows: int, vocabulary: int, timer: Timer, device: str, deadline: 
         target = torch.empty_like(given.logits)
         return timer(lambda _: target.copy_(given.logits))
 
-    results.add(run_case({**shape.entry, "step": "loss", "name": "copy"}, copy, size, device, deadline))
+    entry = {**shape.entry, "step": "loss", "name": "copy"}
+    if not results.has(entry):
+        results.add(run_case(entry, copy, size, device, deadline))
     return shape
 
 
@@ -324,6 +344,8 @@ def add(step: str, implementation: Implementation, shape: Shape, timer: Timer, d
     def work() -> dict[str, Any]:
         return with_bandwidth(measured(implementation, given, shape.truth, timer), step, given)
 
+    if results.has({**shape.entry, "step": step, "name": implementation.name}):
+        return
     entry = {**shape.entry, "step": step, "name": implementation.name, **({"work": implementation.work} if implementation.work else {})}
     needed = (implementation.times_logits + implementation.inplace + 1) * given.logits.numel() * given.logits.element_size()
     results.add(run_case(entry, work, needed, device, deadline))
@@ -379,6 +401,8 @@ def head(shapes: list[tuple[int, int, int]], timer: Timer, device: str, deadline
     sets."""
     for rows, width, vocabulary in shapes:
         entry: dict[str, Any] = {"rows": rows, "width": width, "vocabulary": vocabulary, "dtype": "bfloat16", "name": "ours_head"}
+        if results.has(entry):
+            continue
 
         def work(rows: int = rows, width: int = width, vocabulary: int = vocabulary) -> dict[str, Any]:
             generator = torch.Generator(device).manual_seed(0)
@@ -422,27 +446,29 @@ def head(shapes: list[tuple[int, int, int]], timer: Timer, device: str, deadline
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("bench", "cluster", "head"))
+    parser.add_argument("part", choices=tuple(REHEARSAL))
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--shape", action="append", help="ROWSxVOCABULARY, or for head ROWSxWIDTHxVOCABULARY; may be repeated")
     parser.add_argument("--repetitions", type=int, default=30, help="at most; fewer where they would take more than 1.5 s")
     options = parser.parse_args()
     deadline = time.monotonic() + float(os.environ.get("BUDGET_S", "400"))
-    timer = Timer(options.device, options.repetitions)
+    timer = Timer(options.device, 5 if options.part.startswith("smoke") else options.repetitions)
     shapes: Any = [tuple(int(n) for n in text.split("x")) for text in options.shape or []]
     if not shapes:
-        quoted = list(HEADS) if options.part == "head" else [(n, v) for n in ROWS for v in VOCABULARIES]
-        shapes = quoted if options.device == "cuda" else REHEARSAL[options.part]
+        quoted: Any = {"head": HEADS, "smoke": SMOKE, "smoke_cluster": SMOKE}.get(options.part, [(n, v) for n in ROWS for v in VOCABULARIES])
+        shapes = list(quoted) if options.device == "cuda" else REHEARSAL[options.part]
     results = Results(options.output, options.part, options.device)
     try:
-        parts: dict[str, Callable[..., None]] = {"bench": bench, "cluster": cluster, "head": head}
+        parts: dict[str, Callable[..., None]] = {"bench": bench, "cluster": cluster, "head": head, "smoke": smoke, "smoke_cluster": smoke_cluster}
         parts[options.part](shapes, timer, options.device, deadline, results)
     finally:
-        if options.part != "head":
+        if options.part in ("bench", "cluster"):
             print(against_targets(results.whole))
         for module, why in NOT_IMPORTED.items():
             print(f"not there to compare with: {module}: {why}")
+    if options.part.startswith("smoke") and options.device == "cuda" and any("error" in e for e in results.whole[options.part]):
+        raise SystemExit("the kernels fail on this machine; see the errors above")
 
 
 if __name__ == "__main__":

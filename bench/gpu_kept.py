@@ -44,6 +44,8 @@ def kept_sets(
         for trainable in (False, True):
             of_head = {**entry, "trainable": trainable, "mean_size": case.support.token_ids.numel() / tokens}
             names = [n for n in IMPLEMENTATIONS[size] if n != "gather" or case.support.token_ids.numel() <= LARGEST_GATHERED]
+            if all(results.has({**of_head, "name": name}) for name in names):
+                continue
             measured: dict[str, dict[str, Any]] = {}
 
             def work(

@@ -120,33 +120,60 @@ def clocks() -> dict[str, float] | None:
         return None
 
 
+def measured_here(output: Path, here: dict[str, Any]) -> dict[str, Any]:
+    """What is in the file; a file of another machine, or of other libraries, is set aside."""
+    found: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {}
+    there = found.get("machine", {})
+    if found and any(there.get(name) != here[name] for name in ("device", "versions")):
+        aside = output.with_name(f"{output.stem}_{re.sub(r'[^a-z0-9]+', '_', str(there.get('device')).lower())}{output.suffix}")
+        print(f"{output} was measured on {there.get('device')} with {there.get('versions')}: it is now {aside}")
+        output.replace(aside)
+        return {}
+    return found
+
+
 class Results:
     """The entries of one part, each written to the file at once: a lost machine loses one case.
 
     The other parts of the file stay, where the same machine with the same libraries measured them; else the file is set aside. `built_from`
-    has what each part was built from, a hash of bench/gpu.sh.
+    has what each part was built from, a hash of bench/gpu.sh. A part that was built from the same keeps what was measured and goes on
+    with the rest, unless the environment has AGAIN.
     """
 
     def __init__(self, output: Path, part: str, device: str):
         self.output, self.part = output, part
         here = machine(device)
-        found = json.loads(output.read_text()) if output.exists() else {}
-        there = found.get("machine", {})
-        if found and any(there.get(name) != here[name] for name in ("device", "versions")):
-            aside = output.with_name(f"{output.stem}_{re.sub(r'[^a-z0-9]+', '_', str(there.get('device')).lower())}{output.suffix}")
-            print(f"{output} was measured on {there.get('device')} with {there.get('versions')}: it is now {aside}")
-            output.replace(aside)
-            found = {}
-        self.whole = found | {"kind": KIND, "machine": here, part: []}
-        self.whole["built_from"] = found.get("built_from", {}) | {part: os.environ.get("GRPO_FAST_SOURCES")}
+        found = measured_here(output, here)
+        sources = os.environ.get("GRPO_FAST_SOURCES")
+        goes_on = bool(sources) and found.get("built_from", {}).get(part) == sources and not os.environ.get("AGAIN")
+        kept = [entry for entry in found.get(part, []) if "error" not in entry and "skipped" not in entry] if goes_on else []
+        self.whole = found | {"kind": KIND, "machine": here, part: kept}
+        self.whole["built_from"] = found.get("built_from", {}) | {part: sources}
+        self.earlier = list(kept)
+
+    def has(self, entry: dict[str, Any]) -> bool:
+        """Whether an earlier run of this part measured the case with these fields."""
+        return any(all(each.get(name) == value for name, value in entry.items()) for each in self.earlier)
 
     def add(self, entry: dict[str, Any]) -> dict[str, Any]:
         self.whole[self.part].append(entry)
         self.whole["not_imported"] = self.whole.get("not_imported", {}) | NOT_IMPORTED
-        write_atomically(self.output, lambda partial: partial.write_text(json.dumps(self.whole, indent=1)))
+        write(self.output, self.whole)
         hidden = ("trace", "quartiles", "clocks", "work")
         print(*(f"{k}={v:.3f}" if isinstance(v, float) else f"{k}={v}" for k, v in entry.items() if k not in hidden))
         return entry
+
+
+def write(output: Path, whole: dict[str, Any]) -> None:
+    write_atomically(output, lambda partial: partial.write_text(json.dumps(whole, indent=1)))
+
+
+def record_done(output: Path, step: str, device: str, sources: str) -> None:
+    """Note in the result file that a step ended without a failure, and from which sources."""
+    here = machine(device)
+    whole = measured_here(output, here) | {"kind": KIND, "machine": here}
+    whole["done"] = whole.get("done", {}) | {step: sources}
+    write(output, whole)
 
 
 class DeviceLostError(Exception):

@@ -363,22 +363,29 @@ def test_the_script_in_a_bare_checkout(tmp_path: Path) -> None:
         "BUDGET_S": "200",
     }
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PYTEST", "TRITON", "GRPO_FAST"))}
-    command: list[Any] = ["bash", checkout / "bench" / "gpu.sh", "build", "test", "bench", "head", "tune"]
+    command: list[Any] = ["bash", checkout / "bench" / "gpu.sh", "build", "smoke", "test", "bench", "head", "profile", "tune"]
     done = subprocess.run(
         command, env={**clean, **settings, "GRPO_FAST_BUILD": "none"}, capture_output=True, text=True, check=False, cwd=tmp_path
     )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     assert re.findall(r"^(\w+.*): exit 0 after", (out / "parts.log").read_text(), re.M) == [
         "build",
+        "measure smoke",
+        "measure smoke_cluster",
         "tests",
         "measure bench",
         "measure cluster",
         "measure head",
+        "measure profile",
         "measure tune",
     ]
 
+    assert {path.name for path in out.iterdir()} == {"logs.tar.gz", "parts.log", "rehearsal.json", "test.xml"}
+    again = subprocess.run([*command[:2], "smoke"], env={**clean, **settings}, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert "smoke_cluster: done before" in again.stdout
+
     result = json.loads((out / "rehearsal.json").read_text())
-    assert not (out / "gpu.json").exists() and len(result["built_from"]["bench"]) > 60 and len(set(result["built_from"].values())) == 1
+    assert len(result["built_from"]["bench"]) > 60 and len(set(result["built_from"].values())) == 1
     assert {entry["name"] for entry in result["bench"]} >= {"copy", "ours", "eager"} and [entry["name"] for entry in result["head"]].count(
         "ours_head"
     ) == 1
