@@ -393,6 +393,18 @@ def against_targets(whole: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def against_predictions(entries: list[dict[str, Any]]) -> str:
+    """Each measured time beside that of bench/model.py."""
+    lines = [
+        "{what}: measured {ms:.3f} ms, predicted {predicted_ms:.3f} ms, {times_predicted:.2f} of it".format(
+            what=" ".join(str(e[key]) for key in ("step", "name", "rows", "vocabulary", "size", "trainable") if key in e), **e
+        )
+        for e in entries
+        if "times_predicted" in e
+    ]
+    return "\n".join(lines) or "no measurement that bench/model.py predicts"
+
+
 # ---- the fused head
 
 
@@ -456,15 +468,24 @@ def main() -> None:
     timer = Timer(options.device, 5 if options.part.startswith("smoke") else options.repetitions)
     shapes: Any = [tuple(int(n) for n in text.split("x")) for text in options.shape or []]
     if not shapes:
-        quoted: Any = {"head": HEADS, "smoke": SMOKE, "smoke_cluster": SMOKE}.get(options.part, [(n, v) for n in ROWS for v in VOCABULARIES])
+        quoted: Any = {"head": HEADS, "smoke": SMOKE, "smoke_cluster": SMOKE}.get(
+            options.part, [(n, v) for n in ROWS for v in VOCABULARIES]
+        )
         shapes = list(quoted) if options.device == "cuda" else REHEARSAL[options.part]
     results = Results(options.output, options.part, options.device)
     try:
-        parts: dict[str, Callable[..., None]] = {"bench": bench, "cluster": cluster, "head": head, "smoke": smoke, "smoke_cluster": smoke_cluster}
+        parts: dict[str, Callable[..., None]] = {
+            "bench": bench,
+            "cluster": cluster,
+            "head": head,
+            "smoke": smoke,
+            "smoke_cluster": smoke_cluster,
+        }
         parts[options.part](shapes, timer, options.device, deadline, results)
     finally:
         if options.part in ("bench", "cluster"):
             print(against_targets(results.whole))
+        print(against_predictions(results.whole[options.part]))
         for module, why in NOT_IMPORTED.items():
             print(f"not there to compare with: {module}: {why}")
     if options.part.startswith("smoke") and options.device == "cuda" and any("error" in e for e in results.whole[options.part]):

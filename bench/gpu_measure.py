@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from model import predicted
 
 from grpo_fast.utils.files import write_atomically
 
@@ -156,6 +157,7 @@ class Results:
         return any(all(each.get(name) == value for name, value in entry.items()) for each in self.earlier)
 
     def add(self, entry: dict[str, Any]) -> dict[str, Any]:
+        entry = entry | predicted(entry, str(self.whole["machine"]["device"]))
         self.whole[self.part].append(entry)
         self.whole["not_imported"] = self.whole.get("not_imported", {}) | NOT_IMPORTED
         write(self.output, self.whole)

@@ -71,7 +71,9 @@ def calls() -> list[list[Part]]:
 
 
 def plan() -> str:
-    lines = ["Run these in order. A part that is done is skipped; AGAIN=1 runs it again. A part that ran out of time goes on where it ended."]
+    lines = [
+        "Run these in order. A part that is done is skipped; AGAIN=1 runs it again. A part that ran out of time goes on where it ended."
+    ]
     total = 0
     for number, parts in enumerate(calls(), 1):
         seconds = sum(part.seconds for part in parts)
@@ -80,7 +82,9 @@ def plan() -> str:
         for part in parts:
             when = " (only on request)" if part.on_request else ""
             lines.append(f"   {part.name}: {part.what}; at most {part.seconds} s{when}; leaves {part.leaves}")
-    lines.append(f"\nTogether at most {total} s of {VISIT_SECONDS} s. The rest is for starting the machine and for parts that are run again.")
+    lines.append(
+        f"\nTogether at most {total} s of {VISIT_SECONDS} s. The rest is for starting the machine and for parts that are run again."
+    )
     return "\n".join(lines)
 
 

@@ -38,7 +38,12 @@ def test_every_part_is_known_to_the_script(parts: ModuleType) -> None:
     for part in parts.PARTS:
         assert f"|{part.name}" in script.split("[plan", 1)[1].split("]", 1)[0]
         for step in part.steps:
-            assert f"step {step.name} " in script or step.name in ("build", "preflight") or f"measure {step.name}" in script or '*) step "$name"' in script
+            assert (
+                f"step {step.name} " in script
+                or step.name in ("build", "preflight")
+                or f"measure {step.name}" in script
+                or '*) step "$name"' in script
+            )
 
 
 def test_a_part_is_done_by_this_machine_and_from_these_sources(parts: ModuleType, measure: ModuleType, tmp_path: Path) -> None:  # noqa: F811
@@ -79,7 +84,7 @@ def test_what_ncu_prints(gpu_bench: ModuleType) -> None:  # noqa: F811
     lines = [names, ["", "usecond", "%", "register/thread", ""], ["0", "1,250.5", "91.5", "72", "0.25"]]
     text = "==PROF== Connected\n" + "\n".join(",".join(f'"{cell}"' for cell in line) for line in lines)
     assert profile.parse(text) == {"ms": pytest.approx(1.2505), "dram_percent": 91.5, "registers": 72.0, "stall_barrier": 0.25}
-    with pytest.raises(RuntimeError, match="no values.*ERR_NVGPUCTRPERM"):
+    with pytest.raises(RuntimeError, match=r"no values.*ERR_NVGPUCTRPERM"):
         profile.parse("==ERROR== ERR_NVGPUCTRPERM")
     command = profile.command("ncu", "_token_sums_kernel")
     assert command[command.index("--clock-control") + 1] == "none" and "--launch-count" in command
