@@ -14,6 +14,7 @@ from rich.table import Table
 
 from grpo_fast.ops import build, extension
 from grpo_fast.ops.backends import BACKENDS, BackendStatus, backends, cpu_isa, installed_version
+from grpo_fast.ops.executed import EXECUTED, NEVER
 from grpo_fast.utils.install_hints import install
 from grpo_fast.utils.redaction import redact_text
 from grpo_fast.version import __version__
@@ -43,6 +44,7 @@ def run(console: Console | None = None) -> int:
     found = backends()
     console.print(_backend_table(found))
     console.print(_machine_table())
+    console.print(_executed_table())
     console.print(_optional_table())
     fixes = [f"{name}: {status.fix}" for name, status in found.items() if not status.usable and status.fix]
     extras = sorted({extra for package, (_, extra) in _OPTIONAL.items() if extra and installed_version(package) is None})
@@ -63,6 +65,16 @@ def _backend_table(found: dict[str, BackendStatus]) -> Table:
         table.add_row(
             name, "[green]yes[/green]" if status.usable else "[yellow]no[/yellow]", redact_text(status.why or "-"), redact_text(details)
         )
+    return table
+
+
+def _executed_table() -> Table:
+    table = Table(title="GPU kernels: where this version was executed", title_justify="left")
+    for heading in ("kernels", "for", "compiled", "executed without the GPU", "on hardware"):
+        table.add_column(heading, overflow="fold")
+    for each in EXECUTED:
+        hardware = f"[yellow]{NEVER}[/yellow]" if each.hardware == NEVER else each.hardware
+        table.add_row(each.kernels, each.target, each.compiled, each.executed, hardware)
     return table
 
 
