@@ -69,3 +69,17 @@ def test_a_measurement_is_compared_with_its_prediction(model: ModuleType) -> Non
     head = {"name": "ours_head", "rows": 16384, "width": 3584, "vocabulary": 152064, "ms": 1.0}
     kept = {"name": "kept", "size": "32", "trainable": True, "rows": 2048, "width": 4096, "vocabulary": 128256, "ms": 1.0}
     assert model.predicted(head, "NVIDIA H200")["predicted_ms"] > 1 and model.predicted(kept, "NVIDIA H100 80GB HBM3")["predicted_ms"] > 0
+
+
+def test_registers_are_limited_only_where_nothing_spills() -> None:
+    launcher = pytest.importorskip("grpo_fast.kernels.token_logprobs")
+    limited = {"maxnreg": launcher.HOPPER_REGISTERS}
+    assert launcher.register_limit(2, True, False, (9, 0)) == limited
+    for other in (
+        (4, True, False, (9, 0)),
+        (2, False, False, (9, 0)),
+        (2, True, True, (9, 0)),
+        (2, True, False, (10, 0)),
+        (2, True, False, None),
+    ):
+        assert launcher.register_limit(*other) == {}

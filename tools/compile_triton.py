@@ -156,7 +156,12 @@ def compilations(found: list[Variant], targets: list[str], sample: bool) -> list
 def compile_variant(variant: Variant, target_name: str) -> Result:
     """Compile one variant for one target."""
     target = TARGETS[target_name]
-    compiled = triton.compile(variant.source(), target=target, options={"num_warps": variant.warps})
+    options = {"num_warps": variant.warps}
+    if variant.kernel is token_logprobs._token_sums_kernel and target.backend == "cuda":
+        entropy, softcap = variant.constants["WANT_ENTROPY"], variant.constants["HAS_SOFTCAP"]
+        capability = (int(target.arch) // 10, int(target.arch) % 10)
+        options |= token_logprobs.register_limit(BYTES[variant.dtype], entropy, softcap, capability)
+    compiled = triton.compile(variant.source(), target=target, options=options)
     block = next(value for name, value in variant.constants.items() if name.startswith("BLOCK"))
     result = Result(variant.name, variant.dtype, target_name, block, variant.warps, 0, 0, compiled.metadata.shared)
     if target.backend == "hip":
