@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["evaluate_policy", "model_run"]
 
 FULL_MARKS = 1.0 - 1e-6
+SHOWN_ROWS = 6  # rows whose first completion at each temperature is kept, to be shown
 CURVES = {  # learning curve -> key in the trainer's log; a key that a training does not log gives no curve
     "entropy": "entropy",
     "zero_std": "frac_reward_zero_std",
@@ -129,6 +131,7 @@ def evaluate_policy(trainer: GRPOTrainer, rows: Sequence[dict[str, Any]], temper
     args, rounds = trainer.args, 1 if temperature == 0 else trainer.args.eval_rounds
     as_chat = trainer.completions.sends_as_chat(trainer.train_dataset, "train_dataset")
     right = torch.zeros(len(rows), dtype=torch.float64)
+    shown: list[JSONObject] = []
     texts: list[list[str]] = [[] for _ in rows]
     lengths, truncated, repetition = [], [], []
     entropy, tokens = 0.0, 0
@@ -140,6 +143,13 @@ def evaluate_policy(trainer: GRPOTrainer, rows: Sequence[dict[str, Any]], temper
             drawn = trainer.completions.generate_completions(part, at, "study", number, start, as_chat=as_chat)
             scores = trainer.completions.score(part, drawn, at)[:, correct]
             right[start : start + len(part)] += (scores >= FULL_MARKS).double().cpu()
+            if number == 0:
+                marks = (scores >= FULL_MARKS).tolist()
+                few = zip(part, drawn, marks, strict=True)
+                shown += [
+                    {"prompt": _question(row["prompt"]), "completion": each.text, "right": mark}
+                    for row, each, mark in itertools.islice(few, SHOWN_ROWS - len(shown))
+                ]
             for i, each in enumerate(drawn, start):
                 texts[i].append(each.text)
                 lengths.append(len(each.completion.token_ids))
@@ -161,7 +171,14 @@ def evaluate_policy(trainer: GRPOTrainer, rows: Sequence[dict[str, Any]], temper
         "length": fmean(lengths),
         "entropy": entropy / max(tokens, 1),
         "right": (right / rounds).tolist(),
+        "completions": shown,
     }
+
+
+def _question(prompt: object) -> str:
+    """Return the text of a prompt: of a chat, what its last message says."""
+    content = prompt[-1].get("content", "") if isinstance(prompt, list) and prompt and isinstance(prompt[-1], Mapping) else prompt
+    return content if isinstance(content, str) else str(content)
 
 
 def _config(study: TrainingStudy, model: ModelTraining, seed: int, label: str, folder: str) -> GRPOConfig:

@@ -18,6 +18,7 @@ from grpo_fast.study.training_study import TrainingStudy
 __all__ = ["CurveEndsJSON", "CurveJSON", "SeedsJSON", "advise_training", "mean_curve", "summarize_training"]
 
 EDGE_STEPS = 5  # steps at the beginning and at the end of a training whose mean is reported
+NO_MEASURES = ("temperature", "samples", "right", "completions")  # keys of an evaluation that are no means
 DIGITS = 6  # significant digits of the numbers that are listed seed by seed, or step by step
 
 
@@ -52,7 +53,7 @@ def summarize_training(study: TrainingStudy) -> JSONObject:
     runs = study.runs()
     by_label = {label: [run for run in runs if run["trained_at"] == label] for label in study.labels}
     places = [temperature_name(temperature) for temperature in study.eval_temperatures]
-    measures = [name for name in runs[0]["table"][0] if name not in ("temperature", "samples", "right")]
+    measures = [name for name in runs[0]["table"][0] if name not in NO_MEASURES]
     accuracy = {
         label: {place: [_rounded(run["table"][i]["accuracy"]) for run in of_label] for i, place in enumerate(places)}
         for label, of_label in by_label.items()
