@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 CPP = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test sweep docs real-parts bench check check-cuda check-sources format wheel release sanitize clean
+.PHONY: demo test sweep docs real-parts real bench check check-cuda check-sources format wheel release sanitize clean
 
 demo:  ## a small language model learns by GRPO (make demo ARGS="--temperature 0.6")
 	@PYTHON="$(PYTHON)" tools/bootstrap.sh demo
@@ -25,6 +25,10 @@ docs:  ## the documentation site, into site/: built strictly, every link checked
 
 real-parts:  ## a real vLLM server and model for tests/test_vllm_real.py (make sweep), 4 GB in ~/.cache/grpo_fast
 	@$(PYTHON) tools/real_parts.py
+
+real:  ## a chat model of 135M parameters learns by GRPO, evaluated before and after; into runs/real. Half an hour; started again, it goes on
+	@PYTHON="$(PYTHON)" tools/bootstrap.sh test
+	@tools/real.sh $(ARGS)
 
 bench:  ## regressions with pytest-benchmark, then the comparison with other implementations, into runs/bench
 	@PYTHON="$(PYTHON)" tools/bootstrap.sh test

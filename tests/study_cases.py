@@ -19,7 +19,7 @@ from grpo_fast.demo.model import make_model
 from grpo_fast.demo.teacher import Teacher
 from grpo_fast.demo.warm_start import imitate
 from grpo_fast.generation import Completion
-from grpo_fast.study import plot
+from grpo_fast.study import page, plot
 from grpo_fast.study.sampling_setup import SamplingStudy, prepare_sampling
 
 ROWS = [question(digits) for digits in ("5281", "3316", "9070", "4498")]
@@ -41,6 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     (folder / "study_rewards.py").write_text(
         "def odd_first(completion_ids, **columns):\n    return [float(ids[0] % 2) for ids in completion_ids]\n\n\n"
+        "def even_first(completion_ids, **columns):\n    return [float(ids[0] % 2 == 0) for ids in completion_ids]\n\n\n"
         "def blind(completion_ids, **columns):\n    return [None] * len(completion_ids)\n\n\n"
         "def differs(completion_ids, **columns):\n    return [float(i % 2) for i in range(len(completion_ids))]\n\n\n"
         "def same(completion_ids, **columns):\n    return [1.0] * len(completion_ids)\n"
@@ -60,7 +61,8 @@ def here(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
-    """The figures that a study would draw, which takes longer than a small study: a call draws one."""
+    """The figures that a study would draw, which takes longer than a small study: a call draws one. Its page has no charts."""
+    monkeypatch.setattr(page, "charts_of", lambda draw, result: page.Charts([]))
     asked: list[Callable[[], None]] = []
     for name in ("write_sampling_figure", "write_training_figure"):
         draw = getattr(plot, name)

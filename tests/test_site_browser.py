@@ -135,6 +135,27 @@ def test_code_is_copied(browser: Any, address: str) -> None:
     assert tab.errors == []
 
 
+@pytest.mark.parametrize("size", [PHONE, DESK], ids=["phone", "desk"])
+def test_the_page_of_a_study_runs_nothing_and_fits(browser: Any, tmp_path: Path, size: dict[str, int]) -> None:
+    """Its completions try to run a script, and are long; see tests/test_study_page.py for what the page holds."""
+    pytest.importorskip("matplotlib")
+    from test_study_page import HOSTILE, hostile
+
+    from grpo_fast.study.page import write_training_page
+
+    result = hostile("truncation")
+    result["completions"]["before"]["0"][0]["completion"] = HOSTILE + "x" * 2000
+    write_training_page(result, tmp_path / "found.html")
+    tab = Tab(browser, viewport=size)
+    tab.page.on("dialog", lambda dialog: tab.errors.append(dialog.message))
+    tab.page.goto((tmp_path / "found.html").as_uri(), wait_until="networkidle")
+    assert tab.width() <= size["width"] and "16 steps" in tab.page.title()
+    charts = tab.page.locator(".charts img")
+    assert charts.count() == 6 and all(charts.nth(i).evaluate("chart => chart.naturalWidth") > 300 for i in range(6))
+    assert tab.page.locator(".samples pre").first.inner_text().startswith(HOSTILE)
+    assert tab.errors == [] and [url for url in tab.requested if not url.startswith(("file:", "data:"))] == []
+
+
 def test_dark_mode(browser: Any, address: str) -> None:
     tab = Tab(browser, viewport=DESK, color_scheme="light")
     tab.page.goto(f"{address}/index.html", wait_until="networkidle")

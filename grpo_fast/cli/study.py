@@ -40,8 +40,8 @@ one of your own. A model begins each training with its own weights.
   grpo-fast study training --temperatures 0.6 1.0 '0.6->1.4' --seeds 5
   grpo-fast study training sums.yaml --temperatures 0.6 1.0 --truncations none top_p=0.95 --max_steps 100
 
-Both write JSON, CSV and a figure. Started again, they continue from the measurements beside the JSON file (NAME.raw.json). --quick tests
-in about ten seconds whether a study runs.
+Both write JSON, CSV, a figure, and an HTML page with charts, tables and completions. Started again, they continue from the measurements
+beside the JSON file (NAME.raw.json). --quick tests in about ten seconds whether a study runs.
 """
 STUDIES = {  # the packages that each needs, and the extras that install them
     "sampling": (("transformers", "datasets", "accelerate", "matplotlib", "scipy"), ("train", "plot")),
@@ -87,7 +87,8 @@ def app(args: Sequence[str] | None = None, prog_name: str = "grpo-fast study") -
     except KeyboardInterrupt as error:
         print_error(f"{name}: interrupted. Finished measurements are stored: the same command continues from there.")
         raise SystemExit(130) from error
-    console.print(f"All numbers: {path}; also as {path.with_suffix('.csv').name} and {path.with_suffix('.png').name}.", highlight=False)
+    csv, png, html = (path.with_suffix(suffix).name for suffix in (".csv", ".png", ".html"))
+    console.print(f"All numbers: {path}; also as {csv} and {png}; with completions as {html}.", highlight=False)
 
 
 def _sampling(args: Sequence[str], name: str, console: Console) -> Path:
@@ -97,7 +98,7 @@ def _sampling(args: Sequence[str], name: str, console: Console) -> Path:
         study = prepare_sampling(args)
         with study_threads(study):
             model = load_model(study) if study.missing() else None
-    from grpo_fast.study import plot, report, sampling
+    from grpo_fast.study import page, plot, report, sampling
     from grpo_fast.study.result_files import write_measurements, write_result
 
     path = study.path
@@ -122,6 +123,7 @@ def _sampling(args: Sequence[str], name: str, console: Console) -> Path:
             write_result(path, result, study.measurements)
         report.write_sampling_csv(result, path.with_suffix(".csv"))
         plot.write_sampling_figure(result, path.with_suffix(".png"))
+        page.write_sampling_page(result, path.with_suffix(".html"))
     except OSError as error:
         print_error(f"{name}: the result cannot be written: {error}")
         raise SystemExit(1) from error
@@ -143,7 +145,9 @@ class _SamplingProgress:
 
 def _training(args: Sequence[str], name: str, console: Console) -> Path:
     with exit_on_wrong_settings(name):
-        from grpo_fast.study import plot, report, training
+        from grpo_fast.demo.options import DemoOptions
+        from grpo_fast.study import page, plot, report, training
+        from grpo_fast.study.training_gains import not_learned
         from grpo_fast.study.training_study import BEFORE
 
         study = _prepare_training(args)
@@ -165,10 +169,22 @@ def _training(args: Sequence[str], name: str, console: Console) -> Path:
         result = training.run(study, on_step)
     report.write_training_csv(result, study.path.with_suffix(".csv"))
     plot.write_training_figure(result, study.path.with_suffix(".png"))
-    for table in (report.evaluation_table(result), report.training_table(result), report.first_step_table(result)):
+    page.write_training_page(result, study.path.with_suffix(".html"))
+    for table in (
+        report.evaluation_table(result),
+        report.gain_table(result),
+        report.training_table(result),
+        report.first_step_table(result),
+    ):
         if table is not None:
             console.print(report.as_rich(table))
     _print_advice(result["advice"]["sentences"], console)
+    if not isinstance(study.subject, DemoOptions) and study.subject.options.require_gain and (labels := not_learned(result)):
+        print_error(
+            f"{name}: the held-out accuracy did not rise by more than twice its standard error when trained at {'; '.join(labels)}. "
+            f"All numbers: {study.path}. Fix: more --max_steps, --seeds or held-out questions, or leave out --require_gain."
+        )
+        raise SystemExit(1)
     return study.path
 
 

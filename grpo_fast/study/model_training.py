@@ -32,7 +32,7 @@ STUDIED = {  # settings of a training that the study sets itself -> the option o
     "seed": "seeds",
     "output_dir": "output",
 }
-NOT_RECORDED = ("temperatures", "truncations", "seeds", "output", "quick")  # a study may be continued with others
+NOT_RECORDED = ("temperatures", "truncations", "seeds", "output", "quick", "require_gain")  # a study may be continued with others
 QUICK = {"seeds": 1, "max_steps": 2, "max_completion_length": 8, "eval_rounds": 1}
 QUICK_ROWS = 4
 
@@ -49,8 +49,10 @@ class ModelTrainingOptions(TrainOptions):
         eval_temperatures: to evaluate each training at, without truncation; 0 is greedy decoding.
         seeds: number of seeds, from 0 on.
         correct: the reward that says whether an answer is correct (full marks: 1); by default accuracy, math, or the task's own.
-        output: the result as JSON; measurements, table and figure take the same name with .raw.json, .csv and .png.
+        output: the result as JSON; measurements, table, figure and page take the same name with .raw.json, .csv, .png and .html.
         quick: one seed and two steps, to test whether it runs, from the beginning each time; its figures mean nothing.
+        require_gain: exit with status 1 unless each training raised the held-out accuracy, over all evaluation temperatures, by more than
+            twice its standard error over questions and seeds.
     """
 
     temperatures: list[str] = field(default_factory=lambda: ["0.6", "1.0", "1.3"])
@@ -60,6 +62,7 @@ class ModelTrainingOptions(TrainOptions):
     correct: str | None = None
     output: str = "runs/study/training.json"
     quick: bool = False
+    require_gain: bool = False
 
 
 @dataclass(frozen=True)

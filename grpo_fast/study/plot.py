@@ -18,13 +18,25 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-__all__ = ["write_sampling_figure", "write_training_figure"]
+__all__ = ["sampling_figure", "training_figure", "training_title", "write_sampling_figure", "write_training_figure"]
 
 LONG_LABEL, LEGEND_COLUMNS = 24, 3  # characters of a label from which on the legend has so many columns
 SHADES = {COLD: "#dbe9f6", ROBUST: "#ddf0e4", EXPLORATION: "#fdf1d3", COLLAPSE: "#f8ddd6"}
 
 
 def write_sampling_figure(result: JSONObject, path: Path) -> None:
+    """Write `sampling_figure` as PNG."""
+    figure = sampling_figure(result)
+    write_atomically(path, lambda partial: figure.savefig(partial, format="png"))
+
+
+def write_training_figure(result: JSONObject, path: Path) -> None:
+    """Write `training_figure` as PNG."""
+    figure = training_figure(result)
+    write_atomically(path, lambda partial: figure.savefig(partial, format="png"))
+
+
+def sampling_figure(result: JSONObject) -> Figure:
     """Draw six panels over the sampling temperature, shaded by region, with standard errors over the prompts."""
     k, rows = result["options"]["samples"], result["rows"]
     panels = (
@@ -68,10 +80,10 @@ def write_sampling_figure(result: JSONObject, path: Path) -> None:
     figure.suptitle(f"{model}: {size}; bars: standard errors over the prompts", fontsize=10)
     if handles:
         figure.legend(handles, list(names), loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
-    write_atomically(path, lambda partial: figure.savefig(partial, format="png"))
+    return figure
 
 
-def write_training_figure(result: JSONObject, path: Path) -> None:
+def training_figure(result: JSONObject) -> Figure:
     """Draw accuracy by evaluation temperature, as lines and as a table, and four learning curves; means over the seeds with errors."""
     places = [temperature_name(temperature) for temperature in result["options"]["eval_temperatures"]]
     labels = result["trained_at"]
@@ -107,11 +119,13 @@ def write_training_figure(result: JSONObject, path: Path) -> None:
                 _draw_band(axis, result["learning_curves"][label][name], *_line_style(i))
         axis.set(title=title, xlabel="step", ylabel=unit)
         axis.set_ylim(*((-0.02, 1.02) if unit == "share" else (0, None)))
-    figure.suptitle(f"{_training_title(result['options'])}, {result['seeds']} seeds; bars and bands: standard errors", fontsize=10)
-    write_atomically(path, lambda partial: figure.savefig(partial, format="png"))
+    figure.suptitle(f"{training_title(result)}, {result['seeds']} seeds; bars and bands: standard errors", fontsize=10)
+    return figure
 
 
-def _training_title(options: JSONObject) -> str:
+def training_title(result: JSONObject) -> str:
+    """Return what was trained on what, and for how long."""
+    options = result["options"]
     if "model" not in options:
         return (
             f"The demonstration's model (0.1 M parameters) trained at several temperatures, {options['steps']} steps of "

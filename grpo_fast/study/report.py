@@ -13,9 +13,21 @@ from rich.table import Table
 from grpo_fast.study.estimates import EstimateJSON
 from grpo_fast.study.options import temperature_name
 from grpo_fast.study.result_files import JSONObject
+from grpo_fast.study.training_gains import ALL, GainJSON
 from grpo_fast.utils.files import write_atomically
 
-__all__ = ["TextTable", "as_rich", "evaluation_table", "sampling_tables", "training_table", "write_sampling_csv", "write_training_csv"]
+__all__ = [
+    "TextTable",
+    "as_rich",
+    "evaluation_table",
+    "first_step_table",
+    "gain_table",
+    "sampling_tables",
+    "training_table",
+    "training_tables",
+    "write_sampling_csv",
+    "write_training_csv",
+]
 
 
 class TextTable(NamedTuple):
@@ -64,6 +76,12 @@ def sampling_tables(result: JSONObject) -> list[TextTable]:
     ]
 
 
+def training_tables(result: JSONObject) -> list[TextTable]:
+    """Return all tables of a training study that its result has."""
+    found = (evaluation_table(result), gain_table(result), training_table(result), first_step_table(result))
+    return [table for table in found if table is not None]
+
+
 def evaluation_table(result: JSONObject) -> TextTable:
     """Return the accuracy by training temperature (lines) and evaluation temperature (columns)."""
     places = [temperature_name(temperature) for temperature in result["options"]["eval_temperatures"]]
@@ -96,6 +114,16 @@ def first_step_table(result: JSONObject) -> TextTable | None:
     ]
     title = "Probability ratios of the first step (loss to sampler); kept sets, the first five steps and the last"
     return TextTable(title, ["trained at", *(heading for heading, _ in names), "kept mass", "set size"], cells)
+
+
+def gain_table(result: JSONObject) -> TextTable | None:
+    """Return the gain in accuracy over the model before training; None if the runs do not list their questions."""
+    if "gains" not in result:
+        return None
+    places = [temperature_name(temperature) for temperature in result["options"]["eval_temperatures"]]
+    cells = [[label, *(_with_error(found[place]) for place in (*places, ALL))] for label, found in result["gains"].items()]
+    title = "Gain in accuracy over the model before training, with its standard error over questions and seeds"
+    return TextTable(title, ["trained at", *(f"at {place}" for place in places), "mean"], cells)
 
 
 def _ends(result: JSONObject, label: str, name: str) -> str:
@@ -153,7 +181,7 @@ def _write_csv(lines: Sequence[Mapping[str, object]], path: Path) -> None:
     write_atomically(path, write)
 
 
-def _with_error(found: EstimateJSON | None) -> str:
+def _with_error(found: EstimateJSON | GainJSON | None) -> str:
     if found is None:
         return "-"
     error = found["error"]

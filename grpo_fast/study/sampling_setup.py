@@ -68,7 +68,7 @@ class SamplingOptions(TrainOptions):
         ngram: length, in tokens, of the n-grams whose repetition is counted.
         keep: share of the highest pass@1 below which a temperature counts as performance collapse.
         warm_start_steps: of the model 'demo': steps of imitation.
-        output: the result as JSON; measurements, table and figure take the same name with .raw.json, .csv and .png.
+        output: the result as JSON; measurements, table, figure and page take the same name with .raw.json, .csv, .png and .html.
         quick: eight prompts and a few short completions, to test whether it runs; its figures mean nothing.
     """
 

@@ -45,7 +45,7 @@ class TrainingOptions:
         learning_rate: of GRPO.
         loss_type: which loss of the family.
         evaluation_prompts: held-out questions of each evaluation.
-        output: the result as JSON; measurements, table and figure take the same name with .raw.json, .csv and .png.
+        output: the result as JSON; measurements, table, figure and page take the same name with .raw.json, .csv, .png and .html.
         quick: one seed and three steps, to test whether it runs, from the beginning each time; its figures mean nothing.
     """
 

@@ -13,7 +13,8 @@ from typing import TypedDict
 from grpo_fast.study.estimates import EstimateJSON, difference, estimate, is_significant
 from grpo_fast.study.options import temperature_name
 from grpo_fast.study.result_files import JSONObject, differing_versions
-from grpo_fast.study.training_study import TrainingStudy
+from grpo_fast.study.training_gains import gains
+from grpo_fast.study.training_study import BEFORE, TrainingStudy
 
 __all__ = ["CurveEndsJSON", "CurveJSON", "SeedsJSON", "advise_training", "mean_curve", "summarize_training"]
 
@@ -48,7 +49,8 @@ def summarize_training(study: TrainingStudy) -> JSONObject:
     Returns:
         ``seeds``; ``trained_at``, the labels; ``evaluation``, `SeedsJSON` by label, evaluation temperature (`temperature_name`) and
         measure; ``training``, `CurveEndsJSON` by label and curve; ``learning_curves``, `CurveJSON` by label and curve; ``first_step``,
-        `SeedsJSON` by label and measure, if the runs measured their first step; and ``advice``, see `advise_training`.
+        `SeedsJSON` by label and measure, if the runs measured their first step; ``gains``, see `gains`, and ``completions``, a few of the
+        first seed by label and evaluation temperature, if the runs have them; and ``advice``, see `advise_training`.
     """
     runs = study.runs()
     by_label = {label: [run for run in runs if run["trained_at"] == label] for label in study.labels}
@@ -76,6 +78,12 @@ def summarize_training(study: TrainingStudy) -> JSONObject:
         for label, all_found in ratios.items()
         if len(of_label := [found for found in all_found if found is not None]) == len(all_found)
     }
+    of_questions = gains(by_label, BEFORE, places)
+    tables = {label: of_label[0]["table"] for label, of_label in by_label.items()}
+    completions = {
+        label: {place: table[i]["completions"] for i, place in enumerate(places) if "completions" in table[i]}
+        for label, table in tables.items()
+    }
     training = {label: {name: _first_and_last(lines) for name, lines in of_label.items()} for label, of_label in curves.items()}
     advice = advise_training(accuracy, training, study.labels[1:], places)
     if (others := differing_versions(runs)) is not None:
@@ -91,6 +99,8 @@ def summarize_training(study: TrainingStudy) -> JSONObject:
         "training": training,
         "learning_curves": {label: {name: mean_curve(lines) for name, lines in of_label.items()} for label, of_label in curves.items()},
         **({"first_step": first_step} if first_step else {}),
+        **({"gains": of_questions} if of_questions else {}),
+        **({"completions": completions} if any(completions.values()) else {}),
         "advice": advice,
     }
 
