@@ -174,11 +174,11 @@ def charts_of(draw: Callable[[JSONObject], Figure], result: JSONObject) -> Chart
         return base64.b64encode(file.getvalue()).decode()
 
     panels = [axis for axis in figure.axes if axis.has_data() and axis.axison]
-    panel_images = [(axis.get_title(), image(axis.get_tightbbox())) for axis in panels]
+    panel_images = [(axis.get_title(), image(bounds)) for axis in panels if (bounds := axis.get_tightbbox()) is not None]
     if not figure.legends:
         return Charts(panel_images)
-    bounds = figure.legends[0].get_window_extent()
-    return Charts(panel_images, image(bounds), round(LEGEND_SCALE * bounds.height))
+    of_legend = figure.legends[0].get_window_extent()
+    return Charts(panel_images, image(of_legend), round(LEGEND_SCALE * of_legend.height))
 
 
 def _trained(label: str) -> str:
