@@ -10,7 +10,17 @@ from torch import nn
 
 pytest.importorskip("transformers")
 
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from grpo_fast.generation.protocol import Completion, SamplingParams
 from grpo_fast.generation.transformers_sampler import TransformersSampler
@@ -38,6 +48,14 @@ def make(kind: str) -> PreTrainedModel:
         return GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.4)).double()
     if kind == "window":
         return Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=8, **WINDOW)).double()
+    if kind == "longrope":  # other frequencies from nine tokens on, where LONG without its last token has eight
+        factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+        rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 8, **factors}
+        more: dict[str, Any] = {"original_max_position_embeddings": 8, "rope_parameters": rope, "pad_token_id": 0}
+        return Phi3ForCausalLM(Phi3Config(**SIZES, **more)).double()
+    if kind == "dynamic":
+        rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+        return LlamaForCausalLM(LlamaConfig(**(SIZES | {"max_position_embeddings": 4}), rope_parameters=rope)).double()
     return LlamaForCausalLM(LlamaConfig(**SIZES)).double()
 
 
@@ -91,4 +109,12 @@ def test_other_caches_and_different_prompts_are_left_alone(widths: list[tuple[in
     TransformersSampler(model, cache_implementation="static").generate(
         PROMPTS, SamplingParams(temperatures=[1.0] * 7, max_new_tokens=2, eos_token_id=1, pad_token_id=0, seed=3)
     )
+    assert (3, 8) not in widths
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_rotary_embeddings_that_depend_on_the_length_are_left_alone(kind: str, widths: list[tuple[int, ...]]) -> None:
+    expected, found = draw(make(kind), False), draw(make(kind), True)  # a model each, because a dynamic embedding remembers lengths
+    assert [each.token_ids for each in found] == [each.token_ids for each in expected]
+    assert [each.logprobs for each in found] == [each.logprobs for each in expected]
     assert (3, 8) not in widths

@@ -32,7 +32,8 @@ def shared_prompt_cache(
 
     Returns:
         A cache of B rows and P - 1 positions, from which `generate` continues when it is called with the same ids and mask. None if
-        hardly anything is saved, or if the model's layers keep something else than keys and values of tokens.
+        hardly anything is saved, if the model's layers keep something else than keys and values of tokens, or if its rotary embedding
+        depends on the length of the sequence.
     """
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -40,6 +41,8 @@ def shared_prompt_cache(
     index = [places.setdefault(tuple(prompt), len(places)) for prompt in prompts]
     before = input_ids.shape[1] - 1
     if (len(prompts) - len(places)) * before < LEAST_SAVED * len(prompts) or not takes_positions(model):
+        return None
+    if _rotates_by_length(model):  # the prompt without its last token would then have other keys than the whole prompt
         return None
     cache = DynamicCache(config=model.config)
     if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
@@ -59,3 +62,11 @@ def shared_prompt_cache(
         )
     cache.batch_select_indices(torch.tensor(index, device=input_ids.device))
     return cache
+
+
+def _rotates_by_length(model: PreTrainedModel) -> bool:
+    """Return whether the frequencies of the model's rotary embedding change with the length of the sequence that it is computed for."""
+    parameters = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    each = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]  # some models have them by kind of layer
+    kinds = [str(one.get("rope_type")) for one in each]
+    return any("dynamic" in kind or kind == "longrope" for kind in kinds)
