@@ -29,6 +29,7 @@ from grpo_fast.study.estimates import Estimate, difference, is_significant
 from grpo_fast.study.options import temperature_name
 from grpo_fast.study.sampling_summary import COMPARED
 from grpo_fast.study.temperature_regions import COLD, COLLAPSE, EXPLORATION, ROBUST
+from grpo_fast.study.training_gains import not_learned
 
 pytest_plugins = ["study_cases"]
 
@@ -58,6 +59,20 @@ def test_the_tables_are_those_of_the_results() -> None:
     for table in [*tables, first_step]:
         expected = "\n".join(as_markdown(table))
         assert expected in PAGE, f"{table.title} is:\n{expected}"
+
+
+def test_the_tables_of_make_real_are_those_of_its_result() -> None:
+    """The model learned: its gain is more than twice its error, over questions and seeds, which follow from the listed parts."""
+    found = json.loads((ROOT / "bench/results/real_capitals.json").read_text())
+    assert found["seeds"] == 3 and found["machine"]["cpu"] and found["options"]["eval_temperatures"] == [0.0, 0.3, 0.6, 1.0, 1.3]
+    assert not_learned(found) == [] and not found["quick"] and "runs" not in found
+    for cell in found["gains"]["1"].values():
+        assert cell["error"] == pytest.approx(math.hypot(cell["error_questions"], cell["error_seeds"]))
+    for place in ("0", "0.3", "0.6", "1", "1.3"):
+        before, after = (found["evaluation"][label][place]["accuracy"]["mean"] for label in ("before", "1"))
+        assert found["gains"]["1"][place]["mean"] == pytest.approx(after - before, abs=1e-5)
+    for table in report.training_tables(found)[:3]:
+        assert "\n".join(as_markdown(table)) in PAGE, table.title
 
 
 @pytest.mark.parametrize("name", ["sampling", "training", "truncation"])
