@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo_fast.models.batch import ForwardBatch, ModelInputs
+from grpo_fast.models.unwrap import inner_model
 
 __all__ = ["Layout", "PackedBatch", "attention_of", "choose_attention", "pack", "packing_leak", "takes_positions"]
 
@@ -131,7 +132,7 @@ def takes_positions(model: nn.Module) -> bool:
 @torch.no_grad()
 def packing_leak(model: nn.Module, pad_token_id: int, device: torch.device) -> float:
     """Return the largest change of a sequence's logits if another sequence is packed before it: 0 up to rounding if they are separated."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    vocabulary = inner_model(model).get_input_embeddings().weight.shape[0]
     watched = [token % vocabulary for token in (7, 11, 13, 17, 19)]
     found = []
     for first in (3, 23):

@@ -158,7 +158,7 @@ def sharing_error(model: nn.Module, pad_token_id: int, device: torch.device) -> 
         The largest relative error of a sequence's logits in the Euclidean norm, infinite if the model's forward refuses the arguments; and
         the error that rounding may cause.
     """
-    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    vocabulary = inner_model(model).get_input_embeddings().weight.shape[0]
     tokens = [(7 + 13 * step) % vocabulary for step in range(20)]
     prompts, completions = [tokens[:6], tokens[:6], tokens[6:9]], [tokens[9:14], tokens[14:17], tokens[17:19]]
     batch = ForwardBatch(prompts, completions, torch.ones(3), torch.zeros(3), torch.ones(3, dtype=torch.bool))
