@@ -27,7 +27,7 @@ RUN_BY = {
     ("results.md", "bash"): (1, "tests/test_readme.py::test_every_command_is_run_somewhere"),
     ("rewards.md", "python"): (1, "tests/test_docs_guides.py::test_rewards"),
     ("samplers.md", "python"): (1, "tests/test_docs_guides.py::test_samplers"),
-    ("temperature.md", "bash"): (5, "tests/test_study_docs.py::test_every_command_runs"),
+    ("temperature.md", "bash"): (6, "tests/test_study_docs.py::test_every_command_runs"),
     ("training.md", "bash"): (2, "tests/test_train_cli.py::test_the_settings_and_commands_of_the_page_are_taken"),
     ("training.md", "python"): (1, "tests/test_examples.py::test_code_of_the_page_on_training_runs"),
     ("training.md", "yaml"): (1, "tests/test_train_cli.py::test_the_settings_and_commands_of_the_page_are_taken"),

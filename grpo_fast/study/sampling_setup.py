@@ -39,7 +39,7 @@ CONFIG_SETTINGS = (  # of GRPOConfig that the study reads
     *("repetition_penalty", "generation_kwargs"),
     *("sampler", "sampler_options", "sampler_tolerance", "chat", "chat_template_kwargs"),
     *("reward_weights", "multi_objective_aggregation", "reward_timeout", "reward_on_error", "reward_isolation"),
-    *("model_init_kwargs", "trust_remote_code", "use_cpu", "bf16", "fp16", "fused_head", "share_prompts", "packing"),
+    *("model_init_kwargs", "trust_remote_code", "use_cpu", "bf16", "fp16", "fused_head", "packing"),
 )
 TRL_SAMPLER_SETTINGS = (  # of GRPOConfig, which derives ``sampler`` and ``sampler_options`` from them
     *("use_vllm", "vllm_mode", "vllm_server_base_url", "vllm_server_host", "vllm_server_port", "use_transformers_continuous_batching"),
