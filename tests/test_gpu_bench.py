@@ -345,7 +345,7 @@ def marks_gpu(path: Path) -> bool:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.skipif(sys.platform != "linux", reason="a shell script for machines with a GPU")
 def test_the_script_in_a_bare_checkout(tmp_path: Path) -> None:
     """From a checkout that is not installed: it is built, every GPU test is found, and both parts are measured."""
