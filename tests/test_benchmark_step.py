@@ -19,6 +19,7 @@ from grpo_fast.utils.files import write_json
 
 pytestmark = needs_trl
 
+ROOT = Path(__file__).resolve().parent.parent
 TOY = StepSettings(**{**SUITE.quick, "methods": ("lora",)})  # the other tests train all weights
 
 
@@ -70,6 +71,13 @@ def test_the_run_and_its_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert SUITE.write_figure is not None
     SUITE.write_figure(load(tmp_path / "step.json", "bench-step"), tmp_path / "step.png")
     assert (tmp_path / "step.png").stat().st_size > 10_000
+
+
+def test_the_page_has_what_was_measured() -> None:
+    result = load(ROOT / "bench/results/step_cpu.json", "bench-step")
+    page = (ROOT / "docs/results.md").read_text()
+    assert "\n".join(suite.markdown(result)) in page, "\n".join(suite.markdown(result))
+    assert not result["skipped"] and result["settings"]["rounds"] >= 2
 
 
 @pytest.mark.parametrize("name", suite.LABELS)

@@ -30,7 +30,7 @@ from grpo_fast.benchmark.step.worker import PHASES, StepCase, StepWorker
 from grpo_fast.integrations.versions import refuse_other_versions
 from grpo_fast.ops.environment import caption
 
-__all__ = ["LABELS", "SUITE", "StepSettings", "run"]
+__all__ = ["LABELS", "SUITE", "StepSettings", "markdown", "run"]
 
 HELP = "Time whole steps of TRL's GRPOTrainer and of this package's, generation included. An hour, 20 GiB."
 LABELS = {"stock": "TRL", "ours": "grpo_fast"}
@@ -150,6 +150,17 @@ def print_report(result: Result, console: Console) -> None:
     console.print("Cells: method, tokens of a prompt, completions of a group, share of groups active", highlight=False)
     console.print(table("A step", ("TRL, s", "grpo_fast, s", "faster", "TRL, peak GiB", "grpo_fast, peak GiB"), rows))
     console.print(table("Where the wall time goes, seconds", PHASES, phases))
+
+
+def markdown(result: Result) -> list[str]:
+    """The rows of the table in docs/results.md: seconds of a step, how many times faster, and peak memory."""
+    rows = []
+    for (method, prompt, generations, active), cell in _cells(result):
+        stock, ours = cell["stock"], cell["ours"]
+        times = f"{stock['median']:.3g} s | {ours['median']:.3g} s | {ours['faster_than_stock']:.2f}x"
+        memory = f"{_gibibytes(stock['resident_peak'])} GiB | {_gibibytes(ours['resident_peak'])} GiB"
+        rows.append(f"| {method} | {prompt} | {generations} | {active:.0%} | {times} | {memory} |")
+    return rows
 
 
 def write_figure(result: Result, path: Path) -> None:
