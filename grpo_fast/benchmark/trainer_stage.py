@@ -21,7 +21,17 @@ import grpo_fast as gf
 from grpo_fast.benchmark.eager import eager_logprobs, eager_loss
 from grpo_fast.benchmark.harness.gate import compare
 from grpo_fast.benchmark.harness.measure import Measurement, Record, measure
-from grpo_fast.benchmark.harness.suite import BenchmarkSettings, Progress, Result, Suite, mebibytes, require, setting, table
+from grpo_fast.benchmark.harness.suite import (
+    BenchmarkSettings,
+    Progress,
+    Result,
+    Suite,
+    mebibytes,
+    require,
+    require_whole_groups,
+    setting,
+    table,
+)
 from grpo_fast.models.batch import ForwardBatch
 from grpo_fast.models.forward import ModelForward
 from grpo_fast.trainer.config import GRPOConfig
@@ -58,9 +68,7 @@ class LossStageSettings(BenchmarkSettings):
         whole = self.sequences >= self.group and self.sequences % self.group == 0
         require(whole, "sequences", self.sequences, f"a multiple of group, {self.group}")
         groups = self.sequences // self.group
-        for active in self.active:
-            whole = 0 < active <= 1 and (active * groups) % 1 == 0
-            require(whole, "active", active, f"a share above 0 that is a whole number of {groups} groups")
+        require_whole_groups(self.active, groups)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from grpo_fast.models.packing import takes_positions
+from grpo_fast.models.packing import takes_argument, takes_positions
+from grpo_fast.models.shared_prompts import group_by_prompt
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
@@ -37,20 +37,19 @@ def shared_prompt_cache(
     """
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-    places: dict[tuple[int, ...], int] = {}
-    index = [places.setdefault(tuple(prompt), len(places)) for prompt in prompts]
+    groups = group_by_prompt(prompts)
     before = input_ids.shape[1] - 1
-    if (len(prompts) - len(places)) * before < LEAST_SAVED * len(prompts) or not takes_positions(model):
+    if (len(prompts) - len(groups)) * before < LEAST_SAVED * len(prompts) or not takes_positions(model):
         return None
     if _rotates_by_length(model):  # the prompt without its last token would then have other keys than the whole prompt
         return None
     cache = DynamicCache(config=model.config)
     if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
         return None
-    rows = torch.tensor([index.index(place) for place in range(len(places))], device=input_ids.device)
+    rows = torch.tensor([group[0] for group in groups], device=input_ids.device)
     mask = attention_mask[rows, :before]
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    few_logits = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    few_logits = {"logits_to_keep": 1} if takes_argument(model, "logits_to_keep") else {}
     with torch.no_grad():
         model(
             input_ids=input_ids[rows, :before],
@@ -60,7 +59,10 @@ def shared_prompt_cache(
             use_cache=True,
             **few_logits,
         )
-    cache.batch_select_indices(torch.tensor(index, device=input_ids.device))
+    copied_from = torch.empty(len(prompts), dtype=torch.long)
+    for place, group in enumerate(groups):
+        copied_from[group] = place
+    cache.batch_select_indices(copied_from.to(input_ids.device))
     return cache
 
 

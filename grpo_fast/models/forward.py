@@ -4,7 +4,6 @@ if the model's head allows it, else from the model's logits.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -22,7 +21,7 @@ from grpo_fast.loss.rejection import Rejection
 from grpo_fast.models.batch import ForwardBatch, ModelInputs
 from grpo_fast.models.lm_head import HeadArguments, HiddenStates, head_of, hidden_states_of
 from grpo_fast.models.off_policy import masked_weights
-from grpo_fast.models.packing import FLASH, Layout, PackedBatch, attention_of, pack, packing_leak, takes_positions
+from grpo_fast.models.packing import FLASH, Layout, PackedBatch, attention_of, pack, packing_leak, takes_argument, takes_positions
 from grpo_fast.models.router import RouterLoss
 from grpo_fast.models.shared_prompts import PromptSharing
 from grpo_fast.models.unwrap import eval_mode, inner_model, is_fsdp2, is_sharded
@@ -272,7 +271,7 @@ class ModelForward:
 def _scored_positions(model: nn.Module, packed: PackedBatch) -> tuple[ModelInputs, Tensor]:
     """Return the model's inputs, and the positions of the scored tokens in its flattened output. If the model supports ``logits_to_keep``,
     columns in which no position scores a token are left out of the output."""
-    if "logits_to_keep" not in inspect.signature(inner_model(model).forward).parameters:
+    if not takes_argument(inner_model(model), "logits_to_keep"):
         return packed.inputs, packed.scored_at
     width = packed.inputs["input_ids"].shape[1]
     columns, index = torch.unique(packed.scored_at % width, return_inverse=True)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grpo_fast.models.packing import FLASH
+from grpo_fast.models.packing import FLASH, boundaries
 
 __all__ = ["ARGUMENT", "SUPPORTED", "Groups", "register_attention"]
 
@@ -110,8 +110,8 @@ def _attend_by_segments(
         for _, own_key, own_value in itertools.islice(parts, len(completions)):
             all_keys += [prompt_key, own_key]
             all_values += [prompt_value, own_value]
-    segments = {"cu_seq_lens_q": _bounds(queries, query), "max_length_q": max(queries)}
-    segments |= {"cu_seq_lens_k": _bounds(keys, query), "max_length_k": max(keys)}
+    segments = {"cu_seq_lens_q": boundaries(queries, query.device), "max_length_q": max(queries)}
+    segments |= {"cu_seq_lens_k": boundaries(keys, query.device), "max_length_k": max(keys)}
     return attention(module, query, torch.cat(all_keys, 2), torch.cat(all_values, 2), None, *args, **{**kwargs, **segments})
 
 
@@ -124,7 +124,3 @@ def _split(groups: Groups, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:  #
 def _stack(parts: Sequence[Tensor], width: int) -> Tensor:
     """Stack tensors [1, H, C, D] to [G, H, width, D], padded with zeros at their ends, where causal attention does not look."""
     return torch.cat([x if x.shape[2] == width else nn.functional.pad(x, (0, 0, 0, width - x.shape[2])) for x in parts])
-
-
-def _bounds(sizes: Sequence[int], like: Tensor) -> Tensor:
-    return torch.tensor([0, *sizes]).cumsum(0).int().to(like.device)

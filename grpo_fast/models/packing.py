@@ -19,7 +19,17 @@ from torch import Tensor, nn
 from grpo_fast.models.batch import ForwardBatch, ModelInputs
 from grpo_fast.models.unwrap import inner_model
 
-__all__ = ["Layout", "PackedBatch", "attention_of", "choose_attention", "pack", "packing_leak", "takes_positions"]
+__all__ = [
+    "Layout",
+    "PackedBatch",
+    "attention_of",
+    "boundaries",
+    "choose_attention",
+    "pack",
+    "packing_leak",
+    "takes_argument",
+    "takes_positions",
+]
 
 FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
 
@@ -36,6 +46,15 @@ class PackedBatch:
     cu_seqlens: Tensor  # int32 [S + 1]: where sequences begin in N
     lengths: Tensor  # int64 [S], on the CPU: tokens of each completion
     router_mask: Tensor  # bool [R, L], on the CPU: prompts and completions in the loss, for the load balance of routers
+
+    @classmethod
+    def of(
+        cls, batch: ForwardBatch, inputs: ModelInputs, scored_at: Sequence[Tensor], router_mask: Tensor, *, device: torch.device
+    ) -> PackedBatch:
+        """Add to the arranged inputs what the loss needs, in the order of ``batch``; ``scored_at``: of each sequence."""
+        token_ids = torch.tensor([token for ids in batch.completion_ids for token in ids], dtype=torch.long, device=device)
+        cu_seqlens, lengths = boundaries(batch.lengths, device), torch.tensor(batch.lengths)
+        return cls(inputs, token_ids, torch.cat(list(scored_at)).to(device), cu_seqlens, lengths, router_mask)
 
     def per_token(self, x: Tensor) -> Tensor:  # [S] -> [N]
         """Repeat each sequence's value, given on the CPU, for each of its tokens."""
@@ -75,17 +94,9 @@ def pack(batch: ForwardBatch, *, layout: Layout, pad_token_id: int, device: torc
     if layout != "padded_without_positions":
         inputs["position_ids"] = position_ids.to(device)
     if layout == "one_row":  # without these, flash attention reads them from the positions, with a synchronisation in every layer
-        bounds = torch.tensor([0, *sizes]).cumsum(0).int().to(device)
+        bounds = boundaries(sizes, device)
         inputs |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": max(sizes), "max_length_k": max(sizes)}
-    lengths = torch.tensor(batch.lengths)
-    return PackedBatch(
-        inputs,
-        torch.tensor([token for ids in batch.completion_ids for token in ids], dtype=torch.long, device=device),
-        torch.cat(scored_at).to(device),
-        torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]).int().to(device),
-        lengths,
-        router_mask,
-    )
+    return PackedBatch.of(batch, inputs, scored_at, router_mask, device=device)
 
 
 def _places(sizes: Sequence[int], layout: Layout) -> tuple[list[tuple[int, int]], int]:
@@ -126,7 +137,17 @@ def choose_attention(*, half: bool) -> str:
 
 def takes_positions(model: nn.Module) -> bool:
     """Return whether the model's forward has an argument for positions."""
-    return "position_ids" in inspect.signature(model.forward).parameters
+    return takes_argument(model, "position_ids")
+
+
+def takes_argument(model: nn.Module, name: str) -> bool:
+    """Return whether the model's forward has an argument of this name."""
+    return name in inspect.signature(model.forward).parameters
+
+
+def boundaries(sizes: Sequence[int], device: torch.device) -> Tensor:  # int32 [S + 1]
+    """Return where parts of these sizes begin and end that lie one after the other."""
+    return torch.tensor([0, *sizes]).cumsum(0).int().to(device)
 
 
 @torch.no_grad()

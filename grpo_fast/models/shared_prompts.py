@@ -87,7 +87,7 @@ class PromptSharing:
         self.setting = False
 
 
-def group_by_prompt(prompt_ids: Sequence[list[int]]) -> list[list[int]]:
+def group_by_prompt(prompt_ids: Sequence[Sequence[int]]) -> list[list[int]]:
     """Return the indices of the sequences that have the same prompt, for each prompt in the order of its first sequence.
 
     Example:
@@ -139,15 +139,7 @@ def pack_groups(batch: ForwardBatch, *, device: torch.device) -> PackedBatch:
         "use_cache": False,
         ARGUMENT: tuple(groups),
     }
-    lengths_of_all = torch.tensor(batch.lengths)
-    return PackedBatch(
-        inputs,
-        torch.tensor([token for completion in batch.completion_ids for token in completion], dtype=torch.long, device=device),
-        torch.cat(scored_at).to(device),
-        torch.cat([torch.zeros(1, dtype=torch.long), lengths_of_all.cumsum(0)]).int().to(device),
-        lengths_of_all,
-        torch.tensor([counted]),
-    )
+    return PackedBatch.of(batch, inputs, scored_at, torch.tensor([counted]), device=device)
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from grpo_fast.ops.backends import installed_version
 from grpo_fast.ops.environment import caption, describe, load_average
 
 __all__ = ["DTYPES", "SCHEMA", "BenchmarkSettings", "Progress", "Result", "Suite"]
-__all__ += ["load", "mebibytes", "print_result", "require", "run_suite", "setting", "summary", "table"]
+__all__ += ["load", "mebibytes", "print_result", "require", "require_whole_groups", "run_suite", "setting", "summary", "table"]
 
 SCHEMA = 2
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -50,6 +50,13 @@ def require(ok: bool, name: str, value: object, expected: str) -> None:
     """Raise a ValueError that names the setting, its value and what was expected, unless ``ok``."""
     if not ok:
         raise ValueError(f"{name} is {value!r}; expected {expected}.")
+
+
+def require_whole_groups(shares: Iterable[float], groups: int) -> None:
+    """Raise a ValueError that names the setting ``active`` unless each share is a whole number of so many groups, above 0."""
+    for share in shares:
+        whole = 0 < share <= 1 and (share * groups) % 1 == 0
+        require(whole, "active", share, f"a share above 0 that is a whole number of {groups} groups")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,17 @@ from rich.console import Console
 
 from grpo_fast.benchmark.harness.figure import Bar, Panel, write_bars
 from grpo_fast.benchmark.harness.measure import Record
-from grpo_fast.benchmark.harness.suite import BenchmarkSettings, Progress, Result, Suite, require, setting, summary, table
+from grpo_fast.benchmark.harness.suite import (
+    BenchmarkSettings,
+    Progress,
+    Result,
+    Suite,
+    require,
+    require_whole_groups,
+    setting,
+    summary,
+    table,
+)
 from grpo_fast.benchmark.harness.worker import WorkerDiedError, WorkerProcess
 from grpo_fast.benchmark.step.inputs import make_prompts, save_random_model
 from grpo_fast.benchmark.step.worker import PHASES, StepCase, StepWorker
@@ -57,9 +67,7 @@ class StepSettings(BenchmarkSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for active in self.active:
-            whole = 0 < active <= 1 and (active * self.groups) % 1 == 0
-            require(whole, "active", active, f"a share above 0 that is a whole number of {self.groups} groups")
+        require_whole_groups(self.active, self.groups)
         require(not self.model or Path(self.model).is_dir(), "model", self.model, "the folder of a model, or nothing")
 
 
