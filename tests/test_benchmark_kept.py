@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from workers_in_process import InThisProcess
 
 from grpo_fast.benchmark.harness.suite import load, run_suite
 from grpo_fast.benchmark.head.implementations import Gradients, make_cases, measure_gradients
@@ -103,22 +104,6 @@ def test_an_implementation_that_fails_has_a_reason_and_no_time(tmp_path: Path, m
         and "result is wrong" in found["gather"]["reason"]
         and found["masked"] == {"reason": "not run: not there"}
     )
-
-
-class InThisProcess:
-    """In place of a worker process."""
-
-    def __init__(self, make: Any, threads: int) -> None:
-        self.worker: KeptWorker = make()
-
-    def __enter__(self) -> InThisProcess:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def ask(self, method: str, **arguments: Any) -> Any:
-        return getattr(self.worker, method)(**arguments)
 
 
 def test_a_toy_run_has_a_table_and_a_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from peers import needs_trl
 from rich.console import Console
+from workers_in_process import InThisProcess
 
 from grpo_fast.benchmark.harness.suite import load, run_suite
 from grpo_fast.benchmark.step import suite
@@ -21,22 +22,6 @@ pytestmark = needs_trl
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY = StepSettings(**{**SUITE.quick, "methods": ("lora",)})  # the other tests train all weights
-
-
-class InThisProcess:
-    """In place of a worker process."""
-
-    def __init__(self, make: Any, threads: int) -> None:
-        self.worker = make()
-
-    def __enter__(self) -> InThisProcess:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def ask(self, method: str, **arguments: Any) -> Any:
-        return getattr(self.worker, method)(**arguments)
 
 
 @pytest.fixture(scope="module")

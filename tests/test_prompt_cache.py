@@ -10,53 +10,33 @@ from torch import nn
 
 pytest.importorskip("transformers")
 
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
-    PreTrainedModel,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from decoder_models import SIZES, gpt2, llama, qwen3
+from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedModel
 
 from grpo_fast.generation.protocol import Completion, SamplingParams
 from grpo_fast.generation.transformers_sampler import TransformersSampler
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 50,
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.4,
-    "eos_token_id": 1,
-    "bos_token_id": None,
-}
+TOKENS: dict[str, Any] = {"eos_token_id": 1, "bos_token_id": None}
 WINDOW = {"sliding_window": 6, "use_sliding_window": True, "max_window_layers": 1}
 LONG = [5, 9, 2, 40, 33, 8, 17, 21, 13]
 PROMPTS = [LONG, [7, 7, 3], LONG, LONG, [4], [7, 7, 3], LONG]
 
 
 def make(kind: str) -> PreTrainedModel:
-    torch.manual_seed(0)
     if kind == "gpt2":
-        return GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.4)).double()
+        return gpt2().double()
     if kind == "window":
-        return Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=8, **WINDOW)).double()
+        return qwen3(**TOKENS, **WINDOW).double()
     if kind == "longrope":  # other frequencies from nine tokens on, where LONG without its last token has eight
         factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
         rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 8, **factors}
         more: dict[str, Any] = {"original_max_position_embeddings": 8, "rope_parameters": rope, "pad_token_id": 0}
-        return Phi3ForCausalLM(Phi3Config(**SIZES, **more)).double()
+        torch.manual_seed(0)
+        return Phi3ForCausalLM(Phi3Config(**SIZES, **TOKENS, **more)).double()
     if kind == "dynamic":
         rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
-        return LlamaForCausalLM(LlamaConfig(**(SIZES | {"max_position_embeddings": 4}), rope_parameters=rope)).double()
-    return LlamaForCausalLM(LlamaConfig(**SIZES)).double()
+        return llama(**TOKENS, max_position_embeddings=4, rope_parameters=rope).double()
+    return llama(**TOKENS).double()
 
 
 @pytest.fixture

@@ -13,18 +13,8 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from accelerate import Accelerator
-from transformers import (
-    AttentionInterface,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    PreTrainedModel,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from decoder_models import VOCABULARY, gpt2, llama, mixtral, qwen3
+from transformers import AttentionInterface, PreTrainedModel
 
 import grpo_fast as gf
 from grpo_fast.models import group_attention
@@ -34,40 +24,8 @@ from grpo_fast.models.router import make_router_loss
 from grpo_fast.models.shared_prompts import PromptSharing, pack_groups, shared_tokens, sharing_error
 from grpo_fast.trainer import GRPOConfig
 
-VOCABULARY = 50
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.4,
-}
 CPU = torch.device("cpu")
 ROUNDING = 2e-6  # relative; the models are float64, but normalise and rotate in float32
-
-
-def llama(**changes: Any) -> PreTrainedModel:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SIZES | changes))
-
-
-def qwen3(**changes: Any) -> PreTrainedModel:
-    torch.manual_seed(0)
-    return Qwen3ForCausalLM(Qwen3Config(**SIZES | {"head_dim": 8} | changes))
-
-
-def mixtral(**changes: Any) -> PreTrainedModel:
-    torch.manual_seed(0)
-    return MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=3, num_experts_per_tok=2, sliding_window=None, **changes))
-
-
-def gpt2(**changes: Any) -> PreTrainedModel:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.4}
-    return GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0, attn_pdrop=0, embd_pdrop=0, **changes))
 
 
 def make_batch(seed: int = 0) -> ForwardBatch:
